@@ -1,0 +1,49 @@
+"""Every error that sfa_adapters raises on purpose; all are `SFAError`, and their text says what was found and what to do."""
+
+__all__ = [
+    "AdapterMismatchError",
+    "BiasNotAppliedError",
+    "DataError",
+    "InjectionError",
+    "LayoutError",
+    "NoMatchingBackboneError",
+    "SFAError",
+    "UnsupportedAttentionError",
+    "WeightsError",
+]
+
+
+class SFAError(Exception):
+    """Base of all errors of this library."""
+
+
+class NoMatchingBackboneError(SFAError, ValueError):
+    """No registered backbone fits the model; the text lists the attention modules that were seen."""
+
+
+class InjectionError(SFAError, ValueError):
+    """An option does not fit the model it is applied to (unknown layer, heads, injected twice, ...)."""
+
+
+class LayoutError(SFAError, ValueError):
+    """A token layout does not fit the tokens (wrong count, shape, block ids out of range, ...)."""
+
+
+class UnsupportedAttentionError(SFAError, ValueError):
+    """The attention implementation of the model cannot carry a bias."""
+
+
+class BiasNotAppliedError(SFAError, RuntimeError):
+    """A forward ran past an injected layer without its bias being used."""
+
+
+class AdapterMismatchError(SFAError, ValueError):
+    """A saved adapter belongs to another tower, or was written by a newer version of this library."""
+
+
+class WeightsError(SFAError, ValueError):
+    """A weight file is missing, has the wrong hash, or does not fit the model."""
+
+
+class DataError(SFAError, ValueError):
+    """A data row or image cannot be used (no answer, unreadable, too large, missing column, ...)."""
