@@ -1,0 +1,199 @@
+"""Exact attention under a structural bias: one function, three backends.
+
+* `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
+* `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest kernels and
+  with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j + e_i e_j, so
+  q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a low-rank bias into q
+  and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this library's.) Adding a constant per query
+  changes no softmax, so the last kind of each table is subtracted and dropped, and prefix keys get one channel that puts the
+  constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS token.
+* `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
+
+Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfa_adapters.bias import BiasFactors
+from sfa_adapters.errors import LayoutError
+
+__all__ = ["Backend", "attend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
+
+Backend = Literal["auto", "dense", "folded"]
+
+# Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
+# fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
+PADDING_LOGIT = -3.0e4
+# Widths at which fused kernels have a native tile; in between they run at the cost of the next one or leave the fast path.
+HEAD_WIDTHS = (32, 64, 96, 128, 192, 256)
+# Up to this many tokens a dense mask costs less than the extra channels do (benchmarks/results/attention_*).
+SMALL_SEQUENCE = 256
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: BiasFactors | None,
+    *,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scaled-dot-product attention with phi added to the logits.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, H, N, D]`.
+        value: `[B, H, N, D]`.
+        bias: The tables of phi, or None for plain attention.
+        attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
+        scale: Factor on q.k; 1 / sqrt(D) by default.
+        dropout_p: Dropout probability on the attention weights.
+        backend: `dense`, `folded` or `auto`.
+
+    Returns:
+        `[B, H, N, D]`, in the dtype of `query`.
+
+    Raises:
+        LayoutError: The bias is for another number of tokens, heads or images.
+    """
+    if bias is None:
+        return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
+    check_fit(query, bias)
+    if backend == "auto":
+        backend = choose_backend(query, bias, attention_mask)
+    if backend == "dense":
+        mask = merge_masks(dense_mask(bias, query), attention_mask)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
+    return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
+
+
+def choose_backend(query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None) -> Literal["dense", "folded"]:
+    """What `auto` does, from the measurements in `benchmarks/results`: fold, unless the sequence is short.
+
+    A real mask beside the bias needs a matrix in any case, so then the bias joins it.
+    """
+    if attention_mask is not None:
+        return "dense"
+    return "dense" if query.shape[-2] <= SMALL_SEQUENCE else "folded"
+
+
+def check_fit(query: Tensor, bias: BiasFactors) -> None:
+    """Checks that a bias is for these tokens, heads and images.
+
+    Raises:
+        LayoutError: It says which of the three differs.
+    """
+    batch, heads, tokens, _ = query.shape
+    layout = bias.layout
+    if layout.num_tokens != tokens:
+        raise LayoutError(
+            f"The layout has {layout.num_tokens} tokens (grid {layout.grid}, {layout.prefix_tokens} prefix), but the "
+            f"attention sees {tokens}. Pass the layout of these tokens, or check image size and patch size."
+        )
+    if bias.num_heads != heads:
+        raise LayoutError(f"The bias has {bias.num_heads} heads, but the attention has {heads}.")
+    if layout.batch_size not in (None, batch):
+        raise LayoutError(f"The layout describes {layout.batch_size} images, but the batch has {batch}.")
+
+
+def dense_mask(bias: BiasFactors, query: Tensor) -> Tensor:
+    """phi as an additive 4-D mask in the dtype of the query (a 3-D mask loses the fused CPU kernel)."""
+    return bias.dense().to(query.dtype)
+
+
+def merge_masks(mask: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Adds a model's own mask to the bias; boolean masks say where to attend."""
+    if attention_mask is None:
+        return mask
+    if attention_mask.dtype == torch.bool:
+        return mask.masked_fill(~attention_mask, float("-inf"))
+    return mask + attention_mask.to(mask.dtype)
+
+
+def fold_channels(bias: BiasFactors) -> tuple[Tensor, Tensor]:
+    """The extra channels that carry phi, before division of the query side by the scale.
+
+    Returns:
+        Query channels `[1 or B, H, N, E]` in logits, and key channels `[1 or B, 1 or H, N, E]`; their product is phi plus a
+        constant per query, and `PADDING_LOGIT` at keys that are padding.
+    """
+    layout = bias.layout
+    spatial = layout.spatial.unsqueeze(-1)
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    offset: Tensor | None = None
+    for axis, table in ((layout.rows, bias.row_table), (layout.columns, bias.column_table)):
+        last = table[..., -1:]
+        one_hot = F.one_hot(axis.index, axis.num_kinds).to(table.dtype) * spatial  # [(B,) N, U]
+        # A product with one-hot rows, not an index: its gradient is a matrix product too, deterministic on every device.
+        looked_up = one_hot.unsqueeze(-3) @ torch.cat((table[..., :-1] - last, last), dim=-1)  # [(B,) H, N, U]
+        queries.append(looked_up[..., :-1])
+        keys.append(one_hot[..., :-1].unsqueeze(-3))
+        offset = looked_up[..., -1:] if offset is None else offset + looked_up[..., -1:]
+    if layout.prefix_tokens:
+        assert offset is not None
+        is_prefix = torch.arange(layout.num_tokens, device=layout.device) < layout.prefix_tokens
+        queries.append(-offset)
+        keys.append(is_prefix.to(offset.dtype)[:, None].expand(keys[0].shape[:-1] + (1,)))
+    for value in bias.block_value:  # one rank-1 term per active adapter
+        queries.append(value.unsqueeze(-1))
+        keys.append(value.unsqueeze(-1))
+    if layout.padding is not None:
+        padded = layout.padding[..., None, :, None].to(bias.row_table.dtype)
+        queries.append(torch.full_like(padded, PADDING_LOGIT))
+        keys.append(padded)
+    query_channels, key_channels = _concatenate(queries), _concatenate(keys)
+    if query_channels.ndim == 3:
+        query_channels, key_channels = query_channels.unsqueeze(0), key_channels.unsqueeze(0)
+    return query_channels, key_channels
+
+
+def folded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: BiasFactors,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Plain attention on widened q, k and v; see the head of this file. Arguments as in `attend`."""
+    width = query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
+        query_channels, key_channels = fold_channels(bias)
+    total = width + query_channels.shape[-1]
+    # v must be as wide as q and k for the fused kernels.
+    pad = _native_width(total) - total
+    query = _widen(query, query_channels / scale, pad)
+    key = _widen(key, key_channels, pad)
+    value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.to(query.dtype)
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
+    return out[..., :width]
+
+
+def _widen(states: Tensor, channels: Tensor, pad: int) -> Tensor:
+    batch, heads, tokens, _ = states.shape
+    channels = F.pad(channels.to(states.dtype), (0, pad)).expand(batch, heads, tokens, -1)
+    return torch.cat((states, channels), dim=-1)
+
+
+def _native_width(width: int) -> int:
+    return next((native for native in HEAD_WIDTHS if native >= width), -(-width // 8) * 8)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Joins channels; parts that all heads (or all images) share are broadcast to the others."""
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1)

@@ -1,0 +1,217 @@
+"""The structural bias phi: four kinds of learned scalars per head, and the small tables that phi is made of.
+
+    phi(i, j) = w_row * same_row(i, j) + w_col * same_col(i, j) - w_dist * manhattan(i, j) + e[block_i] * e[block_j]
+
+phi is in logits: it is added to q.k / sqrt(d) before the softmax. It is zero whenever i or j is a prefix token. `same_row` is
+1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the shorter one.
+`manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend on resolution.
+
+phi needs no N x N matrix: it is a row table, a column table and a rank-1 block term (`BiasFactors`).
+
+Shape letters: B batch, H heads, N tokens, U / V row / column kinds of the layout, A active adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.layout import TokenLayout
+
+__all__ = ["TERMS", "BiasFactors", "StructuralBias", "StructuralWeights", "Term", "bias_factors"]
+
+Term = Literal["row", "col", "dist", "block"]
+TERMS: tuple[Term, ...] = get_args(Term)
+
+
+@dataclass(frozen=True)
+class StructuralWeights:
+    """The learned scalars of one layer, fp32; a term that is switched off is None.
+
+    Attributes:
+        row: `w_row`, `[H]`.
+        col: `w_col`, `[H]`.
+        dist: `w_dist`, `[H]`.
+        block: `e`, `[H, num_blocks]`.
+    """
+
+    row: Tensor | None
+    col: Tensor | None
+    dist: Tensor | None
+    block: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class BiasFactors:
+    """phi of one layer as tables: what `attend` consumes.
+
+    Attributes:
+        layout: The layout that the tables index.
+        row_table: Bias between row kinds, logits, `[H, U, U]`, fp32.
+        column_table: Bias between column kinds, logits, `[H, V, V]`, fp32.
+        block_value: `e[block]` per token, zero at prefix and padding, `[A, H, N]` or `[A, B, H, N]`; A may be 0.
+    """
+
+    layout: TokenLayout
+    row_table: Tensor
+    column_table: Tensor
+    block_value: Tensor
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.row_table.shape[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient must reach the structural weights."""
+        return torch.is_grad_enabled() and (
+            self.row_table.requires_grad or self.column_table.requires_grad or self.block_value.requires_grad
+        )
+
+    def dense(self) -> Tensor:
+        """phi as a matrix, logits, `[1, H, N, N]` or `[B, H, N, N]`, fp32; minus infinity at keys that are padding."""
+        layout = self.layout
+        rows, columns = layout.rows.index, layout.columns.index
+        phi = self.row_table[:, rows[..., :, None], rows[..., None, :]]  # [H, (B,) N, N]
+        phi = phi + self.column_table[:, columns[..., :, None], columns[..., None, :]]
+        phi = phi.movedim(0, -3)  # [(B,) H, N, N]
+        spatial = layout.spatial
+        phi = phi * (spatial[..., :, None] & spatial[..., None, :]).unsqueeze(-3)
+        if self.block_value.shape[0]:
+            phi = phi + (self.block_value[..., :, None] * self.block_value[..., None, :]).sum(0)
+        if phi.ndim == 3:
+            phi = phi.unsqueeze(0)
+        if layout.padding is not None:
+            phi = phi.masked_fill(layout.padding[:, None, None, :], float("-inf"))
+        return phi
+
+
+def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_heads: int) -> BiasFactors:
+    """Builds the tables of phi for a layout; the weights of several active adapters add up.
+
+    Args:
+        weights: One entry per active adapter.
+        layout: Where the tokens lie.
+        num_heads: H, needed when every term is off.
+
+    Raises:
+        LayoutError: The layout names a block that an adapter has no scalar for.
+    """
+    device = layout.device
+    rows, columns = layout.rows, layout.columns
+    row_table = torch.zeros(num_heads, rows.num_kinds, rows.num_kinds, device=device)
+    column_table = torch.zeros(num_heads, columns.num_kinds, columns.num_kinds, device=device)
+    values: list[Tensor] = []
+    for weight in weights:
+        if weight.row is not None:
+            row_table = row_table + weight.row.float()[:, None, None] * rows.overlap()
+        if weight.col is not None:
+            column_table = column_table + weight.col.float()[:, None, None] * columns.overlap()
+        if weight.dist is not None:
+            row_table = row_table - weight.dist.float()[:, None, None] * rows.distance()
+            column_table = column_table - weight.dist.float()[:, None, None] * columns.distance()
+        if weight.block is not None:
+            value = weight.block.float()[:, layout.block]  # [H, (B,) N]
+            values.append(value.movedim(0, -2) * layout.spatial.unsqueeze(-2))
+    empty = torch.zeros((0, *layout.block.shape[:-1], num_heads, layout.num_tokens), device=device)
+    return BiasFactors(layout, row_table, column_table, torch.stack(values) if values else empty)
+
+
+class StructuralBias(nn.Module):
+    """phi as a module of its own, for people who write their own attention (see also `SFAAttention`).
+
+    Args:
+        num_heads: Attention heads of the layer.
+        num_blocks: Block scalars per head.
+        init_std: Standard deviation of the initial values; the block term has no gradient at exactly zero.
+        terms: Which of the four terms are learned; the others are absent.
+
+    Raises:
+        InjectionError: A size is below 1, `init_std` is negative, or a term is unknown.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_blocks: int = 16,
+        init_std: float = 0.02,
+        terms: Sequence[Term] = TERMS,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_bias_options(num_blocks=num_blocks, init_std=init_std, terms=terms)
+        if num_heads < 1:
+            raise InjectionError(f"num_heads={num_heads} must be at least 1.")
+        self.num_heads, self.num_blocks, self.init_std = num_heads, num_blocks, init_std
+        self.terms: tuple[Term, ...] = tuple(term for term in TERMS if term in terms)
+        for term, shape in parameter_shapes(num_heads, num_blocks, self.terms).items():
+            self.register_parameter(term, nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every scalar from a normal distribution with standard deviation `init_std`."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=self.init_std)
+
+    @property
+    def weights(self) -> StructuralWeights:
+        """The scalars as `bias_factors` takes them."""
+        return StructuralWeights(*(getattr(self, term) if term in self.terms else None for term in TERMS))
+
+    def factors(self, layout: TokenLayout) -> BiasFactors:
+        """The tables of phi for a layout; no matrix over pairs of tokens is built."""
+        check_blocks(layout, self.num_blocks)
+        return bias_factors([self.weights], layout, self.num_heads)
+
+    def forward(self, layout: TokenLayout) -> Tensor:
+        """phi in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
+
+        Raises:
+            LayoutError: The layout has a block id of `num_blocks` or more.
+        """
+        return self.factors(layout).dense()
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"num_heads={self.num_heads}, num_blocks={self.num_blocks}, terms={'+'.join(self.terms)}"
+
+
+def parameter_shapes(num_heads: int, num_blocks: int, terms: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of each learned tensor: 19 scalars per head with all terms on and 16 blocks."""
+    return {term: (num_heads, num_blocks) if term == "block" else (num_heads,) for term in TERMS if term in terms}
+
+
+def check_bias_options(*, num_blocks: int, init_std: float, terms: Sequence[str]) -> None:
+    """Checks what `StructuralBias` and `SFAConfig` have in common.
+
+    Raises:
+        InjectionError: Names the field and the value.
+    """
+    if num_blocks < 1:
+        raise InjectionError(f"num_blocks={num_blocks} must be at least 1.")
+    if not init_std >= 0:
+        raise InjectionError(f"init_std={init_std} must be a number of at least 0.")
+    unknown = [term for term in terms if term not in TERMS]
+    if unknown or not terms:
+        raise InjectionError(f"terms={list(terms)} must name at least one of {list(TERMS)}; unknown: {unknown}.")
+
+
+def check_blocks(layout: TokenLayout, num_blocks: int) -> None:
+    """Checks that every block id has a scalar.
+
+    Raises:
+        LayoutError: It names the largest id.
+    """
+    largest = int(layout.block.max()) if layout.block.numel() else 0
+    if largest >= num_blocks:
+        raise LayoutError(
+            f"The layout has block id {largest}, but the bias has num_blocks={num_blocks} (ids 0..{num_blocks - 1}). "
+            "Raise num_blocks or use a coarser block map."
+        )
+
