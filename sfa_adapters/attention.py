@@ -1,12 +1,15 @@
 """Exact attention under a structural bias: one function, three backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
-* `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest kernels and
-  with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j + e_i e_j, so
-  q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a low-rank bias into q
-  and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this library's.) Adding a constant per query
-  changes no softmax, so the last kind of each table is subtracted and dropped, and prefix keys get one channel that puts the
-  constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS token.
+* `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
+  kernels and
+  with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j + e_i e_j,
+  so q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a low-rank
+  bias into q
+  and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this library's.) Adding a constant
+  per query
+  changes no softmax, so the last kind of each table is subtracted and dropped, and prefix keys get one channel that
+  puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS token.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
 Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
@@ -30,7 +33,8 @@ Backend = Literal["auto", "dense", "folded"]
 # Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
 # fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
 PADDING_LOGIT = -3.0e4
-# Widths at which fused kernels have a native tile; in between they run at the cost of the next one or leave the fast path.
+# Widths at which fused kernels have a native tile; in between they run at the cost of the next one or leave the fast
+# path.
 HEAD_WIDTHS = (32, 64, 96, 128, 192, 256)
 # Up to this many tokens a dense mask costs less than the extra channels do (benchmarks/results/attention_*).
 SMALL_SEQUENCE = 256
@@ -76,7 +80,9 @@ def attend(
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
 
-def choose_backend(query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None) -> Literal["dense", "folded"]:
+def choose_backend(
+    query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None
+) -> Literal["dense", "folded"]:
     """What `auto` does, from the measurements in `benchmarks/results`: fold, unless the sequence is short.
 
     A real mask beside the bias needs a matrix in any case, so then the bias joins it.
@@ -106,7 +112,7 @@ def check_fit(query: Tensor, bias: BiasFactors) -> None:
 
 
 def dense_mask(bias: BiasFactors, query: Tensor) -> Tensor:
-    """phi as an additive 4-D mask in the dtype of the query (a 3-D mask loses the fused CPU kernel)."""
+    """Phi as an additive 4-D mask in the dtype of the query (a 3-D mask loses the fused CPU kernel)."""
     return bias.dense().to(query.dtype)
 
 
@@ -123,8 +129,8 @@ def fold_channels(bias: BiasFactors) -> tuple[Tensor, Tensor]:
     """The extra channels that carry phi, before division of the query side by the scale.
 
     Returns:
-        Query channels `[1 or B, H, N, E]` in logits, and key channels `[1 or B, 1 or H, N, E]`; their product is phi plus a
-        constant per query, and `PADDING_LOGIT` at keys that are padding.
+        Query channels `[1 or B, H, N, E]` in logits, and key channels `[1 or B, 1 or H, N, E]`; their product is phi
+        plus a constant per query, and `PADDING_LOGIT` at keys that are padding.
     """
     layout = bias.layout
     spatial = layout.spatial.unsqueeze(-1)
@@ -134,7 +140,8 @@ def fold_channels(bias: BiasFactors) -> tuple[Tensor, Tensor]:
     for axis, table in ((layout.rows, bias.row_table), (layout.columns, bias.column_table)):
         last = table[..., -1:]
         one_hot = F.one_hot(axis.index, axis.num_kinds).to(table.dtype) * spatial  # [(B,) N, U]
-        # A product with one-hot rows, not an index: its gradient is a matrix product too, deterministic on every device.
+        # A product with one-hot rows, not an index: its gradient is a matrix product too, deterministic on every
+        # device.
         looked_up = one_hot.unsqueeze(-3) @ torch.cat((table[..., :-1] - last, last), dim=-1)  # [(B,) H, N, U]
         queries.append(looked_up[..., :-1])
         keys.append(one_hot[..., :-1].unsqueeze(-3))
@@ -143,7 +150,7 @@ def fold_channels(bias: BiasFactors) -> tuple[Tensor, Tensor]:
         assert offset is not None
         is_prefix = torch.arange(layout.num_tokens, device=layout.device) < layout.prefix_tokens
         queries.append(-offset)
-        keys.append(is_prefix.to(offset.dtype)[:, None].expand(keys[0].shape[:-1] + (1,)))
+        keys.append(is_prefix.to(offset.dtype)[:, None].expand((*keys[0].shape[:-1], 1)))
     for value in bias.block_value:  # one rank-1 term per active adapter
         queries.append(value.unsqueeze(-1))
         keys.append(value.unsqueeze(-1))
@@ -168,7 +175,7 @@ def folded_attention(
 ) -> Tensor:
     """Plain attention on widened q, k and v; see the head of this file. Arguments as in `attend`."""
     width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
+    scale = float(width**-0.5) if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
         query_channels, key_channels = fold_channels(bias)
     total = width + query_channels.shape[-1]

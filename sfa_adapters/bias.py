@@ -2,9 +2,11 @@
 
     phi(i, j) = w_row * same_row(i, j) + w_col * same_col(i, j) - w_dist * manhattan(i, j) + e[block_i] * e[block_j]
 
-phi is in logits: it is added to q.k / sqrt(d) before the softmax. It is zero whenever i or j is a prefix token. `same_row` is
+phi is in logits: it is added to q.k / sqrt(d) before the softmax. It is zero whenever i or j is a prefix token.
+`same_row` is
 1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the shorter one.
-`manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend on resolution.
+`manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend on
+resolution.
 
 phi needs no N x N matrix: it is a row table, a column table and a rank-1 block term (`BiasFactors`).
 
@@ -75,7 +77,7 @@ class BiasFactors:
         )
 
     def dense(self) -> Tensor:
-        """phi as a matrix, logits, `[1, H, N, N]` or `[B, H, N, N]`, fp32; minus infinity at keys that are padding."""
+        """Phi as a matrix, logits, `[1, H, N, N]` or `[B, H, N, N]`, fp32; minus infinity at keys that are padding."""
         layout = self.layout
         rows, columns = layout.rows.index, layout.columns.index
         phi = self.row_table[:, rows[..., :, None], rows[..., None, :]]  # [H, (B,) N, N]
@@ -170,7 +172,7 @@ class StructuralBias(nn.Module):
         return bias_factors([self.weights], layout, self.num_heads)
 
     def forward(self, layout: TokenLayout) -> Tensor:
-        """phi in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
+        """Phi in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
 
         Raises:
             LayoutError: The layout has a block id of `num_blocks` or more.
@@ -214,4 +216,3 @@ def check_blocks(layout: TokenLayout, num_blocks: int) -> None:
             f"The layout has block id {largest}, but the bias has num_blocks={num_blocks} (ids 0..{num_blocks - 1}). "
             "Raise num_blocks or use a coarser block map."
         )
-

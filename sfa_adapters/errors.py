@@ -1,4 +1,4 @@
-"""Every error that sfa_adapters raises on purpose; all are `SFAError`, and their text says what was found and what to do."""
+"""Every error that sfa_adapters raises. All are `SFAError`, their text says what was found and what to do."""
 
 __all__ = [
     "AdapterMismatchError",
@@ -6,6 +6,7 @@ __all__ = [
     "DataError",
     "InjectionError",
     "LayoutError",
+    "MergeError",
     "NoMatchingBackboneError",
     "SFAError",
     "UnsupportedAttentionError",
@@ -27,6 +28,10 @@ class InjectionError(SFAError, ValueError):
 
 class LayoutError(SFAError, ValueError):
     """A token layout does not fit the tokens (wrong count, shape, block ids out of range, ...)."""
+
+
+class MergeError(SFAError, NotImplementedError):
+    """A structural bias was asked to merge into the weights of its model."""
 
 
 class UnsupportedAttentionError(SFAError, ValueError):

@@ -1,6 +1,7 @@
 """Where each visual token lies on the page: row, column, extent, block, prefix and padding.
 
-Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token (r, c) has
+Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token
+(r, c) has
 row r, column c and extent 1; on an adaptive one a token that covers 1.75 x 1.75 finest cells has extent 1.75.
 
 Shape letters: B batch, N tokens, U distinct (start, extent) pairs on one axis.
@@ -35,11 +36,12 @@ def default_block_map(block_grid: tuple[int, int] = (4, 4)) -> Tensor:
 class AxisKinds:
     """The distinct positions of tokens on one axis; on a regular grid these are its rows (or columns).
 
-    Positions are divided by the largest Manhattan distance of their own image, so that images of different sizes share one
-    table and the distance term needs no per-image factor.
+    Positions are divided by the largest Manhattan distance of their own image, so that images of different sizes
+    share one table and the distance term needs no per-image factor.
 
     Attributes:
-        index: Which kind each token is, `[N]` or `[B, N]`, int64. Prefix and padding tokens have 0; they are masked later.
+        index: Which kind each token is, `[N]` or `[B, N]`, int64. Prefix and padding tokens have 0; they are masked
+            later.
         start: Normalised upper (or left) edge of each kind, `[U]`, float32.
         extent: Normalised size of each kind, `[U]`, float32.
     """
@@ -54,7 +56,7 @@ class AxisKinds:
         return self.start.shape[0]
 
     def overlap(self) -> Tensor:
-        """Share of the shorter token's extent that lies beside the other, `[U, U]` in [0, 1]; 1[row_i = row_j] on a grid."""
+        """Share of the shorter token's extent beside the other, `[U, U]` in [0, 1]; 1[row_i = row_j] on a grid."""
         end = self.start + self.extent
         # Differences of edges that differ by rounding only must not count as a shared row.
         shared = torch.minimum(end[:, None], end) - torch.maximum(self.start[:, None], self.start)
@@ -93,8 +95,9 @@ class TokenLayout:
     def __post_init__(self) -> None:
         shape = self.block.shape
         if self.rows.index.shape != shape or self.columns.index.shape != shape:
+            found = [tuple(axis.index.shape) for axis in (self.rows, self.columns)]
             raise LayoutError(
-                f"block {tuple(shape)}, row {tuple(self.rows.index.shape)} and column {tuple(self.columns.index.shape)} "
+                f"block {tuple(shape)}, row {found[0]} and column {found[1]} "
                 "must have one shape, [tokens] or [batch, tokens]."
             )
         if not 0 <= self.prefix_tokens <= shape[-1]:
@@ -123,7 +126,8 @@ class TokenLayout:
             device: Where the index tensors live.
 
         Raises:
-            LayoutError: A side or the prefix is negative, the grid is empty with no prefix, or the map is not an integer map.
+            LayoutError: A side or the prefix is negative, the grid is empty with no prefix, or the map is not an
+                integer map.
         """
         if height < 0 or width < 0 or prefix_tokens < 0 or (height * width == 0 and prefix_tokens == 0):
             raise LayoutError(f"A layout needs tokens: got a {height}x{width} grid and {prefix_tokens} prefix tokens.")
@@ -152,7 +156,8 @@ class TokenLayout:
         Args:
             row: Upper edge of each token in finest cells, `[tokens]`.
             column: Left edge of each token in finest cells, `[tokens]`.
-            extent: Side of each token in finest cells, `[tokens]` (square) or `[tokens, 2]` (height, width); at least 1.
+            extent: Side of each token in finest cells, `[tokens]` (square) or `[tokens, 2]` (height, width); at least
+                1.
             grid: Rows and columns of the finest grid.
             prefix_tokens: Leading tokens without a place.
             block_map: As in `regular`; a token takes the block of its centre.
@@ -185,7 +190,7 @@ class TokenLayout:
 
     @classmethod
     def batch(cls, layouts: Sequence[TokenLayout]) -> TokenLayout:
-        """Puts per-image layouts side by side; shorter ones are padded at the end, and the padding is never attended to.
+        """Puts per-image layouts side by side; shorter ones are padded, and padding is never attended to.
 
         Raises:
             LayoutError: The list is empty, an entry is a batch already, or the prefixes differ.
@@ -251,8 +256,12 @@ class TokenLayout:
             LayoutError: A prefix token would move behind the front.
         """
         keep = self.prefix_tokens if prefix_tokens is None else prefix_tokens
-        if bool((index[..., keep:] < self.prefix_tokens).any()) or bool((index[..., :keep] >= self.prefix_tokens).any()):
-            raise LayoutError(f"Prefix tokens (0..{self.prefix_tokens - 1}) must stay in front when tokens are selected.")
+        if bool((index[..., keep:] < self.prefix_tokens).any()) or bool(
+            (index[..., :keep] >= self.prefix_tokens).any()
+        ):
+            raise LayoutError(
+                f"Prefix tokens (0..{self.prefix_tokens - 1}) must stay in front when tokens are selected."
+            )
 
         def take(values: Tensor) -> Tensor:
             if values.ndim == 1:
@@ -275,7 +284,7 @@ def check_block_map(block_map: Tensor | None) -> Tensor:
         return default_block_map()
     if block_map.ndim != 2 or block_map.numel() == 0 or block_map.is_floating_point() or block_map.dtype == torch.bool:
         raise LayoutError(
-            f"block_map must be a non-empty [rows, columns] integer map; got {tuple(block_map.shape)} {block_map.dtype}."
+            f"block_map must be a non-empty [m, n] integer map; got {tuple(block_map.shape)} {block_map.dtype}."
         )
     if bool((block_map < 0).any()):
         raise LayoutError(f"Block ids start at 0; block_map holds {int(block_map.min())}.")

@@ -1,0 +1,124 @@
+"""InternViT as it comes with its checkpoints (`InternVisionModel`, remote code): fused `qkv`, and no mask argument.
+
+The one tower whose attention cannot be reached through an argument. `MaskedInternAttention` stands in for each
+attention module:
+it holds the same projection modules under the same names, so state-dict keys do not change and LoRA finds its targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfa_adapters.errors import UnsupportedAttentionError
+from sfa_adapters.registry import Backbone, Geometry, config_grid, image_grid, register_backbone
+
+__all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]
+
+
+class MaskedInternAttention(nn.Module):
+    """Stands in for a remote-code `InternAttention`, sharing its modules, with a mask argument.
+
+    Without a mask it computes what the original's eager path does, operation by operation, so it is bit-exact with it.
+
+    Args:
+        original: The attention module; it is kept, and `restore` gives it back.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not a child: its parameters are this module's already
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.qkv: Any
+        self.proj: Any
+        self.q_norm: Any
+        self.k_norm: Any
+        self.attn_drop: Any
+        self.proj_drop: Any
+        self.config = original.config
+        self.num_heads, self.scale = int(original.num_heads), float(original.scale)
+        self.qk_normalization = bool(getattr(original, "qk_normalization", False))
+        self.train(original.training)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attends; `[batch, tokens, width]` to the same shape."""
+        batch, tokens, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qk_normalization:
+            query, key = self._normalise(self.q_norm, query), self._normalise(self.k_norm, key)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        if attention_mask is None:
+            weights = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1)
+            out = self.attn_drop(weights) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, width)))
+
+    def restore(self) -> nn.Module:
+        """The original, with the modules that are here now (a later LoRA may have replaced some)."""
+        original = self.__dict__["original"]
+        for name, child in self.named_children():
+            setattr(original, name, child)
+        original.train(self.training)
+        return original
+
+    @staticmethod
+    def _normalise(norm: nn.Module, states: Tensor) -> Tensor:
+        """The norm runs over the full width, all heads together."""
+        return norm(states.transpose(1, 2).flatten(-2, -1)).view_as(states.transpose(1, 2)).transpose(1, 2)
+
+
+def wrap(attention: nn.Module) -> nn.Module:
+    """The stand-in for an attention module; a stand-in stays."""
+    return attention if isinstance(attention, MaskedInternAttention) else MaskedInternAttention(attention)
+
+
+def unwrap(attention: nn.Module) -> nn.Module:
+    """The original of a stand-in."""
+    return attention.restore() if isinstance(attention, MaskedInternAttention) else attention
+
+
+def geometry(tower: nn.Module) -> Geometry:
+    """Grid from the configuration, behind the CLS token."""
+    return Geometry(grid=config_grid(tower), prefix_tokens=1)
+
+
+def grid_of_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
+    """The remote forward takes `pixel_values` first."""
+    config: Any = tower.config
+    return image_grid(args[0] if args else kwargs.get("pixel_values"), config.patch_size)
+
+
+def check(tower: nn.Module) -> None:
+    """Refuses the packed flash kernel.
+
+    Raises:
+        UnsupportedAttentionError: `use_flash_attn` is on; that path takes no bias.
+    """
+    for name, module in tower.named_modules():
+        if getattr(module, "use_flash_attn", False) and not isinstance(module, MaskedInternAttention):
+            raise UnsupportedAttentionError(
+                f"{name} runs its own flash attention (use_flash_attn=True), which takes no bias. Load the model with "
+                "use_flash_attn=False in its vision config; with SFA it then runs on torch's fused attention."
+            )
+
+
+INTERNVIT_REMOTE = register_backbone(
+    Backbone(
+        name="internvit_remote",
+        towers=("*.modeling_intern_vit.InternVisionModel",),
+        attentions=(
+            "*.modeling_intern_vit.InternAttention",
+            "sfa_adapters.backbones.internvit_remote.MaskedInternAttention",
+        ),
+        geometry=geometry,
+        grid_of_input=grid_of_input,
+        wrap_attention=wrap,
+        unwrap_attention=unwrap,
+        check=check,
+    )
+)

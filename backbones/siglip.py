@@ -1,0 +1,43 @@
+"""SigLIP towers and the copies of SigLIP inside Idefics2, Idefics3 and SmolVLM: no prefix token, split q, k and v.
+
+The attention-pooling head of SigLIP is a `torch.nn.MultiheadAttention` and stays as it is. Idefics-type towers pass a
+real `[batch, 1, tokens, tokens]` mask for padded tiles; the bias is added to it.
+"""
+
+from torch import nn
+
+from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+
+
+def geometry(tower: nn.Module) -> Geometry:
+    """Grid from the configuration; every token is a patch."""
+    return Geometry(grid=config_grid(tower), prefix_tokens=0)
+
+
+SIGLIP = register_backbone(
+    Backbone(
+        name="siglip",
+        # Before transformers 5.14 SiglipVisionModel held the tower as .vision_model; either is a tower.
+        towers=(
+            "transformers.models.siglip.*.SiglipVisionModel",
+            "transformers.models.siglip.*.SiglipVisionTransformer",
+        ),
+        attentions=("transformers.models.siglip.*.SiglipAttention",),
+        geometry=geometry,
+        grid_of_input=pixel_grid,
+    )
+)
+
+IDEFICS = register_backbone(
+    Backbone(
+        name="idefics",
+        towers=tuple(
+            f"transformers.models.{family}.*VisionTransformer" for family in ("idefics2", "idefics3", "smolvlm")
+        ),
+        attentions=tuple(
+            f"transformers.models.{family}.*VisionAttention" for family in ("idefics2", "idefics3", "smolvlm")
+        ),
+        geometry=geometry,
+        grid_of_input=pixel_grid,
+    )
+)

@@ -1,0 +1,114 @@
+"""`SFAConfig`: what a user chooses about SFA, and what is saved with an adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from sfa_adapters.attention import Backend
+from sfa_adapters.bias import TERMS, check_bias_options
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
+from sfa_adapters.layout import check_block_map, default_block_map
+from sfa_adapters.peft_type import SFA_PEFT_TYPE
+
+__all__ = ["FORMAT_VERSION", "SFAConfig"]
+
+# Raised when saved adapters change meaning; a file of a newer format is refused, because unknown keys would be dropped.
+FORMAT_VERSION = 1
+
+
+@dataclass
+class SFAConfig(PeftConfig):
+    """Configuration of a structural attention bias.
+
+    Args:
+        layers_to_transform: Attention layers of the tower that get a bias: one index, a list, or None for all that
+            the host really reads. Negative indices count from the last layer.
+        num_blocks: Block scalars per head; by default as many as `block_grid` or `block_map` names (16).
+        block_grid: Rows and columns of the partition of the page into blocks; 4x4 by default.
+        block_map: Any integer map `[m][n]` instead of `block_grid`; it is stretched over the page.
+        init_std: Standard deviation of the initial values.
+        terms: Which of `row`, `col`, `dist`, `block` are on (for ablation).
+        backend: `auto`, `folded` or `dense`, see `sfa_adapters.attention`.
+        mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
+            gradients. 0 keeps none.
+        modules_to_save: Modules apart from SFA that PEFT trains and saves, e.g. the projector.
+        target_modules: Filled in at injection with the attention modules; leave it None.
+        tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
+        format_version: Version of the file format.
+
+    Raises:
+        InjectionError: An option has a wrong value; names the field and the value.
+        AdapterMismatchError: The file was written by a newer version of this library.
+    """
+
+    layers_to_transform: list[int] | int | None = None
+    num_blocks: int | None = None
+    block_grid: tuple[int, int] | None = None
+    block_map: list[list[int]] | None = None
+    init_std: float = 0.02
+    terms: list[str] = field(default_factory=lambda: list(TERMS))
+    backend: str = "auto"
+    mask_cache_mb: float = 256.0
+    modules_to_save: list[str] | None = None
+    target_modules: list[str] | str | None = None
+    tower: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SFA_PEFT_TYPE
+        if self.format_version > FORMAT_VERSION:
+            raise AdapterMismatchError(
+                f"This adapter has format_version={self.format_version}; this version of sfa-adapters reads up to "
+                f"{FORMAT_VERSION}. Upgrade with: pip install -U sfa-adapters"
+            )
+        if isinstance(self.terms, str):
+            raise InjectionError(f"terms={self.terms!r} must be a list, e.g. terms=[{self.terms!r}].")
+        self.terms = [term for term in TERMS if term in self.terms] + [t for t in self.terms if t not in TERMS]
+        if self.backend not in get_args(Backend):
+            raise InjectionError(f"backend={self.backend!r} must be one of {list(get_args(Backend))}.")
+        if not self.mask_cache_mb >= 0:
+            raise InjectionError(f"mask_cache_mb={self.mask_cache_mb} must be at least 0.")
+        self._check_blocks()
+        assert self.num_blocks is not None
+        check_bias_options(num_blocks=self.num_blocks, init_std=self.init_std, terms=self.terms)
+
+    def _check_blocks(self) -> None:
+        if self.block_map is not None and self.block_grid is not None:
+            raise InjectionError(f"block_map and block_grid={self.block_grid} exclude each other; give one of them.")
+        if self.block_map is None:
+            if self.block_grid is None and self.num_blocks is not None:
+                side = math.isqrt(max(self.num_blocks, 0))
+                if side * side != self.num_blocks or side == 0:
+                    raise InjectionError(
+                        f"num_blocks={self.num_blocks} is not a square; say how the page is cut with "
+                        "block_grid=(rows, columns)."
+                    )
+                self.block_grid = (side, side)
+            rows, columns = self.block_grid or (4, 4)
+            self.block_grid = (rows, columns)  # JSON gives a list back
+            if rows < 1 or columns < 1:
+                raise InjectionError(f"block_grid={self.block_grid} must be two numbers of at least 1.")
+            needed = rows * columns
+        else:
+            try:
+                needed = int(check_block_map(torch.tensor(self.block_map)).max()) + 1
+            except (LayoutError, ValueError, TypeError) as error:
+                raise InjectionError(f"block_map is not a map of block ids: {error}") from None
+        if self.num_blocks is None:
+            self.num_blocks = needed
+        if self.num_blocks < needed:
+            raise InjectionError(f"num_blocks={self.num_blocks} is too few for the {needed} blocks of the page.")
+
+    def block_map_tensor(self) -> Tensor:
+        """The map from places to block ids, `[m, n]`, int64."""
+        if self.block_map is not None:
+            return torch.tensor(self.block_map)
+        assert self.block_grid is not None
+        return default_block_map(self.block_grid)

@@ -1,0 +1,269 @@
+"""`inject_sfa`, `eject_sfa`, `describe`: SFA in one line, in place, on a tower or a whole vision-language model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sfa_adapters.bias import parameter_shapes
+from sfa_adapters.config import SFAConfig
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
+from sfa_adapters.layer import CHILD_NAME, SFALayer
+from sfa_adapters.tuner import (
+    SFAModel,
+    add_adapter,
+    detach_all,
+    injected_layers,
+    plan_injection,
+    prepare_tower,
+    wrap_targets,
+)
+
+__all__ = ["Description", "describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"]
+
+Model = TypeVar("Model", bound=nn.Module)
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str = "default") -> Model:
+    """Gives the vision tower of a model a structural attention bias, in place.
+
+    The new parameters train; `requires_grad` of the model's own parameters is not touched. The adapter becomes the
+    active one.
+
+    Args:
+        model: A tower, or a vision-language model with one.
+        config: Options; `SFAConfig()` by default. It is copied.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found; lists the attention modules that were seen.
+        InjectionError: An option does not fit, or the name is taken.
+        UnsupportedAttentionError: The tower's attention cannot carry a bias.
+        AdapterMismatchError: `config` was saved with an adapter of another tower.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig, SiglipVisionModel
+        >>> tower = SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=4, image_size=56, patch_size=14))
+        >>> describe(inject_sfa(tower)).num_parameters
+        152
+    """
+    config = copy.deepcopy(config) if config is not None else SFAConfig()
+    plan = plan_injection(model, config, adapter_name)
+    try:
+        state = prepare_tower(plan)
+        plan = wrap_targets(model, plan)
+        config.tower = plan.signature()
+        config.target_modules = [name for _, name, _ in plan.targets]
+        for index, name, attention in plan.targets:
+            layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
+            layer.set_adapter([adapter_name])
+    except BaseException:
+        detach_all(model, adapter_name)
+        raise
+    return model
+
+
+def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+    """Removes SFA from a model, in place; with the last adapter gone the model is bit for bit what it was.
+
+    Args:
+        model: A model with SFA, by `inject_sfa` or as a `PeftModel`.
+        adapter_name: Remove this adapter only; all by default.
+
+    Returns:
+        The model; for a `PeftModel` whose method is SFA, its base model once no adapter is left.
+
+    Raises:
+        InjectionError: The model has no SFA, or no adapter of that name.
+    """
+    layers = injected_layers(model)
+    names = sorted({name for _, _, layer in layers for name in layer.configs})
+    if not layers or (adapter_name is not None and adapter_name not in names):
+        wanted = "no SFA adapter" if adapter_name is None else f"no SFA adapter named {adapter_name!r}"
+        raise InjectionError(f"{type(model).__name__} has {wanted}; adapters: {names}.")
+    if isinstance(model, PeftModel) and isinstance(model.base_model, SFAModel):
+        if adapter_name is not None and len(names) > 1:
+            model.delete_adapter(adapter_name)
+            return model
+        return model.unload()
+    detach_all(model, adapter_name)
+    return model
+
+
+@dataclass(frozen=True)
+class Description:
+    """What SFA adds to a model, or would add; `print` it.
+
+    Attributes:
+        backbone: Name of the registered backbone.
+        tower: Path of the tower in the model.
+        tower_class: Its class.
+        num_layers: Attention layers with a bias.
+        tower_layers: Attention layers of the tower.
+        num_heads: Heads per layer.
+        num_parameters: Structural parameters of one adapter, over all layers.
+        grid: Rows and columns of patches, None where any size goes.
+        prefix_tokens: Leading tokens without a place.
+        adapters: Names of the adapters in the model; empty before injection.
+        active: Names of those that act.
+    """
+
+    backbone: str
+    tower: str
+    tower_class: str
+    num_layers: int
+    tower_layers: int
+    num_heads: int
+    num_parameters: int
+    grid: tuple[int, int] | None
+    prefix_tokens: int
+    adapters: tuple[str, ...]
+    active: tuple[str, ...]
+
+    def __str__(self) -> str:
+        grid = f"{self.grid[0]}x{self.grid[1]}" if self.grid else "any size"
+        adapters = ", ".join(f"{name}{'' if name in self.active else ' (inactive)'}" for name in self.adapters)
+        rows = {
+            "tower": f"{self.tower or '(the model)'}  {self.tower_class}",
+            "backbone": self.backbone,
+            "layers": f"{self.num_layers} of {self.tower_layers}, {self.num_heads} heads each",
+            "grid": f"{grid} patches, {self.prefix_tokens} prefix tokens",
+            "parameters": f"{self.num_parameters:,} ({self.num_parameters // max(self.num_layers, 1)} per layer)",
+            "adapters": adapters or "none yet",
+        }
+        return "\n".join(f"{label:<11}{text}" for label, text in rows.items())
+
+
+def describe(model: nn.Module, config: SFAConfig | None = None) -> Description:
+    """Says what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found.
+        InjectionError: `config` does not fit the tower.
+    """
+    layers = injected_layers(model)
+    if layers:
+        first = layers[0][2]
+        config = next(iter(first.configs.values()), SFAConfig())
+        adapters = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.configs))
+        active = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.active))
+        name = (active or adapters or ("",))[0]
+        adapted = [layer for _, _, layer in layers if name in layer.configs]
+        parameters = sum(p.numel() for layer in adapted for p in _adapter_tensors(layer, name).values())
+        plan = plan_injection(model, SFAConfig(), adapter_name="")
+        num_layers = len(adapted)
+    else:
+        config = config or SFAConfig()
+        plan = plan_injection(model, config)
+        assert config.num_blocks is not None
+        shapes = parameter_shapes(plan.num_heads, config.num_blocks, config.terms)
+        parameters = len(plan.layers) * sum(torch.Size(shape).numel() for shape in shapes.values())
+        num_layers, adapters, active = len(plan.layers), (), ()
+    return Description(
+        backbone=plan.found.backbone.name,
+        tower=plan.found.name,
+        tower_class=type(plan.found.tower).__name__,
+        num_layers=num_layers,
+        tower_layers=len(plan.found.attentions),
+        num_heads=plan.num_heads,
+        num_parameters=parameters,
+        grid=plan.geometry.grid,
+        prefix_tokens=plan.geometry.prefix_tokens,
+        adapters=adapters,
+        active=active,
+    )
+
+
+def _adapter_tensors(layer: SFALayer, adapter_name: str) -> dict[str, Tensor]:
+    return {
+        attribute: getattr(layer, attribute)[adapter_name]
+        for attribute in layer.adapter_layer_names
+        if adapter_name in getattr(layer, attribute)
+    }
+
+
+def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Writes one adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), for models without PEFT.
+
+    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InjectionError: The model has no SFA adapter of that name.
+    """
+    tensors: dict[str, Tensor] = {}
+    config: SFAConfig | None = None
+    for name, _, layer in injected_layers(model):
+        if adapter_name in layer.configs:
+            config = layer.configs[adapter_name]
+            path = f"{name}.{CHILD_NAME}" if name else CHILD_NAME
+            for attribute, tensor in _adapter_tensors(layer, adapter_name).items():
+                tensors[f"{PEFT_PREFIX}{path}.{attribute}"] = tensor.detach().cpu().contiguous()
+    if config is None:
+        raise InjectionError(f"{type(model).__name__} has no SFA adapter named {adapter_name!r} to save.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    saved = copy.deepcopy(config)
+    saved.inference_mode = True
+    saved.save_pretrained(str(folder))
+    return folder
+
+
+def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default") -> Model:
+    """Injects an adapter that was saved by `save_sfa` or by PEFT.
+
+    Args:
+        model: The base model, without an adapter of this name.
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` are.
+        adapter_name: Name that the adapter gets here.
+
+    Returns:
+        The same model.
+
+    Raises:
+        WeightsError: A file is missing.
+        AdapterMismatchError: The adapter is of another tower, of a newer format, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    for file in ("adapter_config.json", WEIGHTS_NAME):
+        if not (folder / file).is_file():
+            raise WeightsError(f"{folder} has no {file}; it is not a saved adapter.")
+    config: Any = SFAConfig.from_pretrained(str(folder))
+    if not isinstance(config, SFAConfig):
+        raise AdapterMismatchError(f"{folder} holds a {config.peft_type} adapter, not SFA.")
+    tensors = load_file(folder / WEIGHTS_NAME)
+    inject_sfa(model, config, adapter_name)
+    try:
+        for name, _, layer in injected_layers(model):
+            path = f"{name}.{CHILD_NAME}" if name else CHILD_NAME
+            for attribute, parameter in _adapter_tensors(layer, adapter_name).items():
+                saved = tensors.pop(f"{PEFT_PREFIX}{path}.{attribute}", None)
+                if saved is None or saved.shape != parameter.shape:
+                    found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                    raise AdapterMismatchError(
+                        f"{folder / WEIGHTS_NAME}: {path}.{attribute} needs {tuple(parameter.shape)}, found {found}."
+                    )
+                with torch.no_grad():
+                    parameter.copy_(saved)
+        if tensors:
+            raise AdapterMismatchError(f"{folder / WEIGHTS_NAME} holds tensors for no layer here, e.g. {min(tensors)}.")
+    except BaseException:
+        detach_all(model, adapter_name)
+        raise
+    return model

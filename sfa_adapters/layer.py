@@ -1,0 +1,348 @@
+"""`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that bring them in.
+
+The layer sits **beside** the attention's own weights, as its child `sfa`: base state-dict keys stay as they are, LoRA
+still finds
+`q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the attention's own
+mask argument; a forward hook checks that the mask was used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from sfa_adapters.attention import Backend, dense_mask
+from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factors, parameter_shapes
+from sfa_adapters.config import SFAConfig
+from sfa_adapters.errors import BiasNotAppliedError, LayoutError
+from sfa_adapters.layout import TokenLayout
+from sfa_adapters.mask import SegmentedMask, StructuralMask
+from sfa_adapters.registry import Backbone, Geometry
+
+__all__ = ["CHILD_NAME", "SFALayer", "TowerState", "attach_layer", "detach_layer"]
+
+CHILD_NAME = "sfa"
+# Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
+# fold.
+SHORT_SEGMENT = 256
+# Layouts of this many different inputs are kept; documents come in many shapes, training sets in few.
+LAYOUTS_KEPT = 64
+
+
+@dataclass(eq=False)
+class TowerState:
+    """What the adapted layers of one tower share: how to lay out the tokens of the forward under way.
+
+    Grids are remembered per token count, not only for the latest forward, because gradient checkpointing runs the
+    layers again in the backward pass, when another image may have passed the tower.
+    """
+
+    backbone: Backbone
+    geometry: Geometry
+    tower_name: str
+    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
+    inputs: dict[int, Any] = field(default_factory=dict)
+    layouts: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.geometry.grid is not None:
+            self._remember(self.geometry.grid)
+
+    def _remember(self, grid: tuple[int, int]) -> None:
+        self.grids[grid[0] * grid[1] + self.geometry.prefix_tokens] = grid
+
+    def see_input(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the shape of the images that the tower is about to see."""
+        if self.backbone.grid_of_input is not None:
+            grid = self.backbone.grid_of_input(tower, args, kwargs)
+            if grid is not None:
+                self._remember(grid)
+        elif self.backbone.describe_input is not None:
+            tokens, description = self.backbone.describe_input(tower, args, kwargs)
+            self.inputs[tokens] = description
+
+    def layout(self, num_tokens: int, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
+        """The layout of `num_tokens` tokens on a fixed grid.
+
+        Raises:
+            LayoutError: No grid with this many tokens was seen.
+        """
+        grid = self.grids.get(num_tokens)
+        prefix = self.geometry.prefix_tokens
+        if grid is None:
+            known = ", ".join(f"{h}x{w}+{prefix}={n}" for n, (h, w) in self.grids.items())
+            raise LayoutError(
+                f"An adapted {self.backbone.name} layer got {num_tokens} tokens; the tower's grids have {known}. "
+                f"Call the tower ({self.tower_name or 'the model'}) itself, with sides that its patch size divides."
+            )
+        return self._cached((grid, key, device), lambda: TokenLayout.regular(*grid, prefix, block_map, device))
+
+    def segments(
+        self, num_tokens: int, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device
+    ) -> list[TokenLayout]:
+        """Layouts of the segments of a flat sequence: short ones batched (padded), long ones alone.
+
+        Raises:
+            LayoutError: No input with this many tokens was seen.
+        """
+        if num_tokens not in self.inputs:
+            raise LayoutError(
+                f"An adapted {self.backbone.name} layer got {num_tokens} tokens that bypassed the forward of its tower "
+                f"({self.tower_name or 'the model'}); call the tower, so that the image sizes are known."
+            )
+        description = self.inputs[num_tokens]
+
+        def build() -> list[TokenLayout]:
+            assert self.backbone.segment_layouts is not None
+            layouts = self.backbone.segment_layouts(description, bounds, block_map)
+            if max(layout.num_tokens for layout in layouts) <= SHORT_SEGMENT:
+                layouts = [TokenLayout.batch(layouts)]
+            return [layout.to(device) for layout in layouts]
+
+        return self._cached((description, bounds, key, device), build)
+
+    def _cached(self, key: Any, build: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return build()
+        if key not in self.layouts:
+            if len(self.layouts) >= LAYOUTS_KEPT:
+                self.layouts.pop(next(iter(self.layouts)))
+            self.layouts[key] = build()
+        return self.layouts[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layouts": {}}
+
+
+class SFALayer(nn.Module, BaseTunerLayer):
+    """The structural scalars of one attention layer, for any number of named adapters (a PEFT tuner layer).
+
+    Args:
+        num_heads: Heads of the attention layer.
+        index: Number of the layer in its tower.
+        name: Path of the attention module in the model.
+        state: What the layers of the tower share.
+    """
+
+    adapter_layer_names = tuple(f"sfa_{term}" for term in TERMS)
+    other_param_names = ()
+
+    def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
+        super().__init__()
+        self.num_heads, self.index, self.name, self.state = num_heads, index, name, state
+        self.configs: dict[str, SFAConfig] = {}
+        self.cache_bytes: dict[str, float] = {}
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict())
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+        self.pending: StructuralMask | SegmentedMask | None = None
+        self._dense: tuple[Any, Tensor, TokenLayout] | None = None
+        self.mask_position: int | None = None
+        self.hook_ids: tuple[int, ...] = ()
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: SFAConfig, num_layers: int, device: torch.device) -> None:
+        """Adds the scalars of one adapter, drawn anew, and makes no other adapter inactive."""
+        assert config.num_blocks is not None
+        for term, shape in parameter_shapes(self.num_heads, config.num_blocks, config.terms).items():
+            values = torch.empty(shape, device=device, dtype=torch.float32)
+            parameters = getattr(self, f"sfa_{term}")
+            parameters[adapter_name] = nn.Parameter(nn.init.normal_(values, std=config.init_std))
+        self.configs[adapter_name] = config
+        self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes one adapter from the layer."""
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+        self.cache_bytes.pop(adapter_name, None)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the adapters that act in this layer now."""
+        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
+
+    def weights(self, adapter_name: str) -> StructuralWeights:
+        """The scalars of one adapter."""
+        found = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return StructuralWeights(*(dict(values.items()).get(adapter_name) for values in found))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused by the tuner; see `SFAModel._check_merge_allowed`."""
+        raise NotImplementedError
+
+    def get_base_layer(self) -> nn.Module:
+        """A layer that stands beside another wraps nothing."""
+        return self
+
+    # -- the mask ---------------------------------------------------------------------------------------------------
+
+    def build_mask(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, bounds: Tensor | None
+    ) -> StructuralMask | SegmentedMask | None:
+        """The mask for this forward, or None when no adapter is active.
+
+        Args:
+            hidden_states: Input of the attention module, `[batch, tokens, width]`, or `[tokens, width]` for segmented
+                towers.
+            attention_mask: The mask that the model passed.
+            bounds: Segment boundaries, `[segments + 1]`, for segmented towers.
+        """
+        active = self.active
+        if not active:
+            return None
+        weights = [self.weights(name) for name in active]
+        config = self.configs[active[0]]
+        block_map, key = config.block_map_tensor(), _block_key(config)
+        if any(_block_key(self.configs[name]) != key for name in active):
+            raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
+        backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
+        device = hidden_states.device
+        if bounds is not None:
+            segments = self.state.segments(hidden_states.shape[-2], tuple(bounds.tolist()), block_map, key, device)
+            factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
+            if len(factors) == 1 and segments[0].batch_size is not None:
+                return SegmentedMask(_split_batch(factors[0]), backend)
+            return SegmentedMask(factors, backend)
+        layout = self.state.layout(hidden_states.shape[-2], block_map, key, device)
+        bias = bias_factors(weights, layout, self.num_heads)
+        budget = min(self.cache_bytes[name] for name in active)
+        return StructuralMask(bias, attention_mask, backend, _CachedDense(self, bias, weights, budget))
+
+    def dense_mask(self, bias: BiasFactors, weights: list[StructuralWeights], like: Tensor) -> Tensor:
+        """The dense mask in the dtype of `like`, kept until a scalar or the layout changes."""
+        key = (id(bias.layout), like.dtype, like.device, _fingerprint(weights))
+        if self._dense is None or self._dense[0] != key:
+            # The layout is kept in the entry, so that its id is not given to another one while the entry lives.
+            self._dense = (key, dense_mask(bias, like), bias.layout)
+        return self._dense[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pending": None, "_dense": None}
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"layer={self.index}, num_heads={self.num_heads}, adapters={list(self.configs)}"
+
+
+class _CachedDense:
+    """Serves `StructuralMask` a dense mask that outlives the forward, inside a memory budget; see `DenseCache`."""
+
+    def __init__(self, layer: SFALayer, bias: BiasFactors, weights: list[StructuralWeights], budget: float) -> None:
+        self.layer, self.bias, self.weights, self.budget = layer, bias, weights, budget
+
+    def __call__(self, query: Tensor) -> Tensor | None:
+        layout = self.bias.layout
+        needed = query.shape[1] * layout.num_tokens**2 * query.element_size() * (layout.batch_size or 1)
+        if self.bias.requires_grad or needed > self.budget or torch.compiler.is_compiling():
+            return None
+        return self.layer.dense_mask(self.bias, self.weights, query)
+
+
+def _block_key(config: SFAConfig) -> str:
+    return str(config.block_map or config.block_grid)
+
+
+def _split_batch(bias: BiasFactors) -> list[Tensor | BiasFactors]:
+    """Dense masks of all short segments in one go, cut to each segment's own length."""
+    padding = bias.layout.padding
+    phi = bias.dense()
+    if padding is None:
+        return [segment.unsqueeze(0) for segment in phi]
+    lengths = (~padding).sum(-1).tolist()
+    return [segment[None, :, :length, :length] for segment, length in zip(phi, lengths, strict=True)]
+
+
+def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
+    """Changes whenever a scalar does.
+
+    On a CPU the values themselves (a few hundred): code that writes through `.data` leaves version counters alone. On
+    other
+    devices reading them would wait for the device, so there it is the version counters; after writing through `.data`
+    call `model.train()` or pass gradients once.
+    """
+    tensors = [t for w in weights for t in (w.row, w.col, w.dist, w.block) if t is not None]
+    if all(t.device.type == "cpu" for t in tensors):
+        return tuple(t.detach().numpy().tobytes() for t in tensors)
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+# -- attaching ------------------------------------------------------------------------------------------------------
+
+
+def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
+    """Puts the layer beside the weights of its attention module and hooks it in."""
+    attention.add_module(CHILD_NAME, layer)
+    parameters = list(inspect.signature(type(attention).forward).parameters)
+    argument = layer.state.backbone.mask_argument
+    # `self` is the first parameter. Arguments that a module takes through **kwargs have no position.
+    layer.mask_position = parameters.index(argument) - 1 if argument in parameters else None
+    pre = attention.register_forward_pre_hook(add_bias, with_kwargs=True)
+    post = attention.register_forward_hook(check_bias_used)
+    layer.hook_ids = (pre.id, post.id)
+
+
+def detach_layer(attention: nn.Module) -> None:
+    """Takes the layer out again; the module is as it was."""
+    layer: SFALayer = getattr(attention, CHILD_NAME)
+    remove_hooks(attention, layer.hook_ids)
+    delattr(attention, CHILD_NAME)
+
+
+def remove_hooks(module: nn.Module, ids: tuple[int, ...]) -> None:
+    """Removes forward hooks by id: unlike handles, ids stay valid in copies and pickles of a model."""
+    for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
+        for number in ids:
+            hooks.pop(number, None)
+
+
+def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an attention module: merges the bias into its mask argument."""
+    layer: SFALayer = getattr(attention, CHILD_NAME)
+    hidden_states: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    position = layer.mask_position
+    positional = position is not None and len(args) > position
+    backbone = layer.state.backbone
+    given = args[position] if position is not None and positional else kwargs.get(backbone.mask_argument)
+    bounds = None
+    if backbone.segment_layouts is not None:
+        bounds = kwargs.get(backbone.segment_argument)
+        bounds = args[1] if bounds is None else bounds
+    mask = layer.build_mask(hidden_states, given, bounds)
+    layer.pending = mask
+    if mask is None:
+        return None
+    if positional:
+        assert position is not None
+        return (*args[:position], mask, *args[position + 1 :]), kwargs
+    return args, {**kwargs, backbone.mask_argument: mask}
+
+
+def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attention module: an adapter that silently does nothing is an error.
+
+    Raises:
+        BiasNotAppliedError: The attention implementation dropped the mask; names the layer and the implementation.
+    """
+    layer: SFALayer = getattr(attention, CHILD_NAME)
+    mask, layer.pending = layer.pending, None
+    if mask is not None and not mask.used:
+        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
+        raise BiasNotAppliedError(
+            f"{layer.name} ({type(attention).__name__}) ran without using its bias: the attention implementation "
+            f"{implementation!r} drops the argument {layer.state.backbone.mask_argument!r}. "
+            "Load the model with attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa')."
+        )
+
+
+def see_tower_input(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a tower: notes the grid of the images."""
+    tower.__dict__["_sfa_state"].see_input(tower, args, kwargs)

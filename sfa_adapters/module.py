@@ -1,0 +1,103 @@
+"""`SFAAttention`: self-attention with a structural bias, for people who write their own vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sfa_adapters.attention import Backend, attend
+from sfa_adapters.bias import TERMS, StructuralBias, Term
+from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.layout import TokenLayout, default_block_map
+
+__all__ = ["SFAAttention"]
+
+
+class SFAAttention(nn.Module):
+    """Multi-head self-attention over visual tokens with phi on its logits.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Attention heads; must divide `dim`.
+        grid: Rows and columns of tokens, used when `forward` gets no layout.
+        prefix_tokens: Leading tokens without a place.
+        qkv_bias: Whether the q, k and v projections have a bias.
+        block_grid: Partition of the page into blocks.
+        init_std: Standard deviation of the structural scalars.
+        terms: Which of the four terms are on.
+        dropout: Dropout probability on attention weights in training.
+        backend: `auto`, `folded` or `dense`.
+
+    Raises:
+        InjectionError: `num_heads` does not divide `dim`, or a structural option is wrong.
+
+    Example:
+        >>> import torch
+        >>> attention = SFAAttention(1024, num_heads=16, grid=(28, 28))
+        >>> attention(torch.zeros(2, 784, 1024)).shape
+        torch.Size([2, 784, 1024])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int] | None = None,
+        prefix_tokens: int = 0,
+        qkv_bias: bool = True,
+        block_grid: tuple[int, int] = (4, 4),
+        init_std: float = 0.02,
+        terms: Sequence[Term] = TERMS,
+        dropout: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise InjectionError(f"num_heads={num_heads} must divide dim={dim}.")
+        self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
+        self.backend: Backend = backend
+        self.block_map = default_block_map(block_grid)
+        self.layout = None if grid is None else TokenLayout.regular(*grid, prefix_tokens, self.block_map)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.structural_bias = StructuralBias(num_heads, self.block_map.numel(), init_std, terms)
+
+    def forward(
+        self, hidden_states: Tensor, layout: TokenLayout | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            hidden_states: `[batch, tokens, dim]`.
+            layout: Where the tokens lie; the layer's own grid by default.
+            attention_mask: A further mask, boolean or additive, broadcastable to `[batch, heads, query, key]`.
+
+        Returns:
+            `[batch, tokens, dim]`.
+
+        Raises:
+            LayoutError: No layout was given and the layer has no grid, or the layout is for other tokens.
+        """
+        layout = layout or self.layout
+        if layout is None:
+            raise LayoutError(
+                "SFAAttention needs a layout: pass grid=(rows, columns) when it is built, or layout= here."
+            )
+        if layout.device != hidden_states.device:
+            layout = layout.to(hidden_states.device)
+            if self.layout is not None and layout.num_tokens == self.layout.num_tokens:
+                self.layout = layout
+        batch, tokens, dim = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(
+            query,
+            key,
+            value,
+            self.structural_bias.factors(layout),
+            attention_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))

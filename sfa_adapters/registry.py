@@ -1,0 +1,254 @@
+"""The registry of backbones: one record says how one kind of tower is found and how a bias enters it.
+
+A backbone is data plus a few small functions; `register_backbone` adds one, and modules named in the entry-point group
+`sfa_adapters.backbones` are imported when a tower is first looked up, so third parties add towers in their own
+packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
+from sfa_adapters.layout import TokenLayout
+
+__all__ = [
+    "Backbone",
+    "FoundTower",
+    "Geometry",
+    "find_tower",
+    "register_backbone",
+    "registered_backbones",
+]
+
+ENTRY_POINT_GROUP = "sfa_adapters.backbones"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a tower looks like before it has seen an image.
+
+    Attributes:
+        grid: Rows and columns of patches at the tower's own image size, or None where any size goes (Qwen-type).
+        prefix_tokens: Leading tokens without a place (CLS, registers).
+    """
+
+    grid: tuple[int, int] | None
+    prefix_tokens: int
+
+
+# (tower, args, kwargs of its forward) -> grid of this forward, or None when the inputs do not say.
+GridOfInput = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[int, int] | None]
+# (tower, its forward's args, kwargs) -> number of tokens, and a hashable description that segment layouts are built
+# from.
+DescribeInput = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[int, Any]]
+# (that description, segment boundaries, block map) -> one layout per segment.
+SegmentLayouts = Callable[[Any, tuple[int, ...], Tensor], list[TokenLayout]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """How one kind of vision tower is adapted. Class names are patterns over `module.Class`, as in `fnmatch`.
+
+    Attributes:
+        name: Unique name, saved with adapters.
+        towers: Classes of the tower: the module whose forward takes the image.
+        attentions: Classes of its attention modules; they must have `num_heads`.
+        geometry: Reads grid and prefix from a tower.
+        grid_of_input: Reads the grid from the inputs of a tower's forward (fixed-grid towers).
+        mask_argument: Name of the argument of the attention module's forward that takes an additive mask.
+        describe_input: Segmented towers only: what to remember of the tower's inputs.
+        segment_layouts: Segmented towers only: the layout of each segment.
+        segment_argument: Segmented towers only: the argument of the attention's forward with the segment boundaries.
+        wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
+        unwrap_attention: Gives back what `wrap_attention` was given.
+        check: Raises a named error for configurations of the tower that cannot carry a bias.
+    """
+
+    name: str
+    towers: tuple[str, ...]
+    attentions: tuple[str, ...]
+    geometry: Callable[[nn.Module], Geometry]
+    grid_of_input: GridOfInput | None = None
+    mask_argument: str = "attention_mask"
+    describe_input: DescribeInput | None = None
+    segment_layouts: SegmentLayouts | None = None
+    segment_argument: str = "cu_seqlens"
+    wrap_attention: Callable[[nn.Module], nn.Module] | None = None
+    unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
+    check: Callable[[nn.Module], None] | None = None
+
+    def is_tower(self, module: nn.Module) -> bool:
+        """Whether the module is a tower of this kind."""
+        return matches(module, self.towers)
+
+    def is_attention(self, module: nn.Module) -> bool:
+        """Whether the module is an attention layer of this kind of tower."""
+        return matches(module, self.attentions)
+
+
+@dataclass(frozen=True)
+class FoundTower:
+    """A tower inside a model.
+
+    Attributes:
+        name: Its path in the model, "" for the model itself.
+        tower: The tower.
+        backbone: Its record.
+        attentions: Its attention modules in order of execution, by path in the model.
+        used_layers: How many of them the host really reads, counted from the first.
+    """
+
+    name: str
+    tower: nn.Module
+    backbone: Backbone
+    attentions: tuple[tuple[str, nn.Module], ...]
+    used_layers: int
+
+
+_BACKBONES: dict[str, Backbone] = {}
+_loaded_entry_points: set[str] = set()
+
+
+def register_backbone(backbone: Backbone) -> Backbone:
+    """Adds a backbone.
+
+    Raises:
+        InjectionError: The name is taken, or the record says neither or both of fixed grid and segments.
+    """
+    if backbone.name in _BACKBONES:
+        raise InjectionError(f"A backbone named {backbone.name!r} is registered already; choose another name.")
+    if (backbone.grid_of_input is None) == (backbone.segment_layouts is None):
+        raise InjectionError(
+            f"Backbone {backbone.name!r} must have either grid_of_input (fixed grid) or segment_layouts, not both."
+        )
+    if (backbone.segment_layouts is None) != (backbone.describe_input is None):
+        raise InjectionError(f"Backbone {backbone.name!r}: segment_layouts and describe_input come together.")
+    if (backbone.wrap_attention is None) != (backbone.unwrap_attention is None):
+        raise InjectionError(f"Backbone {backbone.name!r}: wrap_attention and unwrap_attention come together.")
+    _BACKBONES[backbone.name] = backbone
+    return backbone
+
+
+def registered_backbones() -> dict[str, Backbone]:
+    """All backbones by name, those of installed packages included."""
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        if entry_point.name not in _loaded_entry_points:
+            entry_point.load()
+            _loaded_entry_points.add(entry_point.name)
+    return dict(_BACKBONES)
+
+
+def qualified_name(module: nn.Module) -> str:
+    """`module.Class` of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def matches(module: nn.Module, patterns: Sequence[str]) -> bool:
+    """Whether the class of a module, or a class it derives from, fits one of the patterns."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def find_tower(model: nn.Module) -> FoundTower:
+    """Finds the one vision tower of a model; text towers are left alone.
+
+    Raises:
+        NoMatchingBackboneError: No registered backbone fits; lists the attention modules that were seen.
+        InjectionError: Several towers fit, or the tower is of a kind that cannot carry a bias.
+    """
+    backbones = registered_backbones()
+    found: list[tuple[str, nn.Module, Backbone]] = []
+    for name, module in model.named_modules():
+        if any(not outer or name.startswith(outer + ".") for outer, _, _ in found):
+            continue
+        backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
+        if backbone is not None:
+            found.append((name, module, backbone))
+    if not found:
+        raise NoMatchingBackboneError(_nothing_found(model, backbones))
+    if len(found) > 1:
+        names = ", ".join(f"{name} ({record.name})" for name, _, record in found)
+        raise InjectionError(f"{type(model).__name__} has several vision towers: {names}. Pass the one to adapt.")
+    name, tower, backbone = found[0]
+    prefix = f"{name}." if name else ""
+    attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.is_attention(m))
+    if not attentions:
+        raise NoMatchingBackboneError(
+            f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "
+            f"{list(backbone.attentions)}.\n{_nothing_found(tower, backbones)}"
+        )
+    return FoundTower(name, tower, backbone, attentions, _used_layers(model, len(attentions)))
+
+
+def _used_layers(model: nn.Module, num_layers: int) -> int:
+    """How many layers the host reads: LLaVA-1.5 takes the hidden states of layer -2, so its last layer is dead.
+
+    A parameter behind a dead layer never gets a gradient, and distributed data parallel stops on it.
+    """
+    host = next((m for m in model.modules() if _feature_layers(m)), None)
+    if host is None:
+        return num_layers
+    # hidden_states has num_layers + 1 entries: entry k is the output of layer k - 1.
+    entries = [layer if layer >= 0 else num_layers + 1 + layer for layer in _feature_layers(host)]
+    return min(max(entries), num_layers)
+
+
+def _feature_layers(module: nn.Module) -> list[int]:
+    config = getattr(module, "config", None)
+    value = getattr(config, "vision_feature_layer", None)
+    if value is None:
+        value = getattr(config, "vision_feature_layers", None)
+    if isinstance(value, int):
+        return [value]
+    return [layer for layer in value if isinstance(layer, int)] if isinstance(value, (list, tuple)) else []
+
+
+def _nothing_found(model: nn.Module, backbones: Mapping[str, Backbone]) -> str:
+    seen: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if "attention" in type(module).__name__.lower() or "attn" in name.rpartition(".")[2].lower():
+            seen.setdefault(qualified_name(module), []).append(name)
+    lines = [f"  {kind}: {len(names)} modules, e.g. {names[0]}" for kind, names in seen.items()] or ["  none"]
+    return (
+        f"No registered backbone fits {type(model).__name__}. Registered: {', '.join(sorted(backbones)) or 'none'}.\n"
+        "Attention modules in the model:\n" + "\n".join(lines) + "\nTo add a tower, describe it in a "
+        "sfa_adapters.registry.Backbone and pass that to register_backbone (see docs/adding_a_backbone.md)."
+    )
+
+
+def image_grid(pixel_values: Any, patch_size: Any) -> tuple[int, int] | None:
+    """Grid of an image tensor `[..., height, width]` cut into patches.
+
+    Args:
+        pixel_values: The images, or anything else, which gives None.
+        patch_size: One side, or height and width, in pixels.
+    """
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim < 3:
+        return None
+    height, width = pair(patch_size)
+    return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """One number as a pair, a pair (or longer sequence) as its last two entries."""
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
+
+
+def pixel_grid(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`grid_of_input` of transformers towers that take `pixel_values` first and have a `config.patch_size`."""
+    config: Any = tower.config
+    return image_grid(args[0] if args else kwargs.get("pixel_values"), config.patch_size)
+
+
+def config_grid(tower: nn.Module) -> tuple[int, int]:
+    """Grid at the tower's own image size, from `config.image_size` and `config.patch_size`."""
+    config: Any = tower.config
+    (height, width), (patch_height, patch_width) = pair(config.image_size), pair(config.patch_size)
+    return height // patch_height, width // patch_width

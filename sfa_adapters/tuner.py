@@ -1,0 +1,288 @@
+"""SFA as a PEFT method, and the injection that it shares with `inject_sfa`.
+
+Every check comes first (`plan_injection`), every change after (`prepare_tower`, `add_adapter`), so an error leaves
+the model as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+
+from sfa_adapters.config import SFAConfig
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, MergeError
+from sfa_adapters.layer import (
+    CHILD_NAME,
+    SFALayer,
+    TowerState,
+    attach_layer,
+    detach_layer,
+    remove_hooks,
+    see_tower_input,
+)
+from sfa_adapters.peft_type import SFA_PEFT_TYPE
+from sfa_adapters.registry import FoundTower, Geometry, find_tower
+
+__all__ = ["InjectionPlan", "SFAModel", "detach_all", "injected_layers", "plan_injection"]
+
+logger = logging.getLogger(__name__)
+
+STATE, ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_state", "_sfa_attn_implementation", "_sfa_hook_id"
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """What an injection would do to a model.
+
+    Attributes:
+        found: The tower.
+        geometry: Its grid and prefix.
+        num_heads: Heads of its attention layers.
+        layers: Indices of the layers that get a bias.
+    """
+
+    found: FoundTower
+    geometry: Geometry
+    num_heads: int
+    layers: tuple[int, ...]
+
+    @property
+    def targets(self) -> list[tuple[int, str, nn.Module]]:
+        """Index, path and module of the attention layers that get a bias."""
+        return [(index, *self.found.attentions[index]) for index in self.layers]
+
+    def signature(self) -> dict[str, Any]:
+        """What a saved adapter says about the tower that it was made for."""
+        return {
+            "backbone": self.found.backbone.name,
+            "num_layers": len(self.found.attentions),
+            "num_heads": self.num_heads,
+            "prefix_tokens": self.geometry.prefix_tokens,
+            "grid": list(self.geometry.grid) if self.geometry.grid else None,
+        }
+
+
+def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "default") -> InjectionPlan:
+    """Finds the tower and checks everything that can be wrong, without touching the model.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found.
+        UnsupportedAttentionError: The tower's attention cannot carry a bias.
+        InjectionError: An option does not fit the tower, or the adapter name is taken.
+        AdapterMismatchError: The configuration was saved with an adapter of another tower.
+    """
+    found = find_tower(model)
+    if found.backbone.check is not None:
+        found.backbone.check(found.tower)
+    heads = {int(getattr(module, "num_heads", 0)) for _, module in found.attentions}
+    if len(heads) != 1 or 0 in heads:
+        raise InjectionError(
+            f"The attention layers of {found.name or 'the tower'} must have one num_heads; found {heads}."
+        )
+    geometry = found.backbone.geometry(found.tower)
+    plan = InjectionPlan(found, geometry, heads.pop(), _choose_layers(found, config.layers_to_transform))
+    for _, name, module in plan.targets:
+        layer = getattr(module, CHILD_NAME, None)
+        if isinstance(layer, SFALayer) and adapter_name in layer.configs:
+            raise InjectionError(
+                f"{name} already has an SFA adapter named {adapter_name!r}. Choose another adapter_name, or call "
+                "eject_sfa(model) first."
+            )
+        if layer is not None and not isinstance(layer, SFALayer):
+            raise InjectionError(f"{name} already has a child named {CHILD_NAME!r} of {type(layer).__name__}.")
+    if config.tower is not None:
+        _check_same_tower(config.tower, plan.signature())
+    return plan
+
+
+def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
+    total, used = len(found.attentions), found.used_layers
+    if wanted is None:
+        return tuple(range(used))
+    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    wrong = [index for index in indices if isinstance(index, bool) or not -total <= index < total]
+    if wrong or not indices:
+        raise InjectionError(
+            f"layers_to_transform={wanted} must name layers of the tower, 0..{total - 1} (or -{total}..-1); "
+            f"wrong: {wrong}."
+        )
+    chosen = sorted({index % total for index in indices})
+    if len(chosen) < len(indices):
+        raise InjectionError(f"layers_to_transform={wanted} names a layer twice.")
+    dead = [index for index in chosen if index >= used]
+    if dead:
+        raise InjectionError(
+            f"layers_to_transform={wanted} names layer {dead[0]}, but the host reads only layers 0..{used - 1} "
+            "(vision_feature_layer): a bias there would never get a gradient."
+        )
+    return tuple(chosen)
+
+
+def _check_same_tower(saved: dict[str, Any], live: dict[str, Any]) -> None:
+    # The bias does not depend on resolution, so the grid may differ.
+    differences = [
+        f"{key}: adapter {saved.get(key)!r}, model {live[key]!r}"
+        for key in ("backbone", "num_layers", "num_heads", "prefix_tokens")
+        if saved.get(key) != live[key]
+    ]
+    if differences:
+        raise AdapterMismatchError(
+            f"This SFAConfig belongs to another tower ({'; '.join(differences)}). Load the adapter on the model it was "
+            "trained with, or inject with a fresh SFAConfig."
+        )
+
+
+def prepare_tower(plan: InjectionPlan) -> TowerState:
+    """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
+    found = plan.found
+    tower = found.tower
+    if STATE in tower.__dict__:
+        return tower.__dict__[STATE]
+    state = TowerState(found.backbone, plan.geometry, found.name)
+    implementation = getattr(getattr(tower, "config", None), "_attn_implementation", None)
+    if isinstance(implementation, str) and "flash" in implementation:
+        logger.warning(
+            "%s ran on %s, which takes no bias; it is moved to sdpa, where the folded bias uses the same flash kernel.",
+            found.name or type(tower).__name__,
+            implementation,
+        )
+        tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
+        tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
+    tower.__dict__[STATE] = state
+    tower.__dict__[TOWER_HOOK] = tower.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
+    return state
+
+
+def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
+    """Puts stand-ins in the place of attention modules that have no mask argument."""
+    wrap = plan.found.backbone.wrap_attention
+    if wrap is None:
+        return plan
+    for _, name, module in plan.targets:
+        wrapped = wrap(module)
+        if wrapped is not module:
+            model.set_submodule(name, wrapped)
+    return InjectionPlan(find_tower(model), plan.geometry, plan.num_heads, plan.layers)
+
+
+def add_adapter(
+    attention: nn.Module, index: int, name: str, plan: InjectionPlan, state: TowerState, config: SFAConfig, adapter: str
+) -> SFALayer:
+    """Adds one adapter to one attention module."""
+    layer = getattr(attention, CHILD_NAME, None)
+    if layer is None:
+        layer = SFALayer(plan.num_heads, index, name, state)
+        layer.train(attention.training)
+        attach_layer(attention, layer)
+    device = next((p.device for p in attention.parameters()), torch.device("cpu"))
+    layer.update_layer(adapter, config, len(plan.layers), device)
+    return layer
+
+
+def injected_layers(model: nn.Module) -> list[tuple[str, nn.Module, SFALayer]]:
+    """Path, attention module and SFA layer of every adapted layer of a model, in order."""
+    found = [(name, module, module._modules.get(CHILD_NAME)) for name, module in model.named_modules()]
+    return [(name, module, layer) for name, module, layer in found if isinstance(layer, SFALayer)]
+
+
+def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Removes one adapter, or all, and with the last one every trace of SFA."""
+    for name, attention, layer in injected_layers(model):
+        if adapter_name is not None and set(layer.configs) - {adapter_name}:
+            if adapter_name in layer.configs:
+                layer.delete_adapter(adapter_name)
+            continue
+        unwrap = layer.state.backbone.unwrap_attention
+        detach_layer(attention)
+        if unwrap is not None:
+            model.set_submodule(name, unwrap(attention)) if name else None
+    if injected_layers(model):
+        return
+    for module in model.modules():
+        if STATE in module.__dict__:
+            remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
+            del module.__dict__[STATE]
+            implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+            if implementation is not None:
+                module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+
+
+class SFAModel(BaseTuner):
+    """The PEFT tuner: `get_peft_model(model, SFAConfig())` builds it."""
+
+    prefix: str = "sfa_"
+    tuner_layer_cls = SFALayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - declared so by PEFT
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter to the tower of a model; on any error the model is as it was."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, SFAConfig)
+        self._plan = plan_injection(model, config, adapter_name)
+        self._state: TowerState | None = None
+        try:
+            self._state = prepare_tower(self._plan)
+            self._plan = wrap_targets(model, self._plan)
+            config.tower = self._plan.signature()
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            detach_all(model, adapter_name)
+            raise
+        finally:
+            del self._plan, self._state
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # A regular expression, because PEFT shortens long lists of names to suffixes, which text towers may share.
+        peft_config.target_modules = "|".join(re.escape(name) for _, name, _ in self._plan.targets)  # pyright: ignore[reportAttributeAccessIssue]
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return re.fullmatch(peft_config.target_modules, key)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        peft_config: SFAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        index = next(number for number, name, _ in self._plan.targets if name == current_key)
+        assert self._state is not None
+        layer = add_adapter(target, index, current_key, self._plan, self._state, peft_config, adapter_name)
+        layer.set_adapter(self.active_adapters)
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(
+            "A structural bias adds to the attention scores of pairs of tokens; no change of q, k or v weights does "
+            "that, so it cannot be merged. Keep the adapter attached, or call unload() to get the base model back."
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            MergeError: Always.
+        """
+        self._check_merge_allowed()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        detach_all(self.model)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+register_peft_method(name="sfa", config_cls=SFAConfig, model_cls=SFAModel)
+assert SFA_PEFT_TYPE == "SFA"
