@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfa_adapters.bias import BiasFactors
+from sfa_adapters.bias import BiasFactors, look_up
 from sfa_adapters.errors import LayoutError
 
 __all__ = ["Backend", "attend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
@@ -113,7 +113,8 @@ def check_fit(query: Tensor, bias: BiasFactors) -> None:
 
 def dense_mask(bias: BiasFactors, query: Tensor) -> Tensor:
     """Phi as an additive 4-D mask in the dtype of the query (a 3-D mask loses the fused CPU kernel)."""
-    return bias.dense().to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        return bias.dense().to(query.dtype)
 
 
 def merge_masks(mask: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -125,43 +126,42 @@ def merge_masks(mask: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask + attention_mask.to(mask.dtype)
 
 
-def fold_channels(bias: BiasFactors) -> tuple[Tensor, Tensor]:
-    """The extra channels that carry phi, before division of the query side by the scale.
+def fold_channels(bias: BiasFactors, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """The extra channels that carry phi, in parts that are broadcast when they are joined to q and k.
+
+    Args:
+        bias: The tables of phi.
+        scale: What attention will multiply q.k with; the query channels are divided by it.
 
     Returns:
-        Query channels `[1 or B, H, N, E]` in logits, and key channels `[1 or B, 1 or H, N, E]`; their product is phi
-        plus a constant per query, and `PADDING_LOGIT` at keys that are padding.
+        Query parts and key parts, each `[1 or B, 1 or H, N, e]`, fp32; `scale` times the product of the joined parts is
+        phi plus a constant per query, and `PADDING_LOGIT` at keys that are padding.
     """
     layout = bias.layout
-    spatial = layout.spatial.unsqueeze(-1)
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    offset: Tensor | None = None
-    for axis, table in ((layout.rows, bias.row_table), (layout.columns, bias.column_table)):
-        last = table[..., -1:]
-        one_hot = F.one_hot(axis.index, axis.num_kinds).to(table.dtype) * spatial  # [(B,) N, U]
-        # A product with one-hot rows, not an index: its gradient is a matrix product too, deterministic on every
-        # device.
-        looked_up = one_hot.unsqueeze(-3) @ torch.cat((table[..., :-1] - last, last), dim=-1)  # [(B,) H, N, U]
-        queries.append(looked_up[..., :-1])
-        keys.append(one_hot[..., :-1].unsqueeze(-3))
-        offset = looked_up[..., -1:] if offset is None else offset + looked_up[..., -1:]
-    if layout.prefix_tokens:
-        assert offset is not None
-        is_prefix = torch.arange(layout.num_tokens, device=layout.device) < layout.prefix_tokens
-        queries.append(-offset)
-        keys.append(is_prefix.to(offset.dtype)[:, None].expand((*keys[0].shape[:-1], 1)))
+    queries = [look_up(layout.one_hot, _shifted_tables(bias) / scale)]
+    keys = [layout.key_channels.unsqueeze(-3)]
     for value in bias.block_value:  # one rank-1 term per active adapter
-        queries.append(value.unsqueeze(-1))
+        queries.append(value.unsqueeze(-1) / scale)
         keys.append(value.unsqueeze(-1))
     if layout.padding is not None:
-        padded = layout.padding[..., None, :, None].to(bias.row_table.dtype)
-        queries.append(torch.full_like(padded, PADDING_LOGIT))
+        padded = layout.padding[..., None, :, None].to(queries[0].dtype)
+        queries.append(torch.full_like(padded, PADDING_LOGIT / scale))
         keys.append(padded)
-    query_channels, key_channels = _concatenate(queries), _concatenate(keys)
-    if query_channels.ndim == 3:
-        query_channels, key_channels = query_channels.unsqueeze(0), key_channels.unsqueeze(0)
-    return query_channels, key_channels
+    if layout.batch_size is None:
+        queries, keys = [part.unsqueeze(0) for part in queries], [part.unsqueeze(0) for part in keys]
+    return queries, keys
+
+
+def _shifted_tables(bias: BiasFactors) -> Tensor:
+    """Both tables in one, `[H, U + V, E]`, in the order of `TokenLayout.key_channels`, minus each row's last entry."""
+    rows, columns = bias.row_table, bias.column_table
+    last_row, last_column = rows[..., -1:], columns[..., -1:]
+    upper = [rows[..., :-1] - last_row, rows.new_zeros(*rows.shape[:-1], columns.shape[-1] - 1)]
+    lower = [columns.new_zeros(*columns.shape[:-1], rows.shape[-1] - 1), columns[..., :-1] - last_column]
+    if bias.layout.prefix_tokens:  # prefix keys have phi = 0: relative to the others, minus what was subtracted
+        upper.append(-last_row)
+        lower.append(-last_column)
+    return torch.cat((torch.cat(upper, dim=-1), torch.cat(lower, dim=-1)), dim=-2)
 
 
 def folded_attention(
@@ -177,30 +177,25 @@ def folded_attention(
     width = query.shape[-1]
     scale = float(width**-0.5) if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
-        query_channels, key_channels = fold_channels(bias)
-    total = width + query_channels.shape[-1]
+        queries, keys = fold_channels(bias, scale)
+    total = width + sum(part.shape[-1] for part in queries)
     # v must be as wide as q and k for the fused kernels.
-    pad = _native_width(total) - total
-    query = _widen(query, query_channels / scale, pad)
-    key = _widen(key, key_channels, pad)
-    value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    padded = _native_width(total)
+    query, key = _widen(query, queries, padded - total), _widen(key, keys, padded - total)
+    value = F.pad(value, (0, padded - value.shape[-1]))
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :width]
 
 
-def _widen(states: Tensor, channels: Tensor, pad: int) -> Tensor:
-    batch, heads, tokens, _ = states.shape
-    channels = F.pad(channels.to(states.dtype), (0, pad)).expand(batch, heads, tokens, -1)
-    return torch.cat((states, channels), dim=-1)
+def _widen(states: Tensor, parts: list[Tensor], pad: int) -> Tensor:
+    shape = states.shape[:-1]
+    wide = [part.to(states.dtype).expand(*shape, -1) for part in parts]
+    if pad:
+        wide.append(states.new_zeros(1).expand(*shape, pad))
+    return torch.cat((states, *wide), dim=-1)
 
 
 def _native_width(width: int) -> int:
     return next((native for native in HEAD_WIDTHS if native >= width), -(-width // 8) * 8)
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    """Joins channels; parts that all heads (or all images) share are broadcast to the others."""
-    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], dim=-1)

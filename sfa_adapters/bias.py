@@ -79,19 +79,26 @@ class BiasFactors:
     def dense(self) -> Tensor:
         """Phi as a matrix, logits, `[1, H, N, N]` or `[B, H, N, N]`, fp32; minus infinity at keys that are padding."""
         layout = self.layout
-        rows, columns = layout.rows.index, layout.columns.index
-        phi = self.row_table[:, rows[..., :, None], rows[..., None, :]]  # [H, (B,) N, N]
-        phi = phi + self.column_table[:, columns[..., :, None], columns[..., None, :]]
-        phi = phi.movedim(0, -3)  # [(B,) H, N, N]
-        spatial = layout.spatial
-        phi = phi * (spatial[..., :, None] & spatial[..., None, :]).unsqueeze(-3)
-        if self.block_value.shape[0]:
-            phi = phi + (self.block_value[..., :, None] * self.block_value[..., None, :]).sum(0)
+        zeros = self.row_table.new_zeros(self.num_heads, layout.rows.num_kinds, layout.columns.num_kinds)
+        upper = torch.cat((self.row_table, zeros), dim=-1)
+        lower = torch.cat((zeros.transpose(-1, -2), self.column_table), dim=-1)
+        blocks = [value.unsqueeze(-1) for value in self.block_value]  # [(B,) H, N, 1]
+        left = look_up(layout.one_hot, torch.cat((upper, lower), dim=-2))
+        right = layout.one_hot.unsqueeze(-3).expand(left.shape)
+        # Products with one-hot rows pick entries exactly; they are faster than indexing, backward most of all.
+        phi = torch.cat((left, *blocks), dim=-1) @ torch.cat((right, *blocks), dim=-1).transpose(-1, -2)
         if phi.ndim == 3:
             phi = phi.unsqueeze(0)
         if layout.padding is not None:
             phi = phi.masked_fill(layout.padding[:, None, None, :], float("-inf"))
         return phi
+
+
+def look_up(one_hot: Tensor, tables: Tensor) -> Tensor:
+    """Rows of per-head tables for each token: `[(B,) N, K]` and `[H, K, E]` to `[(B,) H, N, E]`."""
+    heads, kinds, width = tables.shape
+    found = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
+    return found.unflatten(-1, (heads, width)).movedim(-2, -3)
 
 
 def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_heads: int) -> BiasFactors:

@@ -9,8 +9,8 @@ Shape letters: B batch, N tokens, U distinct (start, extent) pairs on one axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class TokenLayout:
     rows: AxisKinds
     columns: AxisKinds
     padding: Tensor | None = None
+    _derived: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shape = self.block.shape
@@ -235,6 +236,37 @@ class TokenLayout:
     def device(self) -> torch.device:
         """Where the index tensors live."""
         return self.block.device
+
+    @property
+    def one_hot(self) -> Tensor:
+        """Which row kind and which column kind each token is, `[(B,) N, U + V]`, fp32; zero off the page."""
+        return self._derive("one_hot", self._build_one_hot)
+
+    @property
+    def key_channels(self) -> Tensor:
+        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]` and one channel for prefixes, fp32."""
+        return self._derive("key_channels", self._build_key_channels)
+
+    def _build_one_hot(self) -> Tensor:
+        parts = [torch.nn.functional.one_hot(axis.index, axis.num_kinds) for axis in (self.rows, self.columns)]
+        return torch.cat(parts, dim=-1).float() * self.spatial.unsqueeze(-1)
+
+    def _build_key_channels(self) -> Tensor:
+        rows, columns = self.one_hot.split((self.rows.num_kinds, self.columns.num_kinds), dim=-1)
+        parts = [rows[..., :-1], columns[..., :-1]]
+        if self.prefix_tokens:
+            is_prefix = torch.arange(self.num_tokens, device=self.device) < self.prefix_tokens
+            parts.append(is_prefix.float()[:, None].expand(*self.block.shape, 1))
+        return torch.cat(parts, dim=-1)
+
+    def _derive(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        """Keeps what depends on the layout alone, O(N), between forwards; not while a graph is being captured."""
+        if torch.compiler.is_compiling():
+            return build()
+        if name not in self._derived:
+            with torch.inference_mode(False):  # it may be used in training later
+                self._derived[name] = build()
+        return self._derived[name]
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """Copies the layout to a device."""

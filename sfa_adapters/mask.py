@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfa_adapters.attention import Backend, attend, check_fit, merge_masks
+from sfa_adapters.attention import Backend, attend, check_fit, dense_mask, merge_masks
 from sfa_adapters.bias import BiasFactors
 
 __all__ = ["DenseCache", "SegmentedMask", "StructuralMask"]
@@ -161,8 +161,8 @@ class StructuralMask(_LazyMask):
         self.used = True
         if like is not None and like.ndim == 4 and like.shape[-2:] == self.shape[-2:]:
             check_fit(like, self.bias)
-        phi = self.bias.dense()
-        return merge_masks(phi if like is None else phi.to(like.dtype), self.attention_mask)
+        mask = self.bias.dense() if like is None else dense_mask(self.bias, like)
+        return merge_masks(mask, self.attention_mask)
 
 
 class SegmentedMask(_LazyMask):
