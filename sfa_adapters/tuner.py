@@ -22,20 +22,19 @@ from sfa_adapters.errors import AdapterMismatchError, InjectionError, MergeError
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
-    TowerState,
     attach_layer,
     detach_layer,
     remove_hooks,
-    see_tower_input,
 )
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower
+from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
 
 __all__ = ["InjectionPlan", "SFAModel", "detach_all", "injected_layers", "plan_injection"]
 
 logger = logging.getLogger(__name__)
 
-STATE, ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_state", "_sfa_attn_implementation", "_sfa_hook_id"
+ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_attn_implementation", "_sfa_hook_id"
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
     """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
     found = plan.found
     tower = found.tower
-    if STATE in tower.__dict__:
-        return tower.__dict__[STATE]
+    if STATE_NAME in tower.__dict__:
+        return tower.__dict__[STATE_NAME]
     state = TowerState(found.backbone, plan.geometry, found.name)
     implementation = getattr(getattr(tower, "config", None), "_attn_implementation", None)
     if isinstance(implementation, str) and "flash" in implementation:
@@ -156,7 +155,7 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    tower.__dict__[STATE] = state
+    tower.__dict__[STATE_NAME] = state
     tower.__dict__[TOWER_HOOK] = tower.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
     return state
 
@@ -207,9 +206,9 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
     if injected_layers(model):
         return
     for module in model.modules():
-        if STATE in module.__dict__:
+        if STATE_NAME in module.__dict__:
             remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
-            del module.__dict__[STATE]
+            del module.__dict__[STATE_NAME]
             implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
             if implementation is not None:
                 module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
