@@ -36,8 +36,9 @@ PADDING_LOGIT = -3.0e4
 # Widths at which fused kernels have a native tile; in between they run at the cost of the next one or leave the fast
 # path.
 HEAD_WIDTHS = (32, 64, 96, 128, 192, 256)
-# Up to this many tokens a dense mask costs less than the extra channels do (benchmarks/results/attention_*).
-SMALL_SEQUENCE = 256
+# Up to about this many tokens a dense mask costs a CPU less than the extra channels do
+# (benchmarks/results/attention_*).
+SHORT_SEQUENCE = 320
 
 
 def attend(
@@ -83,13 +84,18 @@ def attend(
 def choose_backend(
     query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None
 ) -> Literal["dense", "folded"]:
-    """What `auto` does, from the measurements in `benchmarks/results`: fold, unless the sequence is short.
+    """What `auto` does, from the measurements in `benchmarks/results` (CPU) and docs/performance.md.
 
-    A real mask beside the bias needs a matrix in any case, so then the bias joins it.
+    * Short sequences on a CPU: dense. The matrix is small, and the extra channels are most of the work.
+    * A real mask beside a bias without gradients: dense. There is a matrix in any case, so the bias joins it.
+    * Else: folded. A matrix that needs gradients loses the fused kernels on every device, and on CUDA the flash
+      kernel takes no matrix at all.
     """
-    if attention_mask is not None:
+    if query.device.type == "cpu" and query.shape[-2] <= SHORT_SEQUENCE:
         return "dense"
-    return "dense" if query.shape[-2] <= SMALL_SEQUENCE else "folded"
+    if attention_mask is not None and not bias.requires_grad:
+        return "dense"
+    return "folded"
 
 
 def check_fit(query: Tensor, bias: BiasFactors) -> None:
