@@ -131,7 +131,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         key = (id(bias.layout), like.dtype, like.device, _fingerprint(weights))
         if self._dense is None or self._dense[0] != key:
             # The layout is kept in the entry, so that its id is not given to another one while the entry lives.
-            self._dense = (key, dense_mask(bias, like), bias.layout)
+            with torch.inference_mode(False), torch.no_grad():  # a later training step may use it
+                self._dense = (key, dense_mask(bias, like), bias.layout)
         return self._dense[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
     """
     tensors = [t for w in weights for t in (w.row, w.col, w.dist, w.block) if t is not None]
     if all(t.device.type == "cpu" for t in tensors):
-        return tuple(t.detach().numpy().tobytes() for t in tensors)
+        return tuple(t.detach().view(torch.uint8).numpy().tobytes() for t in tensors)
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
 
