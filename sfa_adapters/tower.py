@@ -100,7 +100,8 @@ class TowerState:
         if key not in self.layouts:
             if len(self.layouts) >= LAYOUTS_KEPT:
                 self.layouts.pop(next(iter(self.layouts)))
-            self.layouts[key] = build()
+            with torch.inference_mode(False):  # a later training step may use it
+                self.layouts[key] = build()
         return self.layouts[key]
 
     def __getstate__(self) -> dict[str, Any]:
