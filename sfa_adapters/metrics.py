@@ -55,9 +55,10 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
     Args:
         prediction: what the model said.
         target: the true answer.
-        mode: "reference" gives what the published code gives, bugs included: years may be 5% off, "25%" is 0.25, "1,234" and
-            "$12" are not numbers, a zero target is compared as text, and text must match up to case. "strict" understands
-            separators, currency and percent, wants years and zero exactly, and ignores outer space and a final dot.
+        mode: "reference" gives what the published code gives, bugs included: years may be 5% off, "25%" is 0.25,
+            "1,234" and "$12" are not numbers, a zero target is compared as text, and text must match up to case.
+            "strict" understands separators, currency and percent, wants years and zero exactly, and ignores outer space
+            and a final dot.
 
     Returns:
         True where it counts as right.

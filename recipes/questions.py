@@ -1,0 +1,58 @@
+"""Questions of the ChartQA kind about one table, with their true answers.
+
+Answers follow from the numbers as the chart prints them, so a reader who reads every mark correctly is always right.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, get_args
+
+from sfa_adapters.recipes.tables import Table
+
+__all__ = ["PHRASES", "QUESTION_TYPES", "Question", "QuestionType", "questions_for"]
+
+QuestionType = Literal["value", "difference", "largest"]
+QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
+# The fixed parts of every question; the nano hosts read each of them as one token.
+PHRASES = (
+    "What is the value of ",
+    "What is the difference between ",
+    "Which has the largest value",
+    " and ",
+    " in ",
+    "?",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, its answer, and which of the three types it is."""
+
+    text: str
+    answer: str
+    type: QuestionType
+
+
+def questions_for(table: Table) -> list[Question]:
+    """Every question that has one clear answer.
+
+    Args:
+        table: the table behind the chart.
+
+    Returns:
+        For each series: the value of each mark, the largest mark where it is unique, the difference of each pair of
+        marks that differ, larger minus smaller.
+    """
+    value, difference, largest, among, inside, end = PHRASES
+    found: list[Question] = []
+    for s, name in enumerate(table.series):
+        where = f"{inside}{name}{end}" if name else end
+        values, rows = table.values[s], table.rows
+        found += [Question(f"{value}{row}{where}", table.text(s, i), "value") for i, row in enumerate(rows)]
+        if values.count(max(values)) == 1:
+            found.append(Question(f"{largest}{where}", rows[values.index(max(values))], "largest"))
+        for i, j in combinations(range(len(rows)), 2):
+            gap = f"{abs(values[i] - values[j]):.{table.decimals}f}"
+            if float(gap) > 0:
+                found.append(Question(f"{difference}{rows[i]}{among}{rows[j]}{where}", gap, "difference"))
+    return found
