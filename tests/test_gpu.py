@@ -1,4 +1,4 @@
-"""What can only be checked on a CUDA device: the flash kernel really runs the folded bias, and agrees with the matrix."""
+"""What can only be checked on a CUDA device: flash runs the folded bias and agrees with the matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_folded_bias_runs_in_the_flash_kernel() -> None:
-    """Flash takes no mask, so under `sdpa_kernel(FLASH_ATTENTION)` only the fold can run; outputs and gradients agree."""
+    """Flash takes no mask, so with the others switched off only the fold can run; it agrees with the matrix."""
     torch.manual_seed(0)
     layout = TokenLayout.regular(32, 32, 1, device="cuda")
     bias = StructuralBias(16, init_std=0.5, device="cuda")
