@@ -1,0 +1,185 @@
+"""Builds any model without its weights and says what SFA would add: what `sfa inspect` prints.
+
+    sfa inspect OpenGVLab/InternVL3_5-8B-HF
+    sfa inspect vit_base_patch16_siglip_384
+
+Only a configuration is read; the model is built on the meta device, so an 8B model takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfa_adapters import describe
+from sfa_adapters.errors import SFAError
+from sfa_adapters.inject import Description
+from sfa_adapters.registry import find_tower, qualified_name
+
+__all__ = ["Inspection", "LayerRow", "ModelNotFoundError", "build_without_weights", "inspect_model"]
+
+HUB_TIMEOUT = 10.0  # seconds
+
+
+class ModelNotFoundError(SFAError, ValueError):
+    """A model name leads to no configuration (missing folder, unknown name, no network, remote code not allowed)."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One attention layer of a tower.
+
+    Attributes:
+        index: Its number in the tower.
+        path: Its path in the model.
+        attention: Its class.
+        parameters: Structural parameters it would get; 0 for a layer that the host does not read.
+    """
+
+    index: int
+    path: str
+    attention: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `sfa inspect` prints.
+
+    Attributes:
+        model: The name that was asked for.
+        model_class: Class of the model that was built.
+        model_parameters: Its parameters.
+        sfa: What SFA would add.
+        layers: The attention layers of its tower.
+    """
+
+    model: str
+    model_class: str
+    model_parameters: int
+    sfa: Description
+    layers: tuple[LayerRow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+
+def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
+    """Says what SFA would add to a model.
+
+    Args:
+        name: A model id of the Hugging Face hub, a local folder with a `config.json`, or a timm model name.
+        trust_remote_code: Run modelling code that comes with the model.
+
+    Raises:
+        ModelNotFoundError: No configuration was found under the name.
+        NoMatchingBackboneError: The model has no vision tower that a registered backbone fits.
+    """
+    model = build_without_weights(name, trust_remote_code)
+    found, sfa = find_tower(model), describe(model)
+    per_layer = sfa.num_parameters // max(sfa.num_layers, 1)
+    layers = tuple(
+        LayerRow(index, path, qualified_name(module), per_layer if index < found.used_layers else 0)
+        for index, (path, module) in enumerate(found.attentions)
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Inspection(name, type(model).__name__, total, sfa, layers)
+
+
+def build_without_weights(name: str, trust_remote_code: bool = False) -> nn.Module:
+    """Builds a model on the meta device from its configuration alone.
+
+    Raises:
+        ModelNotFoundError: No configuration was found under the name.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
+        return _from_config(str(folder), trust_remote_code)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(f"There is no folder {name}.")
+    model = _from_timm(name)
+    if model is not None:
+        return model
+    return _from_config(name, trust_remote_code)
+
+
+def _from_timm(name: str) -> nn.Module | None:
+    if importlib.util.find_spec("timm") is None:
+        return None
+    import timm
+
+    if not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False)
+
+
+def _from_config(name: str, trust_remote_code: bool) -> nn.Module:
+    import transformers
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+    from transformers.initialization import meta_device_safe_creation_ops
+
+    # Deprecations inside a configuration file are not the reader's to mend.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                # Fails at once, where the download would try for half a minute.
+                HfApi().model_info(name, timeout=HUB_TIMEOUT)
+            config: Any = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            # The class that the checkpoint was saved from; the automatic choice may leave out its language model.
+            named = [getattr(transformers, key, None) for key in getattr(config, "architectures", None) or []]
+            with torch.device("meta"), meta_device_safe_creation_ops():
+                if named and named[0] is not None:
+                    return named[0]._from_config(config)
+                is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
+                auto = AutoModelForImageTextToText if is_vlm else AutoModel
+                return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # remote code and the client of the hub raise what they like
+        raise ModelNotFoundError(_reason(name, error)) from error
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """One line for the many ways in which a configuration cannot be had."""
+    from huggingface_hub import errors
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(str(error).split())
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(entry, kinds) for entry in chain)
+
+    needs_timm = "/" not in name and importlib.util.find_spec("timm") is None
+    hint = " For timm names: pip install 'sfa-adapters[timm]'." if needs_timm else ""
+    if "trust_remote_code" in text:
+        return f"{name} brings its own modelling code; read it, then allow it with --trust-remote-code."
+    if caused_by(errors.GatedRepoError):
+        return f"{name} is a gated model; accept its terms on the hub and log in with: hf auth login"
+    if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return f"{name} is neither a folder nor a timm model nor a model of the Hugging Face hub.{hint}"
+    if caused_by(errors.EntryNotFoundError) and not caused_by(errors.LocalEntryNotFoundError):
+        return f"{name} has no config.json on the Hugging Face hub."
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    if caused_by(*offline) or any(isinstance(entry, OSError) and entry.errno for entry in chain):
+        return (
+            f"The Hugging Face hub could not be reached and {name} is not in the local cache. Check the network, or "
+            f"give a local folder with a config.json.{hint}"
+        )
+    return f"{name}: {text}{hint}"

@@ -1,0 +1,130 @@
+"""`sfa`: the command line. Each command imports what it needs, so that `sfa --help` stays quick.
+
+Mistakes of the user end in one line on stderr and exit code 2; errors of this library are written to be that line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfa_adapters.errors import SFAError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sfa",
+    help="Structural attention bias for the vision tower of any vision-language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    epilog="Examples:  sfa demo   |   sfa inspect google/siglip-so400m-patch14-384",
+    pretty_exceptions_enable=False,
+)
+# Packages that a command may need, and the extra that brings them.
+EXTRAS = {"PIL": "demo", "matplotlib": "demo", "timm": "timm", "datasets": "recipes"}
+# Its base is what every wrong use of the command line is; typer exports only this one by name.
+_UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sfa-adapters {version('sfa-adapters')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Structural attention bias for the vision tower of any vision-language model."""
+
+
+@app.command(epilog="Example:  sfa inspect vit_base_patch16_siglip_384")
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model id, a local folder, or a timm name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the model.")
+    ] = False,
+) -> None:
+    """Show the vision tower of MODEL and what SFA would add to it. Reads only its configuration, no weights."""
+    from sfa_adapters.recipes.inspect_model import inspect_model
+
+    found = inspect_model(model, trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", found.model)
+    facts.add_row("class", f"{found.model_class}, {found.model_parameters:,} parameters")
+    for line in str(found.sfa).splitlines():
+        label, _, text = line.partition(" ")
+        if label != "adapters":
+            facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
+    console.print(facts)
+    layers = Table("layer", "path in the tower", "attention", "parameters")
+    layers.columns[0].justify = layers.columns[-1].justify = "right"
+    for layer in found.layers:
+        count = f"{layer.parameters:,}" if layer.parameters else "not read by the host"
+        path = layer.path.removeprefix(f"{found.sfa.tower}.")  # below the tower, so that it fits a line
+        layers.add_row(str(layer.index), path, layer.attention.rpartition(".")[2], count)
+    layers.add_section()
+    layers.add_row("", "", "all", f"{found.sfa.num_parameters:,}")
+    console.print(layers)
+
+
+@app.command(epilog="Example:  sfa demo --steps 100 --out my-demo")
+def demo(
+    host: Annotated[str, typer.Option(help="Nano host: llava_onevision, internvl or llava.")] = "llava_onevision",
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps of each run.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the data order and of the initial bias.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the table and the figures.")] = Path("sfa-demo"),
+    weights: Annotated[Path | None, typer.Option(help="Weights of the host, for one that is not shipped.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Number of test questions.")] = None,
+) -> None:
+    """Fine-tune a small pretrained model on real charts, with SFA and without, and compare the two."""
+    from sfa_adapters.recipes.demo import DemoConfig, run_demo
+
+    numbers = {"steps": steps, "questions": questions}
+    given = {key: value for key, value in numbers.items() if value is not None}
+    run_demo(DemoConfig(host=host, seed=seed, out=out, weights=weights, **given))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except SFAError as error:
+        _fail(str(error))
+    except _UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        if not message:  # no command at all: the help is on the screen already
+            sys.exit(2)
+        _fail(f"{message} (see: sfa --help)")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        _fail(f"{error.name} is not installed. Run: pip install 'sfa-adapters[{EXTRAS[error.name]}]'")
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo("sfa: " + " | ".join(line.strip() for line in message.splitlines()), err=True)
+    sys.exit(2)
