@@ -132,25 +132,29 @@ def merge_masks(mask: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask + attention_mask.to(mask.dtype)
 
 
-def fold_channels(bias: BiasFactors, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+def fold_channels(
+    bias: BiasFactors, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
     """The extra channels that carry phi, in parts that are broadcast when they are joined to q and k.
 
     Args:
         bias: The tables of phi.
         scale: What attention will multiply q.k with; the query channels are divided by it.
+        dtype: Of the looked-up channels. The tables are built in fp32 and rounded once; ask for less than fp32 only
+            where no gradient is needed, since it would be summed over tokens in that dtype.
 
     Returns:
-        Query parts and key parts, each `[1 or B, 1 or H, N, e]`, fp32; `scale` times the product of the joined parts is
+        Query parts and key parts, each `[1 or B, 1 or H, N, e]`; `scale` times the product of the joined parts is
         phi plus a constant per query, and `PADDING_LOGIT` at keys that are padding.
     """
     layout = bias.layout
-    queries = [look_up(layout.one_hot, _shifted_tables(bias) / scale)]
+    queries = [look_up(layout.one_hot.to(dtype), (_shifted_tables(bias) / scale).to(dtype))]
     keys = [layout.key_channels.unsqueeze(-3)]
     for value in bias.block_value:  # one rank-1 term per active adapter
         queries.append(value.unsqueeze(-1) / scale)
         keys.append(value.unsqueeze(-1))
     if layout.padding is not None:
-        padded = layout.padding[..., None, :, None].to(queries[0].dtype)
+        padded = layout.padding[..., None, :, None].to(dtype)
         queries.append(torch.full_like(padded, PADDING_LOGIT / scale))
         keys.append(padded)
     if layout.batch_size is None:
@@ -183,7 +187,7 @@ def folded_attention(
     width = query.shape[-1]
     scale = float(width**-0.5) if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
-        queries, keys = fold_channels(bias, scale)
+        queries, keys = fold_channels(bias, scale, torch.float32 if bias.requires_grad else query.dtype)
     total = width + sum(part.shape[-1] for part in queries)
     # v must be as wide as q and k for the fused kernels.
     padded = _native_width(total)
