@@ -1,0 +1,165 @@
+"""The contract of every tower, part three: checkpointing, compilation, autocast, and caches that never go stale."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sfa_adapters import inject_sfa
+from sfa_adapters.tuner import injected_layers
+from tests import support
+from tests.towers import CASES, TowerCase, every_tower, set_checkpointing
+
+
+@every_tower
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_gives_the_same_gradients(case: TowerCase, reentrant: bool):
+    tower, inputs = support.injected(case)
+    tower.train()
+    expected = support.gradients(case, tower, inputs)
+    set_checkpointing(case, tower, reentrant)
+    calls: list[int] = []
+    handle = injected_layers(tower)[0][1].register_forward_hook(lambda *_: calls.append(1))
+    found = support.gradients(case, tower, inputs)
+    handle.remove()
+    assert len(calls) == 2, "the layer was not recomputed"
+    assert set(support.structural(tower)) <= set(found)
+    support.assert_same_gradients(found, expected, tolerance=1e-6)
+
+
+@every_tower
+def test_checkpointing_of_a_frozen_tower_trains_the_scalars(case: TowerCase):
+    tower, inputs = support.injected(case)
+    support.freeze_base(tower.train())
+    expected = support.gradients(case, tower, inputs)
+    set_checkpointing(case, tower, reentrant=False)
+    support.assert_same_gradients(support.gradients(case, tower, inputs), expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.resized], ids=str)
+def test_checkpointing_survives_a_forward_of_another_size_before_backward(case: TowerCase):
+    assert case.resized is not None
+    tower, inputs = support.injected(case)
+    tower.train()
+    expected = support.gradients(case, tower, inputs)
+    set_checkpointing(case, tower, reentrant=False)
+    tower.zero_grad(set_to_none=True)
+    loss = support.loss_of(case.hidden(tower, inputs))
+    for other in (case.split(case.resized(1))[0], case.split(case.resized(1))[1]):
+        support.read(case, tower, other)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+    support.assert_same_gradients(found, expected, tolerance=1e-6)
+
+
+COMPILED = [(case, "folded") for case in CASES if case.compiles] + [(CASES[0], "dense")]
+
+
+@pytest.mark.parametrize(("case", "backend"), COMPILED, ids=str)
+def test_compiles_without_graph_breaks(case: TowerCase, backend: str):
+    tower, inputs = support.injected(case, backend=backend)
+    expected, gradients = torch.cat(case.hidden(tower, inputs)), support.gradients(case, tower, inputs)
+    tower.zero_grad(set_to_none=True)
+    torch._dynamo.reset()
+    program: Any = torch.compile(tower, backend="aot_eager", fullgraph=True)
+    try:
+        hidden = case.hidden(program, inputs)
+    except Exception as error:
+        if _compiles_alone(case):
+            raise
+        pytest.skip(f"the host alone does not compile with fullgraph=True: {str(error).splitlines()[0]}")
+    support.assert_close(torch.cat(hidden), expected)
+    support.loss_of(hidden).backward()
+    found = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
+    unused = set(found) - set(gradients)  # a compiled graph gives zeros where eager gives none
+    assert not any(found[name].any() for name in unused)
+    support.assert_same_gradients({name: found[name] for name in set(found) - unused}, gradients)
+
+
+def _compiles_alone(case: TowerCase) -> bool:
+    tower, inputs = case.fresh()
+    torch._dynamo.reset()
+    program: Any = torch.compile(tower, backend="aot_eager", fullgraph=True)
+    try:
+        case.hidden(program, inputs)
+    except Exception:
+        return False
+    return True
+
+
+@every_tower
+@pytest.mark.parametrize("backend", ["dense", "folded"])
+def test_autocast(case: TowerCase, backend: str):
+    tower, inputs = case.fresh()
+    plain = support.read(case, tower, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounding = support.difference(support.read(case, tower, inputs), plain)
+    torch.manual_seed(3)
+    inject_sfa(tower, support.strong_config(backend=backend))
+    exact, gradients = support.read(case, tower, inputs), support.gradients(case, tower, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert support.difference(support.read(case, tower, inputs), exact) <= 4 * rounding + 1e-2
+        low = support.gradients(case, tower, inputs)
+    assert set(low) == set(gradients)
+    ours = torch.cat([low[name].flatten() for name in support.structural(tower)])
+    expected = torch.cat([gradients[name].flatten() for name in support.structural(tower)])
+    assert ours.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.98
+
+
+@every_tower
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_inference_then_training(case: TowerCase, mode: Any):
+    tower, inputs = support.injected(case)
+    expected = support.gradients(case, tower, inputs)
+    with mode():
+        before = torch.cat(case.hidden(tower, inputs)).clone()
+    support.assert_same_gradients(support.gradients(case, tower, inputs), expected, tolerance=1e-6)
+    optimizer = torch.optim.SGD(support.structural(tower).values(), lr=1.0)
+    optimizer.step()
+    with mode():
+        after = torch.cat(case.hidden(tower, inputs)).clone()
+    assert support.difference(before, after) > 1e-6
+    support.assert_close(torch.cat(case.hidden(tower, inputs)).detach(), after)
+
+
+@every_tower
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_cached_mask_never_outlives_its_scalars(case: TowerCase, backend: str):
+    """Each way of changing a scalar must reach the next forward without gradients."""
+    tower, inputs = support.injected(case, backend=backend)
+
+    def expected() -> torch.Tensor:  # a forward with gradients uses no cache
+        return torch.cat(case.hidden(tower, inputs)).detach()
+
+    def step_in_place(parameter: torch.nn.Parameter) -> None:
+        with torch.no_grad():
+            parameter.mul_(-1.5)
+
+    def write_data(parameter: torch.nn.Parameter) -> None:
+        parameter.data.mul_(-0.5)
+
+    def replace_data(parameter: torch.nn.Parameter) -> None:
+        parameter.data = parameter.data.flip(0) + 0.1
+
+    previous = support.read(case, tower, inputs)
+    for change in (step_in_place, write_data, replace_data):
+        for parameter in support.structural(tower).values():
+            change(parameter)
+        found = support.read(case, tower, inputs)
+        assert support.difference(found, previous) > 1e-3, change.__name__
+        support.assert_close(found, expected(), what=change.__name__)
+        previous = found
+    eject = {name: p.detach().clone() for name, p in support.structural(tower).items()}
+    tower.load_state_dict({**tower.state_dict(), **{name: -values for name, values in eject.items()}})
+    support.assert_close(support.read(case, tower, inputs), expected(), what="load_state_dict")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.resized], ids=str)
+def test_sizes_may_alternate(case: TowerCase):
+    assert case.resized is not None
+    tower, inputs = support.injected(case)
+    other = case.resized(0)
+    first, second = support.read(case, tower, inputs), support.read(case, tower, other)
+    assert torch.equal(support.read(case, tower, inputs), first)
+    assert torch.equal(support.read(case, tower, other), second)
