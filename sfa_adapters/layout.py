@@ -318,7 +318,8 @@ def check_block_map(block_map: Tensor | None) -> Tensor:
         raise LayoutError(
             f"block_map must be a non-empty [m, n] integer map; got {tuple(block_map.shape)} {block_map.dtype}."
         )
-    if bool((block_map < 0).any()):
+    # A value cannot be looked at inside a compiled graph; maps come here checked by then (`SFAConfig`).
+    if not torch.compiler.is_compiling() and bool((block_map < 0).any()):
         raise LayoutError(f"Block ids start at 0; block_map holds {int(block_map.min())}.")
     return block_map.long()
 
