@@ -56,6 +56,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.mask_position: int | None = None
         self.hook_ids: tuple[int, ...] = ()
 
+    def train(self, mode: bool = True) -> SFALayer:
+        """As `Module.train`; also forgets the cached dense mask."""
+        self._dense = None
+        return super().train(mode)
+
     # -- adapters ---------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: SFAConfig, num_layers: int, device: torch.device) -> None:
@@ -175,9 +180,8 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
     """Changes whenever a scalar does.
 
     On a CPU the values themselves (a few hundred): code that writes through `.data` leaves version counters alone. On
-    other
-    devices reading them would wait for the device, so there it is the version counters; after writing through `.data`
-    call `model.train()` or pass gradients once.
+    other devices reading them would wait for the device, so there it is the version counters; `train()` and `eval()`
+    forget the mask in any case.
     """
     tensors = [t for w in weights for t in (w.row, w.col, w.dist, w.block) if t is not None]
     if all(t.device.type == "cpu" for t in tensors):
