@@ -11,7 +11,7 @@ Images are never decoded before the size in their header is known to be sane, an
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,29 +143,27 @@ def _open(source: str | Path, split: str) -> tuple[Iterable[Mapping[str, Any]], 
             p for n in (f"{split}.jsonl", f"{split}/metadata.jsonl", f"{split}.json") if (p := folder / n).is_file()
         ]
         if parquet:
-            data = datasets.load_dataset("parquet", data_files=[str(p) for p in parquet], split="train")
+            files = [str(p) for p in parquet]
+            data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
             name = str(parquet[0] if len(parquet) == 1 else folder)
         elif lines:
-            data = datasets.load_dataset("json", data_files=str(lines[0]), split="train")
+            data = datasets.load_dataset("json", data_files=str(lines[0]), split="train", streaming=True)
             name = str(lines[0])
         else:
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
             raise DataError(
-                f"{folder} holds no split {split!r}: looked for *{split}*.parquet, {split}.jsonl, "
-                f"{split}/metadata.jsonl and {split}.json. Found: {', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'nothing'}."
+                f"{folder} holds no split {split!r}: looked for *{split}*.parquet, {split}.jsonl, {split}.json and "
+                f"{split}/metadata.jsonl. Found: {there}."
             )
     else:
         if str(source).startswith((".", "/", "~")):
             raise DataError(
                 f"There is no folder {source}. Give a folder, a hub id such as HuggingFaceM4/ChartQA, or 'rendered'."
             )
-        data, name = datasets.load_dataset(str(source), split=split), f"{source} ({split})"
-    if "image" in data.column_names and isinstance(data.features["image"], datasets.Image):
+        data, name = datasets.load_dataset(str(source), split=split, streaming=True), f"{source} ({split})"
+    if isinstance((data.features or {}).get("image"), datasets.Image):
         data = data.cast_column("image", datasets.Image(decode=False))  # bytes: the size is checked before decoding
-    return _iterate(data), name
-
-
-def _iterate(data: Any) -> Iterator[Mapping[str, Any]]:
-    yield from data
+    return data, name
 
 
 def _sample(row: Mapping[str, Any], where: str, folder: Path | None) -> ChartSample:

@@ -33,8 +33,18 @@ def parse_number(text: str) -> float | None:
 
 
 def numbers_in(text: str) -> list[float]:
-    """All numbers in a text, from left to right; digits inside a word ("COVID19") do not count."""
-    return [_value(m) for m in _NUMBER.finditer(text) if not (m.start() and text[m.start() - 1].isalnum())]
+    """All numbers in a text, from left to right; digits inside a word ("COVID19") do not count.
+
+    A dash between two numbers ("1952-1957") is no sign.
+    """
+    found: list[float] = []
+    for match in _NUMBER.finditer(text):
+        before = text[match.start() - 1] if match.start() else " "
+        if not before.isalnum():
+            found.append(_value(match))
+        elif before.isdigit() and match["sign"]:
+            found.append(abs(_value(match)))
+    return found
 
 
 def _value(match: re.Match[str]) -> float:

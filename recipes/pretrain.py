@@ -1,0 +1,282 @@
+"""Pretrain a nano host on rendered charts, without any structural bias.
+
+    python -m sfa_adapters.recipes.pretrain --host llava_onevision
+
+Hardware, time and result: TODO.
+
+Three stages, each taking on where the last one ended (a run that was cut off goes on from its newest checkpoint):
+
+1. `pages`: pages full of text, cut out of charts. Only the tower is trained, to read (see `legible.py`).
+2. `read`: charts as well. Every number must know its name and its series, every name its number.
+3. `answer`: the whole model answers packed questions about charts; reading stays in as a side task.
+
+A tower that can read makes all the difference: answers alone taught the same host nothing in 10,000 charts.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfa_adapters.recipes.data import ChartSample, chart_samples
+from sfa_adapters.recipes.encode import encode_packed, pixel_values
+from sfa_adapters.recipes.evaluate import evaluate
+from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, reading_targets
+from sfa_adapters.recipes.nano import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
+from sfa_adapters.recipes.questions import QUESTION_TYPES, questions_for
+from sfa_adapters.recipes.render import Level, Shard, render_shard
+from sfa_adapters.recipes.tables import Table
+
+SHARDS: dict[str, tuple[Level, int, int]] = {  # name -> level, charts, seed
+    "easy-1": ("easy", 8_000, 1),
+    "full-2": ("full", 16_000, 2),
+    "full-4": ("full", 16_000, 4),
+    "real-3": ("real", 6_000, 3),
+}
+SHIFT = 3  # pixels by which a training chart may be moved
+READING = 0.5  # weight of the reading losses beside the answers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum.
+
+    Attributes:
+        name: told in the log.
+        steps: optimizer steps.
+        batch: pictures per step.
+        pages: share of the steps that read pages instead of charts.
+        shards: weight of each shard.
+        questions: mean number of value, difference and largest questions per chart; None trains the tower alone.
+        rate: learning rate after the warm-up and at the end (cosine in between).
+    """
+
+    name: str
+    steps: int
+    batch: int
+    pages: float
+    shards: dict[str, float]
+    questions: tuple[float, float, float] | None
+    rate: tuple[float, float]
+
+
+STAGES = (
+    Stage("pages", 1000, 16, 1.0, {"easy-1": 1}, None, (1e-3, 1e-3)),
+    Stage("read", 6000, 32, 0.2, {"easy-1": 1, "full-2": 2, "full-4": 2}, None, (1e-3, 1e-3)),
+    Stage("answer", 3200, 16, 0.0, {"easy-1": 1, "full-2": 3, "full-4": 3, "real-3": 2}, (4.0, 1.0, 1.2), (1e-3, 5e-5)),
+)
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in fp32 under autocast: on a CPU the backward pass of bf16 attention is several times slower."""
+    with torch.autocast("cpu", enabled=False):
+        mask = None if attention_mask is None else attention_mask.float()
+        out = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask, scale=scaling)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def shifted(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    """The image moved right and down, white where nothing was."""
+    out = np.full_like(image, 255)
+    height, width, _ = image.shape
+    source = image[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+    out[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)] = source
+    return out
+
+
+def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions about one table, of each type about as many as `means` says."""
+    asked = questions_for(table)
+    pairs: list[tuple[str, str]] = []
+    for kind, mean in zip(QUESTION_TYPES, means, strict=True):
+        pool = [(q.text, q.answer) for q in asked if q.type == kind]
+        count = int(mean + rng.random())
+        pairs += [pool[i] for i in rng.permutation(len(pool))[:count]]
+    return pairs or [(asked[0].text, asked[0].answer)]
+
+
+class Trainer:
+    """A host in training: model, reading heads, optimizer, data, and the checkpoint that they come back from."""
+
+    def __init__(self, host: NanoHost, data: Path, run: Path, seed: int) -> None:
+        self.host, self.run = host, run
+        self.rng = np.random.default_rng(seed)
+        self.heads = ReadingHeads(WIDTH)
+        self.shards = {name: render_shard(data / name, *settings) for name, settings in SHARDS.items()}
+        first = self.shards["easy-1"]
+        self.cuttings = Cuttings(first.images[:3000], first.texts[:3000])
+        self.validation: list[ChartSample] = chart_samples("val", 300)
+        parameters = [*host.model.parameters(), *self.heads.parameters()]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self.stage, self.step = 0, 0
+        self.seen: list[Tensor] = []  # the tower's patches in the newest forward
+        core: Any = host.model.model
+        if host.name == "internvl":
+            core.vision_tower.register_forward_hook(lambda _m, _i, out: self.seen.append(out.last_hidden_state[:, 1:]))
+        else:
+            core.multi_modal_projector.register_forward_pre_hook(lambda _m, inputs: self.seen.append(inputs[0]))
+
+    def save(self) -> None:
+        """Write the checkpoint; the progress file comes last and makes it valid."""
+        from safetensors.torch import save_file
+
+        self.run.mkdir(parents=True, exist_ok=True)
+        tensors = {n: p.detach() for n, p in self.host.model.named_parameters()}
+        tensors |= {f"reading.{n}": p.detach() for n, p in self.heads.named_parameters()}
+        save_file(tensors, self.run / "model.part")
+        torch.save(self.optimizer.state_dict(), self.run / "optimizer.part")
+        (self.run / "model.part").replace(self.run / "model.safetensors")
+        (self.run / "optimizer.part").replace(self.run / "optimizer.pt")
+        (self.run / "progress.json").write_text(json.dumps({"stage": self.stage, "step": self.step}))
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the run's folder, where there is one."""
+        from safetensors.torch import load_file
+
+        if not (self.run / "progress.json").is_file():
+            return
+        progress = json.loads((self.run / "progress.json").read_text())
+        self.stage, self.step = progress["stage"], progress["step"]
+        tensors = load_file(self.run / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.host.model.named_parameters():
+                parameter.copy_(tensors[name])
+            for name, parameter in self.heads.named_parameters():
+                parameter.copy_(tensors[f"reading.{name}"])
+        self.optimizer.load_state_dict(torch.load(self.run / "optimizer.pt", weights_only=True))
+        self.rng = np.random.default_rng((self.stage, self.step))
+
+    def losses(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """One forward: the loss of the answers (0 where only the tower reads), and the four reading losses."""
+        rng, images, records, shifts, pairs = self.rng, [], [], [], []
+        page = rng.random() < stage.pages
+        weights = np.array(list(stage.shards.values()), dtype=np.float64)
+        names = rng.choice(list(stage.shards), stage.batch, p=weights / weights.sum())
+        for name in names:
+            if page:
+                image, record = self.cuttings.page(rng, PIXELS)
+                shift = (0, 0)
+            else:
+                shard: Shard = self.shards[name]
+                i = int(rng.integers(len(shard)))
+                shift = (int(rng.integers(-SHIFT, SHIFT + 1)), int(rng.integers(-SHIFT, SHIFT + 1)))
+                image, record = shifted(np.asarray(shard.images[i]), *shift), shard.texts[i]
+                if stage.questions is not None:
+                    pairs.append(pick_questions(shard.tables[i], stage.questions, rng))
+            images.append(image)
+            records.append(record)
+            shifts.append(shift)
+        self.seen.clear()
+        model: Any = self.host.model
+        if pairs:
+            answer = model(**encode_packed(self.host, images, pairs), use_cache=False).loss
+        else:
+            sizes = {"image_sizes": torch.full((stage.batch, 2), PIXELS)} if self.host.name == "llava_onevision" else {}
+            model.model.get_image_features(pixel_values(images, PIXELS), **sizes)
+            answer = torch.zeros(())
+        return answer, self.heads(self.seen[0], reading_targets(records, shifts, PIXELS // PATCH, PATCH))
+
+    def train(self, every: int, stages: Sequence[Stage] = STAGES) -> None:
+        """Run the stages that are still to do; save and validate every so many steps."""
+        from rich.progress import Progress
+
+        model = self.host.model
+        model.train()
+        while self.stage < len(stages):
+            stage = stages[self.stage]
+            recent: list[list[float]] = []
+            with Progress(transient=True) as bar:
+                task = bar.add_task(stage.name, total=stage.steps, completed=self.step)
+                began = time.perf_counter()
+                while self.step < stage.steps:
+                    high, low = stage.rate
+                    rate = low + (high - low) * 0.5 * (1 + math.cos(math.pi * self.step / stage.steps))
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rate * min(1.0, (self.step + 1) / 100)
+                    model.set_attn_implementation("exact_fp32")
+                    with torch.autocast("cpu", torch.bfloat16):
+                        answer, reading = self.losses(stage)
+                    self.optimizer.zero_grad()
+                    (answer + (READING if stage.questions else 1.0) * reading.sum()).backward()
+                    torch.nn.utils.clip_grad_norm_([*model.parameters(), *self.heads.parameters()], 1.0)
+                    self.optimizer.step()
+                    self.step += 1
+                    bar.advance(task)
+                    recent.append([answer.item(), *reading.tolist()])
+                    if self.step % every == 0 or self.step == stage.steps:
+                        per_second = len(recent) * stage.batch / (time.perf_counter() - began)
+                        means = " ".join(f"{v:.3f}" for v in np.mean(recent, 0))
+                        bar.console.print(
+                            f"{time.strftime('%H:%M:%S')} {stage.name} {self.step}/{stage.steps} "
+                            f"{per_second:.0f} images/s, losses of answer, letters, text, partner, series: {means}{self._validate(stage)}"
+                        )
+                        self.save()
+                        recent, began = [], time.perf_counter()
+            self.stage, self.step = self.stage + 1, 0
+            self.save()
+
+    def _validate(self, stage: Stage) -> str:
+        if stage.questions is None:
+            return ""
+        self.host.model.set_attn_implementation("sdpa")
+        result = evaluate(self.host, self.validation)
+        self.seen.clear()
+        parts = [f"{name} {value.value:.3f}" for name, value in (result.by_type() | result.by_kind()).items()]
+        return f"; validation {result.accuracy} ({', '.join(parts)})"
+
+
+def ship(host: NanoHost, path: Path) -> str:
+    """Store the weights in fp16 and return the sha256 of the file."""
+    from safetensors.torch import save_file
+
+    save_file({n: p.detach().half().contiguous() for n, p in host.model.named_parameters()}, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    from rich.console import Console
+    from transformers import AttentionInterface
+
+    parser = argparse.ArgumentParser(description="Pretrain a nano host on rendered charts.")
+    parser.add_argument("--host", default="llava_onevision", choices=HOSTS)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where rendered charts are kept")
+    parser.add_argument("--run", type=Path, help="where checkpoints are kept (runs/pretrain-HOST)")
+    parser.add_argument("--out", type=Path, help="where the weights go (into the package)")
+    parser.add_argument("--every", type=int, default=250, help="steps between two checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    AttentionInterface.register("exact_fp32", exact_attention)
+    torch.manual_seed(options.seed)
+    host = build_nano(options.host, options.seed)
+    trainer = Trainer(host, options.data, options.run or Path(f"runs/pretrain-{options.host}"), options.seed)
+    trainer.resume()
+    trainer.train(options.every)
+    out = options.out or weights_path(options.host)
+    Console().print(f"{out}: sha256 {ship(host, out)}")
+
+
+if __name__ == "__main__":
+    main()
