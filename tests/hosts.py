@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.towers import SMALL, lively
 
 IMAGE, VOCABULARY = 60, 64
+IMAGE_ID: dict[str, Any] = {"image_token_id": IMAGE}  # configurations take it, but do not all declare it
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -95,8 +96,8 @@ def llava_onevision() -> nn.Module:
     config = transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=transformers.Qwen2Config(**TEXT),
-        image_token_id=IMAGE,
-        video_token_id=IMAGE + 1,
+        **IMAGE_ID,
+        **{"video_token_id": IMAGE + 1},
         image_grid_pinpoints=[[56, 56]],
     )
     return transformers.LlavaOnevisionForConditionalGeneration(config)
@@ -106,7 +107,7 @@ def llava() -> nn.Module:
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
         text_config=transformers.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
+        **IMAGE_ID,
         vision_feature_layer=-2,
     )
     return transformers.LlavaForConditionalGeneration(config)
@@ -116,7 +117,7 @@ def llava_next() -> nn.Module:
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
         text_config=transformers.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
+        **IMAGE_ID,
         vision_feature_layer=-2,
         image_grid_pinpoints=[[56, 56]],
     )
@@ -124,12 +125,13 @@ def llava_next() -> nn.Module:
 
 
 def qwen2_5_vl() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
             "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32,
             "fullatt_block_indexes": [1], "window_size": 56,
         },
-        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        text_config={**TEXT, "rope_parameters": rope},
         image_token_id=IMAGE, video_token_id=IMAGE + 1, vision_start_token_id=IMAGE + 2, vision_end_token_id=IMAGE + 3,
     )  # fmt: skip
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
@@ -139,7 +141,7 @@ def paligemma() -> nn.Module:
     config = transformers.PaliGemmaConfig(
         vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=transformers.GemmaConfig(**TEXT, head_dim=8),
-        image_token_id=IMAGE,
+        **IMAGE_ID,
         projection_dim=32,
     )
     return transformers.PaliGemmaForConditionalGeneration(config)
@@ -149,7 +151,7 @@ def gemma3() -> nn.Module:
     config = transformers.Gemma3Config(
         vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=transformers.Gemma3TextConfig(**TEXT, head_dim=8),
-        image_token_id=IMAGE,
+        **IMAGE_ID,
         mm_tokens_per_image=4,
     )
     return transformers.Gemma3ForConditionalGeneration(config)

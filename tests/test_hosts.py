@@ -117,10 +117,10 @@ def test_chosen_layers_only():
 
 def test_several_feature_layers_are_all_read():
     llava = next(host for host in HOSTS if host.name == "llava")
-    model = llava.build()
-    model.config.vision_feature_layer = [-3, -1]  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = llava.build()
+    model.config.vision_feature_layer = [-3, -1]
     assert describe(model).num_layers == 3
-    model.config.vision_feature_layer = [0, 1]  # pyright: ignore[reportAttributeAccessIssue]
+    model.config.vision_feature_layer = [0, 1]
     assert describe(model).num_layers == 1
 
 

@@ -1,5 +1,7 @@
 """The counts that were published for InternVL3.5-8B must come out exactly; the model is built without memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -57,15 +59,15 @@ def test_every_layer_of_the_tower_gets_304_scalars(internvl_8b: nn.Module):
 
 def test_trainable_and_total_parameters(internvl_8b: nn.Module):
     inject_sfa(internvl_8b)
-    model = internvl_8b.model
+    model: Any = internvl_8b.model
     for parameter in internvl_8b.parameters():
         parameter.requires_grad_(False)
-    for part in (model.vision_tower, model.multi_modal_projector):  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    for part in (model.vision_tower, model.multi_modal_projector):
         for parameter in part.parameters():
             parameter.requires_grad_(True)
     assert sum(p.numel() for p in internvl_8b.parameters() if p.requires_grad) == 337_590_400
     assert count(internvl_8b) == 8_528_325_760
-    assert count(model.language_model) + count(internvl_8b.lm_head) == 8_190_735_360  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    assert count(model.language_model) + count(internvl_8b.get_submodule("lm_head")) == 8_190_735_360
     eject_sfa(internvl_8b)
 
 
