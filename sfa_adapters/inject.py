@@ -19,6 +19,7 @@ from sfa_adapters.layer import CHILD_NAME, SFALayer
 from sfa_adapters.tuner import (
     SFAModel,
     add_adapter,
+    all_or_nothing,
     detach_all,
     injected_layers,
     plan_injection,
@@ -62,7 +63,7 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
     """
     config = copy.deepcopy(config) if config is not None else SFAConfig()
     plan = plan_injection(model, config, adapter_name)
-    try:
+    with all_or_nothing(model, adapter_name):
         state = prepare_tower(plan)
         plan = wrap_targets(model, plan)
         config.tower = plan.signature()
@@ -70,9 +71,6 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
         for index, name, attention in plan.targets:
             layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
             layer.set_adapter([adapter_name])
-    except BaseException:
-        detach_all(model, adapter_name)
-        raise
     return model
 
 
@@ -248,8 +246,8 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default") ->
     if not isinstance(config, SFAConfig):
         raise AdapterMismatchError(f"{folder} holds a {config.peft_type} adapter, not SFA.")
     tensors = load_file(folder / WEIGHTS_NAME)
-    inject_sfa(model, config, adapter_name)
-    try:
+    with all_or_nothing(model, adapter_name):
+        inject_sfa(model, config, adapter_name)
         for name, _, layer in injected_layers(model):
             path = f"{name}.{CHILD_NAME}" if name else CHILD_NAME
             for attribute, parameter in _adapter_tensors(layer, adapter_name).items():
@@ -263,7 +261,4 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default") ->
                     parameter.copy_(saved)
         if tensors:
             raise AdapterMismatchError(f"{folder / WEIGHTS_NAME} holds tensors for no layer here, e.g. {min(tensors)}.")
-    except BaseException:
-        detach_all(model, adapter_name)
-        raise
     return model

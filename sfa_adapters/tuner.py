@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +29,10 @@ from sfa_adapters.layer import (
     remove_hooks,
 )
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
-from sfa_adapters.registry import FoundTower, Geometry, find_tower
+from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
 from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
 
-__all__ = ["InjectionPlan", "SFAModel", "detach_all", "injected_layers", "plan_injection"]
+__all__ = ["InjectionPlan", "SFAModel", "all_or_nothing", "detach_all", "injected_layers", "plan_injection"]
 
 logger = logging.getLogger(__name__)
 
@@ -194,15 +196,18 @@ def injected_layers(model: nn.Module) -> list[tuple[str, nn.Module, SFALayer]]:
 
 def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
     """Removes one adapter, or all, and with the last one every trace of SFA."""
-    for name, attention, layer in injected_layers(model):
+    for _, attention, layer in injected_layers(model):
         if adapter_name is not None and set(layer.configs) - {adapter_name}:
             if adapter_name in layer.configs:
                 layer.delete_adapter(adapter_name)
             continue
-        unwrap = layer.state.backbone.unwrap_attention
         detach_layer(attention)
-        if unwrap is not None:
-            model.set_submodule(name, unwrap(attention)) if name else None
+    # Stand-ins without a layer: those of the layers just taken out, and those that an error left before they got one.
+    for unwrap in [record.unwrap_attention for record in registered_backbones().values() if record.unwrap_attention]:
+        for name, module in list(model.named_modules()):
+            original = unwrap(module) if name and CHILD_NAME not in module._modules else module
+            if original is not module:
+                model.set_submodule(name, original)
     if injected_layers(model):
         return
     for module in model.modules():
@@ -212,6 +217,22 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
             if implementation is not None:
                 module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Takes a half-added adapter out again on any error; the others stay as active and as trainable as they were."""
+    active = [(layer, layer._active_adapter) for _, _, layer in injected_layers(model)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for layer, names in active:
+            layer._active_adapter = names
+        detach_all(model, adapter_name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 class SFAModel(BaseTuner):
@@ -228,13 +249,11 @@ class SFAModel(BaseTuner):
         self._plan = plan_injection(model, config, adapter_name)
         self._state: TowerState | None = None
         try:
-            self._state = prepare_tower(self._plan)
-            self._plan = wrap_targets(model, self._plan)
-            config.tower = self._plan.signature()
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            detach_all(model, adapter_name)
-            raise
+            with all_or_nothing(model, adapter_name):
+                self._state = prepare_tower(self._plan)
+                self._plan = wrap_targets(model, self._plan)
+                config.tower = self._plan.signature()
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._plan, self._state
 
