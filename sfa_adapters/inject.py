@@ -246,6 +246,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default") ->
     if not isinstance(config, SFAConfig):
         raise AdapterMismatchError(f"{folder} holds a {config.peft_type} adapter, not SFA.")
     tensors = load_file(folder / WEIGHTS_NAME)
+    plan_injection(model, config, adapter_name)  # a taken name must fail before there is anything to take out again
     with all_or_nothing(model, adapter_name):
         inject_sfa(model, config, adapter_name)
         for name, _, layer in injected_layers(model):

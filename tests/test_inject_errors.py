@@ -178,6 +178,12 @@ def test_a_refused_file_leaves_other_adapters_active(saved: Path):
     assert torch.equal(support.read(CLIP, model, inputs), expected)
 
 
+def test_loading_under_a_taken_name_keeps_the_adapter_that_has_it(saved: Path):
+    model = inject_sfa(CLIP.build(), support.strong_config())
+    refused(model, InjectionError, "already has an SFA adapter named 'default'", lambda: load_sfa(model, saved))
+    assert describe(model).active == ("default",)
+
+
 def test_an_adapter_with_tensors_for_more_layers(saved: Path):
     edit(saved, layers_to_transform=[0])
     model = CLIP.build()
