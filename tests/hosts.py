@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.towers import SMALL, lively
 
 IMAGE, VOCABULARY = 60, 64
+VIDEO_ID: dict[str, Any] = {"video_token_id": IMAGE + 1}
 IMAGE_ID: dict[str, Any] = {"image_token_id": IMAGE}  # configurations take it, but do not all declare it
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -97,7 +98,7 @@ def llava_onevision() -> nn.Module:
         vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=transformers.Qwen2Config(**TEXT),
         **IMAGE_ID,
-        **{"video_token_id": IMAGE + 1},
+        **VIDEO_ID,
         image_grid_pinpoints=[[56, 56]],
     )
     return transformers.LlavaOnevisionForConditionalGeneration(config)

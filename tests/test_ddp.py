@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_adapters import SFAConfig, inject_sfa
@@ -95,7 +95,7 @@ def gradients_of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        context: Any = mp.spawn(work, (port, str(folder)), nprocs=2, join=False)
+        context: Any = spawn(work, (port, str(folder)), nprocs=2, join=False)
         try:
             for _ in range(60):
                 if context.join(timeout=5):
