@@ -228,9 +228,10 @@ class Trainer:
                     if self.step % every == 0 or self.step == stage.steps:
                         per_second = len(recent) * stage.batch / (time.perf_counter() - began)
                         means = " ".join(f"{v:.3f}" for v in np.mean(recent, 0))
+                        done = f"{time.strftime('%H:%M:%S')} {stage.name} {self.step}/{stage.steps}"
                         bar.console.print(
-                            f"{time.strftime('%H:%M:%S')} {stage.name} {self.step}/{stage.steps} "
-                            f"{per_second:.0f} images/s, losses of answer, letters, text, partner, series: {means}{self._validate(stage)}"
+                            f"{done} {per_second:.0f} images/s, answer, letters, text, partner, series: {means}"
+                            f"{self._validate(stage)}"
                         )
                         self.save()
                         recent, began = [], time.perf_counter()
