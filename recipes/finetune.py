@@ -23,7 +23,7 @@ from sfa_adapters.layer import SFALayer
 from sfa_adapters.recipes.charts import Chart, draw, kinds_for
 from sfa_adapters.recipes.encode import encode_packed
 from sfa_adapters.recipes.nano import NanoHost
-from sfa_adapters.recipes.questions import questions_for
+from sfa_adapters.recipes.questions import pick_questions
 from sfa_adapters.recipes.sources import load_tables
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "train_tower_and_projector", "training_charts"]
@@ -36,7 +36,7 @@ class FinetuneConfig:
     Attributes:
         steps: Optimiser steps.
         batch_size: Charts per step.
-        questions_per_chart: At most so many questions of a chart are asked in one step.
+        questions: How many value, difference and largest questions are asked about a chart, on average.
         lr: Peak learning rate of the model's own weights.
         bias_lr: Peak learning rate of the structural scalars. They start at 0.02 and act as logits, so they need
             larger steps than weights do.
@@ -50,7 +50,7 @@ class FinetuneConfig:
 
     steps: int
     batch_size: int = 16
-    questions_per_chart: int = 6
+    questions: tuple[float, float, float] = (3.0, 1.0, 1.0)
     lr: float = 3e-4
     bias_lr: float = 1e-2
     warmup: float = 0.1
@@ -58,7 +58,7 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "questions_per_chart"):
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.seed < 0:
@@ -179,12 +179,8 @@ class _Batches:
         while len(self.order) < self.config.batch_size:
             self.order += self.rng.permutation(len(self.charts)).tolist()
         chosen = [self.charts[self.order.pop(0)] for _ in range(self.config.batch_size)]
-        return [chart.image for chart in chosen], [self._questions(chart) for chart in chosen]
-
-    def _questions(self, chart: Chart) -> list[tuple[str, str]]:
-        questions = questions_for(chart.table)
-        order = self.rng.permutation(len(questions))[: self.config.questions_per_chart]
-        return [(questions[index].text, questions[index].answer) for index in order]
+        questions = [pick_questions(chart.table, self.config.questions, self.rng) for chart in chosen]
+        return [chart.image for chart in chosen], questions
 
 
 def _progress(console: Console | None, *columns: Any) -> Progress:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _config(weights: Path, out: Path, **changes: object) -> DemoConfig:
-    options: dict = {"steps": 2, "questions": 6, "charts": 16, "weights": weights, "out": out}
+def _config(weights: Path, out: Path, **changes: Any) -> DemoConfig:
+    options: dict[str, Any] = {"steps": 2, "questions": 6, "charts": 16, "weights": weights, "out": out}
     return DemoConfig(**(options | changes))
 
 
