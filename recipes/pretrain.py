@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,18 @@ from sfa_adapters.recipes.encode import encode_packed, pixel_values
 from sfa_adapters.recipes.evaluate import evaluate
 from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, reading_targets
 from sfa_adapters.recipes.nano import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
-from sfa_adapters.recipes.questions import QUESTION_TYPES, questions_for
-from sfa_adapters.recipes.render import Level, Shard, render_shard
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.questions import pick_questions
+from sfa_adapters.recipes.render import Level, Shard, render_shard, shifted
 
-SHARDS: dict[str, tuple[Level, int, int]] = {  # name -> level, charts, seed
+Shards = Mapping[str, tuple[Level, int, int]]
+SHARDS: Shards = {  # name -> level, charts, seed
     "easy-1": ("easy", 8_000, 1),
     "full-2": ("full", 16_000, 2),
     "full-4": ("full", 16_000, 4),
     "real-3": ("real", 6_000, 3),
 }
 SHIFT = 3  # pixels by which a training chart may be moved
+VALIDATION = 300  # questions
 READING = 0.5  # weight of the reading losses beside the answers
 
 
@@ -93,37 +94,20 @@ def exact_attention(
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def shifted(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """The image moved right and down, white where nothing was."""
-    out = np.full_like(image, 255)
-    height, width, _ = image.shape
-    source = image[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
-    out[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)] = source
-    return out
-
-
-def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about one table, of each type about as many as `means` says."""
-    asked = questions_for(table)
-    pairs: list[tuple[str, str]] = []
-    for kind, mean in zip(QUESTION_TYPES, means, strict=True):
-        pool = [(q.text, q.answer) for q in asked if q.type == kind]
-        count = int(mean + rng.random())
-        pairs += [pool[i] for i in rng.permutation(len(pool))[:count]]
-    return pairs or [(asked[0].text, asked[0].answer)]
-
-
 class Trainer:
     """A host in training: model, reading heads, optimizer, data, and the checkpoint that they come back from."""
 
-    def __init__(self, host: NanoHost, data: Path, run: Path, seed: int) -> None:
+    def __init__(self, host: NanoHost, data: Path, run: Path, seed: int = 0, shards: Shards = SHARDS) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("exact_fp32", exact_attention)
         self.host, self.run = host, run
         self.rng = np.random.default_rng(seed)
         self.heads = ReadingHeads(WIDTH)
-        self.shards = {name: render_shard(data / name, *settings) for name, settings in SHARDS.items()}
-        first = self.shards["easy-1"]
+        self.shards = {name: render_shard(data / name, *settings) for name, settings in shards.items()}
+        first = next(iter(self.shards.values()))
         self.cuttings = Cuttings(first.images[:3000], first.texts[:3000])
-        self.validation: list[ChartSample] = chart_samples("val", 300)
+        self.validation: list[ChartSample] = []
         parameters = [*host.model.parameters(), *self.heads.parameters()]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
@@ -242,6 +226,7 @@ class Trainer:
         if stage.questions is None:
             return ""
         self.host.model.set_attn_implementation("sdpa")
+        self.validation = self.validation or chart_samples("val", VALIDATION)
         result = evaluate(self.host, self.validation)
         self.seen.clear()
         parts = [f"{name} {value.value:.3f}" for name, value in (result.by_type() | result.by_kind()).items()]
@@ -259,7 +244,6 @@ def ship(host: NanoHost, path: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     from rich.console import Console
-    from transformers import AttentionInterface
 
     parser = argparse.ArgumentParser(description="Pretrain a nano host on rendered charts.")
     parser.add_argument("--host", default="llava_onevision", choices=HOSTS)
@@ -269,7 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=250, help="steps between two checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    AttentionInterface.register("exact_fp32", exact_attention)
     torch.manual_seed(options.seed)
     host = build_nano(options.host, options.seed)
     trainer = Trainer(host, options.data, options.run or Path(f"runs/pretrain-{options.host}"), options.seed)

@@ -3,13 +3,16 @@
 Answers follow from the numbers as the chart prints them, so a reader who reads every mark correctly is always right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, get_args
 
+import numpy as np
+
 from sfa_adapters.recipes.tables import Table
 
-__all__ = ["PHRASES", "QUESTION_TYPES", "Question", "QuestionType", "questions_for"]
+__all__ = ["PHRASES", "QUESTION_TYPES", "Question", "QuestionType", "pick_questions", "questions_for"]
 
 QuestionType = Literal["value", "difference", "largest"]
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
@@ -56,3 +59,23 @@ def questions_for(table: Table) -> list[Question]:
             if float(gap) > 0:
                 found.append(Question(f"{difference}{rows[i]}{among}{rows[j]}{where}", gap, "difference"))
     return found
+
+
+def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Some questions about one table, for packing.
+
+    Args:
+        table: what is asked about.
+        means: how many value, difference and largest questions are drawn on average.
+        rng: source of chance.
+
+    Returns:
+        (question, answer) pairs without repeats; at least one.
+    """
+    asked = questions_for(table)
+    pairs: list[tuple[str, str]] = []
+    for kind, mean in zip(QUESTION_TYPES, means, strict=True):
+        pool = [(q.text, q.answer) for q in asked if q.type == kind]
+        count = int(mean + rng.random())
+        pairs += [pool[i] for i in rng.permutation(len(pool))[:count]]
+    return pairs or [(asked[0].text, asked[0].answer)]

@@ -24,7 +24,7 @@ from sfa_adapters.recipes.legible import text_records
 from sfa_adapters.recipes.sources import MONTHS, load_tables
 from sfa_adapters.recipes.tables import Table
 
-__all__ = ["Level", "Shard", "augmented_table", "render_shard"]
+__all__ = ["Level", "Shard", "augmented_table", "render_shard", "shifted"]
 
 Level = Literal["easy", "full", "real"]
 CHUNK = 200
@@ -163,3 +163,12 @@ def _table(record: dict[str, Any]) -> Table:
         record[key] = tuple(record[key])
     record["values"] = tuple(tuple(column) for column in record["values"])
     return Table(**record)
+
+
+def shifted(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    """The image moved right and down, white where nothing was."""
+    out = np.full_like(image, 255)
+    height, width, _ = image.shape
+    source = image[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+    out[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)] = source
+    return out

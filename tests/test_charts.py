@@ -5,7 +5,7 @@ import pytest
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.metrics import parse_number
-from sfa_adapters.recipes import charts, questions, sources, tables
+from sfa_adapters.recipes import charts, questions, render, sources, tables
 from sfa_adapters.recipes.render import augmented_table, render_shard
 
 
@@ -162,10 +162,11 @@ def test_augmented_tables_are_new_and_bounded():
         assert {len(t.series) for t in made} == ({1} if level == "easy" else {1, 2})
 
 
-def test_a_shard_is_rendered_once_and_read_back(tmp_path):
-    shard = render_shard(tmp_path / "easy-7", "easy", 1, seed=7, workers=1)
-    assert len(shard) == len(shard.images) == 200
-    again = render_shard(tmp_path / "easy-7", "easy", 1, seed=8, workers=1)  # found on disk, not rendered again
+def test_a_shard_is_rendered_once_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "CHUNK", 10)
+    shard = render_shard(tmp_path / "easy-7", "easy", 11, seed=7, workers=1)
+    assert len(shard) == len(shard.images) == 20
+    again = render_shard(tmp_path / "easy-7", "easy", 11, seed=8, workers=1)  # found on disk, not rendered again
     assert again.tables == shard.tables
     assert len(shard.texts[0]) == len(shard.tables[0].rows) * 2
     assert shard.images[0].min() < 100

@@ -223,3 +223,41 @@ def test_reading_targets_lie_on_their_texts(samples):
     assert losses[:3].gt(1).all()
     assert losses[3] == 0  # one series: nothing to say
     assert questions_for(table)
+
+
+@pytest.mark.parametrize("name", nano.HOSTS)
+def test_pretraining_runs_every_stage_and_goes_on_where_it_stopped(tmp_path, tmp_path_factory, monkeypatch, name):
+    from sfa_adapters.recipes import pretrain, render
+
+    monkeypatch.setattr(render, "CHUNK", 6)
+    monkeypatch.setattr(pretrain, "VALIDATION", 3)
+    shards: pretrain.Shards = {"easy-1": ("easy", 1, 1)}
+    stages = [
+        pretrain.Stage("pages", 2, 2, 1.0, {"easy-1": 1}, None, (1e-3, 1e-3)),
+        pretrain.Stage("read", 2, 2, 0.5, {"easy-1": 1}, None, (1e-3, 1e-3)),
+        pretrain.Stage("answer", 2, 2, 0.0, {"easy-1": 1}, (1.0, 1.0, 1.0), (1e-3, 1e-4)),
+    ]
+
+    data = tmp_path_factory.getbasetemp() / "shards"  # rendered once for all hosts
+
+    def trainer(folder):
+        return pretrain.Trainer(nano.build_nano(name), data, folder, shards=shards)
+
+    first = trainer(tmp_path / "run")
+    before = {n: p.detach().clone() for n, p in first.host.model.named_parameters()}
+    first.train(every=1, stages=stages[:2])
+    moved = {n for n, p in first.host.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert not any("language_model" in n for n in moved)  # only the tower has learned so far
+    again = trainer(tmp_path / "run")
+    again.resume()
+    assert (again.stage, again.step) == (2, 0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.host.model.parameters(), first.host.model.parameters(), strict=True)
+    )
+    again.train(every=2, stages=stages)
+    moved = {n for n, p in again.host.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("language_model" in n for n in moved)
+    digest = pretrain.ship(again.host, tmp_path / "w.safetensors")
+    assert len(digest) == 64
+    assert nano.load_nano(name, path=tmp_path / "w.safetensors").name == name
