@@ -16,10 +16,10 @@ def geometry(tower: nn.Module) -> Geometry:
     return Geometry(grid=(int(rows), int(columns)), prefix_tokens=int(model.num_prefix_tokens))
 
 
-def grid_of_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
-    """The image comes first, as `x`; sizes may vary where the model was built with `dynamic_img_size`."""
-    model: Any = tower
-    return image_grid(args[0] if args else kwargs.get("x"), model.patch_embed.patch_size)
+def grid_of_input(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
+    """The patch embedding gets the image first, as `x`; sizes may vary where the model has `dynamic_img_size`."""
+    embedding: Any = patch_embed
+    return image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
 
 
 TIMM_VIT = register_backbone(
@@ -29,6 +29,7 @@ TIMM_VIT = register_backbone(
         attentions=("timm.layers.attention.Attention",),
         geometry=geometry,
         grid_of_input=grid_of_input,
+        image_module="patch_embed",  # forward_features and forward_intermediates do not pass the model's forward
         mask_argument="attn_mask",
     )
 )

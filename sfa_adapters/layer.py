@@ -74,7 +74,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes one adapter from the layer."""
+        """Removes one adapter from the layer; where no other was active, the first that is left becomes so."""
+        if adapter_name in self.active_adapters:  # chosen here, because PEFT warns once per layer when it chooses
+            others = [name for name in self.configs if name != adapter_name]
+            active = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(active or others[:1])
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         self.cache_bytes.pop(adapter_name, None)

@@ -43,7 +43,7 @@ class Geometry:
     prefix_tokens: int
 
 
-# (tower, args, kwargs of its forward) -> grid of this forward, or None when the inputs do not say.
+# (image module, args, kwargs of its forward) -> grid of this forward, or None when the inputs do not say.
 GridOfInput = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[int, int] | None]
 # (tower, its forward's args, kwargs) -> number of tokens, and a hashable description that segment layouts are built
 # from.
@@ -61,7 +61,9 @@ class Backbone:
         towers: Classes of the tower: the module whose forward takes the image.
         attentions: Classes of its attention modules; they must have `num_heads`.
         geometry: Reads grid and prefix from a tower.
-        grid_of_input: Reads the grid from the inputs of a tower's forward (fixed-grid towers).
+        grid_of_input: Reads the grid from the inputs of the image module's forward (fixed-grid towers).
+        image_module: Path in the tower of the module whose inputs tell the grid; the tower itself by default. Name a
+            child where people call other methods of the tower than its forward (timm: `forward_features`).
         mask_argument: Name of the argument of the attention module's forward that takes an additive mask.
         describe_input: Segmented towers only: what to remember of the tower's inputs.
         segment_layouts: Segmented towers only: the layout of each segment.
@@ -76,6 +78,7 @@ class Backbone:
     attentions: tuple[str, ...]
     geometry: Callable[[nn.Module], Geometry]
     grid_of_input: GridOfInput | None = None
+    image_module: str = ""
     mask_argument: str = "attention_mask"
     describe_input: DescribeInput | None = None
     segment_layouts: SegmentLayouts | None = None

@@ -44,14 +44,14 @@ class TowerState:
     def _remember(self, grid: tuple[int, int]) -> None:
         self.grids[grid[0] * grid[1] + self.geometry.prefix_tokens] = grid
 
-    def see_input(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see_input(self, seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the shape of the images that the tower is about to see."""
         if self.backbone.grid_of_input is not None:
-            grid = self.backbone.grid_of_input(tower, args, kwargs)
+            grid = self.backbone.grid_of_input(seer, args, kwargs)
             if grid is not None:
                 self._remember(grid)
         elif self.backbone.describe_input is not None:
-            tokens, description = self.backbone.describe_input(tower, args, kwargs)
+            tokens, description = self.backbone.describe_input(seer, args, kwargs)
             self.inputs[tokens] = description
 
     def layout(self, num_tokens: int, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
@@ -108,6 +108,6 @@ class TowerState:
         return {**self.__dict__, "layouts": {}}
 
 
-def see_tower_input(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a tower: notes the grid of the images."""
-    tower.__dict__[STATE_NAME].see_input(tower, args, kwargs)
+def see_tower_input(seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a tower (or of its `Backbone.image_module`): notes the grid of the images."""
+    seer.__dict__[STATE_NAME].see_input(seer, args, kwargs)

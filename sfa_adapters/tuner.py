@@ -158,7 +158,9 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
     tower.__dict__[STATE_NAME] = state
-    tower.__dict__[TOWER_HOOK] = tower.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
+    seer = tower.get_submodule(found.backbone.image_module)
+    seer.__dict__[STATE_NAME] = state
+    seer.__dict__[TOWER_HOOK] = seer.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
     return state
 
 
@@ -211,12 +213,12 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
     if injected_layers(model):
         return
     for module in model.modules():
-        if STATE_NAME in module.__dict__:
+        if TOWER_HOOK in module.__dict__:
             remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
-            del module.__dict__[STATE_NAME]
-            implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
-            if implementation is not None:
-                module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+        module.__dict__.pop(STATE_NAME, None)
+        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+        if implementation is not None:
+            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager
