@@ -108,7 +108,12 @@ def main() -> None:
             )
             lines += [row.markdown(dtype, label) for row in rows]
     Console().print("\n".join(lines), markup=False)
-    print("written:", write_result("encoder", device, f"python -m benchmarks.encoder {' '.join(sys.argv[1:])}", lines))
+    print(
+        "written:",
+        write_result(
+            f"encoder-{args.layers}layers", device, f"python -m benchmarks.encoder {' '.join(sys.argv[1:])}", lines
+        ),
+    )
 
 
 if __name__ == "__main__":
