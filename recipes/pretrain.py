@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.encode import encode_packed, pixel_values
+from sfa_adapters.recipes.encode import EOS, IGNORE, encode_packed, pixel_values
 from sfa_adapters.recipes.evaluate import evaluate
-from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, reading_targets
+from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, mark_patches, reading_targets
 from sfa_adapters.recipes.nano import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
-from sfa_adapters.recipes.questions import pick_questions
+from sfa_adapters.recipes.questions import Question, pick_questions
 from sfa_adapters.recipes.render import Level, Shard, render_shard, shifted
+from sfa_adapters.recipes.tables import Table
 
 Shards = Mapping[str, tuple[Level, int, int]]
 SHARDS: Shards = {  # name -> level, charts, seed
@@ -46,6 +47,7 @@ SHARDS: Shards = {  # name -> level, charts, seed
 SHIFT = 3  # pixels by which a training chart may be moved
 VALIDATION = 300  # questions
 READING = 0.5  # weight of the reading losses beside the answers
+LOOKING, LOOKING_WEIGHT = 2, 0.5  # the text layer that is taught where to look, and the weight of that loss
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,7 @@ STAGES = (
 
 
 def exact_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    **_: Any,
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, None]:
     """Attention in fp32 under autocast: on a CPU the backward pass of bf16 attention is several times slower."""
     with torch.autocast("cpu", enabled=False):
@@ -100,7 +96,7 @@ class Trainer:
     def __init__(self, host: NanoHost, data: Path, run: Path, seed: int = 0, shards: Shards = SHARDS) -> None:
         from transformers import AttentionInterface
 
-        AttentionInterface.register("exact_fp32", exact_attention)
+        AttentionInterface.register("exact_fp32", self._attend)
         self.host, self.run = host, run
         self.rng = np.random.default_rng(seed)
         self.heads = ReadingHeads(WIDTH)
@@ -116,7 +112,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self.stage, self.step = 0, 0
         self.seen: list[Tensor] = []  # the tower's patches in the newest forward
+        self.looked: list[tuple[Tensor, Tensor]] = []  # queries and keys of the layer that is taught where to look
         core: Any = host.model.model
+        self.looking: nn.Module = core.language_model.layers[LOOKING].self_attn
         if host.name == "internvl":
             core.vision_tower.register_forward_hook(lambda _m, _i, out: self.seen.append(out.last_hidden_state[:, 1:]))
         else:
@@ -149,12 +147,52 @@ class Trainer:
                 parameter.copy_(tensors[name])
             for name, parameter in self.heads.named_parameters():
                 parameter.copy_(tensors[f"reading.{name}"])
-        self.optimizer.load_state_dict(torch.load(self.run / "optimizer.pt", weights_only=True))
+        if (self.run / "optimizer.pt").is_file():  # a checkpoint that was passed on has weights only
+            self.optimizer.load_state_dict(torch.load(self.run / "optimizer.pt", weights_only=True))
         self.rng = np.random.default_rng((self.stage, self.step))
 
-    def losses(self, stage: Stage) -> tuple[Tensor, Tensor]:
-        """One forward: the loss of the answers (0 where only the tower reads), and the four reading losses."""
-        rng, images, records, shifts, pairs = self.rng, [], [], [], []
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if module is self.looking and self.host.model.training:
+            self.looked.append((query[:, :2] * (scaling or 1.0), key[:, :2, : self.host.image_tokens]))
+        return exact_attention(query, key, value, attention_mask, scaling)
+
+    def _looking_loss(self, labels: Tensor, wanted: Sequence[Sequence[np.ndarray]]) -> Tensor:
+        """Two heads of one layer must look at the marks that the answer rests on, while they write it.
+
+        Args:
+            labels: [B, L].
+            wanted: for each picture and question, bool [2, image tokens], where each head should look.
+
+        Returns:
+            The mean negative logarithm of the attention that falls there, among all image tokens.
+        """
+        query, key = self.looked[-1]
+        with torch.autocast("cpu", enabled=False):
+            picture, place = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+            ended = (labels[:, 1:] == EOS).cumsum(1)
+            question = ended[picture, place] - (labels[picture, place + 1] == EOS).long()
+            target = torch.from_numpy(
+                np.stack([wanted[p][q] for p, q in zip(picture.tolist(), question.tolist(), strict=True)])
+            )
+            scores = torch.einsum("nhd,nhtd->nht", query[picture, :, place].float(), key[picture].float())
+            scores = scores[..., : target.shape[-1]]
+            there = scores.masked_fill(~target, -1e4).logsumexp(-1) - scores.logsumexp(-1)
+            return -there[target.any(-1)].mean()
+
+    def losses(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward: losses of the answers and of looking (0 where only the tower reads), and the four of reading."""
+        rng, images, records, shifts = self.rng, [], [], []
+        pairs: list[list[tuple[str, str]]] = []
+        wanted: list[list[np.ndarray]] = []
         page = rng.random() < stage.pages
         weights = np.array(list(stage.shards.values()), dtype=np.float64)
         names = rng.choice(list(stage.shards), stage.batch, p=weights / weights.sum())
@@ -168,19 +206,36 @@ class Trainer:
                 shift = (int(rng.integers(-SHIFT, SHIFT + 1)), int(rng.integers(-SHIFT, SHIFT + 1)))
                 image, record = shifted(np.asarray(shard.images[i]), *shift), shard.texts[i]
                 if stage.questions is not None:
-                    pairs.append(pick_questions(shard.tables[i], stage.questions, rng))
+                    picked = pick_questions(shard.tables[i], stage.questions, rng)
+                    pairs.append([(q.text, q.answer) for q in picked])
+                    wanted.append([self._where(shard.tables[i], record, q, shift) for q in picked])
             images.append(image)
             records.append(record)
             shifts.append(shift)
         self.seen.clear()
         model: Any = self.host.model
         if pairs:
-            answer = model(**encode_packed(self.host, images, pairs), use_cache=False).loss
+            batch = encode_packed(self.host, images, pairs)
+            self.looked.clear()
+            answer = model(**batch, use_cache=False).loss
+            looking = self._looking_loss(batch["labels"], wanted)
         else:
             sizes = {"image_sizes": torch.full((stage.batch, 2), PIXELS)} if self.host.name == "llava_onevision" else {}
             model.model.get_image_features(pixel_values(images, PIXELS), **sizes)
-            answer = torch.zeros(())
-        return answer, self.heads(self.seen[0], reading_targets(records, shifts, PIXELS // PATCH, PATCH))
+            answer = looking = torch.zeros(())
+        return answer, looking, self.heads(self.seen[0], reading_targets(records, shifts, PIXELS // PATCH, PATCH))
+
+    def _where(self, table: Table, record: np.ndarray, question: Question, shift: tuple[int, int]) -> np.ndarray:
+        """Where the two heads should look for one question: bool [2, image tokens]."""
+        side = PIXELS // PATCH
+        places = []
+        for mark in (question.marks[0], question.marks[-1]):
+            number, name = mark_patches(table, record, mark, shift, side, PATCH)
+            place = number | name if question.type == "largest" else number
+            if self.host.name == "internvl":  # pixel shuffle: four patches become one token
+                place = place.reshape(side // 2, 2, side // 2, 2).any((1, 3)).ravel()
+            places.append(place)
+        return np.stack(places)
 
     def train(self, every: int, stages: Sequence[Stage] = STAGES) -> None:
         """Run the stages that are still to do; save and validate every so many steps."""
@@ -201,20 +256,25 @@ class Trainer:
                         group["lr"] = rate * min(1.0, (self.step + 1) / 100)
                     model.set_attn_implementation("exact_fp32")
                     with torch.autocast("cpu", torch.bfloat16):
-                        answer, reading = self.losses(stage)
+                        answer, looking, reading = self.losses(stage)
                     self.optimizer.zero_grad()
-                    (answer + (READING if stage.questions else 1.0) * reading.sum()).backward()
+                    loss = (
+                        reading.sum()
+                        if stage.questions is None
+                        else answer + LOOKING_WEIGHT * looking + READING * reading.sum()
+                    )
+                    loss.backward()
                     torch.nn.utils.clip_grad_norm_([*model.parameters(), *self.heads.parameters()], 1.0)
                     self.optimizer.step()
                     self.step += 1
                     bar.advance(task)
-                    recent.append([answer.item(), *reading.tolist()])
+                    recent.append([answer.item(), looking.item(), *reading.tolist()])
                     if self.step % every == 0 or self.step == stage.steps:
                         per_second = len(recent) * stage.batch / (time.perf_counter() - began)
                         means = " ".join(f"{v:.3f}" for v in np.mean(recent, 0))
                         done = f"{time.strftime('%H:%M:%S')} {stage.name} {self.step}/{stage.steps}"
                         bar.console.print(
-                            f"{done} {per_second:.0f} images/s, answer, letters, text, partner, series: {means}"
+                            f"{done} {per_second:.0f} images/s, answer, looking, letters, text, partner, series: {means}"
                             f"{self._validate(stage)}"
                         )
                         self.save()
