@@ -1,6 +1,6 @@
 """The main job, `sfa demo`: a small real vision-language model on real charts, with SFA and without.
 
-    sfa demo                                    (DEMO_TIME on 2 CPU cores; expected numbers: docs/demo.md)
+    sfa demo                                    (2 CPU cores; numbers: docs/demo.md)
     sfa demo --host internvl --weights FILE --steps 200 --out my-demo
 
 1. A nano host that was pretrained without SFA answers questions about charts of tables that were never trained on.

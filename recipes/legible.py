@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfa_adapters.recipes.charts import TextBox
 from sfa_adapters.recipes.tables import Table
 
-__all__ = ["LENGTH", "Cuttings", "ReadingHeads", "reading_targets", "text_records"]
+__all__ = ["LENGTH", "Cuttings", "ReadingHeads", "mark_patches", "reading_targets", "text_records"]
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 BLANK = len(ALPHABET)
@@ -61,6 +61,45 @@ def text_records(table: Table, texts: Sequence[TextBox]) -> np.ndarray:
     return np.array(rows, dtype=np.int16).reshape(-1, RECORD)
 
 
+def _patches(left: int, top: int, right: int, bottom: int, side: int, patch: int) -> tuple[slice, slice]:
+    # The box has a line of empty pixels above and below the letters; a text of one letter still has one patch.
+    def span(low: int, high: int, margin: int) -> slice:
+        first, last = (low + margin) // patch, (high - margin) // patch
+        if last < first:
+            first = last = (low + high) // 2 // patch
+        return slice(max(0, first), min(side - 1, last) + 1)
+
+    return span(top, bottom, 5), span(left, right, 4)
+
+
+def mark_patches(
+    table: Table, record: np.ndarray, mark: tuple[int, int], shift: tuple[int, int], side: int, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the number and the name of one mark stand.
+
+    Args:
+        table: the table behind the chart.
+        record: `text_records` of the chart.
+        mark: series and row.
+        shift: by how many pixels (right, down) the image was moved.
+        side: patches along one side of the image.
+        patch: pixels along one side of a patch.
+
+    Returns:
+        bool [side * side] of the number, and of the name.
+    """
+    series, row = mark
+    name = _codes(table.rows[row])
+    group = [-1] * LENGTH if len(table.series) == 1 else _codes(table.series[series])
+    found = np.zeros((2, side, side), dtype=bool)
+    for r in record.tolist():
+        value = r[4 + LENGTH :] == name + group
+        if value or (r[4 : 4 + LENGTH] == name and r[-1] == -1):
+            box = (r[0] + shift[0], r[1] + shift[1], r[2] + shift[0], r[3] + shift[1])
+            found[(0 if value else 1, *_patches(*box, side, patch))] = True
+    return found[0].ravel(), found[1].ravel()
+
+
 def reading_targets(records: Sequence[np.ndarray], shifts: Sequence[tuple[int, int]], side: int, patch: int) -> Tensor:
     """Targets of every patch.
 
@@ -80,10 +119,7 @@ def reading_targets(records: Sequence[np.ndarray], shifts: Sequence[tuple[int, i
         full = np.where(record < 0, -100, record)
         for i, r in enumerate(record.tolist()):
             left, top, right, bottom = r[0] + dx, r[1] + dy, r[2] + dx, r[3] + dy
-            # The box has a line of empty pixels above and below the letters.
-            x0, x1 = max(0, (left + 4) // patch), min(side - 1, (right - 4) // patch)
-            y0, y1 = max(0, (top + 5) // patch), min(side - 1, (bottom - 5) // patch)
-            out[b, y0 : y1 + 1, x0 : x1 + 1, SLOTS:] = full[i, 4:]
+            out[(b, *_patches(left, top, right, bottom, side, patch), slice(SLOTS, None))] = full[i, 4:]
             text = [c for c in r[4 : 4 + LENGTH] if c != BLANK]
             widths = [SPACE.get(ALPHABET[c], 0.69) for c in text]
             pen, scale = left, (right - left) / sum(widths)

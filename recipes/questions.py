@@ -29,11 +29,19 @@ PHRASES = (
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its answer, and which of the three types it is."""
+    """One question.
+
+    Attributes:
+        text: the question.
+        answer: its answer.
+        type: which of the three types it is.
+        marks: (series, row) of each mark that the answer rests on; of the largest mark only where that is asked for.
+    """
 
     text: str
     answer: str
     type: QuestionType
+    marks: tuple[tuple[int, int], ...]
 
 
 def questions_for(table: Table) -> list[Question]:
@@ -51,17 +59,20 @@ def questions_for(table: Table) -> list[Question]:
     for s, name in enumerate(table.series):
         where = f"{inside}{name}{end}" if name else end
         values, rows = table.values[s], table.rows
-        found += [Question(f"{value}{row}{where}", table.text(s, i), "value") for i, row in enumerate(rows)]
+        found += [Question(f"{value}{row}{where}", table.text(s, i), "value", ((s, i),)) for i, row in enumerate(rows)]
         if values.count(max(values)) == 1:
-            found.append(Question(f"{largest}{where}", rows[values.index(max(values))], "largest"))
+            top = values.index(max(values))
+            found.append(Question(f"{largest}{where}", rows[top], "largest", ((s, top),)))
         for i, j in combinations(range(len(rows)), 2):
             gap = f"{abs(values[i] - values[j]):.{table.decimals}f}"
             if float(gap) > 0:
-                found.append(Question(f"{difference}{rows[i]}{among}{rows[j]}{where}", gap, "difference"))
+                found.append(
+                    Question(f"{difference}{rows[i]}{among}{rows[j]}{where}", gap, "difference", ((s, i), (s, j)))
+                )
     return found
 
 
-def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[tuple[str, str]]:
+def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[Question]:
     """Some questions about one table, for packing.
 
     Args:
@@ -70,12 +81,12 @@ def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generato
         rng: source of chance.
 
     Returns:
-        (question, answer) pairs without repeats; at least one.
+        Questions without repeats; at least one.
     """
     asked = questions_for(table)
-    pairs: list[tuple[str, str]] = []
+    picked: list[Question] = []
     for kind, mean in zip(QUESTION_TYPES, means, strict=True):
-        pool = [(q.text, q.answer) for q in asked if q.type == kind]
+        pool = [q for q in asked if q.type == kind]
         count = int(mean + rng.random())
-        pairs += [pool[i] for i in rng.permutation(len(pool))[:count]]
-    return pairs or [(asked[0].text, asked[0].answer)]
+        picked += [pool[i] for i in rng.permutation(len(pool))[:count]]
+    return picked or asked[:1]
