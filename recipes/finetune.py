@@ -179,7 +179,8 @@ class _Batches:
         while len(self.order) < self.config.batch_size:
             self.order += self.rng.permutation(len(self.charts)).tolist()
         chosen = [self.charts[self.order.pop(0)] for _ in range(self.config.batch_size)]
-        questions = [pick_questions(chart.table, self.config.questions, self.rng) for chart in chosen]
+        picked = [pick_questions(chart.table, self.config.questions, self.rng) for chart in chosen]
+        questions = [[(question.text, question.answer) for question in some] for some in picked]
         return [chart.image for chart in chosen], questions
 
 
