@@ -70,11 +70,11 @@ class DemoConfig:
     """
 
     host: str = "llava_onevision"
-    steps: int = 400
+    steps: int = 240
     seed: int = 0
     out: Path = Path("sfa-demo")
     weights: Path | None = None
-    questions: int = 600
+    questions: int = 450
     charts: int = 1200
 
     def __post_init__(self) -> None:
