@@ -20,7 +20,7 @@ from typing import get_args
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfa_adapters import inject_sfa, load_sfa, save_sfa
@@ -70,7 +70,7 @@ class DemoConfig:
     """
 
     host: str = "llava_onevision"
-    steps: int = 240
+    steps: int = 160
     seed: int = 0
     out: Path = Path("sfa-demo")
     weights: Path | None = None
@@ -125,7 +125,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> Report:
             arms.append(Arm(name, evaluate(arm, samples), result.trainable, result.seconds))
 
     _save(with_sfa, config)
-    _check_reload(host, with_sfa, config, arms[1].evaluation)
+    _check_reload(host, config, arms[1].evaluation)
     difference = paired_difference(arms[2].evaluation, arms[1].evaluation)
     report = Report(tuple(arms), difference, time.perf_counter() - began)
     settings_told = {"host": config.host, "seed": config.seed, "steps": config.steps}
@@ -179,10 +179,11 @@ def _save(host: NanoHost, config: DemoConfig) -> None:
     save_file(_trained_base(host), config.out / "base.safetensors", metadata={"format": "pt"})
 
 
-def _check_reload(original: NanoHost, trained: NanoHost, config: DemoConfig, expected: Evaluation) -> None:
+def _check_reload(original: NanoHost, config: DemoConfig, expected: Evaluation) -> None:
     """Builds the fine-tuned host again from the saved files; its first answers must be the same."""
     again = copy.deepcopy(original)
-    again.model.load_state_dict(_trained_base(trained), strict=False)
+    found = again.model.load_state_dict(load_file(config.out / "base.safetensors"), strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys
     load_sfa(again.model, config.out / "adapter")
     samples = expected.samples[:RELOADED]
     answers = evaluate(again, samples).answers

@@ -159,7 +159,7 @@ def draw_answers(report: Report, path: Path) -> None:
 
     rows, columns = PAGE
     samples = report.arms[0].evaluation.samples[: rows * columns]
-    figure = Figure(figsize=(3.9 * columns, 5.0 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.9 * columns, 5.9 * rows), dpi=110, layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
     for number, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[])
@@ -177,4 +177,4 @@ def draw_answers(report: Report, path: Path) -> None:
             text = f"{name}: {said}"
             axis.text(0.02, -0.07 - 0.085 * line, text, color=color, fontsize=13, transform=axis.transAxes)
     figure.suptitle("Test charts, the first of the list, and the answers", fontsize=17)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.2)

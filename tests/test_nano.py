@@ -161,7 +161,6 @@ def test_weights_survive_saving_and_loading(tmp_path):
         assert torch.equal(a.half().float(), b)
 
 
-@pytest.mark.skipif(not nano.weights_path("llava_onevision").is_file(), reason="its weights are not trained yet")
 def test_the_shipped_host_reads_charts_it_has_never_seen():
     host = nano.load_nano("llava_onevision")
     unseen = load_charts("rendered", "test", limit=60, seed=1)
