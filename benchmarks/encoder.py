@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
-        "--passes", nargs="+", choices=["forward", "forward+backward"], default=["forward", "forward+backward"]
+        "--passes", nargs="+", choices=PASSES, default=PASSES
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
@@ -108,12 +108,11 @@ def main() -> None:
             )
             lines += [row.markdown(dtype, label) for row in rows]
     Console().print("\n".join(lines), markup=False)
-    print(
-        "written:",
-        write_result(
-            f"encoder-{args.layers}layers", device, f"python -m benchmarks.encoder {' '.join(sys.argv[1:])}", lines
-        ),
-    )
+    # A run of some of the passes must not overwrite one of all.
+    part = [f"{args.layers}layers", *([] if len(args.dtypes) > 1 else args.dtypes)]
+    part += [] if args.passes == PASSES else [label.replace("+", "-") for label in args.passes]
+    command = f"python -m benchmarks.encoder {' '.join(sys.argv[1:])}".strip()
+    print("written:", write_result("-".join(["encoder", *part]), device, command, lines))
 
 
 if __name__ == "__main__":
