@@ -4,9 +4,10 @@
 
 The weights of `llava_onevision` that come with the package went through these three stages, but in several runs while
 the stages below were found: their settings changed in between, so the command makes weights like them, not the same
-file. The last run was the `answer` stage as it stands (from step 500 on, 55 minutes on two CPU cores with other work on
-them, 20 to 30 pictures/s): 56.0% [50.3, 61.7] of the validation questions. Up to step 300 of that stage the text model had
-rotary embeddings of base 10,000; with a base of 1,000,000 (`nano.py`) it finds names among the image tokens much sooner.
+file. The last run was the `answer` stage as it stands (from step 500 on, 55 minutes on two CPU cores with other work
+on them, 20 to 30 pictures/s): 56.0% [50.3, 61.7] of the validation questions. Up to step 300 of that stage the text
+model had rotary embeddings of base 10,000; with a base of 1,000,000 (`nano.py`) it finds names among the image tokens
+much sooner.
 
 Three stages, each taking on where the last one ended (a run that was cut off goes on from its newest checkpoint):
 
