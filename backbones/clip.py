@@ -1,13 +1,29 @@
 """CLIP vision towers: one CLS token in front, split q, k and v."""
 
-from torch import nn
+from typing import Any
 
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from torch import Tensor, nn
+
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+
+# The statistics that CLIP's image processor normalises with.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def geometry(tower: nn.Module) -> Geometry:
     """Grid from the configuration, behind the CLS token."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
+
+
+def positions(tower: nn.Module) -> Tensor:
+    """The position embeddings of all patches; the first row belongs to CLS."""
+    model: Any = tower
+    return model.embeddings.position_embedding.weight[1:]
+
+
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What its image processor normalises with."""
+    return MEAN, STD
 
 
 CLIP = register_backbone(
@@ -17,5 +33,13 @@ CLIP = register_backbone(
         attentions=("transformers.models.clip.*.CLIPAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        patches=PatchSeam(
+            images="embeddings",
+            projection="embeddings.patch_embedding",
+            positions=positions,
+            tokens_in="pre_layrnorm",
+            tokens_out="encoder",
+            statistics=statistics,
+        ),
     )
 )

@@ -1,13 +1,39 @@
 """InternViT as transformers ships it (`InternVLVisionModel`): one CLS token, split q, k and v, no mask of its own."""
 
-from torch import nn
+from typing import Any
 
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from torch import Tensor, nn
+
+from sfa_adapters.errors import InjectionError
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+
+# The statistics of ImageNet, which InternVL's image processor normalises with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def geometry(tower: nn.Module) -> Geometry:
     """Grid from the configuration, behind the CLS token."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
+
+
+def positions(tower: nn.Module) -> Tensor:
+    """The position embeddings of all patches; the first row belongs to CLS."""
+    model: Any = tower
+    return model.embeddings.position_embeddings[0, 1:]
+
+
+def check_patches(tower: nn.Module) -> None:
+    """Adaptive tokens take their places from absolute position embeddings."""
+    model: Any = tower
+    if model.embeddings.position_embeddings is None:
+        raise InjectionError("This InternViT has no absolute position embeddings (use_absolute_position_embeddings).")
+    if model.embeddings.dropout.p:
+        raise InjectionError("hidden_dropout_prob drops embedded patches, which adaptive tokens would not pass; set 0.")
+
+
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What its image processor normalises with."""
+    return MEAN, STD
 
 
 INTERNVIT = register_backbone(
@@ -17,5 +43,14 @@ INTERNVIT = register_backbone(
         attentions=("transformers.models.internvl.*.InternVLVisionAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        patches=PatchSeam(
+            images="embeddings",
+            projection="embeddings.patch_embeddings.projection",
+            positions=positions,
+            tokens_in="encoder",
+            tokens_out="encoder",
+            check=check_patches,
+            statistics=statistics,
+        ),
     )
 )

@@ -11,8 +11,10 @@ the tower then sorts groups by window. `window_order` says which place each toke
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,21 @@ from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
-# (frames, rows, columns) of each image or video in patches, patches per merge side, merge groups per window side.
-Description = tuple[tuple[tuple[int, int, int], ...], int, int]
+
+class Whole(NamedTuple):
+    """A forward on whole images: (frames, rows, columns) of each in patches, and how they are merged and windowed."""
+
+    sizes: tuple[tuple[int, int, int], ...]
+    merge: int
+    window: int
+
+
+class Given(NamedTuple):
+    """A forward whose positions were given: end and grid of each image, row and column of every token in order."""
+
+    ends: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
+    places: tuple[tuple[int, int], ...]
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -30,14 +45,23 @@ def geometry(tower: nn.Module) -> Geometry:
     return Geometry(grid=None, prefix_tokens=0)
 
 
-def describe_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, Description]:
-    """Sizes of the images of this forward, from `grid_thw`."""
+def describe_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, Whole | Given]:
+    """Sizes of the images of this forward, from `grid_thw`, or the positions that were given beside it."""
     config: Any = tower.config
+    merge = int(config.spatial_merge_size)
+    positions, index = kwargs.get("position_ids"), kwargs.get("window_index")
+    if positions is not None and index is not None and kwargs.get("cu_seqlens") is not None:
+        ordered = positions.view(-1, merge**2, 2)[index.to(positions.device)].flatten(0, 1)
+        ends = tuple(kwargs["cu_seqlens"].tolist()[1:])
+        pages = kwargs.get("page_grids")
+        if pages is None:
+            pages = [part.amax(0) + 1 for part in ordered.tensor_split(list(ends[:-1]))]
+        grids = tuple((int(h), int(w)) for h, w in pages)
+        return len(ordered), Given(ends, grids, tuple((row, column) for row, column in ordered.tolist()))
     grid_thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
     sizes = tuple((int(t), int(h), int(w)) for t, h, w in grid_thw.tolist())
-    merge = int(config.spatial_merge_size)
     window = int(config.window_size) // merge // int(config.patch_size)
-    return sum(t * h * w for t, h, w in sizes), (sizes, merge, window)
+    return sum(t * h * w for t, h, w in sizes), Whole(sizes, merge, window)
 
 
 def window_order(frames: int, height: int, width: int, merge: int, window: int) -> tuple[Tensor, Tensor]:
@@ -66,29 +90,33 @@ def window_order(frames: int, height: int, width: int, merge: int, window: int) 
     return rows.repeat(frames), columns.repeat(frames)
 
 
-def segment_layouts(description: Description, bounds: tuple[int, ...], block_map: Tensor) -> list[TokenLayout]:
+def segment_layouts(description: Whole | Given, bounds: tuple[int, ...], block_map: Tensor) -> list[TokenLayout]:
     """The layout of each segment; distances are relative to the whole image, also inside a window.
 
     Raises:
         LayoutError: A segment reaches over the border of an image.
     """
-    sizes, merge, window = description
-    images: list[tuple[int, tuple[int, int], Tensor, Tensor]] = []  # end of the image, its grid, rows, columns
-    end = 0
-    for frames, height, width in sizes:
-        rows, columns = window_order(frames, height, width, merge, window)
-        end += len(rows)
-        images.append((end, (height, width), rows, columns))
+    ends, grids, rows, columns = _places(description)
     layouts: list[TokenLayout] = []
     for start, stop in itertools.pairwise(bounds):
-        image_end, grid, rows, columns = next(image for image in images if start < image[0])
-        offset = image_end - len(rows)
-        if stop > image_end or start == stop:
-            raise LayoutError(f"Segment {start}..{stop} does not lie inside one image of the sizes {sizes}.")
-        part = slice(start - offset, stop - offset)
+        image = bisect.bisect_right(ends, start)
+        if start == stop or image == len(ends) or stop > ends[image]:
+            raise LayoutError(f"Segment {start}..{stop} does not lie inside one image; images end at {ends}.")
         ones = torch.ones(stop - start)
-        layouts.append(TokenLayout.from_boxes(rows[part], columns[part], ones, grid, block_map=block_map))
+        part = slice(start, stop)
+        layouts.append(TokenLayout.from_boxes(rows[part], columns[part], ones, grids[image], block_map=block_map))
     return layouts
+
+
+def _places(description: Whole | Given) -> tuple[Sequence[int], Sequence[tuple[int, int]], Tensor, Tensor]:
+    """Ends and grids of the images, row and column of every token."""
+    if isinstance(description, Given):
+        row, column = torch.tensor(description.places).unbind(-1)
+        return description.ends, description.grids, row, column
+    sizes, merge, window = description
+    orders = [window_order(*size, merge, window) for size in sizes]
+    row, column = (torch.cat(parts) for parts in zip(*orders, strict=True))
+    return list(itertools.accumulate(t * h * w for t, h, w in sizes)), [(h, w) for _, h, w in sizes], row, column
 
 
 QWEN_VIT = register_backbone(

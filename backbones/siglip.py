@@ -4,14 +4,33 @@ The attention-pooling head of SigLIP is a `torch.nn.MultiheadAttention` and stay
 real `[batch, 1, tokens, tokens]` mask for padded tiles; the bias is added to it.
 """
 
-from torch import nn
+from typing import Any
 
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from torch import Tensor, nn
+
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
     """Grid from the configuration; every token is a patch."""
     return Geometry(grid=config_grid(tower), prefix_tokens=0)
+
+
+def positions(tower: nn.Module) -> Tensor:
+    """The position embeddings of all patches."""
+    model: Any = tower
+    return model.embeddings.position_embedding.weight
+
+
+def has_head(tower: nn.Module) -> bool:
+    """The attention-pooling head looks at every token."""
+    model: Any = tower
+    return bool(model.use_head)
+
+
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What its image processor normalises with."""
+    return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 SIGLIP = register_backbone(
@@ -25,6 +44,15 @@ SIGLIP = register_backbone(
         attentions=("transformers.models.siglip.*.SiglipAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        patches=PatchSeam(
+            images="embeddings",
+            projection="embeddings.patch_embedding",
+            positions=positions,
+            tokens_in="encoder",
+            tokens_out="encoder",
+            pools=has_head,
+            statistics=statistics,
+        ),
     )
 )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from sfa_adapters.registry import Backbone, Geometry, image_grid, register_backbone
+from sfa_adapters.errors import InjectionError
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, image_grid, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -22,6 +23,36 @@ def grid_of_input(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) ->
     return image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
 
 
+def positions(tower: nn.Module) -> Tensor:
+    """The position embeddings of all patches; rows of prefix tokens come first where the model has them."""
+    model: Any = tower
+    return model.pos_embed[0, 0 if model.no_embed_class else model.num_prefix_tokens :]
+
+
+def check_patches(tower: nn.Module) -> None:
+    """Adaptive tokens take the place of the plain tokens in front of `norm_pre`."""
+    model: Any = tower
+    if model.pos_embed is None:
+        raise InjectionError(f"This {type(tower).__name__} has no absolute position embeddings (pos_embed).")
+    if not isinstance(model.patch_drop, nn.Identity) or model.pos_drop.p:
+        raise InjectionError("pos_drop_rate and patch_drop_rate must be 0: adaptive tokens would not pass them.")
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        raise InjectionError("This patch embedding has a norm of its own, which resampled patches would not pass.")
+
+
+def pools(tower: nn.Module) -> bool:
+    """Whether the head looks at every token."""
+    model: Any = tower
+    return model.attn_pool is not None or model.global_pool not in ("", "token")
+
+
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As the pretrained configuration has them, or one half."""
+    model: Any = tower
+    found = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(found.get("mean", (0.5, 0.5, 0.5))), tuple(found.get("std", (0.5, 0.5, 0.5)))
+
+
 TIMM_VIT = register_backbone(
     Backbone(
         name="timm_vit",
@@ -31,5 +62,15 @@ TIMM_VIT = register_backbone(
         grid_of_input=grid_of_input,
         image_module="patch_embed",  # forward_features and forward_intermediates do not pass the model's forward
         mask_argument="attn_mask",
+        patches=PatchSeam(
+            images="patch_embed",
+            projection="patch_embed.proj",
+            positions=positions,
+            tokens_in="norm_pre",
+            tokens_out="norm",
+            check=check_patches,
+            pools=pools,
+            statistics=statistics,
+        ),
     )
 )

@@ -9,17 +9,15 @@ ChartQA is in use with three column schemas, told apart by their columns:
 Images are never decoded before the size in their header is known to be sane, and no code that comes with data is run.
 """
 
-import io
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.images import MAX_BYTES, MAX_PIXELS, as_image, read_image
 from sfa_adapters.recipes.charts import TextBox, draw, kinds_for
 from sfa_adapters.recipes.questions import QUESTION_TYPES, QuestionType, questions_for
 from sfa_adapters.recipes.sources import load_tables
@@ -27,8 +25,6 @@ from sfa_adapters.recipes.tables import SPLITS, Split
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ChartSample", "chart_samples", "load_charts", "read_image"]
 
-MAX_PIXELS = 50_000_000
-MAX_BYTES = 20_000_000
 SCHEMAS: dict[str, tuple[str, str]] = {  # name -> (question column, answer column)
     "ahmed-masry/ChartQA": ("query", "label"),
     "HuggingFaceM4/ChartQA": ("query", "label"),
@@ -182,12 +178,12 @@ def _sample(row: Mapping[str, Any], where: str, folder: Path | None) -> ChartSam
         raise DataError(f"{where}: no answer in column {answer_column!r} (found {label!r}). Remove or repair the row.")
     if not isinstance(row[question_column], str) or not row[question_column].strip():
         raise DataError(f"{where}: no question in column {question_column!r} (found {row[question_column]!r}).")
-    image = read_image(_bytes(row[image_column], where, folder), where)
+    image = as_image(_file(row[image_column], where, folder), where)
     kind = row.get("type") or row.get("human_or_machine")
     return ChartSample(image, row[question_column].strip(), answers, (), "" if kind is None else str(kind), "", where)
 
 
-def _bytes(value: Any, where: str, folder: Path | None) -> bytes:
+def _file(value: Any, where: str, folder: Path | None) -> bytes | Path:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -201,40 +197,4 @@ def _bytes(value: Any, where: str, folder: Path | None) -> bytes:
     )
     if path is None or not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{where}: no image file {value!r} inside {folder}.")
-    if path.stat().st_size > MAX_BYTES:
-        raise DataError(
-            f"{where}: {path} has {path.stat().st_size:,} bytes, at most {MAX_BYTES:,} are read. Make it smaller."
-        )
-    return path.read_bytes()
-
-
-def read_image(raw: bytes, where: str) -> np.ndarray:
-    """Decode an image whose header says that it is of a sane size.
-
-    Args:
-        raw: the encoded file.
-        where: named in errors.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        DataError: more than 20 MB, more than 50 million pixels, truncated, or not an image.
-    """
-    if len(raw) > MAX_BYTES:
-        raise DataError(f"{where}: the image has {len(raw):,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(raw)) as image:  # reads the header only
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DataError(
-                        f"{where}: the image is {width} x {height} pixels, at most {MAX_PIXELS:,} pixels are decoded. "
-                        "Make it smaller."
-                    )
-                return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}: the image cannot be read ({error}). Download or export it again.") from error
+    return path

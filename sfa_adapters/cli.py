@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from sfa_adapters.cli_analyze import app as analyze_app
+from sfa_adapters.cli_density import app as density_app
 from sfa_adapters.errors import SFAError
 
 __all__ = ["app", "main"]
@@ -25,8 +27,19 @@ app = typer.Typer(
     epilog="Examples:  sfa demo   |   sfa inspect google/siglip-so400m-patch14-384",
     pretty_exceptions_enable=False,
 )
+app.add_typer(analyze_app)
+app.add_typer(density_app)
 # Packages that a command may need, and the extra that brings them.
-EXTRAS = {"PIL": "demo", "matplotlib": "demo", "timm": "timm", "datasets": "recipes"}
+EXTRAS = {
+    "PIL": "demo",
+    "cv2": "vision",
+    "datasets": "recipes",
+    "matplotlib": "demo",
+    "onnxruntime": "ocr",
+    "rapidocr": "ocr",
+    "skimage": "recipes",
+    "timm": "timm",
+}
 # Its base is what every wrong use of the command line is; typer exports only this one by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
 

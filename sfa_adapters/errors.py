@@ -8,6 +8,7 @@ __all__ = [
     "LayoutError",
     "MergeError",
     "NoMatchingBackboneError",
+    "PlanError",
     "SFAError",
     "UnsupportedAttentionError",
     "WeightsError",
@@ -52,3 +53,7 @@ class WeightsError(SFAError, ValueError):
 
 class DataError(SFAError, ValueError):
     """A data row or image cannot be used (no answer, unreadable, too large, missing column, ...)."""
+
+
+class PlanError(SFAError, ValueError):
+    """A patch policy, a density map or a token budget cannot be used (unordered levels, NaN, too few tokens, ...)."""

@@ -20,7 +20,8 @@ from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factor
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError
 from sfa_adapters.layout import TokenLayout
-from sfa_adapters.mask import SegmentedMask, StructuralMask
+from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
+from sfa_adapters.packing import PackedMask
 from sfa_adapters.tower import TowerState
 
 __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
@@ -51,7 +52,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self.pending: StructuralMask | SegmentedMask | None = None
+        self.pending: LazyMask | None = None
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
         self.mask_position: int | None = None
         self.hook_ids: tuple[int, ...] = ()
@@ -104,8 +105,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # -- the mask ---------------------------------------------------------------------------------------------------
 
     def build_mask(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, bounds: Tensor | None
-    ) -> StructuralMask | SegmentedMask | None:
+        self, hidden_states: Tensor, attention_mask: Tensor | LazyMask | None, bounds: Tensor | None
+    ) -> LazyMask | None:
         """The mask for this forward, or None when no adapter is active.
 
         Args:
@@ -130,6 +131,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if len(factors) == 1 and segments[0].batch_size is not None:
                 return SegmentedMask(_split_batch(factors[0]), backend)
             return SegmentedMask(factors, backend)
+        packing = self.state.packing
+        if packing is not None and packing.total == hidden_states.shape[-2]:
+            layouts = packing.layouts(block_map, key, device)
+            # Where images are kept apart by a mask already, it is that mask which gets the biases.
+            mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(packing.lengths)
+            mask.biases = [bias_factors(weights, x, self.num_heads) for x in layouts]
+            mask.backend = backend
+            return mask
+        assert not isinstance(attention_mask, LazyMask)
         layout = self.state.layout(hidden_states.shape[-2], block_map, key, device)
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)

@@ -20,13 +20,13 @@ from torch import Tensor
 from sfa_adapters.attention import Backend, attend, check_fit, dense_mask, merge_masks
 from sfa_adapters.bias import BiasFactors
 
-__all__ = ["DenseCache", "SegmentedMask", "StructuralMask"]
+__all__ = ["DenseCache", "LazyMask", "SegmentedMask", "StructuralMask"]
 
 # Gives the bias as a dense mask in the dtype of the tensor, from a cache, or None where a cached mask is no gain.
 DenseCache = Callable[[Tensor], Tensor | None]
 
 
-class _LazyMask:
+class LazyMask:
     """What both masks share: being asked by torch functions, and looking like a tensor to code that inspects masks."""
 
     num_heads: int
@@ -70,11 +70,11 @@ class _LazyMask:
         """As `Tensor.dim`."""
         return 4
 
-    def contiguous(self) -> _LazyMask:
+    def contiguous(self) -> LazyMask:
         """As `Tensor.contiguous`; a lazy mask has no memory layout yet."""
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> _LazyMask:
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask:
         """As `Tensor.to`; device and dtype are taken from the tensor that the mask meets."""
         return self
 
@@ -86,7 +86,7 @@ def _dispatch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: _LazyMask,
+    attn_mask: LazyMask,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -101,10 +101,10 @@ def _dispatch(
 
 
 def _dense(argument: Any, like: Tensor | None) -> Any:
-    return argument.tensor(like) if isinstance(argument, _LazyMask) else argument
+    return argument.tensor(like) if isinstance(argument, LazyMask) else argument
 
 
-class StructuralMask(_LazyMask):
+class StructuralMask(LazyMask):
     """The bias of one layer for tokens `[B, N]`, on top of the model's own mask.
 
     Args:
@@ -165,7 +165,7 @@ class StructuralMask(_LazyMask):
         return merge_masks(mask, self.attention_mask)
 
 
-class SegmentedMask(_LazyMask):
+class SegmentedMask(LazyMask):
     """The biases of consecutive segments (windows, images) of one flat sequence, served in order, one per SDPA call.
 
     Args:

@@ -22,6 +22,7 @@ __all__ = [
     "Backbone",
     "FoundTower",
     "Geometry",
+    "PatchSeam",
     "find_tower",
     "register_backbone",
     "registered_backbones",
@@ -53,6 +54,31 @@ SegmentLayouts = Callable[[Any, tuple[int, ...], Tensor], list[TokenLayout]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchSeam:
+    """Where the patches of a tower with absolute position embeddings become tokens. Paths are in the tower.
+
+    Attributes:
+        images: Module whose forward takes the images first.
+        projection: The convolution that embeds a patch.
+        positions: Reads the position embeddings of the tower's own grid, `[rows * columns, width]`, no prefix.
+        tokens_in: Module whose forward takes the embedded tokens first (or as `inputs_embeds`).
+        tokens_out: Module whose output is the sequence, a tensor or an output with `last_hidden_state`.
+        check: Raises a named error for towers whose tokens cannot be exchanged.
+        pools: Whether the tower pools over all tokens behind `tokens_out`, so that padding must not reach it.
+        statistics: Mean and standard deviation that images of this tower are normalised with, by channel.
+    """
+
+    images: str
+    projection: str
+    positions: Callable[[nn.Module], Tensor]
+    tokens_in: str
+    tokens_out: str
+    check: Callable[[nn.Module], None] | None = None
+    pools: Callable[[nn.Module], bool] | None = None
+    statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backbone:
     """How one kind of vision tower is adapted. Class names are patterns over `module.Class`, as in `fnmatch`.
 
@@ -71,6 +97,7 @@ class Backbone:
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
+        patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
     """
 
     name: str
@@ -86,6 +113,7 @@ class Backbone:
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
+    patches: PatchSeam | None = None
 
     def is_tower(self, module: nn.Module) -> bool:
         """Whether the module is a tower of this kind."""

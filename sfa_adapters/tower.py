@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.packing import Packing
 from sfa_adapters.registry import Backbone, Geometry
 
 __all__ = ["STATE_NAME", "TowerState", "see_tower_input"]
@@ -28,11 +29,15 @@ class TowerState:
 
     Grids are remembered per token count, not only for the latest forward, because gradient checkpointing runs the
     layers again in the backward pass, when another image may have passed the tower.
+
+    Attributes:
+        packing: Set by whoever packs images of different token counts into one sequence; its layouts then count.
     """
 
     backbone: Backbone
     geometry: Geometry
     tower_name: str
+    packing: Packing | None = None
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
@@ -105,7 +110,7 @@ class TowerState:
         return self.layouts[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layouts": {}}
+        return {**self.__dict__, "layouts": {}, "packing": None}
 
 
 def see_tower_input(seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

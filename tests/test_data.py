@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sfa_adapters import images
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes import data, sources
+from sfa_adapters.recipes import sources
 from sfa_adapters.recipes.data import load_charts, read_image
 
 datasets = pytest.importorskip("datasets")
@@ -151,13 +152,13 @@ def test_an_oversized_image_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(DataError, match="row 2"):
         read_image(bomb, "row 2")
-    monkeypatch.setattr(data, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(DataError, match="20 x 10 pixels"):
         read_image(small, "row 2")
 
 
 def test_an_oversized_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="bytes"):
         read_image(_png(), "row 2")
     (tmp_path / "a.png").write_bytes(_png())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,13 +35,13 @@ def test_encoder_on_cuda_equals_cpu(backward: bool) -> None:
     """A tower with SFA gives on CUDA in fp32 what it gives on a CPU."""
     torch.manual_seed(0)
     tower = InternVLVisionModel(InternVLVisionConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=4))
-    inject_sfa(tower, SFAConfig(init_std=0.5))
+    model: Any = inject_sfa(tower, SFAConfig(init_std=0.5))
     images = torch.randn(1, 3, 448, 448)
     results = []
     for device in ("cpu", "cuda"):
-        tower.to(device).zero_grad()
+        model.to(device).zero_grad()
         with torch.set_grad_enabled(backward):
-            hidden = tower(images.to(device)).last_hidden_state
+            hidden = model(images.to(device)).last_hidden_state
         if backward:
             hidden.square().mean().backward()
             results.append([p.grad.cpu() for p in tower.parameters() if p.grad is not None])
@@ -52,7 +54,7 @@ def test_encoder_on_cuda_equals_cpu(backward: bool) -> None:
 def test_stale_cache_after_an_optimizer_step_on_cuda() -> None:
     """On CUDA the cached dense mask is keyed by version counters, which in-place updates bump."""
     torch.manual_seed(0)
-    tower = InternVLVisionModel(InternVLVisionConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4))
+    tower: Any = InternVLVisionModel(InternVLVisionConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4))
     inject_sfa(tower.cuda(), SFAConfig(backend="dense", init_std=0.5, mask_cache_mb=1024))
     images = torch.randn(1, 3, 448, 448, device="cuda")
     with torch.no_grad():

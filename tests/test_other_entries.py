@@ -1,5 +1,7 @@
 """Ways into a tower other than its forward, and adapters that leave while others stay."""
 
+from typing import Any
+
 import timm
 import torch
 
@@ -10,7 +12,8 @@ from tests.towers import CASES
 
 def test_timm_forward_features_sees_the_grid_of_its_image():
     """A transposed grid has the same number of tokens, so only the image can tell."""
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=96, dynamic_img_size=True, num_classes=0).eval()
+    model: Any = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=96, dynamic_img_size=True, num_classes=0)
+    model.eval()
     inject_sfa(model, support.strong_config())
     images = [torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)]
     with torch.no_grad():

@@ -1,0 +1,129 @@
+"""The density estimator: a small convolutional network that says how much of each place of a page is text.
+
+Six layers, 3-32-64-128-64-32-1: five 3 x 3 convolutions with batch norm and ReLU, then a 1 x 1 head with a sigmoid. The
+first four convolutions have stride 2, so one output cell stands for 16 x 16 pixels and sees 95 x 95.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sfa_adapters.errors import DataError, WeightsError
+
+__all__ = ["STRIDE", "DensityEstimator"]
+
+STRIDE = 16
+WIDTHS = (3, 32, 64, 128, 64, 32)
+WEIGHTS = Path(__file__).with_name("density.safetensors")
+SHA256 = "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf"
+COMMAND = "sfa density train"
+
+
+class DensityEstimator(nn.Module):
+    """Estimates text density, 186,177 parameters.
+
+    Untrained as built; `DensityEstimator.pretrained()` is what the library uses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(pairwise(WIDTHS)):
+            convolution = nn.Conv2d(before, after, 3, stride=2 if number < 4 else 1, padding=1)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Conv2d(WIDTHS[-1], 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Estimates the density of each 16 x 16 pixels.
+
+        Args:
+            images: RGB in [0, 1], before a tower's normalisation, float `[B, 3, H, W]`. Sides that 16 does not divide
+                are continued with their last row and column of pixels.
+
+        Returns:
+            1 in dense text, 0 on empty paper, `[B, ceil(H / 16), ceil(W / 16)]`.
+
+        Raises:
+            DataError: Not a batch of RGB images in floating point, or an image without pixels.
+        """
+        return self.logits(images).sigmoid()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The same before the sigmoid, which is what training needs."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
+            raise DataError(
+                f"images {tuple(images.shape)} {images.dtype} must be [batch, 3, height, width], floating point in "
+                "[0, 1]."
+            )
+        height, width = images.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        weight: Tensor = self.head.weight
+        images = images.to(weight.dtype).contiguous(memory_format=torch.channels_last) - 0.5
+        return self.head(self.features(images))[:, 0]
+
+    def fused(self) -> nn.Module:
+        """The same function for inference, with the batch norms worked into the convolutions (a copy, in eval mode)."""
+        import copy
+
+        model = copy.deepcopy(self).eval()
+        layers: list[nn.Module] = []
+        for convolution, norm in zip(model.features[0::3], model.features[1::3], strict=True):
+            assert isinstance(convolution, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            layers += [fuse_conv_bn_eval(convolution, norm), nn.ReLU(inplace=True)]
+        model.features = nn.Sequential(*layers)
+        return model.to(memory_format=torch.channels_last).requires_grad_(False)
+
+    @classmethod
+    def pretrained(cls, path: str | Path | None = None) -> Self:
+        """Loads weights: those that come with the library, or a file that `sfa density train` wrote.
+
+        Args:
+            path: A safetensors file; by default the shipped one, whose SHA-256 is checked before it is read.
+
+        Returns:
+            The estimator in eval mode, without gradients.
+
+        Raises:
+            WeightsError: The file is missing, damaged, or of another model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = WEIGHTS if path is None else Path(path)
+        if not file.is_file():
+            raise WeightsError(
+                f"No weights of the density estimator at {file}. Install the package again, or: {COMMAND}"
+            )
+        raw = file.read_bytes()
+        if path is None and (found := hashlib.sha256(raw).hexdigest()) != SHA256:
+            raise WeightsError(
+                f"{file} has sha256 {found}, expected {SHA256}: the file is damaged or another one. Install the "
+                f"package again, or train the weights: {COMMAND}"
+            )
+        try:
+            stored = load(raw)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{file} is not a readable safetensors file ({error}). Train weights: {COMMAND}"
+            ) from error
+        model = cls()
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        names = sorted(wanted.keys() | stored.keys())
+        wrong = [n for n in names if n not in stored or wanted.get(n) != tuple(stored[n].shape)]
+        if wrong:
+            raise WeightsError(
+                f"{file} does not fit the density estimator: {len(wrong)} tensors differ, first {wrong[0]!r}."
+            )
+        model.load_state_dict(stored)
+        return model.eval().requires_grad_(False)

@@ -1,0 +1,176 @@
+"""`inject_adat` and `eject_adat`: adaptive tokens in front of the vision tower of any model, in place."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.adat.embed import LargePatchResidual, PatchEmbedder
+from sfa_adapters.adat.plan import PatchPlan
+from sfa_adapters.adat.policy import PatchPolicy
+from sfa_adapters.adat.tokenizer import (
+    ADAT_STATE,
+    RESIDUAL_NAME,
+    AdaptiveTokenizer,
+    AdatState,
+    attended_hook,
+    attention_hook,
+    exchange_hook,
+    lay_out_hook,
+    plan_hook,
+    tower_hook,
+)
+from sfa_adapters.errors import InjectionError
+from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower import STATE_NAME
+
+__all__ = ["eject_adat", "inject_adat", "latest_plans", "token_padding"]
+
+Model = TypeVar("Model", bound=nn.Module)
+HOOK_IDS = "_adat_hook_ids"
+
+
+def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None = None) -> Model:
+    """Makes the vision tower of a model see small patches where text is and large ones where the page is empty.
+
+    Works with SFA injected before or after, whose bias then follows the adaptive tokens. No parameter is added, but for
+    `AdaptiveTokenizer(residual=True)`.
+
+    Args:
+        model: A tower, or a vision-language model with one.
+        tokenizer: How to cut images; a policy stands for a tokenizer with this policy.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found.
+        InjectionError: The tower cannot take adaptive tokens, has some already, or an option does not fit.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig, SiglipVisionModel
+        >>> tower = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=2, vision_use_head=False))
+        >>> _ = inject_adat(tower, PatchPolicy(scorer="edges", budget=0.5))
+    """
+    if isinstance(tokenizer, PatchPolicy):
+        tokenizer = AdaptiveTokenizer(policy=tokenizer)
+    tokenizer = tokenizer or AdaptiveTokenizer()
+    found = find_tower(model)
+    _check(found, tokenizer)
+    tower, seam = found.tower, found.backbone.patches
+    assert seam is not None
+    projection: Any = tower.get_submodule(seam.projection)
+    geometry = found.backbone.geometry(tower)
+    assert geometry.grid is not None
+    state = AdatState(
+        tokenizer,
+        found.backbone,
+        seam,
+        geometry.prefix_tokens,
+        geometry.grid,
+        PatchEmbedder(projection),
+    )
+    if tokenizer.residual:
+        width, weight = projection.out_channels, projection.weight
+        tower.add_module(RESIDUAL_NAME, LargePatchResidual(width, weight.device, weight.dtype))
+    _hook(tower.get_submodule(seam.images), state, tower, pre=plan_hook)
+    _hook(tower.get_submodule(seam.tokens_in), state, tower, pre=exchange_hook)
+    for _, attention in found.attentions:
+        _hook(attention, state, tower, pre=attention_hook, post=attended_hook)
+    _hook(tower.get_submodule(seam.tokens_out), state, tower, post=lay_out_hook)
+    if tower is not tower.get_submodule(seam.tokens_out):
+        _hook(tower, state, tower, post=tower_hook)
+    return model
+
+
+def _check(found: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
+    tower, backbone, seam = found.tower, found.backbone, found.backbone.patches
+    where = found.name or type(tower).__name__
+    if seam is None:
+        raise InjectionError(
+            f"{where} is a {backbone.name} tower; adaptive tokens need a fixed grid with absolute position embeddings. "
+            "For Qwen2.5-VL there is drop_blank_groups."
+        )
+    if ADAT_STATE in tower.get_submodule(seam.images).__dict__:
+        raise InjectionError(f"{where} has adaptive tokens already; call eject_adat(model) first.")
+    if seam.check is not None:
+        seam.check(tower)
+    projection: Any = tower.get_submodule(seam.projection)
+    sizes = {*projection.kernel_size, *projection.stride}
+    if len(sizes) != 1 or any(projection.padding if isinstance(projection.padding, tuple) else ()):
+        raise InjectionError(
+            f"{where} embeds patches of {projection.kernel_size} px at steps of {projection.stride}; adaptive tokens "
+            "need square patches that do not overlap."
+        )
+    if tokenizer.output == "tokens" and seam.pools is not None and seam.pools(tower):
+        raise InjectionError(
+            f"{where} pools over all tokens, and would pool over padding with output='tokens'. Use output='grid', or "
+            "build the tower without its pooling head."
+        )
+
+
+def _hook(module: nn.Module, state: AdatState, tower: nn.Module, pre: Any = None, post: Any = None) -> None:
+    module.__dict__[ADAT_STATE] = (state, tower)
+    ids = module.__dict__.setdefault(HOOK_IDS, [])
+    if pre is not None:
+        ids.append(module.register_forward_pre_hook(pre, with_kwargs=True).id)
+    if post is not None:
+        ids.append(module.register_forward_hook(post).id)
+
+
+def eject_adat(model: Model) -> Model:
+    """Takes adaptive tokens out again; the model is as it was, bit for bit.
+
+    Args:
+        model: What `inject_adat` was called on, or a part of it that holds the tower.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InjectionError: The model has no adaptive tokens.
+    """
+    _, tower = _state(model)
+    for module in tower.modules():
+        ids = module.__dict__.pop(HOOK_IDS, ())
+        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
+            for number in ids:
+                hooks.pop(number, None)
+        module.__dict__.pop(ADAT_STATE, None)
+    if STATE_NAME in tower.__dict__:
+        tower.__dict__[STATE_NAME].packing = None
+    if RESIDUAL_NAME in tower._modules:
+        delattr(tower, RESIDUAL_NAME)
+    return model
+
+
+def _state(model: nn.Module) -> tuple[AdatState, nn.Module]:
+    found = next((m.__dict__[ADAT_STATE] for m in model.modules() if ADAT_STATE in m.__dict__), None)
+    if found is None:
+        raise InjectionError(f"{type(model).__name__} has no adaptive tokens; call inject_adat(model) first.")
+    return found
+
+
+def latest_plans(model: nn.Module) -> tuple[PatchPlan, ...]:
+    """The patch plans of the latest forward, one per image: counts, boxes and levels of the tokens.
+
+    Raises:
+        InjectionError: The model has no adaptive tokens, or has not seen an image yet.
+    """
+    plans = _state(model)[0].plans
+    if not plans:
+        raise InjectionError(f"{type(model).__name__} has not seen an image since inject_adat.")
+    return plans
+
+
+def token_padding(model: nn.Module) -> Tensor:
+    """Where the output of `output="tokens"` is padding, bool `[batch, prefix + longest]`, for the latest forward.
+
+    Raises:
+        InjectionError: As `latest_plans`.
+    """
+    prefix = _state(model)[0].prefix_tokens
+    lengths = torch.tensor([prefix + plan.num_tokens for plan in latest_plans(model)])
+    return torch.arange(int(lengths.max())) >= lengths[:, None]

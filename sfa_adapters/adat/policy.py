@@ -1,0 +1,233 @@
+"""The patch policy: which cells of a page get small tokens, from how dense they are and how many tokens there may be.
+
+A cell whose density lies above the first threshold gets the first level, and so on; every cell above no threshold gets
+the last. A budget adds one shift to all thresholds: the smallest, so the one with most tokens, that stays within it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sfa_adapters.adat.plan import PatchPlan, cell_grid, check_page, tokens_per_cell
+from sfa_adapters.adat.scorers import Scorer, check_scorer, score
+from sfa_adapters.adat.shift import Level, margins_over, shifted_levels, smallest_shift
+from sfa_adapters.errors import DataError, PlanError
+
+__all__ = ["PatchPolicy"]
+
+
+@dataclass(frozen=True)
+class PatchPolicy:
+    """Spends tokens where the text is.
+
+    A cell of side c at a level of p pixels holds n * n tokens with n = c / p rounded (halves up) and at least 1: a
+    patch larger than the cell, or than the page, gives one token per cell. Sizes are exact where c is a multiple of p.
+
+    Attributes:
+        levels: (density above which it is used, patch in pixels); densities descend to 0.0, patches ascend.
+        cell: Side of a cell in pixels; by default twice the side of the tower's own patches.
+        scorer: Where densities come from: a name, or a function of images `[B, 3, H, W]` in [0, 1] that returns
+            `[B, h, w]`.
+        budget: Most tokens of a page: a share of the tower's own number of tokens (float), or a number (int); by
+            default the thresholds are fixed.
+        reduce: How a map that is finer than the cells becomes one density per cell; the maximum keeps a lone digit.
+
+    Raises:
+        PlanError: A field cannot be used; it names the field, the entry and the value.
+    """
+
+    levels: Sequence[tuple[float, int]] = ((0.7, 8), (0.3, 14), (0.0, 32))
+    cell: int | None = None
+    scorer: Scorer = "density"
+    budget: float | int | None = None
+    reduce: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", _checked_levels(self.levels))
+        if self.cell is not None and (not isinstance(self.cell, int) or isinstance(self.cell, bool) or self.cell < 1):
+            raise PlanError(
+                f"cell={self.cell!r} must be a whole number of pixels, or None for twice the tower's patch."
+            )
+        if self.budget is not None:
+            _check_budget(self.budget)
+        check_scorer(self.scorer, self.reduce)
+
+    # -- planning -----------------------------------------------------------------------------------------------------
+
+    def cell_of(self, patch: int) -> int:
+        """Side of a cell in pixels in front of a tower with patches of `patch` pixels."""
+        return 2 * patch if self.cell is None else self.cell
+
+    def sides_of(self, patch: int) -> tuple[tuple[float, int], ...]:
+        """(Threshold, tokens along the side of a cell) of each level in front of a tower; equal levels are merged."""
+        return tuple((threshold, side) for threshold, side, _ in self._merged(patch))
+
+    def plan(self, density: Tensor, image_size: tuple[int, int], patch: int) -> PatchPlan:
+        """Plans one page.
+
+        Args:
+            density: Density of each cell in [0, 1], `[cell_rows, cell_columns]`; `to_cells` reduces finer maps.
+            image_size: Height and width in pixels of what the tower sees, multiples of `patch`.
+            patch: Side of the tower's own patches in pixels.
+
+        Raises:
+            PlanError: The page is not whole patches, the map has another shape, a density is NaN or outside [0, 1], or
+                the budget is below the fewest tokens that the levels can give.
+        """
+        check_page(image_size, patch)
+        cell, merged = self.cell_of(patch), self._merged(patch)
+        sides = [side for _, side, _ in merged]
+        margins = margins_over(_checked_density(density, cell_grid(image_size, cell), image_size, cell), merged)
+        shift = 0.0
+        if self.budget is not None:
+            counts = tokens_per_cell(image_size, cell, sides).flatten(1)
+            uniform = (image_size[0] // patch) * (image_size[1] // patch)
+            limit, least = _tokens(self.budget, uniform), int(counts[-1].sum())
+            if limit < least:
+                raise PlanError(
+                    f"budget={self.budget} allows {limit} tokens on a page of {image_size} px, but these levels give "
+                    f"at least {least} ({least / uniform:.3f} of the {uniform} of the tower). Raise the budget, or the "
+                    f"cell ({cell} px) and the patch of the last level."
+                )
+            shift = smallest_shift(margins, counts[:-1] - counts[1:], limit - least)
+        level = (margins <= shift).sum(0).reshape(cell_grid(image_size, cell))
+        return PatchPlan.from_levels(level, sides, image_size, patch, cell)
+
+    def plan_images(self, images: Tensor, patch: int) -> list[PatchPlan]:
+        """Scores images and plans each of them.
+
+        Args:
+            images: RGB in [0, 1], before a tower's normalisation, `[B, 3, H, W]`; rows and columns behind the last
+                whole patch are not seen, as in the tower.
+            patch: Side of the tower's own patches in pixels.
+
+        Raises:
+            DataError: The images cannot be used.
+            PlanError: As in `plan`, or the scorer returned something that is no density map.
+        """
+        if images.ndim != 4:
+            raise DataError(f"images {tuple(images.shape)} must be [batch, 3, height, width].")
+        height, width = images.shape[-2:]
+        size = (height, width) if min(height, width) < patch else (height // patch * patch, width // patch * patch)
+        check_page(size, patch)
+        seen = images[..., : size[0], : size[1]]
+        density = score(seen, self.scorer, self.cell_of(patch), self.reduce, self._own_patch_density(patch)).cpu()
+        return [self.plan(page, size, patch) for page in density]
+
+    # -- thresholds from data -----------------------------------------------------------------------------------------
+
+    def calibrate(
+        self, densities: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]], patch: int, ratio: float
+    ) -> PatchPolicy:
+        """Moves all thresholds by one shift, so that the mean ratio over these pages is met.
+
+        Unlike a budget, which cuts every page down to one size, this gives dense pages more tokens than sparse ones.
+
+        Args:
+            densities: Density of each cell of each page, as `plan` takes it.
+            image_sizes: Height and width of each page in pixels.
+            patch: Side of the tower's own patches in pixels.
+            ratio: Tokens over the tower's own number of tokens: the mean over the pages is at most this, and as near
+                as one shift can come.
+
+        Returns:
+            A policy with other thresholds and no budget; levels that no density could reach any more are gone.
+
+        Raises:
+            PlanError: There is no page, the lists differ in length, a density or the ratio cannot be used, or the ratio
+                is below the least mean that the levels can give.
+        """
+        if not densities or len(densities) != len(image_sizes):
+            raise PlanError(f"calibrate needs one size per density map: got {len(densities)} and {len(image_sizes)}.")
+        if not math.isfinite(ratio) or ratio <= 0:
+            raise PlanError(f"ratio={ratio} must be a finite number above 0.")
+        cell, merged = self.cell_of(patch), self._merged(patch)
+        values, shares = [], []
+        for density, size in zip(densities, image_sizes, strict=True):
+            check_page(size, patch)
+            values.append(_checked_density(density, cell_grid(size, cell), size, cell))
+            counts = tokens_per_cell(size, cell, [side for _, side, _ in merged]).flatten(1).double()
+            shares.append(counts / ((size[0] // patch) * (size[1] // patch) * len(densities)))
+        share = torch.cat(shares, 1)
+        least = float(share[-1].sum())
+        if ratio < least * (1 - 1e-9):
+            raise PlanError(f"ratio={ratio} is below {least:.4f}, the least mean ratio of these levels on these pages.")
+        margins = margins_over(torch.cat(values), merged)
+        # Sums of shares round; a billionth of a page is no token.
+        shift = smallest_shift(margins, share[:-1] - share[1:], ratio - least + 1e-9)
+        return replace(self, levels=shifted_levels(merged, torch.cat(values), margins, shift), budget=None)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _merged(self, patch: int) -> list[Level]:
+        """(Threshold, n, patch) of each level; of levels with the same n the lowest threshold decides."""
+        cell = self.cell_of(patch)
+        found: dict[int, Level] = {}
+        for threshold, size in self.levels:
+            side = max(1, (2 * cell + size) // (2 * size))
+            found[side] = (threshold, side, size)
+        return list(found.values())
+
+    def _own_patch_density(self, patch: int) -> float:
+        """A density that picks the level nearest to the tower's own patch size: what `scorer="uniform"` gives."""
+        sides = self.sides_of(patch)
+        wanted = self.cell_of(patch) / patch
+        best = min(range(len(sides)), key=lambda k: abs(sides[k][1] - wanted))
+        above = 1.0 if best == 0 else sides[best - 1][0]
+        return 0.0 if best == len(sides) - 1 else (sides[best][0] + above) / 2
+
+
+def _checked_levels(levels: Sequence[tuple[float, int]]) -> tuple[tuple[float, int], ...]:
+    pairs = list(levels)
+    if not pairs:
+        raise PlanError("levels is empty; give at least one, such as [(0.0, 14)].")
+    for number, pair in enumerate(pairs):
+        where = f"levels[{number}]={pair!r}"
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] < 1:
+            raise PlanError(f"{where} must be (density, patch) with a patch of whole pixels, at least 1.")
+        if not 0 <= pair[0] < 1:
+            raise PlanError(f"{where}: the density must lie in [0, 1); no cell is denser than 1.")
+        if number and not pair[0] < pairs[number - 1][0]:
+            raise PlanError(f"{where}: densities must descend, but the level before has {pairs[number - 1][0]}.")
+        if number and not pair[1] > pairs[number - 1][1]:
+            raise PlanError(f"{where}: patches must ascend, but the level before has {pairs[number - 1][1]} px.")
+    if pairs[-1][0] != 0:
+        raise PlanError(
+            f"levels[{len(pairs) - 1}]={pairs[-1]!r} is the last and must have density 0.0: it takes the rest."
+        )
+    return tuple((float(threshold), patch) for threshold, patch in pairs)
+
+
+def _check_budget(budget: float) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
+        raise PlanError(
+            f"budget={budget!r} must be above 0 and finite: a share of the tower's tokens (float) or a number (int)."
+        )
+
+
+def _tokens(budget: float, uniform: int) -> int:
+    # 0.29 * 100 is a little less than 29 in floating point.
+    return budget if isinstance(budget, int) else math.floor(budget * uniform + 1e-6)
+
+
+def _checked_density(density: Tensor, grid: tuple[int, int], image_size: tuple[int, int], cell: int) -> Tensor:
+    """One density per cell, `[cells]`, float32."""
+    if tuple(density.shape) != grid:
+        raise PlanError(
+            f"density {tuple(density.shape)} must have one value per cell: a page of {image_size} px has {grid} cells "
+            f"of {cell} px. `sfa_adapters.adat.scorers.to_cells` reduces finer maps."
+        )
+    flat = torch.as_tensor(density).detach().float().cpu().flatten()  # labels come as arrays
+    # NaN fails both comparisons.
+    wrong = ~((flat >= 0) & (flat <= 1))
+    if bool(wrong.any()):
+        number = int(wrong.nonzero()[0])
+        at = divmod(number, grid[1])
+        raise PlanError(f"density{list(at)} is {flat[number].item()}; densities must lie in [0, 1].")
+    return flat

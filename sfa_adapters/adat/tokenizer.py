@@ -1,0 +1,269 @@
+"""`AdaptiveTokenizer`, and the state and hooks with which it works inside a tower.
+
+Five hooks, no changed forward: (1) in front of the patch embedding the images are scored and planned; (2) in front of
+the encoder the tower's own tokens are exchanged for the planned ones, all images in one packed sequence; (3) in front
+of every attention layer a mask keeps the images apart; (4) behind the encoder tokens go back to the regular grid, or
+on as they are; (5) behind the tower the same happens to recorded hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfa_adapters.adat.embed import PatchEmbedder
+from sfa_adapters.adat.plan import PatchPlan
+from sfa_adapters.adat.policy import PatchPolicy
+from sfa_adapters.errors import BiasNotAppliedError, InjectionError, LayoutError, PlanError
+from sfa_adapters.packing import PackedMask, Packing
+from sfa_adapters.registry import Backbone, PatchSeam
+from sfa_adapters.tower import STATE_NAME
+
+__all__ = ["ADAT_STATE", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
+
+Output = Literal["grid", "tokens"]
+ADAT_STATE, RESIDUAL_NAME = "_adat_state", "adat_residual"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveTokenizer:
+    """How a tower is to cut its images.
+
+    Attributes:
+        policy: Which patch goes where.
+        output: "grid" lays the tokens back onto the tower's regular grid, so that any host works unchanged; "tokens"
+            hands them on as they are, padded to the longest image of the batch.
+        residual: Adds a learned residual for large patches (see `LargePatchResidual`), which starts at zero.
+        image_mean: What images were normalised with, by channel; None asks the tower.
+        image_std: Likewise.
+
+    Raises:
+        InjectionError: An option is none of those.
+    """
+
+    policy: PatchPolicy = field(default_factory=PatchPolicy)
+    output: Output = "grid"
+    residual: bool = False
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.output not in ("grid", "tokens"):
+            raise InjectionError(f"output={self.output!r} must be 'grid' or 'tokens'.")
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise InjectionError(f"{name}={value} must have one number for each of three channels.")
+        if self.image_std is not None and not all(s > 0 for s in self.image_std):
+            raise InjectionError(f"image_std={self.image_std} must be above 0.")
+
+
+@dataclass(eq=False)
+class AdatState:
+    """One tower's tokenizer at work.
+
+    Attributes:
+        plans: Of the latest forward, one per image.
+    """
+
+    tokenizer: AdaptiveTokenizer
+    backbone: Backbone
+    seam: PatchSeam
+    prefix_tokens: int
+    own_grid: tuple[int, int]
+    embedder: PatchEmbedder
+    plans: tuple[PatchPlan, ...] = ()
+    packing: Packing | None = None
+    images: Tensor | None = None
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": (), "packing": None, "images": None, "pairs": []}
+
+    # -- 1: in front of the patch embedding ---------------------------------------------------------------------------
+
+    def see_images(self, tower: nn.Module, images: Any) -> None:
+        """Scores and plans a batch of images.
+
+        Raises:
+            PlanError: It is not a batch of RGB images, or smaller than a patch.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            shape = tuple(getattr(images, "shape", ()))
+            raise PlanError(f"Adaptive tokens need images [batch, 3, height, width]; the tower was given {shape}.")
+        patch = self.embedder.patch
+        height, width = (side // patch * patch for side in images.shape[-2:])
+        if not height or not width:
+            raise PlanError(f"An image of {tuple(images.shape[-2:])} px is smaller than one patch of {patch} px.")
+        found = self.seam.statistics(tower)
+        mean, std = (
+            torch.tensor(chosen or default, device=images.device, dtype=torch.float32).view(3, 1, 1)
+            for chosen, default in zip((self.tokenizer.image_mean, self.tokenizer.image_std), found, strict=True)
+        )
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
+            self.plans = tuple(self.tokenizer.policy.plan_images(pixels, patch))
+        self.images, self.pairs = images, []
+
+    # -- 2: in front of the encoder -----------------------------------------------------------------------------------
+
+    def exchange(self, tower: nn.Module, own: Tensor) -> Tensor:
+        """The planned tokens instead of the tower's own.
+
+        Args:
+            tower: The tower.
+            own: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
+
+        Returns:
+            `[1, T, D]`, prefix tokens in front of each image.
+        """
+        images, self.images = self.images, None
+        if images is None or len(self.plans) != len(own):
+            raise LayoutError(
+                "Embedded tokens reached the encoder without images in front of them: adaptive tokens need the images. "
+                "Call the tower with pixel values, not with embeddings."
+            )
+        plan = self.plans[0]
+        grid = tuple(side // plan.patch for side in plan.image_size)
+        if own.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
+            raise LayoutError(
+                f"The tower embedded {own.shape[1]} tokens, expected {grid[0]}x{grid[1]} and {self.prefix_tokens}."
+            )
+        projection: Any = tower.get_submodule(self.seam.projection)
+        residual: Any = tower._modules.get(RESIDUAL_NAME)
+        positions = self._positions(tower, grid)
+        prefix, patches = own[:, : self.prefix_tokens], own[:, self.prefix_tokens :]
+        found = self.embedder(projection, positions, self.plans, images, patches, residual)
+        if residual is not None and torch.is_grad_enabled():
+            # Without a large patch in the batch its parameters would have no gradient, and DDP would stop.
+            found[0] = found[0] + 0.0 * sum(p.sum() for p in residual.parameters())
+        lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in self.plans)
+        plans, count = self.plans, self.prefix_tokens
+        self.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
+        if STATE_NAME in tower.__dict__:  # SFA's bias follows
+            tower.__dict__[STATE_NAME].packing = self.packing
+        return torch.cat([part for pair in zip(prefix, found, strict=True) for part in pair])[None]
+
+    def _positions(self, tower: nn.Module, grid: tuple[int, ...]) -> Tensor:
+        table = self.seam.positions(tower).unflatten(0, self.own_grid)
+        if grid == self.own_grid:
+            return table
+        chw = table.permute(2, 0, 1)[None].float()
+        chw = F.interpolate(chw, grid, mode="bicubic", align_corners=False)  # as the towers do themselves
+        return chw[0].permute(1, 2, 0).to(table.dtype)
+
+    # -- 4, 5: behind the encoder -------------------------------------------------------------------------------------
+
+    def lay_out(self, packed: Tensor) -> Tensor:
+        """A packed sequence as a batch: on the regular grid, or as padded tokens.
+
+        Args:
+            packed: `[1, T, D]`.
+
+        Returns:
+            `[B, prefix + rows * columns, D]` or `[B, longest, D]`.
+        """
+        lengths = [self.prefix_tokens + plan.num_tokens for plan in self.plans]
+        parts = packed[0].split(lengths)
+        if self.tokenizer.output == "tokens":
+            return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        if not self.pairs:
+            self.pairs = [tuple(t.to(packed.device) for t in plan.grid_pairs()) for plan in self.plans]  # pyright: ignore[reportAttributeAccessIssue]
+        height, width = (side // self.embedder.patch for side in self.plans[0].image_size)
+        laid = []
+        for part, (place, token, weight) in zip(parts, self.pairs, strict=True):
+            prefix, tokens = part[: self.prefix_tokens], part[self.prefix_tokens :]
+            grid = tokens.new_zeros(height * width, tokens.shape[-1])
+            grid = grid.index_add(0, place, tokens[token] * weight.to(tokens.dtype)[:, None])
+            laid.append(torch.cat((prefix, grid)))
+        return torch.stack(laid)
+
+    def is_packed(self, value: Any) -> bool:
+        """Whether a recorded hidden state is a packed sequence of the latest forward."""
+        packing = self.packing
+        return packing is not None and isinstance(value, Tensor) and value.shape[:-1] == (1, packing.total)
+
+
+# -- the hooks: functions that find the state in their module, so that copies of a model have their own ----------------
+
+
+def plan_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the patch embedding."""
+    state, tower = _state_and_tower(module)
+    state.see_images(tower, args[0] if args else kwargs.get("pixel_values", kwargs.get("x")))
+
+
+def exchange_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the first module behind the embedding."""
+    state, tower = _state_and_tower(module)
+    if args:
+        return (state.exchange(tower, args[0]), *args[1:]), kwargs
+    name = "inputs_embeds" if "inputs_embeds" in kwargs else "hidden_states"
+    return args, {**kwargs, name: state.exchange(tower, kwargs[name])}
+
+
+def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an attention layer: its mask keeps the images apart, unless SFA's mask does so already."""
+    state, _ = _state_and_tower(module)
+    name = state.backbone.mask_argument
+    given = kwargs.get(name)
+    packing = state.packing
+    assert packing is not None
+    if isinstance(given, PackedMask):
+        return None
+    if given is not None or len(args) > 1:
+        raise InjectionError(f"{type(module).__name__} got a mask of its own, which fits no adaptive tokens.")
+    mask = PackedMask(packing.lengths)
+    module.__dict__[MASK] = mask
+    return args, {**kwargs, name: mask}
+
+
+def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attention layer: a mask that was dropped means images that saw each other.
+
+    Raises:
+        BiasNotAppliedError: The attention implementation dropped the mask.
+    """
+    mask = module.__dict__.pop(MASK, None)
+    if mask is not None and not mask.used and len(mask.lengths) > 1:
+        raise BiasNotAppliedError(
+            f"{type(module).__name__} dropped the mask that keeps images apart. Load the model with "
+            "attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa')."
+        )
+
+
+def lay_out_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of the module whose output is the sequence."""
+    state, _ = _state_and_tower(module)
+    if isinstance(output, Tensor):
+        return state.lay_out(output)
+    if isinstance(output, tuple):
+        return (state.lay_out(output[0]), *output[1:])
+    output["last_hidden_state"] = state.lay_out(output["last_hidden_state"])
+    return output
+
+
+def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of the tower: recorded hidden states leave it as the last one does."""
+    state = _state_and_tower(tower)[0]
+
+    def lay(states: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(state.lay_out(s) if state.is_packed(s) else s for s in states)
+
+    if isinstance(output, tuple):
+        return tuple(lay(part) if isinstance(part, tuple) else part for part in output)
+    if isinstance(output, dict) and output.get("hidden_states") is not None:
+        output["hidden_states"] = lay(output["hidden_states"])
+    return output
+
+
+MASK = "_adat_mask"
+
+
+def _state_and_tower(module: nn.Module) -> tuple[AdatState, nn.Module]:
+    return module.__dict__[ADAT_STATE]

@@ -1,0 +1,166 @@
+"""Images as people have them (files, bytes, PIL, arrays, tensors) become uint8 RGB, or a `DataError` that says why not.
+
+An encoded image is never decoded before the size in its header is known to be sane.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sfa_adapters.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "as_image", "read_image"]
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 20_000_000
+
+
+def as_image(value: Any, where: str = "image") -> np.ndarray:
+    """Convert an image of any usual form.
+
+    Gray becomes RGB, transparency is laid on white, and 16 bits are scaled to 8 (value / 257), not cut off at 255.
+
+    Args:
+        value: A path; an encoded file as bytes; a PIL image; an array `[H, W]` or `[H, W, 1|3|4]` of uint8, uint16,
+            bool, or float in [0, 1]; or a tensor `[3|1, H, W]` of uint8, or float in [0, 1].
+        where: Named in errors.
+
+    Returns:
+        uint8 `[H, W, 3]`.
+
+    Raises:
+        DataError: Not an image, truncated, empty, of another shape or type, NaN or outside [0, 1], more than 20 MB
+            encoded, or more than 50 million pixels.
+    """
+    if isinstance(value, str | os.PathLike):
+        path = Path(value)
+        return read_image(_read_file(path, where), str(path) if where == "image" else f"{where}: {path}")
+    if isinstance(value, bytes | bytearray | memoryview):
+        return read_image(bytes(value), where)
+    if isinstance(value, torch.Tensor):
+        return _from_tensor(value, where)
+    if isinstance(value, np.ndarray):
+        return _from_array(value, where)
+    if type(value).__module__.partition(".")[0] == "PIL":
+        _check_pixels(value.width, value.height, where)
+        return _decode(value, where)
+    raise DataError(
+        f"{where}: found {type(value).__name__}, expected a path, encoded bytes, a PIL image, an array [H, W] or "
+        "[H, W, 3], or a tensor [3, H, W]."
+    )
+
+
+def read_image(raw: bytes, where: str) -> np.ndarray:
+    """Decode an image whose header says that it is of a sane size.
+
+    Args:
+        raw: The encoded file.
+        where: Named in errors.
+
+    Returns:
+        uint8 `[H, W, 3]`, converted as by `as_image`.
+
+    Raises:
+        DataError: More than 20 MB, more than 50 million pixels, truncated, or not an image.
+    """
+    from PIL import Image
+
+    if len(raw) > MAX_BYTES:
+        raise DataError(f"{where}: the image has {len(raw):,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(raw)) as image:  # reads the header only
+                _check_pixels(*image.size, where)
+                return _decode(image, where)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{where}: the image is too large ({error}). Make it smaller.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: the image cannot be read ({error}). Download or export it again.") from error
+
+
+def _read_file(path: Path, where: str) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{where}: {path} has {size:,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: {path} cannot be read ({error.strerror or error}). Give an image file.") from error
+
+
+def _check_pixels(width: int, height: int, where: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{where}: the image is {width} x {height} pixels, at most {MAX_PIXELS:,} pixels are decoded. "
+            "Make it smaller."
+        )
+    if width < 1 or height < 1:
+        raise DataError(f"{where}: the image is {width} x {height} pixels, it is empty.")
+
+
+def _decode(image: Image.Image, where: str) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        if image.mode.startswith("I"):  # `convert` would cut 16 bits off at 255
+            deep = np.asarray(image)
+            if deep.min() < 0 or deep.max() > 65_535:
+                raise DataError(f"{where}: 32-bit values from {deep.min()} to {deep.max()}; save it with 8 or 16 bits.")
+            return _from_array(deep.astype(np.uint16), where)
+        if image.mode == "F":
+            raise DataError(f"{where}: a float image has no fixed range; save it with 8 or 16 bits.")
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            return np.array(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
+        return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: the image cannot be read ({error}). Download or export it again.") from error
+
+
+def _from_tensor(tensor: torch.Tensor, where: str) -> np.ndarray:
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        raise DataError(f"{where}: a tensor of shape {tuple(tensor.shape)}, expected [3, H, W] or [1, H, W].")
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise DataError(f"{where}: a tensor of {tensor.dtype}, expected uint8, or float in [0, 1].")
+    values = tensor.detach().cpu()
+    return _from_array((values.float() if values.is_floating_point() else values).permute(1, 2, 0).numpy(), where)
+
+
+def _from_array(array: np.ndarray, where: str) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise DataError(f"{where}: an array of shape {array.shape}, expected [H, W] or [H, W, 1, 3 or 4].")
+    height, width, channels = array.shape
+    _check_pixels(width, height, where)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = (array.astype(np.uint32) + 128) // 257
+    elif np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0.0 and high <= 1.0):  # also NaN
+            raise DataError(f"{where}: float values from {low:g} to {high:g}, expected [0, 1] without NaN.")
+        array = np.round(array * 255.0)
+    elif array.dtype != np.uint8:
+        raise DataError(f"{where}: an array of {array.dtype}, expected uint8, uint16, bool, or float in [0, 1].")
+    array = array.astype(np.uint8)
+    if channels == 4:
+        alpha = array[..., 3:].astype(np.uint32)
+        return ((array[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.repeat(array, 3, axis=2) if channels == 1 else array.copy()
