@@ -21,9 +21,7 @@ app = typer.Typer(
 @app.command(epilog="Example:  sfa density train scans/ --labels edges --out runs/my-density")
 def train(
     images: Annotated[list[Path] | None, typer.Argument(help="Folders of images; rendered pages when none.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that was cut off goes on.")] = Path(
-        "runs/density"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that was cut off goes on.")] = Path("runs/density"),
     labels: Annotated[
         str | None, typer.Option(help="boxes, edges, mix or ocr; by default boxes, and edges for folders.")
     ] = None,
@@ -52,9 +50,7 @@ def draw_maps(
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; by default beside each image.")] = None,
     source: Annotated[str, typer.Option(help="density (the estimator), edges, or ocr.")] = "density",
     size: Annotated[int, typer.Option(help="Longer side in px at which the estimator sees a page; 0 as it is.")] = 896,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights from `sfa density train`.")
-    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights from `sfa density train`.")] = None,
 ) -> None:
     """Write the text density of each of IMAGES beside the page, as NAME_density.png."""
     from sfa_adapters.images import as_image
