@@ -71,11 +71,6 @@ def photo(seed: int) -> np.ndarray:
     return photograph(np.random.default_rng((seed, 17)), "test", SIZE, SIZE, textures=0.0)
 
 
-def per_page(scorer: Scorer, images: Sequence[np.ndarray], of: Callable[[np.ndarray], float]) -> Interval:
-    """Mean over pages of a number per density map."""
-    return bootstrap(np.array([of(scorer(image)) for image in images]))
-
-
 def found_words(scorer: Scorer, pages: Sequence[Page]) -> Interval:
     """Share of words whose middle lies in a cell that counts as text; the mean over pages."""
     shares = []
@@ -151,9 +146,9 @@ def negatives(scorers: dict[str, Scorer], count: int) -> list[str]:
     lines = ["| pages | map | false positives | mean density | densest page |", "|---|---|---|---|---|"]
     for what, images in pages.items():
         for name, scorer in scorers.items():
-            share = per_page(scorer, images, lambda d: float((d > TEXT).mean()))
-            maps = np.array([scorer(image).mean() for image in images])
-            lines.append(f"| {what}, {len(images)} | {name} | {share} | {bootstrap(maps)} | {maps.max():.3f} |")
+            maps = np.stack([scorer(image) for image in images])
+            share, mean = bootstrap((maps > TEXT).mean(axis=(1, 2))), maps.mean(axis=(1, 2))
+            lines.append(f"| {what}, {len(images)} | {name} | {share} | {bootstrap(mean)} | {mean.max():.3f} |")
     return lines
 
 
