@@ -171,7 +171,7 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
         handletextpad=0.5,
         columnspacing=1.2,
     )
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)  # the colour bar hangs below its panel
     return path
 
 
