@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfa_adapters.attention import Backend, dense_mask
 from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factors, parameter_shapes
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import BiasNotAppliedError, LayoutError
+from sfa_adapters.errors import BiasNotAppliedError, LayoutError, MergeError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.packing import PackedMask
@@ -95,8 +95,12 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return StructuralWeights(*(dict(values.items()).get(adapter_name) for values in found))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused by the tuner; see `SFAModel._check_merge_allowed`."""
-        raise NotImplementedError
+        """Refused.
+
+        Raises:
+            MergeError: Always; the tuner says why (`SFAModel.merge_adapter`).
+        """
+        raise MergeError(f"{self.name}: a structural bias cannot be merged into the weights of its attention layer.")
 
     def get_base_layer(self) -> nn.Module:
         """A layer that stands beside another wraps nothing."""

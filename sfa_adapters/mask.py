@@ -10,6 +10,7 @@ remembers that it was asked: a mask that no operation touched means an attention
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ __all__ = ["DenseCache", "LazyMask", "SegmentedMask", "StructuralMask"]
 DenseCache = Callable[[Tensor], Tensor | None]
 
 
-class LazyMask:
+class LazyMask(ABC):
     """What both masks share: being asked by torch functions, and looking like a tensor to code that inspects masks."""
 
     num_heads: int
@@ -47,13 +48,13 @@ class LazyMask:
             **{name: _dense(value, like) for name, value in kwargs.items()},
         )
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         """Attention under this mask."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensor(self, like: Tensor | None = None) -> Tensor:
         """The mask as a matrix, `[1 or B, H, N, N]`, in the dtype of `like`."""
-        raise NotImplementedError
 
     # Code that only looks at a mask (its rank, its dtype) must not count as having used it.
     @property

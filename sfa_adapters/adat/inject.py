@@ -23,6 +23,7 @@ from sfa_adapters.adat.tokenizer import (
     tower_hook,
 )
 from sfa_adapters.errors import InjectionError
+from sfa_adapters.layer import remove_hooks
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower import STATE_NAME
 
@@ -134,10 +135,7 @@ def eject_adat(model: Model) -> Model:
     """
     _, tower = _state(model)
     for module in tower.modules():
-        ids = module.__dict__.pop(HOOK_IDS, ())
-        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
-            for number in ids:
-                hooks.pop(number, None)
+        remove_hooks(module, module.__dict__.pop(HOOK_IDS, ()))
         module.__dict__.pop(ADAT_STATE, None)
     if STATE_NAME in tower.__dict__:
         tower.__dict__[STATE_NAME].packing = None
