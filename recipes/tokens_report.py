@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,10 +68,10 @@ class Measured:
     accuracy: Interval | None = None
 
 
-def _new_figure(width: float, height: float) -> Any:
+def _new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+    return Figure(figsize=(width, height), dpi=160, layout=layout)
 
 
 def _show(axis: Any, image: np.ndarray, title: str, fade: bool = False) -> None:
@@ -138,8 +138,17 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
     if page.image.shape[:2] != plan.image_size:
         raise DataError(f"The page is {page.image.shape[:2]} px, but the plan was made for {plan.image_size} px.")
     height, width = plan.image_size
-    figure = _new_figure(15, 15 / 3 * height / width + 1.25)
-    axes = figure.subplots(1, 3)
+    # Three panels of one size, placed in inches: the colour bar and the keys hang below them.
+    panel, gap, above, below = 4.85, 0.15, 0.5, 0.85
+    panel_height = panel * height / width
+    full = (15.0, panel_height + above + below)
+    figure = _new_figure(*full, layout=None)
+    axes = [
+        figure.add_axes(
+            ((gap / 2 + k * (panel + gap)) / full[0], below / full[1], panel / full[0], panel_height / full[1])
+        )
+        for k in range(3)
+    ]
     _show(axes[0], page.image, f"uniform: {plan.uniform_tokens:,} tokens", fade=True)
     axes[0].hlines(np.arange(plan.patch, height, plan.patch), 0, width, color="#0072b2", linewidth=0.6, alpha=0.7)
     axes[0].vlines(np.arange(plan.patch, width, plan.patch), 0, height, color="#0072b2", linewidth=0.6, alpha=0.7)
@@ -150,8 +159,10 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
     for axis in axes:
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes[0].set_xlabel(f"every patch {plan.patch} px", fontsize=LABEL, labelpad=10)
-    below = axes[1].inset_axes((0.14, -0.085, 0.72, 0.045))  # takes no room from its panel, so all three are level
-    bar = figure.colorbar(heat, cax=below, orientation="horizontal", ticks=[0, 0.5, 1])
+    scale = figure.add_axes(
+        (0.5 - 0.36 * panel / full[0], (below - 0.4) / full[1], 0.72 * panel / full[0], 0.2 / full[1])
+    )
+    bar = figure.colorbar(heat, cax=scale, orientation="horizontal", ticks=[0, 0.5, 1])
     bar.ax.set_xticklabels(["0 blank", "0.5", "1 dense"], fontsize=LABEL)
     colours = level_colours(len(plan.sides))
     present = plan.token_level.bincount(minlength=len(plan.sides)).tolist()
@@ -163,7 +174,7 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
     axes[2].legend(
         handles=keys,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.02),
+        bbox_to_anchor=(0.5, -0.1 / panel_height),
         ncols=len(keys),
         fontsize=LABEL,
         frameon=False,
@@ -171,7 +182,7 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
         handletextpad=0.5,
         columnspacing=1.2,
     )
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)  # the colour bar hangs below its panel
+    figure.savefig(path)
     return path
 
 
