@@ -7,6 +7,7 @@ from sfa_adapters.errors import SFAError
 from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.module import SFAAttention
+from sfa_adapters.observe import observe
 from sfa_adapters.registry import Backbone, register_backbone
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "eject_sfa",
     "inject_sfa",
     "load_sfa",
+    "observe",
     "register_backbone",
     "save_sfa",
 ]

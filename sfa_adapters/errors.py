@@ -8,6 +8,7 @@ __all__ = [
     "LayoutError",
     "MergeError",
     "NoMatchingBackboneError",
+    "ObservationError",
     "PlanError",
     "SFAError",
     "UnsupportedAttentionError",
@@ -57,3 +58,7 @@ class DataError(SFAError, ValueError):
 
 class PlanError(SFAError, ValueError):
     """A patch policy, a density map or a token budget cannot be used (unordered levels, NaN, too few tokens, ...)."""
+
+
+class ObservationError(SFAError, RuntimeError):
+    """Attention could not be read: the implementation bypasses SDPA and softmax, nothing ran, or logits are NaN."""

@@ -1,0 +1,278 @@
+"""`observe`: attention statistics of a running model, streamed out while it computes, without an N x N matrix.
+
+While the context is open, every chosen attention module runs inside a `torch.overrides.TorchFunctionMode`. It sees the
+arguments of `scaled_dot_product_attention` (or, in eager implementations, the scores that go into the softmax), gives
+them to the readers and calls the very same function with the very same arguments. So the outputs of the model are
+those of the unobserved one bit for bit: unlike a wrapped mask, it changes neither `is_causal` nor grouped-query flags.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sfa_adapters.attention_call import AttentionCall, row_blocks
+from sfa_adapters.errors import NoMatchingBackboneError, ObservationError
+from sfa_adapters.mask import LazyMask
+from sfa_adapters.packing import PackedMask
+from sfa_adapters.readers import Reader
+from sfa_adapters.registry import find_tower
+
+__all__ = ["Observation", "attention_modules", "observe"]
+
+# A reader of one's own: called once per attention computation.
+CallReader = Callable[[AttentionCall], None]
+Modules = str | Sequence[str] | None
+
+
+@dataclass
+class Observation:
+    """What was observed; the numbers are in the readers.
+
+    Attributes:
+        layers: Paths of the observed attention modules.
+        calls: How many attention computations each of them made.
+    """
+
+    layers: tuple[str, ...]
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    readers: Reader | CallReader | Sequence[Reader | CallReader],
+    modules: Modules = None,
+    block_bytes: int = 2**23,
+) -> Iterator[Observation]:
+    """Reads the attention of a model while it runs.
+
+        entropy = RowEntropy(heads="mean")
+        with observe(model, entropy, modules="vision"):
+            model(**inputs)
+        entropy.results["vision_tower.encoder.layers.0.self_attn"]     # a list, one tensor per forward
+
+    Works with `sdpa` and `eager` attention, vision towers and language models, grouped-query attention, padding,
+    caches and `generate`, with SFA and without. Close it before `backward` when activations are checkpointed: their
+    recomputation would be read again.
+
+    Args:
+        model: A tower, a language model or a whole VLM.
+        readers: What to read: `Reader`s share one pass over the rows; any other callable gets each `AttentionCall`,
+            with its gradients where there are some.
+        modules: "vision", "language", a pattern such as "*layers.3.self_attn", several of these, or None for all.
+        block_bytes: Size of the logits that are in memory at a time; about three times as much is used.
+
+    Yields:
+        An `Observation`.
+
+    Raises:
+        ObservationError: No attention module fits, a module ran without being read (flash or flex attention, compiled
+            code), nothing ran at all, or logits are NaN.
+    """
+    chosen = attention_modules(model, modules)
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise ObservationError("A compiled model cannot be observed: pass the model that was given to torch.compile.")
+    listed = [readers] if callable(readers) or isinstance(readers, Reader) else list(readers)
+    if not listed:
+        raise ObservationError("No reader was given: nothing would be read.")
+    observation = Observation(tuple(chosen))
+    handles = []
+    try:
+        for index, (name, module) in enumerate(chosen.items()):
+            watcher = _Watcher(name, index, module, listed, observation, block_bytes)
+            handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(watcher.leave, always_call=True))
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+    unread = [name for name in chosen if name not in observation.calls]
+    if len(unread) == len(chosen) or (modules is not None and unread):
+        raise ObservationError(
+            f"{len(unread)} of {len(chosen)} observed attention modules never ran, e.g. {unread[0]}. Call the model "
+            "inside the context, with an image if its tower is observed, or name the modules that run."
+        )
+
+
+class _Watcher:
+    """The two hooks of one attention module."""
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        module: nn.Module,
+        readers: Sequence[Reader | CallReader],
+        observation: Observation,
+        block_bytes: int,
+    ) -> None:
+        self.name, self.index, self.readers = name, index, readers
+        self.observation, self.block_bytes = observation, block_bytes
+        self.groups = int(getattr(module, "num_key_value_groups", 1))
+        self.modes: list[_Seam] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        mode = _Seam(self, states.shape[-2] if isinstance(states, Tensor) else None, _past(module, kwargs))
+        self.modes.append(mode)
+        mode.__enter__()
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.modes:  # the forward failed before `enter`
+            return
+        mode = self.modes.pop()
+        mode.__exit__(None, None, None)
+        # With `always_call` this also runs when the forward raised; then there is no output, and its error counts.
+        if mode.segment == 0 and output is not None:
+            implementation = getattr(getattr(module, "config", None), "_attn_implementation", "unknown")
+            raise ObservationError(
+                f"{self.name} ({type(module).__name__}) ran without scaled_dot_product_attention or a softmax that "
+                f"could be read: the attention implementation {implementation!r} bypasses both. Load the model with "
+                "attn_implementation='sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
+            )
+
+    def read(self, call: AttentionCall) -> None:
+        self.observation.calls[self.name] = self.observation.calls.get(self.name, 0) + 1
+        for reader in self.readers:
+            if not isinstance(reader, Reader):
+                reader(call)
+        with torch.no_grad():
+            _stream([r for r in self.readers if isinstance(r, Reader)], call.detach(), self.block_bytes)
+
+
+def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) -> None:
+    """One pass over the rows that any of the readers wants."""
+    wanted = {reader: reader.chosen(call) for reader in readers}
+    wanted = {reader: mask for reader, mask in wanted.items() if mask is None or bool(mask.any())}
+    if not wanted:
+        return
+    masks = [mask for mask in wanted.values() if mask is not None]
+    index = torch.stack(masks).any(0).nonzero()[:, 0] if len(masks) == len(wanted) else None
+    states = {reader: reader.begin(call) for reader in wanted}
+    for rows in row_blocks(call, index, block_bytes):
+        for reader, mask in wanted.items():
+            own = rows if mask is None else rows.choose(mask[rows.index])
+            if own is not None:
+                reader.block(states[reader], call, own)
+    for reader in wanted:
+        reader.keep(call, reader.end(states[reader], call))
+
+
+class _Seam(TorchFunctionMode):
+    """Sees the torch functions that one forward of an attention module calls."""
+
+    def __init__(self, watcher: _Watcher, length: int | None, past: int) -> None:
+        super().__init__()
+        self.watcher, self.length, self.past, self.segment = watcher, length, past, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            bound = _SDPA.bind(*args, **kwargs).arguments
+            mask = bound.get("attn_mask")
+            if isinstance(mask, LazyMask) and not (isinstance(mask, PackedMask) and mask.biases is None):
+                with self:  # what the lazy mask computes is what is read
+                    return LazyMask.__torch_function__(func, types, args, kwargs)
+            self._attention(bound, mask)
+        elif func in _SOFTMAX and isinstance(args[0], Tensor) and args[0].ndim == 4:
+            self._record(scores=args[0])
+        return func(*args, **kwargs)
+
+    def _attention(self, bound: Mapping[str, Any], mask: Tensor | PackedMask | None) -> None:
+        query, key = bound["query"], bound["key"]
+        scale = bound.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        groups = self.watcher.groups
+        if groups > 1 and self.length == 1 and query.shape[1] == key.shape[1] and query.shape[2] == groups:
+            # transformers packs the heads of a group into the query axis at a decoding step.
+            query = query.flatten(1, 2).unsqueeze(2)
+            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] != 1:
+                mask = mask.flatten(1, 2).unsqueeze(2)
+        if isinstance(mask, PackedMask):
+            parts = zip(query.split(mask.lengths, 2), key.split(mask.lengths, 2), strict=True)
+            for own_query, own_key in parts:
+                self._record(query=own_query, key=own_key, scale=scale)
+            return
+        self._record(query=query, key=key, scale=scale, mask=mask, is_causal=bool(bound.get("is_causal", False)))
+
+    def _record(self, **found: Any) -> None:
+        call = AttentionCall(self.watcher.name, self.watcher.index, self.segment, self.past, **found)
+        self.segment += 1
+        self.watcher.read(call)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """The arguments of `F.scaled_dot_product_attention`, which has no signature to ask."""
+
+
+_SDPA = inspect.signature(_sdpa)
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _past(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """Tokens in the cache of this layer before the forward."""
+    cache = kwargs.get("past_key_values")
+    layer = getattr(module, "layer_idx", None)
+    return int(cache.get_seq_length(layer)) if cache is not None and layer is not None else 0
+
+
+def attention_modules(model: nn.Module, modules: Modules = None) -> dict[str, nn.Module]:
+    """The attention modules of a model by path, in order of execution.
+
+    Args:
+        model: A tower, a language model or a whole VLM.
+        modules: As in `observe`.
+
+    Raises:
+        ObservationError: None fits; lists what there is.
+    """
+    try:
+        vision = dict(find_tower(model).attentions)
+    except NoMatchingBackboneError:
+        vision = {}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name in vision or (hasattr(module, "q_proj") and hasattr(module, "k_proj"))
+    }
+    chosen: set[str] = set()
+    for pattern in ["*"] if modules is None else [modules] if isinstance(modules, str) else modules:
+        fitting = {name for name in found if _fits(name, pattern, name in vision)}
+        if not fitting:
+            raise ObservationError(_no_module(model, pattern, found))
+        chosen |= fitting
+    return {name: module for name, module in found.items() if name in chosen}
+
+
+def _fits(name: str, pattern: str, is_vision: bool) -> bool:
+    if pattern in ("vision", "language"):
+        return is_vision == (pattern == "vision")
+    return fnmatchcase(name, pattern)
+
+
+def _no_module(model: nn.Module, wanted: Any, found: Mapping[str, nn.Module]) -> str:
+    names = list(found)
+    told = f"{len(names)}, from {names[0]} to {names[-1]}" if names else "none"
+    return (
+        f"modules={wanted!r} fits no attention module of {type(model).__name__}. It has: {told}. "
+        "Use 'vision', 'language', a pattern over these paths, or None for all."
+    )
