@@ -6,7 +6,7 @@
 The pretrained nano host is fine-tuned (tower and projector) and asked about charts of unseen tables with
 
 * its own tokens, 144 patches of 12 pixels;
-* adaptive tokens, at most as many as the budget says;
+* adaptive tokens, at most as many as the budget says, with patches finer than the tower's own and without;
 * plain down-sampling: larger patches everywhere, which is the page made smaller;
 * patches dropped at random.
 
@@ -46,10 +46,13 @@ from sfa_adapters.recipes.tokens_report import Measured, ScoredPage, plot_effici
 __all__ = ["BudgetConfig", "Run", "draw_pages", "run_budgets"]
 
 UNIFORM, ADAT, DOWN, RANDOM = "uniform", "ADAT", "down-sampling", "random dropping"
+COARSER = "ADAT, none finer"
 SIDES = (6, 8, 10)  # patches along one side of a page that was made smaller: 25, 44 and 69% of 12 x 12
 STATISTICS: dict[str, Any] = {"image_mean": (1.0, 1.0, 1.0), "image_std": (0.5, 0.5, 0.5)}  # of `pixel_values`
 # Cells of 3 x 3 own patches: a cell has 16, 9, 4 or 1 tokens.
 LEVELS = ((0.7, 9), (0.4, 12), (0.2, 18), (0.0, 36))
+# Without patches smaller than those the tower was trained on, which a short fine-tuning has to teach it.
+COARSER_LEVELS = ((0.4, 12), (0.2, 18), (0.0, 36))
 GALLERY: tuple[PageKind, ...] = ("text", "table", "chart", "mixed", "sparse", "blank", "lines", "photo")
 
 
@@ -177,7 +180,7 @@ def _arms() -> list[tuple[str, int]]:
     whole = (PIXELS // 12) ** 2
     budgets = [side**2 for side in SIDES]
     arms = [(UNIFORM, whole), *((ADAT, b) for b in [*budgets, whole])]
-    return [*arms, *((DOWN, b) for b in budgets), *((RANDOM, b) for b in budgets)]
+    return [*arms, *((method, b) for method in (COARSER, DOWN, RANDOM) for b in budgets)]
 
 
 def _one(
@@ -199,8 +202,9 @@ def _one(
     elif method == DOWN:
         levels = ((0.0, round(PIXELS / budget**0.5)),)
         inject_adat(model, PatchPolicy(levels=levels, cell=PIXELS, scorer="uniform"))
-    elif method == ADAT:
-        policy = PatchPolicy(levels=LEVELS, cell=36, scorer=config.scorer, budget=budget)
+    elif method in (ADAT, COARSER):
+        levels = LEVELS if method == ADAT else COARSER_LEVELS
+        policy = PatchPolicy(levels=levels, cell=36, scorer=config.scorer, budget=budget)
         inject_adat(model, AdaptiveTokenizer(policy=policy, **STATISTICS))
     train_tower_and_projector(model)
     finetune(arm, charts, FinetuneConfig(steps=config.steps, seed=seed), f"{method} {budget}", console)
@@ -209,7 +213,7 @@ def _one(
     counted: list[int] = []
 
     def count() -> None:
-        counted.append(latest_plans(model)[0].num_tokens if method in (ADAT, DOWN) else budget)
+        counted.append(latest_plans(model)[0].num_tokens if method != UNIFORM and method != RANDOM else budget)
 
     ms = _tower_time(tower, samples[: min(len(samples), 64)], count)
     return evaluation, statistics.mean(counted), ms
