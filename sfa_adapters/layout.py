@@ -340,14 +340,24 @@ def _axis(index: Tensor, cells: int, reach: int) -> AxisKinds:
 def _axis_from_boxes(start: Tensor, extent: Tensor, prefix_tokens: int) -> AxisKinds:
     if start.numel() == 0:
         return _axis(torch.zeros(prefix_tokens, dtype=torch.long, device=start.device), 1, 1)
-    kinds, index = torch.unique(torch.stack((start, extent), dim=-1).float(), dim=0, return_inverse=True)
+    kinds, index = _distinct(torch.stack((start, extent), dim=-1).float())
     return AxisKinds(torch.nn.functional.pad(index, (prefix_tokens, 0)), kinds[:, 0].clone(), kinds[:, 1].clone())
+
+
+def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows of fp32 `[N, 2]`, and which of them each row is.
+
+    Two fp32 numbers are one int64; unique over numbers is many times as fast as over rows (`dim=0`).
+    """
+    codes = (pairs + 0.0).view(torch.int64)[:, 0]  # minus zero is zero
+    kinds, index = torch.unique(codes, return_inverse=True)
+    return kinds[:, None].view(torch.float32), index
 
 
 def _merge(axes: Sequence[AxisKinds]) -> AxisKinds:
     """One table of kinds for all images of a batch."""
     pairs = torch.cat([torch.stack((axis.start, axis.extent), dim=-1) for axis in axes])
-    kinds, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    kinds, inverse = _distinct(pairs)
     renamed = [part[axis.index] for part, axis in zip(inverse.split([a.num_kinds for a in axes]), axes, strict=True)]
     index = torch.nn.utils.rnn.pad_sequence(renamed, batch_first=True)
     return AxisKinds(index, kinds[:, 0].clone(), kinds[:, 1].clone())
