@@ -139,7 +139,9 @@ class AttentionCall:
             places = torch.arange(self.num_queries, device=self.device)[rows]
             later = torch.arange(self.num_keys, device=self.device) > places[:, None]
             hidden = later if hidden is None else hidden | later
-        return logits if hidden is None else logits.masked_fill(hidden, HIDDEN)
+        if hidden is None:
+            return logits
+        return logits.masked_fill(hidden, HIDDEN) if logits.requires_grad else logits.masked_fill_(hidden, HIDDEN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,6 @@ class Rows:
         index: Which queries of the call, int64 `[R]`.
         positions: Their places in the whole sequence, cache included, int64 `[R]`.
         logits: `[B, H, R, K]`; `HIDDEN` where the key is not visible.
-        log_sum: Log of the sum of exponentials, `[B, H, R]`.
         probabilities: `[B, H, R, K]`; a row that sees no key is all zero.
         blind: Rows that see no key, `[B, H, R]`, or None where nothing is hidden.
     """
@@ -158,7 +159,6 @@ class Rows:
     index: Tensor
     positions: Tensor
     logits: Tensor
-    log_sum: Tensor
     probabilities: Tensor
     blind: Tensor | None
 
@@ -169,7 +169,7 @@ class Rows:
         if not bool(wanted.any()):
             return None
         blind = None if self.blind is None else self.blind[:, :, wanted]
-        per_row = (self.logits[:, :, wanted], self.log_sum[:, :, wanted], self.probabilities[:, :, wanted])
+        per_row = (self.logits[:, :, wanted], self.probabilities[:, :, wanted])
         return Rows(self.index[wanted], self.positions[wanted], *per_row, blind)
 
 
@@ -180,20 +180,19 @@ def rows_of(call: AttentionCall, index: Tensor) -> Rows:
         ObservationError: A logit is NaN or infinite; names the layer.
     """
     logits = call.logits(index)
-    # In place would save memory, but not under autograd.
-    log_sum = logits.logsumexp(-1)
-    if not bool(log_sum.isfinite().all()):
+    # Not exp() of a difference: on a CPU, exp() is ten times as slow where it rounds to zero; the softmax kernel is not.
+    probabilities = logits.softmax(-1)
+    if not bool(probabilities[..., 0].isfinite().all()):  # one logit that is no number spoils its whole row
         raise ObservationError(
             f"{call.layer}: attention logits are NaN or infinite, so nothing can be said about this input. Check the "
             "input and the weights (torch.isfinite), or load the model in bfloat16 or float32 instead of float16."
         )
-    probabilities = (logits - log_sum.unsqueeze(-1)).exp()
     blind = None
     if call.mask is not None or call.scores is not None:
-        blind = log_sum <= HIDDEN / 2
+        blind = logits.amax(-1) <= HIDDEN / 2
         if bool(blind.any()):
             probabilities = probabilities.masked_fill(blind.unsqueeze(-1), 0.0)
-    return Rows(index, index + call.past, logits, log_sum, probabilities, blind)
+    return Rows(index, index + call.past, logits, probabilities, blind)
 
 
 def row_blocks(call: AttentionCall, index: Tensor | None = None, block_bytes: int = 2**23) -> Iterator[Rows]:

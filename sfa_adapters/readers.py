@@ -114,8 +114,7 @@ class _PerRow(Reader):
 class RowEntropy(_PerRow):
     """Entropy of every row in nats, `[B, H, Q]`; NaN for rows that see no key.
 
-    H = lse - sum p s with lse the log of the sum of exponentials. With `keys`, the entropy of the row renormalised
-    over these keys: H = log m - (sum p log p) / m with m their mass.
+    H = -sum p log p. With `keys`, the entropy of the row renormalised over these keys.
 
     Args:
         queries: As in `Reader`.
@@ -137,20 +136,16 @@ class RowEntropy(_PerRow):
 
 def row_entropy(call: AttentionCall, rows: Rows, keys: Tensor | None = None, normalize: bool = False) -> Tensor:
     """Entropy of rows in nats, `[B, H, R]`; differentiable; see `RowEntropy`."""
-    probabilities, logits = rows.probabilities, rows.logits
+    probabilities, logits, blind = rows.probabilities, rows.logits, rows.blind
     visible = logits > HIDDEN / 2 if normalize else None
-    if keys is None:
-        entropy = rows.log_sum - (probabilities * logits).sum(-1)
-        blind = rows.blind
-    else:
+    if keys is not None:
         among = fitted(keys.to(call.device), call.num_keys, False)
         among = among.reshape(-1, 1, 1, call.num_keys)
         # Anew over these keys, not from the softmax over all: their mass may round to zero.
-        chosen = logits.masked_fill(~among, HIDDEN)
-        log_sum = chosen.logsumexp(-1)
-        entropy = log_sum - ((chosen - log_sum.unsqueeze(-1)).exp() * chosen).sum(-1)
-        blind = log_sum <= HIDDEN / 2
+        logits = logits.masked_fill(~among, HIDDEN)
+        probabilities, blind = logits.softmax(-1), logits.amax(-1) <= HIDDEN / 2
         visible = None if visible is None else visible & among
+    entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
     if visible is not None:
         entropy = entropy / visible.sum(-1).clamp(min=2).to(entropy.dtype).log()
     return entropy if blind is None else entropy.masked_fill(blind, float("nan"))
