@@ -13,44 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sfa_adapters.metrics import RelaxedMode, numbers_in, relaxed_accuracy
+from sfa_adapters.metrics import RelaxedMode, numbers_in, relaxed_accuracy, unprinted_numbers
 from sfa_adapters.recipes.data import ChartSample
 from sfa_adapters.recipes.encode import Picture, encode
+from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
     from sfa_adapters.recipes.nano import NanoHost
 
 __all__ = ["Evaluation", "Interval", "bootstrap", "evaluate", "fabricated", "generate_answers", "paired_difference"]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured value and its 95% interval; NaN where there was nothing to measure."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def bootstrap(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval:
-    """Mean of `values` with a percentile bootstrap interval.
-
-    Args:
-        values: one number or truth value per sample, [N].
-        seed: of the resampling.
-        rounds: how often the samples are drawn again.
-
-    Returns:
-        Mean and 95% interval.
-    """
-    if len(values) == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))
-    low, high = np.quantile(np.asarray(values, dtype=np.float64)[drawn].mean(1), (0.025, 0.975))
-    return Interval(float(np.mean(values)), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -96,8 +67,7 @@ class Evaluation:
 
 def fabricated(answer: str, sample: ChartSample) -> bool:
     """Whether the answer holds a number that equals no number printed on the chart."""
-    printed = {n for t in sample.texts for n in numbers_in(t.text)}
-    return any(number not in printed for number in numbers_in(answer))
+    return bool(unprinted_numbers(answer, [t.text for t in sample.texts], signed=True))
 
 
 @torch.inference_mode()

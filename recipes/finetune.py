@@ -15,18 +15,27 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.recipes.charts import Chart, draw, kinds_for
 from sfa_adapters.recipes.encode import encode_packed
-from sfa_adapters.recipes.nano import NanoHost
-from sfa_adapters.recipes.questions import pick_questions
+from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost
+from sfa_adapters.recipes.questions import Question, pick_questions
 from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.scr import SCRConfig, SCRLoss
+from sfa_adapters.scr.targets import Box, packed_evidence
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "train_tower_and_projector", "training_charts"]
+__all__ = [
+    "FinetuneConfig",
+    "FinetuneResult",
+    "evidence_mask",
+    "finetune",
+    "train_tower_and_projector",
+    "training_charts",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,12 @@ def train_tower_and_projector(model: nn.Module) -> int:
 
 
 def finetune(
-    host: NanoHost, charts: Sequence[Chart], config: FinetuneConfig, label: str, console: Console | None = None
+    host: NanoHost,
+    charts: Sequence[Chart],
+    config: FinetuneConfig,
+    label: str,
+    console: Console | None = None,
+    scr: SCRConfig | None = None,
 ) -> FinetuneResult:
     """Trains what `requires_grad` says, in place; the host is in eval mode afterwards.
 
@@ -123,6 +137,7 @@ def finetune(
         config: Settings.
         label: Stands before the progress bar.
         console: Where the progress bar goes; none by default.
+        scr: Terms that join the loss. Evidence is the boxes of the marks that a question rests on.
 
     Raises:
         DataError: There is no chart, or nothing to train.
@@ -134,13 +149,14 @@ def finetune(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     batches = _Batches(charts, config)
     losses: list[float] = []
+    regularizer = None if scr is None else SCRLoss(host.model, scr)
     host.model.train()
     began = time.perf_counter()
     with _progress(console, TextColumn("loss {task.fields[loss]:.3f}")) as bar:
         task = bar.add_task(label, total=config.steps, loss=float("nan"))
         for _ in range(config.steps):
-            images, questions = next(batches)
-            loss = host.model(**encode_packed(host, images, questions), use_cache=False).loss
+            drawn, picked = next(batches)
+            loss = _loss(host, drawn, picked, regularizer)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -151,6 +167,33 @@ def finetune(
     host.model.eval()
     count = sum(parameter.numel() for parameter in trained)
     return FinetuneResult(tuple(losses), time.perf_counter() - began, count)
+
+
+def _loss(
+    host: NanoHost, charts: Sequence[Chart], questions: Sequence[Sequence[Question]], scr: SCRLoss | None
+) -> Tensor:
+    asked = [[(question.text, question.answer) for question in own] for own in questions]
+    batch = encode_packed(host, [chart.image for chart in charts], asked)
+    if scr is None:
+        return host.model(**batch, use_cache=False).loss
+    with scr.watch():
+        outputs = host.model(**batch, use_cache=False)
+    penalty, _ = scr(outputs, batch, evidence_mask=evidence_mask(batch["labels"], charts, questions))
+    return outputs.loss + penalty
+
+
+def evidence_mask(labels: Tensor, charts: Sequence[Chart], questions: Sequence[Sequence[Question]]) -> Tensor:
+    """Where the marks are printed that each answer rests on, `[B, L, patches]`, for `SCRLoss`."""
+    boxes = [[_evidence(chart, question) for question in own] for chart, own in zip(charts, questions, strict=True)]
+    side = PIXELS // PATCH
+    return packed_evidence(labels, boxes, (PIXELS, PIXELS), (side, side))
+
+
+def _evidence(chart: Chart, question: Question) -> list[Box]:
+    """The numbers of the marks, or their names where a name is asked for."""
+    role = "row" if question.type == "largest" else "value"
+    marks = {(0, row) for _, row in question.marks} if role == "row" else set(question.marks)
+    return [text.box for text in chart.texts if text.role == role and (text.series, text.row) in marks]
 
 
 def _groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -175,13 +218,11 @@ class _Batches:
         self.rng = np.random.default_rng(config.seed)
         self.order: list[int] = []
 
-    def __next__(self) -> tuple[list[np.ndarray], list[list[tuple[str, str]]]]:
+    def __next__(self) -> tuple[list[Chart], list[list[Question]]]:
         while len(self.order) < self.config.batch_size:
             self.order += self.rng.permutation(len(self.charts)).tolist()
         chosen = [self.charts[self.order.pop(0)] for _ in range(self.config.batch_size)]
-        picked = [pick_questions(chart.table, self.config.questions, self.rng) for chart in chosen]
-        questions = [[(question.text, question.answer) for question in some] for some in picked]
-        return [chart.image for chart in chosen], questions
+        return chosen, [pick_questions(chart.table, self.config.questions, self.rng) for chart in chosen]
 
 
 def _progress(console: Console | None, *columns: Any) -> Progress:

@@ -9,7 +9,13 @@ import typer
 
 __all__ = ["app"]
 
-app = typer.Typer(name="analyze", help="Measure and draw: tokens.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    name="analyze",
+    help="Measure and draw: tokens, entropy, dominance, map, hallucination, study.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+OUT = typer.Option(help="Folder for table, JSON, CSV and picture.")
 
 
 @app.callback()
@@ -36,3 +42,70 @@ def tokens(
         typer.echo(f"plan.png and gallery.png are in {out}/")
         return
     run_budgets(config)
+
+
+@app.command(epilog="Example:  sfa analyze entropy page1.png page2.png --model google/siglip-base-patch16-224")
+def entropy(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pages; charts by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
+    out: Annotated[Path, OUT] = Path("sfa-analysis"),
+    charts: Annotated[int, typer.Option(help="Number of charts, without --model.")] = 100,
+    threshold: Annotated[float, typer.Option(help="Text density above which a patch is dense.")] = 0.3,
+) -> None:
+    """Entropy of the vision tower's attention where text is dense and where it is not."""
+    from sfa_adapters.recipes.analyze import run_entropy
+
+    run_entropy(out, images or (), model, charts, threshold)
+
+
+@app.command(epilog="Example:  sfa analyze dominance --charts 40 --layers thirds")
+def dominance(
+    out: Annotated[Path, OUT] = Path("sfa-analysis"),
+    charts: Annotated[int, typer.Option(help="Number of charts that the nano host is asked about.")] = 100,
+    queries: Annotated[str, typer.Option(help="generated or text.")] = "generated",
+    layers: Annotated[str, typer.Option(help="2/2/2 or thirds.")] = "2/2/2",
+) -> None:
+    """How much of the attention goes to text and how much to the image: MDI and AEI."""
+    from sfa_adapters.recipes.analyze import run_dominance
+
+    run_dominance(out, charts, queries, layers)
+
+
+@app.command("map", epilog="Example:  sfa analyze map --chart 3 --patch 4,5 --rollout")
+def attention_map(
+    out: Annotated[Path, OUT] = Path("sfa-analysis"),
+    chart: Annotated[int, typer.Option(help="Number of the test chart.")] = 0,
+    patch: Annotated[str | None, typer.Option(help="row,column of a patch of the tower.")] = None,
+    token: Annotated[int, typer.Option(help="Number of the answer token, without --patch.")] = 0,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Through all layers of the tower.")] = False,
+) -> None:
+    """Where an answer token of the nano host, or a patch of its tower, looks on the page."""
+    from sfa_adapters.recipes.analyze import run_map
+
+    run_map(out, chart, patch, token, rollout)
+
+
+@app.command(epilog="Example:  sfa analyze hallucination answers.jsonl --mode strict")
+def hallucination(
+    file: Annotated[Path, typer.Argument(help="JSON lines or CSV with prediction, answers, and image or printed.")],
+    out: Annotated[Path, OUT] = Path("sfa-analysis"),
+    mode: Annotated[str, typer.Option(help="Of relaxed accuracy: reference or strict.")] = "reference",
+) -> None:
+    """Which wrong answers are misread and which are made up."""
+    from sfa_adapters.recipes.analyze import run_hallucination
+
+    run_hallucination(file, out, mode)
+
+
+@app.command(epilog="Example:  sfa analyze study --steps 20 --questions 60 --pages 20 --out quick")
+def study(
+    out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path("sfa-study"),
+    steps: Annotated[int, typer.Option(help="Fine-tuning steps of each run.")] = 160,
+    questions: Annotated[int, typer.Option(help="Number of test questions.")] = 450,
+    pages: Annotated[int, typer.Option(help="Number of test charts on which attention is read.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of charts, order, biases and changes of pages.")] = 0,
+) -> None:
+    """Attention and answers of the nano host before and after SFA, and with each term of SCR."""
+    from sfa_adapters.recipes.attention_study import StudyConfig, run_study
+
+    run_study(StudyConfig(out=out, steps=steps, questions=questions, pages=pages, seed=seed))

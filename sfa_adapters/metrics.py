@@ -1,55 +1,42 @@
-"""Answer metrics. `relaxed_accuracy` is the one of ChartQA: numbers may be 5% off, everything else must match."""
+"""Answer metrics: what one answer is worth. The score of a set is the mean over its answers.
+
+`relaxed_accuracy` is the one of ChartQA, `anls` of DocVQA and InfographicVQA, `vqa_accuracy` of VQA and TextVQA,
+`ocrbench` of OCRBench.
+"""
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal, get_args
 
-__all__ = ["RelaxedMode", "numbers_in", "parse_number", "relaxed_accuracy"]
+from sfa_adapters.errors import DataError
+from sfa_adapters.numerals import numbers_in, parse_number, unprinted_numbers
+
+__all__ = [
+    "OCRBenchKind",
+    "RelaxedMode",
+    "anls",
+    "exact_match",
+    "numbers_in",
+    "ocrbench",
+    "parse_number",
+    "relaxed_accuracy",
+    "unprinted_numbers",
+    "vqa_accuracy",
+]
 
 RelaxedMode = Literal["reference", "strict"]
+OCRBenchKind = Literal["text", "handwritten_maths"]
 TOLERANCE = 0.05
-# A number as people write it: sign, currency, thousands separators, exponent, percent.
-_NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)[$\u20ac\u00a3\u00a5]?(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?P<power>[eE][-+]?\d+)?"
-    r"\s?(?P<percent>%?)"
+FEWEST = 4  # answers of `vqa_accuracy`: three others must be able to agree
+_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
+_DIGITS |= {"eight": "8", "nine": "9", "ten": "10", "none": "0"}
+# Written without an apostrophe; left out where that is another word (well, were, ill, its).
+_NOT = re.compile(r"(ai|are|ca|could|did|does|do|had|has|have|is|must|need|should|was|were|wo|would)nt")
+_SHORT = re.compile(
+    r"(he|she|that|there|what|where|who)(s)|(i)(m)|(i|you|they|could|should|would)(ve)|(you|they)(re|ll)"
 )
 _YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
-
-
-def parse_number(text: str) -> float | None:
-    """The number that a whole text is, or None.
-
-    Understands thousands separators, one currency sign, a percent sign (dropped: "25%" is 25) and a final dot.
-
-    Args:
-        text: an answer such as "$1,234.5", "45 %" or "-3".
-
-    Returns:
-        Its value, None if it is not one number.
-    """
-    text = text.strip().removesuffix(".").strip()
-    match = _NUMBER.fullmatch(text) or _NUMBER.fullmatch(re.sub(r"^([$\u20ac\u00a3\u00a5])([-+])", r"\2\1", text))
-    return None if match is None else _value(match)
-
-
-def numbers_in(text: str) -> list[float]:
-    """All numbers in a text, from left to right; digits inside a word ("COVID19") do not count.
-
-    A dash between two numbers ("1952-1957") is no sign.
-    """
-    found: list[float] = []
-    for match in _NUMBER.finditer(text):
-        before = text[match.start() - 1] if match.start() else " "
-        if not before.isalnum():
-            found.append(_value(match))
-        elif before.isdigit() and match["sign"]:
-            found.append(abs(_value(match)))
-    return found
-
-
-def _value(match: re.Match[str]) -> float:
-    value = float(match["digits"].replace(",", "") + (match["power"] or ""))
-    return -value if match["sign"] in ("-", "\u2212") and match["sign"] else value
 
 
 def _reference_float(text: str) -> float | None:
@@ -93,3 +80,147 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def _accepted(answers: str | Sequence[str]) -> tuple[str, ...]:
+    """All true answers as a tuple."""
+    found = (answers,) if isinstance(answers, str) else tuple(answers)
+    if not found or not all(isinstance(answer, str) for answer in found):
+        raise DataError(f"answers={answers!r} must be a text, or a sequence of at least one text.")
+    return found
+
+
+def exact_match(prediction: str, answers: str | Sequence[str]) -> bool:
+    """Whether an answer is one of the true ones, but for case and white space.
+
+    Args:
+        prediction: what the model said.
+        answers: the true answer, or all that count as right.
+
+    Returns:
+        True where it is.
+
+    Raises:
+        DataError: there is no true answer.
+    """
+    return _folded(prediction) in {_folded(answer) for answer in _accepted(answers)}
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def anls(prediction: str, answers: str | Sequence[str], threshold: float = 0.5) -> float:
+    """Average normalized Levenshtein similarity of one answer (Biten et al. 2019, arXiv:1905.13648, eq. 1).
+
+    s = 1 - edit distance / length of the longer text, 0 below the threshold, best over the true answers. White space is
+    collapsed first and case does not count. An answer that is exactly half wrong keeps its 0.5, as in the scripts that
+    are in use; by the formula of the paper it gets 0.
+
+    Args:
+        prediction: what the model said.
+        answers: the true answer, or all that count as right.
+        threshold: similarities below it are 0; it is in [0, 1].
+
+    Returns:
+        Similarity in [0, 1]. Two empty texts are equal: 1.
+
+    Raises:
+        DataError: there is no true answer.
+        ValueError: the threshold is outside [0, 1].
+    """
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold={threshold!r} must be from 0 to 1.")
+    said = _folded(prediction)
+    return max(_similarity(said, _folded(answer), threshold) for answer in _accepted(answers))
+
+
+def _similarity(a: str, b: str, threshold: float) -> float:
+    longer = max(len(a), len(b))
+    if not longer:
+        return 1.0
+    if (
+        min(len(a), len(b)) / longer < threshold
+    ):  # at least the difference in length is wrong: a rambling answer is cheap
+        return 0.0
+    row = list(range(len(b) + 1))  # distances of the part of `a` read so far to every beginning of `b`
+    for i, letter in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
+    similarity = (longer - row[-1]) / longer
+    return similarity if similarity >= threshold else 0.0
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Accuracy against the answers of several people (Antol et al. 2015, arXiv:1505.00468; TextVQA has ten).
+
+    Mean of min(1, matches / 3) over all ways to leave one person out: 1, 2, 3, 4 of ten matches give 0.3, 0.6, 0.9, 1.
+    Texts are compared in lower case, without punctuation and articles, with "two" as 2 and "dont" as "don't".
+
+    Args:
+        prediction: what the model said.
+        answers: one per person, at least four; equal ones count each.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        DataError: fewer than four answers: even a perfect answer could not reach 1. `exact_match` is for these.
+    """
+    people = _accepted(answers)
+    if len(people) < FEWEST:
+        raise DataError(
+            f"vqa_accuracy needs the answers of at least {FEWEST} people, found {people!r}. Use exact_match."
+        )
+    said = _vqa_text(prediction)
+    matches = sum(_vqa_text(answer) == said for answer in people)
+    agreeing, others = matches * min(3, matches - 1), (len(people) - matches) * min(3, matches)
+    return (agreeing + others) / (3 * len(people))
+
+
+def _vqa_text(text: str) -> str:
+    """Lower case; commas in numbers, full stops, punctuation and articles go, but never the whole answer."""
+    text = text.lower().replace("\u2019", "'")
+    text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text)
+    words = re.sub(r"[^\w\s.:'$\u20ac\u00a3\u00a5%&#*]|_", " ", text).split()
+    kept = [word for word in words if word not in ("a", "an", "the")] or words
+    return " ".join(_DIGITS.get(word) or _apostrophe(word) for word in kept)
+
+
+def _apostrophe(word: str) -> str:
+    if match := _NOT.fullmatch(word):
+        return f"{match[1]}n't"
+    match = _SHORT.fullmatch(word)
+    return "'".join(part for part in match.groups() if part) if match else word
+
+
+def ocrbench(prediction: str, answers: str | Sequence[str], kind: OCRBenchKind = "text") -> bool:
+    """Whether a true answer stands anywhere in what the model said (Liu et al. 2023, arXiv:2305.07895).
+
+    This is the lenient rule of OCRBench: "12" is found in "2012", and who says much is right more often.
+
+    Args:
+        prediction: what the model said.
+        answers: the true answer, or all that count as right.
+        kind: "text" ignores case, outer white space and line breaks; "handwritten_maths" (the HME100k part) keeps case
+            and drops all spaces, for LaTeX.
+
+    Returns:
+        True where it counts as right.
+
+    Raises:
+        DataError: there is no true answer, or it is blank: every text would hold it.
+        ValueError: unknown kind.
+    """
+    if kind not in get_args(OCRBenchKind):
+        raise ValueError(f"Unknown kind {kind!r}. Use 'text' or 'handwritten_maths'.")
+
+    def plain(text: str) -> str:
+        text = text.strip().replace("\n", " ")
+        return text.lower() if kind == "text" else text.replace(" ", "")
+
+    wanted = [plain(answer) for answer in _accepted(answers)]
+    if not all(wanted):
+        raise DataError(f"answers={answers!r}: a blank answer stands in every text. Remove it.")
+    return any(answer in plain(prediction) for answer in wanted)

@@ -1,8 +1,22 @@
-"""Relaxed accuracy: the reference mode must repeat the published code, bugs included; the strict mode must not."""
+"""Answer metrics. The reference mode of relaxed accuracy must repeat the published code, bugs included."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sfa_adapters.metrics import numbers_in, parse_number, relaxed_accuracy
+from sfa_adapters.errors import DataError
+from sfa_adapters.metrics import (
+    anls,
+    exact_match,
+    numbers_in,
+    ocrbench,
+    parse_number,
+    relaxed_accuracy,
+    unprinted_numbers,
+    vqa_accuracy,
+)
+
+TEXT = st.text("ab .,'\n1", max_size=8)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +108,175 @@ def test_numbers_in_a_sentence():
     assert numbers_in("from 1,200 to 3.5% in COVID19 times, -2") == [1200.0, 3.5, -2.0]
     assert numbers_in("none") == []
     assert numbers_in("1952-1957") == [1952.0, 1957.0]  # a dash between numbers is no sign
+
+
+@pytest.mark.parametrize(
+    ("answer", "printed", "missing"),
+    [
+        ("1,234 and 25", ["1234", "25%"], []),
+        ("0.10", ["$.1"], []),
+        ("24.9", ["25"], [24.9]),
+        ("3", ["-3"], []),
+        ("\u22123", ["3"], []),
+        ("-4", ["3"], [-4.0]),
+        ("2010-01-05", ["05/01/2010"], []),
+        ("7 of 8", ["7"], [8.0]),
+        ("none", [], []),
+        ("5", [], [5.0]),
+    ],
+)
+def test_unprinted_numbers(answer, printed, missing):
+    assert unprinted_numbers(answer, printed) == missing
+
+
+def test_signs_count_where_they_are_asked_for():
+    assert unprinted_numbers("3", ["-3"], signed=True) == [3.0]
+    assert unprinted_numbers("-3", ["-3"], signed=True) == []
+
+
+# -- exact match ------------------------------------------------------------------------------------------------------
+
+
+def test_exact_match():
+    assert exact_match(" New\n YORK", ["Boston", "new york"])
+    assert exact_match("a", "A")
+    assert not exact_match("newyork", "new york")
+    assert not exact_match("ken.", "ken")
+
+
+@pytest.mark.parametrize("metric", [exact_match, anls, vqa_accuracy, ocrbench])
+@pytest.mark.parametrize("answers", [[], (), [None], ["yes", 3]])
+def test_missing_answers_are_refused(metric, answers):
+    with pytest.raises(DataError, match="at least one text"):
+        metric("yes", answers)
+
+
+# -- ANLS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("john smith", "John Smith", 1.0),
+        ("jon smith", "John Smith", 0.9),
+        ("smith john", "john smith", 0.0),  # 10 of 10 letters to change
+        ("kitten", "sitting", 4 / 7),
+        ("abcd", "abxy", 0.5),  # exactly half is kept
+        ("abc", "abxyz", 0.0),  # 0.4
+        ("ab", "abcd", 0.5),  # the length alone costs half
+        ("a", "abcd", 0.0),
+        ("cat", "dog" + 16 * " ", 0.0),  # spaces are no likeness
+        ("new  york\n", "new york", 1.0),
+        ("", "", 1.0),
+        ("", "a", 0.0),
+    ],
+)
+def test_anls(prediction, answer, score):
+    assert anls(prediction, answer) == score
+    assert anls(answer, prediction) == score
+    assert anls(prediction, ["zzzzzzzzzzzzzzzzz", answer]) == score
+
+
+def test_anls_threshold():
+    assert anls("abc", "abxyz", threshold=0) == 0.4
+    assert anls("a" + "b" * 9, "a" + "c" * 9, threshold=0.1) == 0.1  # on the threshold, not rounded below it
+    assert anls("jon smith", "John Smith", threshold=0.95) == 0
+    for threshold in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="threshold"):
+            anls("a", "a", threshold)
+
+
+def _distance(a: str, b: str) -> int:
+    """By its definition, in exponential time."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(_distance(a[1:], b) + 1, _distance(a, b[1:]) + 1, _distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+@given(st.text("abc", max_size=5), st.text("abc", max_size=5))
+def test_anls_is_one_minus_the_normalized_distance(a, b):
+    longest = max(len(a), len(b), 1)
+    assert anls(a, b, threshold=0) == (longest - _distance(a, b)) / longest
+
+
+@given(TEXT, st.lists(TEXT, min_size=1, max_size=4))
+def test_anls_is_bounded_and_grows_with_the_answers(said, answers):
+    score = anls(said, answers)
+    assert score == 0 or 0.5 <= score <= 1
+    assert (score == 1) == exact_match(said, answers)
+    assert anls(said, answers[:1]) <= score == anls(said, answers[::-1])
+
+
+# -- VQA accuracy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (7, 1), (10, 1)])
+def test_vqa_accuracy_leaves_one_person_out(matches, score):
+    assert vqa_accuracy("yes", ["yes"] * matches + ["no"] * (10 - matches)) == score
+
+
+@given(st.lists(st.sampled_from(["yes", "no", "maybe"]), min_size=4, max_size=12))
+def test_vqa_accuracy_is_the_mean_over_all_ways_to_leave_one_out(answers):
+    ways = [min(1, (answers[:i] + answers[i + 1 :]).count("yes") / 3) for i in range(len(answers))]
+    assert vqa_accuracy("yes", answers) == pytest.approx(sum(ways) / len(ways))
+
+
+@pytest.mark.parametrize(
+    ("said", "true"),
+    [
+        ("Two", "2"),
+        ("none", "0"),
+        ("the  Stop\tsign.", "stop sign"),
+        ("1,234", "1234"),
+        ("dont know", "don't know"),
+        ("they\u2019re", "theyre"),
+        ("couldve", "could've"),
+        ("hip-hop!", "hip hop"),
+        ("u.s.", "US"),
+        ('"coca_cola"', "coca cola"),
+        ("a", "A."),
+    ],
+)
+def test_vqa_texts_that_are_the_same(said, true):
+    assert vqa_accuracy(said, [true] * 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "true"),
+    [("3.5", "35"), ("a", "the"), ("were", "we're"), ("10:30", "1030"), ("$5", "5"), ("5%", "5"), ("cat", "cats")],
+)
+def test_vqa_texts_that_differ(said, true):
+    assert vqa_accuracy(said, [true] * 4) == 0
+
+
+def test_vqa_accuracy_needs_people():
+    for few in ("yes", ["yes"] * 3):
+        with pytest.raises(DataError, match="at least 4 people"):
+            vqa_accuracy("yes", few)
+
+
+# -- OCRBench ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "kind", "right"),
+    [
+        ("The sign says Stop\nhere ", " STOP HERE\n", "text", True),
+        ("in 2012", "12", "text", True),
+        ("stop  here", "stop here", "text", False),  # inner spaces count
+        ("sto p", "stop", "text", False),
+        ("\\frac { A }\n{ b }", r"\frac{A}{b}", "handwritten_maths", True),
+        (r"x = \frac{A}{b}", r" \frac {A} {b} ", "handwritten_maths", True),
+        (r"\frac{a}{b}", r"\frac{A}{b}", "handwritten_maths", False),  # case counts
+    ],
+)
+def test_ocrbench(said, true, kind, right):
+    assert ocrbench(said, true, kind) is right
+    assert ocrbench(said, ["no such text", true], kind) is right
+
+
+def test_ocrbench_refuses_what_every_text_holds():
+    with pytest.raises(DataError, match="blank"):
+        ocrbench("yes", ["no", " \n"])
+    with pytest.raises(ValueError, match="formula"):
+        ocrbench("x", "x", "formula")  # pyright: ignore[reportArgumentType]

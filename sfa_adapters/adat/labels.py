@@ -10,13 +10,13 @@ nor a speck, nor a large figure.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
+from sfa_adapters.ocr import ocr_engine as _ocr_engine
 
 __all__ = ["CELL", "LabelSource", "box_density", "density_labels", "ocr_boxes"]
 
@@ -109,17 +109,6 @@ def ocr_boxes(image: np.ndarray) -> np.ndarray:
         return np.zeros((0, 4))
     corners = np.asarray(found, dtype=np.float64)
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-
-
-@cache
-def _ocr_engine() -> Any:
-    try:
-        import onnxruntime  # noqa: F401  # rapidocr would only fail later, with its own words
-        from rapidocr import RapidOCR
-    except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed. Run: pip install 'sfa-adapters[ocr]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
-    return RapidOCR(params={"Global.log_level": "error"})
 
 
 def _check_grid(grid: tuple[int, int]) -> None:

@@ -1,0 +1,199 @@
+"""Running a model that is being looked at: its mode, its device, which layers, and what its tower was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.errors import DataError, ObservationError
+from sfa_adapters.observe import CallReader, Modules, attention_modules, observe
+from sfa_adapters.readers import Reader
+from sfa_adapters.registry import FoundTower, find_tower
+
+__all__ = [
+    "Heads",
+    "Inputs",
+    "Layers",
+    "TowerPass",
+    "chosen_layers",
+    "evaluating",
+    "fixed_tower",
+    "over_heads",
+    "run_tower",
+    "to_device",
+    "tower_layers",
+]
+
+# Keyword arguments of the model, or images alone, [..., 3, H, W], as the tower takes them.
+Inputs = Mapping[str, Any] | Tensor
+Heads = Literal["mean"] | int
+Layers = int | Sequence[int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class TowerPass:
+    """One forward of a tower.
+
+    Attributes:
+        images: What it was given, `[n, 3, H, W]`.
+        grid: Rows and columns of its patches.
+        prefix: Leading tokens without a place.
+        real: False for patches that lie in padding, bool `[n, rows, columns]`.
+    """
+
+    images: Tensor
+    grid: tuple[int, int]
+    prefix: int
+    real: Tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Tensors on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def fixed_tower(model: nn.Module) -> FoundTower:
+    """The vision tower of a model, if its patches lie on one grid.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found.
+        ObservationError: The tower attends within windows of images of any size (Qwen-type).
+    """
+    found = find_tower(model)
+    if found.backbone.grid_of_input is None:
+        raise ObservationError(
+            f"A {found.backbone.name} tower attends within windows, image after image, and its patches have no fixed "
+            "grid: this analysis reads towers with one grid per image (SigLIP, CLIP, InternViT, Idefics, timm). "
+            "observe(model, RowEntropy()) gives the rows of every window."
+        )
+    return found
+
+
+def tower_layers(model: nn.Module, modules: Modules = "vision") -> tuple[str, ...]:
+    """Paths of the tower's attention modules; for "vision", those that the host reads.
+
+    Raises:
+        ObservationError: A module outside of the tower is among them, or none fits.
+    """
+    found = fixed_tower(model)
+    inside = [name for name, _ in found.attentions]
+    if modules == "vision":
+        return tuple(inside[: found.used_layers])
+    chosen = tuple(attention_modules(model, modules))
+    outside = [name for name in chosen if name not in inside]
+    if outside:
+        raise ObservationError(f"modules={modules!r}: {outside[0]} is no attention module of the vision tower.")
+    return chosen
+
+
+def run_tower(
+    model: nn.Module, inputs: Inputs, readers: Sequence[Reader | CallReader], layers: Sequence[str]
+) -> list[TowerPass]:
+    """Runs a model and reads the attention of its vision tower.
+
+    Args:
+        model: A tower or a whole model; it should be `evaluating`.
+        inputs: Keyword arguments of the model. Images alone go straight to the tower, which saves the language model.
+        readers: As in `observe`.
+        layers: Paths of attention modules of the tower.
+
+    Returns:
+        One entry for each forward of the tower, as many as each reader has results of a layer.
+
+    Raises:
+        DataError: There are no images among the inputs.
+        ObservationError: The tower's tokens are not its grid of patches (adaptive or merged ones), or as in `observe`.
+    """
+    found = fixed_tower(model)
+    geometry = found.backbone.geometry(found.tower)
+    seen: list[TowerPass] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise DataError(f"The tower takes images [n, 3, H, W]; it got {tuple(getattr(images, 'shape', ()))}.")
+        assert found.backbone.grid_of_input is not None
+        grid = found.backbone.grid_of_input(module, args, kwargs) or geometry.grid
+        assert grid is not None
+        real = kwargs.get("patch_attention_mask")
+        real = torch.ones(len(images), *grid, dtype=torch.bool) if real is None else real.bool().reshape(-1, *grid)
+        seen.append(TowerPass(images.detach(), grid, geometry.prefix_tokens, real.to(images.device)))
+
+    counted: list[tuple[int, int]] = []
+
+    def count(call: Any) -> None:
+        if call.layer == layers[0]:
+            counted.append((call.batch_size, call.num_queries))
+
+    seer = found.tower.get_submodule(found.backbone.image_module)
+    handle = seer.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        with observe(model, [*readers, count], modules=layers):
+            _call(model, found.tower, inputs)
+    finally:
+        handle.remove()
+    expected = [(len(s.images), s.prefix + s.grid[0] * s.grid[1]) for s in seen]
+    if counted != expected:
+        raise ObservationError(
+            f"{layers[0]} attended over (images, tokens) {counted}, but the tower was given {expected}: its tokens are "
+            "not its own grid of patches. Adaptive or merged tokens have no fixed place; eject them first."
+        )
+    return seen
+
+
+def _call(model: nn.Module, tower: nn.Module, inputs: Inputs) -> None:
+    if isinstance(inputs, Mapping) and set(inputs) != {"pixel_values"}:
+        if not any(isinstance(value, Tensor) and value.is_floating_point() for value in inputs.values()):
+            raise DataError(f"There are no images among the inputs: {list(inputs)}.")
+        model(**to_device(inputs, model))
+        return
+    images = inputs["pixel_values"] if isinstance(inputs, Mapping) else inputs
+    if not isinstance(images, Tensor) or images.ndim < 3 or images.shape[-3] != 3 or not images.is_floating_point():
+        told = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"Images must be floating point [..., 3, height, width], normalised for the tower; got {told}.")
+    weight = next(tower.parameters())
+    tower(images.reshape(-1, *images.shape[-3:]).to(weight.device, weight.dtype))
+
+
+def chosen_layers(names: Sequence[str], layers: Layers) -> tuple[str, ...]:
+    """Layers by their numbers; all by default.
+
+    Raises:
+        DataError: One does not exist.
+    """
+    numbers = range(len(names)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if not numbers or not all(0 <= n < len(names) for n in numbers):
+        raise DataError(f"layers={layers!r}: there are the layers 0 to {len(names) - 1}.")
+    return tuple(names[n] for n in numbers)
+
+
+def over_heads(rows: Tensor, heads: Heads) -> Tensor:
+    """`[heads, keys]` to `[keys]`.
+
+    Raises:
+        DataError: The head does not exist.
+    """
+    if heads == "mean":
+        return rows.mean(0)
+    if not isinstance(heads, int) or not 0 <= heads < len(rows):
+        raise DataError(f"heads={heads!r} must be 'mean' or a number from 0 to {len(rows) - 1}.")
+    return rows[heads]

@@ -1,0 +1,139 @@
+"""Attention over the page: one map, or before, after and difference (Figure 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfa_adapters.analysis.report import LABEL, new_figure, plain
+from sfa_adapters.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sfa_adapters.analysis.maps import AttentionMap
+
+__all__ = ["plot_map", "plot_maps"]
+
+# Without the dark ends, on which print cannot be read.
+HEAT, CHANGE = ("OrRd", 0.0, 0.7), ("PuOr_r", 0.2, 0.8)
+INK = 0.75  # darkness of black print, so that the colours below it can be told
+UNIT = "attention on a patch, %"
+
+
+def plot_map(found: AttentionMap, image: np.ndarray | None = None) -> Figure:
+    """Draws one map.
+
+    Args:
+        found: The map.
+        image: The page below it, uint8 `[H, W, 3]`.
+    """
+    figure = new_figure(6.6, 6.9)
+    axis = figure.subplots()
+    highest = 100 * float(found.values.max())
+    shown = _draw(axis, _page(image, found.values.shape), 100 * found.values, HEAT, (0.0, highest), found.patch)
+    plain_page(axis, f"{_name(found)}; {100 * found.elsewhere:.0f}% elsewhere")
+    _bar(figure, shown, axis, UNIT)
+    return figure
+
+
+def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMap) -> Figure:
+    """Draws two maps of one page on a common scale, and their difference.
+
+    Args:
+        image: The page below them, uint8 `[H, W, 3]`, or None.
+        before: Of the first model.
+        after: Of the second model, for the same query.
+
+    Returns:
+        Three panels; shares in percent, the difference in percentage points.
+
+    Raises:
+        DataError: The maps have different grids or queries.
+    """
+    if before.values.shape != after.values.shape or before.patch != after.patch:
+        raise DataError(
+            f"Two maps of one query are needed; got grids {before.values.shape} and {after.values.shape}, patches "
+            f"{before.patch} and {after.patch}."
+        )
+    page = _page(image, before.values.shape)
+    figure = new_figure(12.0, 3.9 * page.shape[0] / page.shape[1] + 1.6)
+    axes: Any = figure.subplots(1, 3)
+    highest = 100 * max(float(before.values.max()), float(after.values.max()))
+    shown: Any = None
+    for axis, found, title in zip(axes, (before, after), ("before", "after"), strict=False):
+        shown = _draw(axis, page, 100 * found.values, HEAT, (0.0, highest), found.patch)
+        plain_page(axis, title)
+    _bar(figure, shown, list(axes[:2]), UNIT)
+    change = 100 * (after.values - before.values)
+    most = float(np.abs(change).max()) or 1.0
+    shown = _draw(axes[2], page, change, CHANGE, (-most, most), after.patch)
+    plain_page(axes[2], "after - before")
+    _bar(figure, shown, axes[2], "percentage points")
+    return figure
+
+
+def _name(found: AttentionMap) -> str:
+    how = found.how
+    if how["query"] == "answer token":
+        return f"answer token {how['answer_token']}"
+    place = "all patches" if found.patch is None else f"row {found.patch[0]}, column {found.patch[1]}"
+    return f"rollout, {place}" if how["query"] == "rollout" else place
+
+
+def _page(image: np.ndarray | None, grid: tuple[int, ...]) -> np.ndarray:
+    if image is None:
+        return np.full((grid[0] * 16, grid[1] * 16, 3), 255, np.uint8)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise DataError(f"The page must be uint8 [H, W, 3]; got {image.dtype} {image.shape}.")
+    return image
+
+
+def plain_page(axis: Any, title: str) -> None:
+    """No ticks: a page has no units."""
+    plain(axis, title)
+    axis.grid(visible=False)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
+    axis.spines[:].set(color="#555555", linewidth=1.0)
+
+
+def _draw(
+    axis: Any,
+    page: np.ndarray,
+    values: np.ndarray,
+    colours: tuple[str, float, float],
+    limits: tuple[float, float],
+    patch: Any,
+) -> Any:
+    """A map below the print of a page (bright print where the page is dark); the query patch in a frame."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
+
+    height, width = page.shape[:2]
+    name, first, last = colours
+    part = ListedColormap(colormaps[name](np.linspace(first, last, 256)))
+    extent = (0, width, height, 0)
+    shown = axis.imshow(values, cmap=part, vmin=limits[0], vmax=limits[1], interpolation="nearest", extent=extent)
+    # Print is laid over the colours as ink, so that the colours of paper are those of the bar.
+    gray = page.mean(-1) / 255
+    ink = np.zeros((height, width, 4))
+    ink[..., 3] = INK * (gray if gray.mean() < 0.5 else 1 - gray)
+    axis.imshow(ink, interpolation="antialiased", extent=extent)
+    if patch is not None:
+        tall, wide = height / values.shape[0], width / values.shape[1]
+        for line, colour in ((5.0, "white"), (2.5, "black")):
+            corner = (patch[1] * wide, patch[0] * tall)
+            axis.add_patch(Rectangle(corner, wide, tall, fill=False, edgecolor=colour, linewidth=line))
+    return shown
+
+
+def _bar(figure: Figure, shown: Any, axes: Any, label: str) -> None:
+    bar = figure.colorbar(
+        shown, ax=axes, orientation="horizontal", shrink=0.85, aspect=25 if isinstance(axes, list) else 14
+    )
+    bar.set_label(label, fontsize=LABEL)
+    bar.ax.tick_params(labelsize=LABEL - 1)
+    bar.ax.locator_params(nbins=5)

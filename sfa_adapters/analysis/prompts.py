@@ -1,0 +1,171 @@
+"""What the tokens of a prompt are: text, image, or neither; and which attention layers read them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.attention_call import AttentionCall
+from sfa_adapters.errors import DataError, ObservationError
+from sfa_adapters.observe import attention_modules
+
+__all__ = ["IMAGE", "NEITHER", "TEXT", "Aligned", "TokenKinds", "answer_lengths", "decoder_layers", "prompt_groups"]
+
+TEXT, IMAGE, NEITHER = 0, 1, -1
+
+
+@dataclass(frozen=True)
+class TokenKinds:
+    """Ids that tell tokens apart.
+
+    Attributes:
+        image: Placeholders of images and videos.
+        left_out: In neither group.
+    """
+
+    image: frozenset[int]
+    left_out: frozenset[int]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        image_token_id: int | Collection[int] | None,
+        include_bos: bool,
+        include_special: bool,
+        special_ids: Collection[int] | None,
+        tokenizer: Any,
+    ) -> TokenKinds:
+        """The ids of a model.
+
+        Raises:
+            DataError: The image token is not known, or tokens are to be left out that are not known.
+        """
+        config: Any = getattr(model, "config", None)
+        configs = [config, getattr(model, "generation_config", None)]
+        configs.append(config.get_text_config() if hasattr(config, "get_text_config") else None)
+        own = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        image = _ids(image_token_id) or _read(configs[:1], own)
+        if not image:
+            raise DataError(
+                f"The config of {type(model).__name__} names no image token (image_token_id, image_token_index). Say "
+                "which placeholder stands for the image: image_token_id=...."
+            )
+        bos = _ids(getattr(tokenizer, "bos_token_id", None)) or _read(configs, ("bos_token_id",))
+        left_out: set[int] = set()
+        if not include_bos:
+            if not bos:
+                raise DataError("include_bos=False, but neither the model nor a tokenizer names a BOS token.")
+            left_out |= bos
+        if not include_special:
+            names = ("eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+            special = _ids(special_ids) or _ids(getattr(tokenizer, "all_special_ids", None)) or _read(configs, names)
+            if not special:
+                raise DataError("include_special=False, but no special token is known: give special_ids=[...].")
+            left_out |= special - bos
+        return cls(frozenset(image), frozenset(left_out - image))
+
+
+def _ids(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return {int(v) for v in value} if isinstance(value, Iterable) else {int(value)}
+
+
+def _read(configs: Iterable[Any], names: Iterable[str]) -> set[int]:
+    return set().union(*(_ids(getattr(config, name, None)) for config in configs for name in names))
+
+
+def prompt_groups(inputs: Mapping[str, Any], kinds: TokenKinds, sample: int = 0) -> Tensor:
+    """The group of every prompt token: `TEXT`, `IMAGE`, or `NEITHER` (padding, and what is left out).
+
+    Args:
+        inputs: With `input_ids` `[B, L]`, and `attention_mask` `[B, L]` where there is padding.
+        kinds: Which ids are what.
+        sample: Number of the first of them, for messages.
+
+    Returns:
+        int64 `[B, L]`.
+
+    Raises:
+        DataError: Ids are missing or have no batch dimension, or the mask has another length.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        told = f"is {tuple(ids.shape)}" if isinstance(ids, Tensor) else "is missing"
+        raise DataError(f"Sample {sample}: input_ids {told}; prompts are needed as [batch, length].")
+    if mask is not None and mask.shape != ids.shape:
+        raise DataError(
+            f"Sample {sample}: attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}; it must "
+            "have one entry per token."
+        )
+    groups = torch.full_like(ids, TEXT)
+    groups[_among(ids, kinds.left_out)] = NEITHER
+    groups[_among(ids, kinds.image)] = IMAGE
+    return groups if mask is None else groups.masked_fill(mask == 0, NEITHER)
+
+
+def _among(ids: Tensor, wanted: Collection[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(wanted), dtype=ids.dtype, device=ids.device))
+
+
+def answer_lengths(new: Tensor, model: nn.Module) -> Tensor:
+    """Tokens of each answer up to its end token, which counts.
+
+    Args:
+        new: Generated ids, `[B, n]`; behind an end token stands padding.
+        model: Its generation config names the end tokens.
+
+    Returns:
+        int64 `[B]`.
+    """
+    ends = _ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    ended = _among(new, ends)
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
+    return first.to(torch.int64)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the attention modules of the language model, in order of execution.
+
+    A resampler between tower and language model has projections named alike; it is none of them.
+
+    Raises:
+        ObservationError: There are none.
+    """
+    names = tuple(attention_modules(model, "language"))
+    inner: Any = model
+    while hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    modules = dict(model.named_modules())
+    return tuple(name for name in names if id(modules[name]) in inside) or names
+
+
+class Aligned:
+    """Checks that the keys of a call are the tokens of the prompt, in their order, and then those generated.
+
+    Raises:
+        ObservationError: They are not.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, call: AttentionCall) -> None:
+        """A reader of `observe`."""
+        if not call.past and call.num_queries != self.length:
+            raise ObservationError(
+                f"The prompt has {self.length} tokens, but {call.layer} attends over {call.num_queries}: the "
+                "model expands its image placeholder inside. Let its processor write one placeholder per image token."
+            )
+        if call.num_keys < call.past + call.num_queries:
+            raise ObservationError(
+                f"{call.layer} has a cache of the last {call.num_keys} of {call.past + call.num_queries} tokens "
+                "(sliding window), which cannot be told apart yet. Name other layers: layers={'global': [...]}."
+            )

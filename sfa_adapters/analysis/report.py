@@ -1,0 +1,156 @@
+"""What the results of this package share: tables as JSON and CSV, skipped samples, intervals, plain figures.
+
+Figures are drawn for half the width of a printed page or a screen: 12 inches with 17 pt letters.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfa_adapters.errors import DataError
+from sfa_adapters.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "Skip", "Skips", "formula_of_means", "write_csv"]
+
+TITLE, LABEL = 19, 17  # pt
+# Told apart by people who see no red or green.
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#555555")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that is in no mean, and why not; samples are numbered from 0 in the order in which they were given."""
+
+    sample: int
+    reason: str
+
+
+class Skips(list[Skip]):
+    """All skipped samples of a measurement."""
+
+    def counts(self) -> dict[str, int]:
+        """How many for each reason."""
+        return dict(Counter(skip.reason for skip in self))
+
+    def told(self) -> str:
+        """Reasons and counts in one line."""
+        return "; ".join(f"{reason} ({count})" for reason, count in self.counts().items())
+
+    def refuse_all(self, kept: int, what: str) -> None:
+        """Nothing is left to be measured.
+
+        Raises:
+            DataError: `kept` is 0; lists the reasons.
+        """
+        if not kept:
+            raise DataError(f"None of the {len(self)} {what} can be measured. {self.told() or 'Give at least one.'}")
+
+
+class Report(ABC):
+    """A measurement that ends in a table and a figure."""
+
+    skipped: Skips
+
+    @abstractmethod
+    def table(self) -> list[Row]:
+        """The numbers, one row each; all rows have the same columns."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """How it was measured, as JSON can say it."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """The picture."""
+
+    def to_json(self) -> str:
+        """Everything as JSON: `options`, `table` (NaN and infinity are null) and `skipped`."""
+        skipped = {"counts": self.skipped.counts(), "samples": [vars(skip) for skip in self.skipped]}
+        told = {"options": self.options(), "table": [_finite(row) for row in self.table()], "skipped": skipped}
+        return json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Writes `table` as CSV."""
+        return write_csv(self.table(), path)
+
+
+def _finite(row: Row) -> Row:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Writes rows of the same columns as CSV."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path(path)
+
+
+def interval_columns(name: str, interval: Interval) -> Row:
+    """An interval as three columns."""
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval:
+    """A formula of means over samples, and a percentile bootstrap interval: all values of a sample are drawn together.
+
+    Args:
+        formula: Takes one mean of each of `values`, elementwise.
+        *values: One number per sample each, `[N]`.
+        seed: Of the resampling.
+        rounds: How often the samples are drawn again.
+
+    Returns:
+        Value and 95% interval; one sample has an interval without width.
+    """
+    count = len(values[0])
+    drawn = np.random.default_rng(seed).integers(0, count, (rounds, count))
+    low, high = np.quantile(formula(*(own[drawn].mean(1) for own in values)), (0.025, 0.975))
+    return Interval(float(formula(*(own.mean() for own in values))), float(low), float(high))
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def plain(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
+    """Letters that can be read at half the width, a light grid, no box."""
+    axis.set_title(title, fontsize=TITLE, pad=10)
+    axis.set_xlabel(x, fontsize=LABEL)
+    axis.set_ylabel(y, fontsize=LABEL)
+    axis.tick_params(labelsize=LABEL - 1)
+    axis.grid(color="#dddddd", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` numbers, evenly spaced, first and last among them."""
+    return list(range(count)) if count <= most else np.linspace(0, count - 1, most).round().astype(int).tolist()
+
+
+def around(intervals: Sequence[Interval]) -> np.ndarray:
+    """Lengths of error bars below and above the values, `[2, N]`; rounding may put a mean outside by an ulp."""
+    return np.array([(i.value - i.low, i.high - i.value) for i in intervals]).T.clip(min=0)

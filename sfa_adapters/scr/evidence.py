@@ -1,0 +1,142 @@
+"""Which image tokens the answers of a batch should be read from: from boxes, from a mask, or from the density map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfa_adapters.adat.scorers import score
+from sfa_adapters.errors import DataError
+from sfa_adapters.scr.augment import to_pages
+from sfa_adapters.scr.targets import Box, ImageTokens, boxes_to_tokens, image_tokens
+from sfa_adapters.scr.watch import Seen, Watch
+
+__all__ = ["Evidence", "patch_density", "required"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Where the answers of a batch are printed; neither boxes nor a mask means: where text is dense.
+
+    Attributes:
+        boxes: For each sample its boxes (left, top, right, bottom), or `[B, n, 4]` filled up with NaN; a sample
+            without boxes has no evidence and is skipped.
+        mask: How much evidence lies under each image token, bool or from 0 up, `[B, T]`, or `[B, L, T]` with a row for
+            each label. T is the number of image tokens of a sample, or of those with a place on the page.
+        page_sizes: Height and width of the pages in the pixels of the boxes, `[B, 2]`; by default `image_sizes` of the
+            inputs, else the size of what the tower sees.
+    """
+
+    boxes: Sequence[Sequence[Box]] | Tensor | None = None
+    mask: Tensor | None = None
+    page_sizes: Sequence[Sequence[float]] | Tensor | None = None
+
+    def target(self, watch: Watch, seen: Seen, inputs: Mapping[str, Any]) -> tuple[ImageTokens, Tensor]:
+        """Finds the image tokens that are looked at, and how much evidence lies under each.
+
+        With boxes and density these are the tokens with a place on the page; attention on others (newlines, tiles of a
+        page that is there as a whole too) counts neither way.
+
+        Args:
+            watch: The host.
+            seen: Its latest forward.
+            inputs: What it was given.
+
+        Returns:
+            The tokens, and fp32 `[B, T]` or `[B, L, T]` on the device of the tokens.
+
+        Raises:
+            DataError: The evidence does not fit the batch; says what was expected.
+            ObservationError: The tower did not run once.
+        """
+        if self.boxes is not None and self.mask is not None:
+            raise DataError("Give evidence_boxes or evidence_mask, not both.")
+        ids = required(inputs, "input_ids")
+        samples, length = ids.shape
+        tokens = image_tokens(ids, watch.image_token)
+        whole = tokens.places.shape[1]
+        if self.mask is not None and self.mask.shape[-1] == whole:
+            return tokens, _checked(self.mask, samples, length, (whole,)).to(ids.device)
+        images, grid = seen.tower
+        shape = watch.token_grid(grid)
+        page = tokens.of_page(shape[0] * shape[1], watch.kept_prefix, watch.page_first)
+        if self.mask is not None:
+            target = _checked(self.mask, samples, length, (whole, shape[0] * shape[1]))
+        elif self.boxes is not None:
+            target = self._covered(self.boxes, inputs, samples, shape, images)
+        else:
+            density = patch_density(_whole_pages(watch, inputs, tokens, page), grid, watch)
+            dense = density * (density > watch.config.dense_threshold)
+            target = F.adaptive_avg_pool2d(dense[:, None], shape).flatten(1)
+        return page, target.to(ids.device)
+
+    def _covered(
+        self,
+        boxes: Sequence[Sequence[Box]] | Tensor,
+        inputs: Mapping[str, Any],
+        samples: int,
+        shape: tuple[int, int],
+        images: Tensor,
+    ) -> Tensor:
+        sizes = inputs.get("image_sizes") if self.page_sizes is None else self.page_sizes
+        sizes = [tuple(images.shape[-2:])] * samples if sizes is None else sizes
+        for name, given in (("evidence_boxes", boxes), ("page_sizes", sizes)):
+            if len(given) != samples:
+                raise DataError(f"{name} has {len(given)} entries for {samples} samples.")
+        found = []
+        for number, (own, size) in enumerate(zip(boxes, sizes, strict=True)):
+            height, width = (float(side) for side in size)
+            try:
+                found.append(boxes_to_tokens(own, (height, width), shape))
+            except DataError as error:
+                raise DataError(f"Sample {number}: {error}") from None
+        return torch.stack(found)
+
+
+def patch_density(images: Tensor, grid: tuple[int, int], watch: Watch) -> Tensor:
+    """Mean density of each patch of normalised images `[n, 3, H, W]`, `[n, rows, columns]`."""
+    patch = images.shape[-2] // grid[0]
+    pages = to_pages(images, watch.statistics)[..., : grid[0] * patch, : grid[1] * patch]
+    return score(pages, watch.config.scorer, patch, "mean")
+
+
+def required(inputs: Mapping[str, Any], name: str) -> Tensor:
+    """A tensor that a batch must have.
+
+    Raises:
+        DataError: It has not.
+    """
+    value = inputs.get(name)
+    if not isinstance(value, Tensor):
+        raise DataError(f"inputs has no tensor {name!r}; there are {sorted(inputs)}.")
+    return value
+
+
+def _whole_pages(watch: Watch, inputs: Mapping[str, Any], tokens: ImageTokens, page: ImageTokens) -> Tensor:
+    """The whole page of each sample, `[B, 3, H, W]`; any for a sample without one."""
+    pixels = required(inputs, "pixel_values")
+    if pixels.ndim == 5:
+        return pixels[:, 0]
+    tiles = tokens.counts // (page.places.shape[1] + watch.kept_prefix)
+    tiles = tiles.clamp(max=1) if watch.page_first else tiles
+    if int(tiles.sum()) != len(pixels):
+        raise DataError(
+            f"{len(pixels)} images for {int(tiles.sum())} tiles in {len(tiles)} samples: which belong together is not "
+            "known. Give evidence_boxes or evidence_mask."
+        )
+    return pixels[(tiles.cumsum(0) - 1).clamp(min=0)]
+
+
+def _checked(mask: Tensor, samples: int, length: int, sizes: tuple[int, ...]) -> Tensor:
+    shapes = [shape for size in sizes for shape in ((samples, size), (samples, length, size))]
+    if tuple(mask.shape) not in shapes:
+        raise DataError(f"evidence_mask {tuple(mask.shape)} must be one of {shapes}.")
+    values = mask.float()
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise DataError("evidence_mask has entries that are NaN, infinite or below 0.")
+    return values

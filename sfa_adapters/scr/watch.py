@@ -1,0 +1,196 @@
+"""`Watch`: what SCR needs to know about a host, and what it keeps of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.attention_call import AttentionCall
+from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
+from sfa_adapters.observe import attention_modules, observe
+from sfa_adapters.registry import find_tower
+from sfa_adapters.scr.augment import Statistics
+from sfa_adapters.scr.config import SCRConfig
+
+__all__ = ["Seen", "Watch"]
+
+TILES_BEHIND = "image_newline"  # the parameter of hosts that put the whole page in front of its tiles
+
+
+@dataclass(eq=False)
+class Seen:
+    """What one forward left.
+
+    Attributes:
+        calls: The attention computation of each chosen layer.
+        towers: For each forward of the tower its images `[n, 3, H, W]` and the grid of their patches.
+    """
+
+    calls: dict[str, AttentionCall] = field(default_factory=dict)
+    towers: list[tuple[Tensor, tuple[int, int]]] = field(default_factory=list)
+
+    @property
+    def tower(self) -> tuple[Tensor, tuple[int, int]]:
+        """The images that the tower saw, and their grid.
+
+        Raises:
+            ObservationError: The tower did not run once.
+        """
+        if len(self.towers) != 1:
+            raise ObservationError(
+                f"The vision tower ran {len(self.towers)} times inside watch(), expected once, on images: run the "
+                "model on a batch with pixel_values."
+            )
+        return self.towers[0]
+
+
+class Watch:
+    """A host under watch. Arguments and errors are those of `SCRLoss`.
+
+    Attributes:
+        host: The module that has the image token in its configuration.
+        image_token: Its id.
+        vision: Paths of the layers that the entropy term reads.
+        language: Paths of the layers that the grounding term reads.
+        page_first: Whether the tokens of a whole page stand in front of those of its tiles, not behind them.
+    """
+
+    def __init__(self, model: nn.Module, config: SCRConfig) -> None:
+        self.model, self.config = model, config
+        self.host, self.image_token = _host(model)
+        self.page_first = any(name.rpartition(".")[2] == TILES_BEHIND for name, _ in self.host.named_parameters())
+        try:
+            self.tower = find_tower(model)
+        except NoMatchingBackboneError:
+            if config.entropy:
+                raise
+            self.tower = None
+        self.vision, self.language = (), ()
+        if config.entropy:
+            assert self.tower is not None
+            if self.tower.backbone.grid_of_input is None:
+                raise ObservationError(
+                    f"A {self.tower.backbone.name} tower has no fixed grid of patches, so dense patches cannot be told "
+                    "from others: set entropy=0."
+                )
+            used = [name for name, _ in self.tower.attentions][: self.tower.used_layers]
+            self.vision = _chosen(used, config.vision_layers, "vision_layers")
+        if config.grounding:
+            there = list(attention_modules(model, "language"))
+            self.language = _chosen(there, config.language_layers, "language_layers")
+
+    @contextmanager
+    def __call__(self) -> Iterator[Seen]:
+        """Keeps references to q and k of the chosen layers for one forward; nothing is computed here."""
+        seen, differentiable = Seen(), torch.is_grad_enabled()
+
+        def keep(call: AttentionCall) -> None:
+            if call.segment:
+                raise ObservationError(
+                    f"{call.layer} attends within images or windows one after the other: adaptive tokens have no grid "
+                    "of patches, so dense patches cannot be told from others. Set entropy=0."
+                )
+            if call.layer in seen.calls:
+                raise ObservationError(
+                    f"{call.layer} computed attention twice inside watch(): run the model once, on images only, and "
+                    "without generate."
+                )
+            if differentiable and not torch.is_grad_enabled():
+                raise ObservationError(
+                    f"{call.layer} runs without gradients inside a forward with gradients, as under reentrant "
+                    "checkpointing: switch it on with {'use_reentrant': False}."
+                )
+            seen.calls[call.layer] = call
+
+        with ExitStack() as stack:
+            if self.tower is not None and self.tower.backbone.grid_of_input is not None:
+                seer = self.tower.tower.get_submodule(self.tower.backbone.image_module)
+                handle = seer.register_forward_pre_hook(self._see_images(seen), with_kwargs=True)
+                stack.callback(handle.remove)
+            if self.vision or self.language:
+                stack.enter_context(observe(self.model, keep, modules=[*self.vision, *self.language]))
+            yield seen
+
+    def _see_images(self, seen: Seen) -> Any:
+        found = self.tower
+        assert found is not None
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+            assert found.backbone.grid_of_input is not None
+            grid = found.backbone.grid_of_input(module, args, kwargs) or found.backbone.geometry(found.tower).grid
+            if isinstance(images, Tensor) and grid is not None:
+                seen.towers.append((images.detach(), grid))
+
+        return see
+
+    # -- facts about the host -----------------------------------------------------------------------------------------
+
+    @property
+    def tower_prefix(self) -> int:
+        """Leading tokens of the tower that are no patches."""
+        return 0 if self.tower is None else self.tower.backbone.geometry(self.tower.tower).prefix_tokens
+
+    @property
+    def kept_prefix(self) -> int:
+        """How many of them become image tokens."""
+        return self.tower_prefix if getattr(self._config, "vision_feature_select_strategy", "") == "full" else 0
+
+    def token_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of image tokens that `grid` patches become (InternVL: 4 patches to a token)."""
+        ratio = getattr(self._config, "downsample_ratio", None)
+        tokens = getattr(self._config, "mm_tokens_per_image", None)
+        if ratio is not None:
+            per_side = round(1 / ratio)
+        elif tokens is not None:
+            per_side = round((grid[0] * grid[1] / tokens) ** 0.5)
+        else:
+            per_side = int(getattr(self._config, "scale_factor", 1))
+        return grid[0] // per_side, grid[1] // per_side
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation that images are normalised with.
+
+        Raises:
+            DataError: They are not known.
+        """
+        seam = None if self.tower is None else self.tower.backbone.patches
+        own = (None, None) if self.tower is None or seam is None else seam.statistics(self.tower.tower)
+        mean, std = self.config.image_mean or own[0], self.config.image_std or own[1]
+        if mean is None or std is None:
+            raise DataError("Set image_mean and image_std in SCRConfig: what this model's images are normalised with.")
+        return mean, std
+
+    @property
+    def _config(self) -> Any:
+        return self.host.config
+
+
+def _host(model: nn.Module) -> tuple[Any, int]:
+    for module in model.modules():
+        # PEFT's wrapper shows the configuration of the model inside, but is not that model.
+        if type(module).__module__.startswith("peft.") or not hasattr(module, "get_input_embeddings"):
+            continue
+        for name in ("image_token_id", "image_token_index"):
+            token = getattr(getattr(module, "config", None), name, None)
+            if isinstance(token, int):
+                return module, token
+    raise InjectionError(
+        f"{type(model).__name__} has no image_token_id in its configuration. SCR needs a vision-language model of "
+        "transformers whose image tokens stand in input_ids."
+    )
+
+
+def _chosen(names: Sequence[str], wanted: Sequence[int] | None, option: str) -> tuple[str, ...]:
+    if wanted is None:
+        return tuple(names[-max(1, len(names) // 3) :])
+    wrong = [number for number in wanted if not -len(names) <= number < len(names)]
+    if wrong:
+        raise InjectionError(f"{option}={list(wanted)}: there is no layer {wrong[0]}, the model has {len(names)}.")
+    return tuple(names[number] for number in sorted({number % len(names) for number in wanted}))
