@@ -180,7 +180,7 @@ def rows_of(call: AttentionCall, index: Tensor) -> Rows:
         ObservationError: A logit is NaN or infinite; names the layer.
     """
     logits = call.logits(index)
-    # Not exp() of a difference: where it rounds to zero, exp() is ten times as slow on a CPU; the softmax kernel is not.
+    # Not exp() of a difference: where it rounds to zero, exp() is ten times as slow on a CPU; the softmax is not.
     probabilities = logits.softmax(-1)
     if not bool(probabilities[..., 0].isfinite().all()):  # one logit that is no number spoils its whole row
         raise ObservationError(
