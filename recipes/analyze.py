@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sfa_adapters.analysis import attention_entropy, hallucination_report, modal
 from sfa_adapters.analysis.maps import attention_map, attention_rollout
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
+from sfa_adapters.metrics import RelaxedMode
 from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import NanoHost, load_nano
@@ -85,7 +86,8 @@ def run_map(out: Path, chart: int = 0, patch: str | None = None, token: int = 0,
     Raises:
         DataError: A number does not exist.
     """
-    _positive("chart", chart + 1)
+    if chart < 0:
+        raise DataError(f"--chart {chart} must be at least 0.")
     host, samples = _nano(chart + 1)
     sample = samples[chart]
     inputs, place = encode(host, [sample.image], [sample.question]), None
@@ -100,9 +102,9 @@ def run_map(out: Path, chart: int = 0, patch: str | None = None, token: int = 0,
         found = attention_map(host.model, inputs, patch=place)
     else:
         found = attention_map(host.model, inputs, answer_token=token)
-    best = sorted(found.table(), key=lambda row: -row["share"])[:5]
+    best = sorted(found.table(), key=lambda row: -row["attention"])[:5]
     Console().print(f"{sample.question!r}; true answer {sample.answer!r}; the five patches with most attention:")
-    _leave(found, out, "map", best, ("row", "column", "share"), figure=found.figure(np.asarray(sample.image)))
+    _leave(found, out, "map", best, ("row", "column", "attention"), figure=found.figure(np.asarray(sample.image)))
 
 
 def run_hallucination(file: Path, out: Path, mode: str = "reference") -> None:
@@ -111,6 +113,8 @@ def run_hallucination(file: Path, out: Path, mode: str = "reference") -> None:
     Raises:
         DataError: The file cannot be used; names the line.
     """
+    if mode not in get_args(RelaxedMode):
+        raise DataError(f"--mode {mode} must be one of {', '.join(get_args(RelaxedMode))}.")
     given = read_predictions(file)
     known = any(given.printed)
     report = hallucination_report(

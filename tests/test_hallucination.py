@@ -211,7 +211,7 @@ def test_figures_have_room_for_their_labels(names):
     boxes = [t.get_window_extent() for t in written if t.get_text()]
     assert len(axes.texts) == 4 * len(names)
     assert "40.0%" in [t.get_text() for t in axes.texts]
-    assert all(t.get_fontsize() >= 15 for t in written if t.get_text())
+    assert all(float(t.get_fontsize()) >= 15 for t in written if t.get_text())
     assert not [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes) if i < j and a.overlaps(b)]
     page = figure.bbox
     assert all(b.x0 >= page.x0 and b.x1 <= page.x1 and b.y0 >= page.y0 and b.y1 <= page.y1 for b in boxes)
