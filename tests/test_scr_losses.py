@@ -224,18 +224,22 @@ def test_grounding_moves_a_real_llama_as_dense_eager_attention_does(side: str, i
 
 def test_nothing_of_the_size_of_the_logits_is_kept() -> None:
     call = AttentionCall("layer", query=random(1, 2, 64, 4).requires_grad_(), key=random(1, 2, 512, 4).requires_grad_())
-    rows = torch.arange(64)[None]
+    rows, keys = torch.arange(64)[None], torch.arange(512)[None]
+    evidence, first, second = random(1, 64, 512).abs(), random(64, 512).requires_grad_(), random(64, 512, seed=1)
+    given = {t.untyped_storage().data_ptr() for t in (evidence, first, second)}
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept.append(tensor.numel())
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         value = row_entropies(call, rows, block_bytes=2**14).mean()
-        value = value + jeffreys(random(64, 512).requires_grad_(), random(64, 512, seed=1), block_bytes=2**14).mean()
+        value = value + grounding_rows(call, rows, keys, keys >= 0, evidence, block_bytes=2**14)[0].mean()
+        value = value + jeffreys(first, second, block_bytes=2**14).mean()
     value.backward()
-    assert sum(kept) < 2 * 64 * 512 / 4
+    assert sum(kept) < 64 * 512 / 8
 
 
 # -- rows that say nothing --------------------------------------------------------------------------------------------
