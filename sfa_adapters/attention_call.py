@@ -88,6 +88,11 @@ class AttentionCall:
         return self.scores.shape[-1] if self.key is None and self.scores is not None else self._key.shape[-2]
 
     @property
+    def first_key(self) -> int:
+        """Position of the first key: above 0 where a cache has dropped what fell out of its sliding window."""
+        return max(0, self.past + self.num_queries - self.num_keys)
+
+    @property
     def device(self) -> torch.device:
         """Where the computation ran."""
         return self._left.device

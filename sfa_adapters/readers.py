@@ -139,7 +139,7 @@ def row_entropy(call: AttentionCall, rows: Rows, keys: Tensor | None = None, nor
     probabilities, logits, blind = rows.probabilities, rows.logits, rows.blind
     visible = logits > HIDDEN / 2 if normalize else None
     if keys is not None:
-        among = fitted(keys.to(call.device), call.num_keys, False)
+        among = fitted_to_keys(keys, call, False)
         among = among.reshape(-1, 1, 1, call.num_keys)
         # Anew over these keys, not from the softmax over all: their mass may round to zero.
         logits = logits.masked_fill(~among, HIDDEN)
@@ -243,7 +243,7 @@ class TopKeys(MeanPerKey):
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
         """Positions are exact in fp32 up to 16 million."""
         values, places = super().end(state, call).topk(min(self.count, call.num_keys), dim=-1)
-        return torch.stack((places.to(values.dtype), values), dim=-2)
+        return torch.stack(((places + call.first_key).to(values.dtype), values), dim=-2)
 
 
 class RowProbabilities(_PerRow):
@@ -276,8 +276,13 @@ def fitted(values: Tensor, length: int, fill: Any) -> Tensor:
     return torch.cat((values, values.new_full((*values.shape[:-1], missing), fill)), dim=-1)
 
 
+def fitted_to_keys(values: Tensor, call: AttentionCall, fill: Any) -> Tensor:
+    """What belongs to the keys of a call, by position."""
+    return fitted(values.to(call.device), call.first_key + call.num_keys, fill)[..., call.first_key :]
+
+
 def one_hot(groups: Tensor, call: AttentionCall) -> Tensor:
     """Membership of the keys of a call, `[1 or B, 1, K, G]`, fp32."""
-    fit = fitted(groups.to(call.device), call.num_keys, -1)
+    fit = fitted_to_keys(groups, call, -1)
     member = (fit.unsqueeze(-1) == torch.arange(int(groups.max()) + 1, device=call.device)).float()
     return member.reshape(-1, 1, *member.shape[-2:])

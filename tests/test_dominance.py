@@ -197,6 +197,7 @@ def test_bos_and_special_tokens_can_be_left_out_of_both_groups(monkeypatch: pyte
     assert tokens(include_bos=False, include_special=False) == [4, 16]
     ids = inputs["input_ids"][0, -3:].tolist()
     assert tokens(include_special=False, special_ids=ids) == [3, 16]
+    assert tokens(include_special=False, special_ids=[1, 2]) == [5, 16]  # BOS has an option of its own
     assert tokens(include_special=False, special_ids=[IMAGE]) == [6, 16]  # the image stays the image
     nano = build_nano("llava_onevision")
     batch = [encode(nano, [np.zeros((144, 144, 3), np.uint8)], ["What?"])]

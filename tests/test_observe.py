@@ -120,6 +120,28 @@ def test_decoding_steps_read_the_rows_that_a_whole_forward_has(config: Any, impl
         support.assert_close(prompt_rows.results[layer][0][..., 0, :10], wanted[:, :, 9, :10])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_that_fell_out_of_a_sliding_window_keep_their_places(implementation: str) -> None:
+    model, inputs = language(MistralConfig, implementation, sliding_window=6), prompts("none")
+    parity = torch.arange(10) % 2
+    mass, entropy = KeyMass(parity, queries="generated"), RowEntropy(queries="generated", keys=parity == 1)
+    top = TopKeys(2, queries="generated")
+    with observe(model, [mass, entropy, top]):
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    whole = {"input_ids": out, "attention_mask": torch.ones_like(out)}
+    for layer, wanted in zip(mass.results, dense_attention(model, whole), strict=True):
+        for step, found in enumerate(mass.results[layer]):
+            row = wanted[:, :, 10 + step]
+            support.assert_close(
+                found[:, :, 0], torch.stack([row[..., :10][..., parity == g].sum(-1) for g in (0, 1)], -1)
+            )
+            odd = row[..., :10][..., parity == 1]
+            support.assert_close(entropy.results[layer][step][..., 0], entropy_of(odd / odd.sum(-1, keepdim=True)))
+            values, places = row.topk(2)
+            assert torch.equal(top.results[layer][step][:, :, 0].long(), places)
+            support.assert_close(top.results[layer][step][:, :, 1], values)
+
+
 def test_beams_and_half_precision_are_left_alone() -> None:
     model, inputs = language(Qwen2Config).bfloat16(), prompts("left")
     options: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
