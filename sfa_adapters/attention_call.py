@@ -90,7 +90,7 @@ class AttentionCall:
     @property
     def first_key(self) -> int:
         """Position of the first key: above 0 where a cache has dropped what fell out of its sliding window."""
-        return max(0, self.past + self.num_queries - self.num_keys)
+        return max(0, self.past + self.num_queries - self.num_keys) if self.past else 0
 
     @property
     def device(self) -> torch.device:
