@@ -10,7 +10,9 @@ __all__ = [
     "NoMatchingBackboneError",
     "ObservationError",
     "PlanError",
+    "RecipeError",
     "SFAError",
+    "TrainingError",
     "UnsupportedAttentionError",
     "WeightsError",
 ]
@@ -62,3 +64,11 @@ class PlanError(SFAError, ValueError):
 
 class ObservationError(SFAError, RuntimeError):
     """Attention could not be read: the implementation bypasses SDPA and softmax, nothing ran, or logits are NaN."""
+
+
+class RecipeError(SFAError, ValueError):
+    """A recipe, a device plan or a run's folder cannot be used (unknown key, does not fit the memory, ...)."""
+
+
+class TrainingError(SFAError, RuntimeError):
+    """Training stopped: a tensor that should train gets no gradient, the loss is NaN, a checkpoint was lost, ..."""
