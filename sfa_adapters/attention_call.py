@@ -112,22 +112,24 @@ class AttentionCall:
         names = ("query", "key", "mask", "scores")
         return replace(self, **{n: t.detach() for n in names if (t := getattr(self, n)) is not None})
 
-    def logits(self, rows: slice | Tensor) -> Tensor:
+    def logits(self, rows: slice | Tensor, keys: int | None = None) -> Tensor:
         """Logits of chosen rows, `[B, H, R, K]`, at least fp32; `HIDDEN` where the query may not see the key.
 
         Args:
             rows: Which queries of this call, a slice or int64 `[R]`.
+            keys: Only the first so many keys; all by default.
         """
+        keys = self.num_keys if keys is None else keys
         with torch.autocast(self.device.type, enabled=False):
             if self.scores is not None:
-                return _hide_minimum(self.scores[:, :, rows])
+                return _hide_minimum(self.scores[:, :, rows, :keys])
             assert self.query is not None
             query = _at_least_fp32(self.query[:, :, rows]) * self.scale
             groups = self._key.shape[1]
             if groups != self.num_heads:  # grouped-query attention: the heads of a group share their key head
                 query = query.unflatten(1, (groups, -1)).flatten(2, 3)
-            logits = query @ self._key_columns
-            logits = logits.reshape(self.batch_size, self.num_heads, -1, self.num_keys)
+            logits = query @ self._key_columns[..., :keys]
+            logits = logits.reshape(self.batch_size, self.num_heads, -1, keys)
             return self._masked(logits, rows)
 
     def _masked(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
@@ -135,6 +137,7 @@ class AttentionCall:
         if self.mask is not None:
             mask = self.mask[(None,) * (4 - self.mask.ndim)]
             mask = mask if mask.shape[-2] == 1 else mask[:, :, rows]
+            mask = mask if mask.shape[-1] == 1 else mask[..., : logits.shape[-1]]
             if mask.dtype == torch.bool:
                 hidden = ~mask
             else:
@@ -142,7 +145,7 @@ class AttentionCall:
                 logits = logits + mask.to(logits.dtype)
         if self.is_causal:  # aligned at the upper left, as in SDPA
             places = torch.arange(self.num_queries, device=self.device)[rows]
-            later = torch.arange(self.num_keys, device=self.device) > places[:, None]
+            later = torch.arange(logits.shape[-1], device=self.device) > places[:, None]
             hidden = later if hidden is None else hidden | later
         if hidden is None:
             return logits
@@ -152,6 +155,8 @@ class AttentionCall:
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The softmax of some rows of a call.
+
+    K is the number of keys of the call, or fewer: keys at its end that no row of the block may see can be left out.
 
     Attributes:
         index: Which queries of the call, int64 `[R]`.
@@ -178,13 +183,13 @@ class Rows:
         return Rows(self.index[wanted], self.positions[wanted], *per_row, blind)
 
 
-def rows_of(call: AttentionCall, index: Tensor) -> Rows:
-    """Logits and softmax of chosen rows.
+def rows_of(call: AttentionCall, index: Tensor, keys: int | None = None) -> Rows:
+    """Logits and softmax of chosen rows, over the first `keys` keys or all.
 
     Raises:
         ObservationError: A logit is NaN or infinite; names the layer.
     """
-    logits = call.logits(index)
+    logits = call.logits(index, keys)
     # Not exp() of a difference: where it rounds to zero, exp() is ten times as slow on a CPU; the softmax is not.
     probabilities = logits.softmax(-1)
     if not bool(probabilities[..., 0].isfinite().all()):  # one logit that is no number spoils its whole row
@@ -200,13 +205,16 @@ def rows_of(call: AttentionCall, index: Tensor) -> Rows:
     return Rows(index, index + call.past, logits, probabilities, blind)
 
 
-def row_blocks(call: AttentionCall, index: Tensor | None = None, block_bytes: int = 2**23) -> Iterator[Rows]:
+def row_blocks(
+    call: AttentionCall, index: Tensor | None = None, block_bytes: int = 2**23, trim: bool = False
+) -> Iterator[Rows]:
     """The softmax of the rows of a call, block by block: memory grows with the keys, not with their square.
 
     Args:
         call: What to read.
         index: Which queries, int64 `[R]`; all by default.
         block_bytes: Size of the logits of one block; about three times as much is in use.
+        trim: Leave out the keys behind the last row of a block where attention is causal: half of the work.
 
     Yields:
         Consecutive blocks of rows.
@@ -214,7 +222,8 @@ def row_blocks(call: AttentionCall, index: Tensor | None = None, block_bytes: in
     index = torch.arange(call.num_queries, device=call.device) if index is None else index
     row_bytes = 4 * call.batch_size * call.num_heads * call.num_keys
     for chosen in index.split(max(1, block_bytes // max(row_bytes, 1))):
-        yield rows_of(call, chosen)
+        keys = min(call.num_keys, int(chosen.max()) + 1) if trim and call.is_causal and len(chosen) else None
+        yield rows_of(call, chosen, keys)
 
 
 def _at_least_fp32(states: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) ->
     masks = [mask for mask in wanted.values() if mask is not None]
     index = torch.stack(masks).any(0).nonzero()[:, 0] if len(masks) == len(wanted) else None
     states = {reader: reader.begin(call) for reader in wanted}
-    for rows in row_blocks(call, index, block_bytes):
+    for rows in row_blocks(call, index, block_bytes, trim=True):
         for reader, mask in wanted.items():
             own = rows if mask is None else rows.choose(mask[rows.index])
             if own is not None:

@@ -139,8 +139,7 @@ def row_entropy(call: AttentionCall, rows: Rows, keys: Tensor | None = None, nor
     probabilities, logits, blind = rows.probabilities, rows.logits, rows.blind
     visible = logits > HIDDEN / 2 if normalize else None
     if keys is not None:
-        among = fitted_to_keys(keys, call, False)
-        among = among.reshape(-1, 1, 1, call.num_keys)
+        among = fitted_to_keys(keys, call, False).reshape(-1, 1, 1, call.num_keys)[..., : logits.shape[-1]]
         # Anew over these keys, not from the softmax over all: their mass may round to zero.
         logits = logits.masked_fill(~among, HIDDEN)
         probabilities, blind = logits.softmax(-1), logits.amax(-1) <= HIDDEN / 2
@@ -169,7 +168,7 @@ class KeyMass(_PerRow):
 
     def block(self, state: list[Tensor], call: AttentionCall, rows: Rows) -> None:
         """Adds `[B, H, R, G]`."""
-        state.append(self.over_heads(rows.probabilities @ one_hot(self.groups, call)))
+        state.append(self.over_heads(_mass(self.groups, call, rows)))
 
 
 class GroupMass(Reader):
@@ -200,7 +199,7 @@ class GroupMass(Reader):
         number = int(self.query_groups.max()) + 1
         member = (groups.unsqueeze(-2) == torch.arange(number, device=call.device)[:, None]).float()  # [(B,) G, R]
         member = member.reshape(-1, 1, *member.shape[-2:])
-        mass = self.over_heads(rows.probabilities @ one_hot(self.groups, call))
+        mass = self.over_heads(_mass(self.groups, call, rows))
         found = [member @ mass, member.sum(-1, keepdim=True)]
         state[:] = [old + new for old, new in zip(state, found, strict=True)] if state else found
 
@@ -219,7 +218,8 @@ class MeanPerKey(Reader):
     def block(self, state: list[Tensor], call: AttentionCall, rows: Rows) -> None:
         """Adds sums and counts."""
         weights = self.row_weights(call, rows)[:, None, None]  # [1 or B, 1, 1, R]
-        found = [(weights @ self.over_heads(rows.probabilities)).squeeze(2), weights.sum(-1)]
+        attended = (weights @ self.over_heads(rows.probabilities)).squeeze(2)
+        found = [fitted(attended, call.num_keys, 0.0), weights.sum(-1)]
         state[:] = [old + new for old, new in zip(state, found, strict=True)] if state else found
 
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
@@ -251,7 +251,7 @@ class RowProbabilities(_PerRow):
 
     def block(self, state: list[Tensor], call: AttentionCall, rows: Rows) -> None:
         """Adds `[B, H, R, K]`."""
-        state.append(self.over_heads(rows.probabilities))
+        state.append(fitted(self.over_heads(rows.probabilities), call.num_keys, 0.0))
 
 
 def checked_groups(groups: Tensor) -> Tensor:
@@ -279,6 +279,11 @@ def fitted(values: Tensor, length: int, fill: Any) -> Tensor:
 def fitted_to_keys(values: Tensor, call: AttentionCall, fill: Any) -> Tensor:
     """What belongs to the keys of a call, by position."""
     return fitted(values.to(call.device), call.first_key + call.num_keys, fill)[..., call.first_key :]
+
+
+def _mass(groups: Tensor, call: AttentionCall, rows: Rows) -> Tensor:
+    """Mass of each row on each group of keys, `[B, H, R, G]`."""
+    return rows.probabilities @ one_hot(groups, call)[..., : rows.probabilities.shape[-1], :]
 
 
 def one_hot(groups: Tensor, call: AttentionCall) -> Tensor:
