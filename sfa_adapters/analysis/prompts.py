@@ -164,8 +164,3 @@ class Aligned:
                 f"The prompt has {self.length} tokens, but {call.layer} attends over {call.num_queries}: the "
                 "model expands its image placeholder inside. Let its processor write one placeholder per image token."
             )
-        if call.num_keys < call.past + call.num_queries:
-            raise ObservationError(
-                f"{call.layer} has a cache of the last {call.num_keys} of {call.past + call.num_queries} tokens "
-                "(sliding window), which cannot be told apart yet. Name other layers: layers={'global': [...]}."
-            )
