@@ -1,6 +1,7 @@
 """`sfa analyze entropy | dominance | map | hallucination`: one measurement; its table, CSV and picture in a folder.
 
-Without a model of the user it is the pretrained nano host on charts of unseen tables.
+Without a model of the user it is the pretrained nano host on charts of unseen tables. A model of the user is given with
+images and, where a language model takes part, with the question that is asked about each of them.
 """
 
 from __future__ import annotations
@@ -62,19 +63,56 @@ def run_entropy(
     _leave(report, out, "entropy", rows, columns)
 
 
-def run_dominance(out: Path, charts: int = 100, queries: str = "generated", layers: str = "2/2/2") -> None:
-    """MDI and AEI of the nano host on questions about charts."""
+def run_dominance(
+    out: Path,
+    charts: int = 100,
+    queries: str = "generated",
+    layers: str = "2/2/2",
+    images: Sequence[Path] = (),
+    model: str | None = None,
+    question: str | None = None,
+) -> None:
+    """MDI and AEI, of the nano host on questions about charts or of a model of the user.
+
+    Args:
+        out: Folder for the results.
+        charts: How many charts, without `model`.
+        queries: As in `modality_dominance`.
+        layers: As in `modality_dominance`.
+        images: Pages, needed with `model`.
+        model: A vision-language model, an id or a folder.
+        question: What it is asked about each image.
+
+    Raises:
+        DataError: Images and question without a model or the other way round, or something that cannot be loaded.
+    """
     _positive("charts", charts)
-    host, samples = _nano(charts)
-    prompts = [encode(host, [sample.image], [sample.question]) for sample in samples]
+    _together(model, images, question)
+    tokenizer: Any = None
+    if model is None:
+        host, samples = _nano(charts)
+        asked, prompts = host.model, [encode(host, [sample.image], [sample.question]) for sample in samples]
+    else:
+        asked, processor = _own(model)
+        tokenizer = processor.tokenizer
+        prompts = [own_prompt(processor, as_image(path), question or "") for path in images]
     found = track(prompts, description="dominance", transient=True)
-    report = modality_dominance(host.model, found, queries=queries, layers=layers)  # pyright: ignore[reportArgumentType]
+    report = modality_dominance(asked, found, queries=queries, layers=layers, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
     columns = ("stage", "average", "mdi", "mdi_low", "mdi_high", "aei_text")
     _leave(report, out, "dominance", report.table(), columns)
 
 
-def run_map(out: Path, chart: int = 0, patch: str | None = None, token: int = 0, rollout: bool = False) -> None:
-    """Where an answer token of the nano host looks on a chart, or a patch of its tower, or the rollout of one.
+def run_map(
+    out: Path,
+    chart: int = 0,
+    patch: str | None = None,
+    token: int = 0,
+    rollout: bool = False,
+    image: Path | None = None,
+    model: str | None = None,
+    question: str | None = None,
+) -> None:
+    """Where an answer token of a host looks on the page, or a patch of its tower, or the rollout of one.
 
     Args:
         out: Folder for the results.
@@ -82,29 +120,40 @@ def run_map(out: Path, chart: int = 0, patch: str | None = None, token: int = 0,
         patch: "row,column" of a patch of the tower, instead of an answer token.
         token: Number of the answer token.
         rollout: Through all layers of the tower, instead of their mean.
+        image: The page, needed with `model`; a test chart otherwise.
+        model: A vision-language model, an id or a folder; the nano host by default.
+        question: What the model is asked.
 
     Raises:
-        DataError: A number does not exist.
+        DataError: A number does not exist, or something cannot be loaded.
     """
     if chart < 0:
         raise DataError(f"--chart {chart} must be at least 0.")
-    host, samples = _nano(chart + 1)
-    sample = samples[chart]
-    inputs, place = encode(host, [sample.image], [sample.question]), None
+    _together(model, () if image is None else (image,), question)
+    if model is None or image is None:
+        host, samples = _nano(chart + 1)
+        asked, page = host.model, samples[chart].image
+        inputs, told = encode(host, [page], [samples[chart].question]), samples[chart].question
+        told = f"{told!r}; true answer {samples[chart].answer!r}"
+    else:
+        asked, processor = _own(model)
+        page, told = as_image(image), repr(question)
+        inputs = own_prompt(processor, page, question or "")
+    place = None
     if patch is not None:
         parts = patch.split(",")
         if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
             raise DataError(f"--patch {patch} must be a row and a column, such as 3,4.")
         place = (int(parts[0]), int(parts[1]))
     if rollout:
-        found = attention_rollout(host.model, inputs, patch=place)
+        found = attention_rollout(asked, inputs, patch=place)
     elif place is not None:
-        found = attention_map(host.model, inputs, patch=place)
+        found = attention_map(asked, inputs, patch=place)
     else:
-        found = attention_map(host.model, inputs, answer_token=token)
+        found = attention_map(asked, inputs, answer_token=token)
     best = sorted(found.table(), key=lambda row: -row["attention"])[:5]
-    Console().print(f"{sample.question!r}; true answer {sample.answer!r}; the five patches with most attention:")
-    _leave(found, out, "map", best, ("row", "column", "attention"), figure=found.figure(np.asarray(sample.image)))
+    Console().print(f"{told}; the five patches with most attention:")
+    _leave(found, out, "map", best, ("row", "column", "attention"), figure=found.figure(np.asarray(page)))
 
 
 def run_hallucination(file: Path, out: Path, mode: str = "reference") -> None:
@@ -141,6 +190,44 @@ def _tower(model: str, images: Sequence[Path]) -> tuple[torch.nn.Module, list[Te
         raise DataError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
     pages = [processor(images=as_image(path), return_tensors="pt")["pixel_values"] for path in images]
     return tower, pages, {"image_mean": processor.image_mean, "image_std": processor.image_std}
+
+
+def _together(model: str | None, images: Sequence[Path], question: str | None) -> None:
+    given = (model is not None, bool(images), question is not None)
+    if any(given) and not all(given):
+        raise DataError("Give --model, --question and an image together; without them, the nano host looks at charts.")
+
+
+def _own(model: str) -> tuple[Any, Any]:
+    """A vision-language model and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(model)
+        host = AutoModelForImageTextToText.from_pretrained(model).eval()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise DataError(f"--model {model}: its processor is {type(processor).__name__}, without images or text.")
+    return host, processor
+
+
+def own_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, Any]:
+    """A question about a page as the host's own processor puts it, with its chat template where it has one.
+
+    Args:
+        processor: Of the host.
+        image: uint8 `[H, W, 3]`.
+        question: What is asked.
+    """
+    from PIL import Image
+
+    if processor.chat_template is None:
+        text = f"{processor.image_token} {question}"
+    else:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return dict(processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt"))
 
 
 def _positive(name: str, value: int) -> None:

@@ -58,8 +58,14 @@ def entropy(
     run_entropy(out, images or (), model, charts, threshold)
 
 
-@app.command(epilog="Example:  sfa analyze dominance --charts 40 --layers thirds")
+@app.command(
+    epilog="Examples:  sfa analyze dominance --charts 40 --layers thirds   |   "
+    "sfa analyze dominance page1.png page2.png --model llava-hf/llava-1.5-7b-hf --question 'What is the total?'"
+)
 def dominance(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pages; charts by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
+    question: Annotated[str | None, typer.Option(help="What the model is asked about each page.")] = None,
     out: Annotated[Path, OUT] = Path("sfa-analysis"),
     charts: Annotated[int, typer.Option(help="Number of charts that the nano host is asked about.")] = 100,
     queries: Annotated[str, typer.Option(help="generated or text.")] = "generated",
@@ -68,21 +74,28 @@ def dominance(
     """How much of the attention goes to text and how much to the image: MDI and AEI."""
     from sfa_adapters.recipes.analyze import run_dominance
 
-    run_dominance(out, charts, queries, layers)
+    run_dominance(out, charts, queries, layers, images or (), model, question)
 
 
-@app.command("map", epilog="Example:  sfa analyze map --chart 3 --patch 4,5 --rollout")
+@app.command(
+    "map",
+    epilog="Examples:  sfa analyze map --chart 3 --patch 4,5 --rollout   |   "
+    "sfa analyze map page.png --model llava-hf/llava-1.5-7b-hf --question 'What is the total?'",
+)
 def attention_map(
+    image: Annotated[Path | None, typer.Argument(help="A page; a test chart by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
+    question: Annotated[str | None, typer.Option(help="What the model is asked.")] = None,
     out: Annotated[Path, OUT] = Path("sfa-analysis"),
     chart: Annotated[int, typer.Option(help="Number of the test chart.")] = 0,
     patch: Annotated[str | None, typer.Option(help="row,column of a patch of the tower.")] = None,
     token: Annotated[int, typer.Option(help="Number of the answer token, without --patch.")] = 0,
     rollout: Annotated[bool, typer.Option("--rollout", help="Through all layers of the tower.")] = False,
 ) -> None:
-    """Where an answer token of the nano host, or a patch of its tower, looks on the page."""
+    """Where an answer token of a host, or a patch of its tower, looks on the page."""
     from sfa_adapters.recipes.analyze import run_map
 
-    run_map(out, chart, patch, token, rollout)
+    run_map(out, chart, patch, token, rollout, image, model, question)
 
 
 @app.command(epilog="Example:  sfa analyze hallucination answers.jsonl --mode strict")

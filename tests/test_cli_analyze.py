@@ -12,6 +12,9 @@ from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters.cli import main
+from sfa_adapters.recipes.data import chart_samples
+from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.training.recipe import Family
 
 
 def run(*arguments: str) -> int:
@@ -72,6 +75,20 @@ def test_a_tower_of_the_user_on_pages_of_the_user(tmp_path: Path) -> None:
     left(tmp_path, "entropy")
 
 
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl"])
+def test_a_host_of_the_user_is_asked_a_question_of_the_user(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = nano_checkpoint(family, tmp_path / "host")
+    Image.fromarray(chart_samples("test", 1)[0].image).save(tmp_path / "page.png")
+    arguments = [str(tmp_path / "page.png"), "--model", str(host), "--question", "What is the value of WY?"]
+    assert run("dominance", *arguments, "--layers", "thirds", "--out", str(tmp_path)) == 0
+    left(tmp_path, "dominance")
+    assert run("map", *arguments, "--out", str(tmp_path)) == 0
+    left(tmp_path, "map")
+    assert "What is the value of WY?" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -84,6 +101,9 @@ def test_a_tower_of_the_user_on_pages_of_the_user(tmp_path: Path) -> None:
         (["entropy", "page.png"], "Give images together with --model"),
         (["entropy", "page.png", "--model", "./nowhere"], "--model ./nowhere cannot be loaded"),
         (["dominance", "--queries", "all"], "queries='all'"),
+        (["dominance", "page.png"], "Give --model, --question and an image together"),
+        (["map", "page.png", "--model", "x"], "Give --model, --question and an image together"),
+        (["map", "page.png", "--model", "./no", "--question", "?"], "--model ./no cannot be loaded"),
         (["study", "--pages", "0"], "--pages 0"),
     ],
 )
