@@ -73,7 +73,7 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
     Raises:
         DataError: More than 20 MB, more than 50 million pixels, truncated, or not an image.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if len(raw) > MAX_BYTES:
         raise DataError(f"{where}: the image has {len(raw):,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
@@ -85,6 +85,8 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
                 return _decode(image, where)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{where}: the image is too large ({error}). Make it smaller.") from error
+    except UnidentifiedImageError as error:  # its text holds an address, another one every time
+        raise DataError(f"{where}: the image cannot be read (no known format). Download or export it again.") from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, DataError):
             raise
