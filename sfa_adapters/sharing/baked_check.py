@@ -1,0 +1,83 @@
+"""Whether the baked tower gives what the adapted one gives, on the model itself and before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfa_adapters.bias import BiasFactors
+from sfa_adapters.errors import BiasNotAppliedError
+from sfa_adapters.layer import SFALayer
+from sfa_adapters.registry import FoundTower
+from sfa_adapters.sharing import baked
+
+__all__ = ["difference_of"]
+
+Layers = Sequence[tuple[str, nn.Module, SFALayer]]
+
+# How far the baked tower may be from the adapted one, of the largest feature: rounding, and nothing more.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+HALF_TOLERANCE = 5e-2
+
+
+def difference_of(
+    found: FoundTower,
+    layers: Layers,
+    factors: Sequence[BiasFactors],
+    size: tuple[int, int],
+) -> float:
+    """Largest difference of the features of a random image between the adapted tower and the baked one.
+
+    Raises:
+        BiasNotAppliedError: It is more than rounding.
+    """
+    tower: Any = found.tower
+    like = next(tower.parameters())
+    channels = int(getattr(tower.config, "num_channels", 3))
+    # Drawn by a generator of its own: an export must not move the random numbers of a training that goes on.
+    image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with torch.no_grad(), _evaluating(tower):
+        adapted = tower(pixel_values=image).last_hidden_state
+        with _baked(layers, factors, like.dtype):
+            baked_features = tower(pixel_values=image).last_hidden_state
+    difference = float((adapted.double() - baked_features.double()).abs().max())
+    largest = max(float(adapted.double().abs().max()), 1.0)
+    if not difference <= TOLERANCE.get(like.dtype, HALF_TOLERANCE) * largest:
+        raise BiasNotAppliedError(
+            f"The baked tower differs from the adapted one by {difference:g} (largest feature {largest:g}); nothing "
+            "was written. Something else than SFA acts in its attention layers."
+        )
+    return difference
+
+
+@contextmanager
+def _evaluating(tower: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in tower.modules()]
+    tower.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _baked(layers: Layers, factors: Sequence[BiasFactors], dtype: torch.dtype) -> Iterator[None]:
+    """The adapters off, and their bias as buffers, as the loader does it."""
+    states = [(layer, layer._disable_adapters) for _, _, layer in layers]
+    attached: list[nn.Module] = []
+    try:
+        for (name, attention, layer), bias in zip(layers, factors, strict=True):
+            layer._disable_adapters = True
+            baked.attach_bias(attention, bias.dense()[0].to(dtype), layer.state.backbone.mask_argument, name)
+            attached.append(attention)
+        yield
+    finally:
+        for attention in attached:
+            baked.detach_bias(attention)
+        for layer, off in states:
+            layer._disable_adapters = off

@@ -1,0 +1,106 @@
+"""What a model card says about a run beyond its recipe: the command, the machine, the time, the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.sharing.folders import file_errors
+
+__all__ = ["FACTS", "RunFacts", "describe_hardware", "read_facts", "write_facts"]
+
+FACTS = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What happened, as far as it is known; a field that is None stands in the card as not recorded.
+
+    Attributes:
+        command: The command line.
+        hardware: The machine, e.g. `2 x NVIDIA A100-SXM4-40GB`.
+        processes: Of the training.
+        seconds: Of training, wall clock.
+        steps: Optimizer steps that were made.
+        examples: Questions that were trained on.
+        skipped: Questions that were left out, e.g. for a broken image.
+        loss: Training loss at the end.
+        scores: One mapping per evaluation, as `ScoreTable.to_dict` gives it; `data` and `split` may be added, else
+            those of the recipe count. `host` names what was asked where it is not the trained host, e.g. `untrained`.
+    """
+
+    command: str | None = None
+    hardware: str | None = None
+    processes: int | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    examples: int | None = None
+    skipped: int | None = None
+    loss: float | None = None
+    scores: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def here(cls, **known: Any) -> RunFacts:
+        """The facts of this process: its command line, its machine, how many processes take part.
+
+        Args:
+            known: Other fields, or these with other values.
+        """
+        program = Path(sys.argv[0]).name
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        found = {"command": shlex.join([program, *sys.argv[1:]]), "hardware": describe_hardware()}
+        return cls(**{**found, "processes": processes, **known})
+
+
+def describe_hardware() -> str:
+    """The machine in a few words: its GPUs, or its processor and the cores that this process may use."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU ({platform.machine()}, {cores} cores)"
+
+
+def write_facts(folder: str | Path, facts: RunFacts) -> Path:
+    """Writes the facts beside the trained weights, for the card.
+
+    Raises:
+        RecipeError: The folder cannot be written.
+    """
+    path = Path(folder) / FACTS
+    with file_errors(path):
+        path.write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_facts(folder: str | Path) -> RunFacts:
+    """Reads them; all None where there are none.
+
+    Raises:
+        RecipeError: The file is none of ours.
+    """
+    path = Path(folder) / FACTS
+    if not path.is_file():
+        return RunFacts()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return RunFacts(**{**found, "scores": tuple(_mappings(found.get("scores", ())))})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Remove it to make a card without it.") from error
+
+
+def _mappings(scores: Any) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(scores, list | tuple) or not all(isinstance(entry, dict) for entry in scores):
+        raise TypeError("scores must be a list of objects")
+    return scores
