@@ -66,7 +66,7 @@ def test_the_wheel_holds_every_module_and_the_data(wheel: set[str]) -> None:
     expected = {"sfa_adapters/py.typed"}
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         folder = MAPPED[package] if package in MAPPED else ROOT / package.replace(".", "/")
-        files = [*folder.glob("*.py"), *folder.glob("*.safetensors")]
+        files = [file for ending in ("py", "safetensors", "yaml") for file in folder.glob(f"*.{ending}")]
         expected |= {f"{package.replace('.', '/')}/{file.name}" for file in files}
     packaged = {name for name in wheel if name.startswith("sfa_adapters/")}
     assert packaged == expected

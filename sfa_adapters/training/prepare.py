@@ -1,0 +1,181 @@
+"""`prepare`: a model in memory becomes a host that is ready to train or to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from sfa_adapters.adat import PatchPolicy, inject_adat
+from sfa_adapters.config import SFAConfig
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.inject import inject_sfa
+from sfa_adapters.registry import find_tower
+from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.training.specs import HOSTS, HostSpec, Part, check_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+__all__ = ["Host", "check_recipe", "prepare", "set_trainable", "unread_prefixes"]
+
+
+@dataclass
+class Host:
+    """A host, loaded and prepared.
+
+    Attributes:
+        model: With adapters in it, `requires_grad` set, on its devices.
+        processor: Its own processor.
+        spec: Where its parts are.
+        recipe: What it was prepared for.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    spec: HostSpec
+    recipe: Recipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the tower."""
+        return next(self.model.get_submodule(self.spec.tower).parameters()).device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forwards outside a Trainer: trained parts are float32 and the rest `recipe.dtype`."""
+        dtype = getattr(torch, self.recipe.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> Host:
+    """Everything behind loading: adapters, `requires_grad`, float32 for what trains, gradient checkpointing.
+
+    Trained weights of tower, projector and language model become float32: a step of lr 2e-5 is smaller than half the
+    gap between neighbouring bfloat16 numbers, so it would round away. Run forwards under autocast (`Trainer` with
+    `bf16=True`, or `Host.autocast`).
+
+    Args:
+        model: A model of the recipe's family, in memory, without adapters.
+        processor: Its processor.
+        recipe: The recipe.
+        train: As for `load_host`.
+
+    Raises:
+        RecipeError: The model is of another family, or a setting does not fit it.
+    """
+    spec = HOSTS[recipe.family]
+    check_recipe(recipe)
+    check_spec(model, spec)
+    with _seeded(recipe.seed):
+        if recipe.lora_llm:
+            _inject_lora(model, spec, recipe)
+        if recipe.sfa:
+            layers = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
+            inject_sfa(model, SFAConfig(terms=list(recipe.sfa_terms), layers_to_transform=layers))
+    if recipe.adat is not None:
+        inject_adat(model, PatchPolicy(budget=float(recipe.adat)))
+    if not train:
+        model.requires_grad_(False)
+    else:
+        set_trainable(model, spec, recipe)
+        _keep_masters(model, spec, recipe)
+        if recipe.gradient_checkpointing:
+            _checkpoint(model)
+    model.train(train)
+    return Host(model, processor, spec, recipe)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks what needs no model.
+
+    Raises:
+        RecipeError: A setting cannot be used with this family.
+    """
+    if recipe.family == "qwen2_5_vl" and recipe.adat is not None:
+        raise RecipeError(
+            f"adat={recipe.adat} cannot be used with family='qwen2_5_vl': its tower has no fixed grid of patches. "
+            "Leave adat out, and set max_pixels for fewer tokens."
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """New weights are the same in every process; the global random state stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _inject_lora(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+    """A LoRA on all projections of the language model; before SFA, so that it never sees the scalars."""
+    language_model = model.get_submodule(spec.language_model)
+    leaves = sorted({name.rpartition(".")[2] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)})
+    # A full name: `q_proj` alone would be found in the tower, too.
+    target = rf"{spec.language_model.replace('.', '[.]')}[.].*[.]({'|'.join(leaves)})"
+    rank = recipe.lora_llm
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=target), model)
+    for name, parameter in model.named_parameters():
+        if spec.part_of(name) == "lora":
+            parameter.data = parameter.data.float()
+
+
+def set_trainable(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+    """Sets `requires_grad` of every parameter by the freeze settings; what the host never reads stays frozen.
+
+    Raises:
+        RecipeError: A part that is to train is in 4-bit.
+    """
+    trains: dict[Part, bool] = {
+        "sfa": recipe.sfa,
+        "lora": recipe.lora_llm > 0,
+        "vision": not recipe.freeze_vision,
+        "projector": not recipe.freeze_projector,
+        "llm": not recipe.freeze_llm,
+    }
+    unread = unread_prefixes(model, spec)
+    for name, parameter in model.named_parameters():
+        wanted = trains[spec.part_of(name)] and not name.startswith(unread)
+        if wanted and not parameter.is_floating_point():
+            raise RecipeError(f"{name} is to train, but holds {parameter.dtype} (4-bit) values; freeze it.")
+        parameter.requires_grad_(wanted)
+
+
+def unread_prefixes(model: nn.Module, spec: HostSpec) -> tuple[str, ...]:
+    """Prefixes of parameters that no gradient reaches: layers behind `vision_feature_layer`, and what follows them."""
+    found = find_tower(model)
+    dead = [name.rpartition(".")[0] for name, _ in found.attentions[found.used_layers :]]
+    return tuple(f"{name}." for name in (*dead, *(f"{spec.tower}.{child}" for child in spec.unread)))
+
+
+def _keep_masters(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+    """Makes parts that train float32; a layer norm in bfloat16 behind a trained part would refuse its outputs."""
+    parts: set[Part] = set()
+    if not recipe.freeze_vision:
+        parts |= {"vision", "projector"}
+    if not recipe.freeze_projector:
+        parts |= {"projector"}
+    if not recipe.freeze_llm:
+        parts |= {"llm"}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and spec.part_of(name) in parts:
+            parameter.data = parameter.data.float()
+
+
+def _checkpoint(model: Any) -> None:
+    """Gradient checkpointing of tower and language model, for any mix of frozen and trained parts.
+
+    Non-reentrant, so no input needs a gradient; `transformers` makes the outputs of embeddings require one all the
+    same, which would keep the graph of a frozen tower and of everything in front of the first adapter.
+    """
+    options = {"use_reentrant": False}
+    # transformers renamed the method between the supported versions.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+    model.disable_input_require_grads()
