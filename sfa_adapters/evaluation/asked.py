@@ -1,0 +1,83 @@
+"""Rows on their way to a host: decoded, and made a batch; what cannot be is kept, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from sfa_adapters.errors import DataError
+from sfa_adapters.images import as_image
+from sfa_adapters.training.collate import Collator
+from sfa_adapters.training.columns import Row
+
+__all__ = ["Asked", "Batches", "Images", "row_at"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row on its way to the model."""
+
+    index: int
+    row: Row
+    image: Any
+    failed: str
+
+
+class Images(Dataset[Asked]):
+    """The rows that are still to be asked, decoded; a broken image is a reason and no exception."""
+
+    def __init__(self, rows: Sequence[Row], todo: Sequence[int]) -> None:
+        self.rows, self.todo = rows, todo
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, place: int) -> Asked:
+        index = self.todo[place]
+        row = row_at(self.rows, index)
+        if isinstance(row.image, DataError):
+            return Asked(index, row, None, str(row.image))
+        try:
+            return Asked(index, row, as_image(row.image, row.id), "")
+        except DataError as error:
+            return Asked(index, row, None, str(error))
+
+
+def row_at(rows: Sequence[Row], index: int) -> Row:
+    """A row; for a record that cannot be read, an empty one with the error in place of its image."""
+    try:
+        return rows[index]
+    except DataError as error:
+        return Row(f"row {index}", error, "", ())
+
+
+class Batches:
+    """Makes the batch of several rows; one that cannot be encoded does not take the others with it."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, asked: Sequence[Asked]) -> tuple[list[Asked], dict[str, Any] | None]:
+        """The rows, with reasons for those that cannot be asked, and a batch of the others or None."""
+        good = [one for one in asked if not one.failed]
+        batch = self._encode(good)
+        if isinstance(batch, str):
+            tried = {one.index: self._encode([one]) for one in good}
+            reasons = {index: found for index, found in tried.items() if isinstance(found, str)}
+            if not reasons:
+                raise DataError(batch)  # each works alone: no row is to blame
+            asked = [Asked(o.index, o.row, None, reasons[o.index]) if o.index in reasons else o for o in asked]
+            batch = self._encode([one for one in asked if not one.failed])
+        assert not isinstance(batch, str)
+        return list(asked), batch
+
+    def _encode(self, asked: Sequence[Asked]) -> dict[str, Any] | str | None:
+        if not asked:
+            return None
+        try:
+            return self.collator([{"row": one.row, "image": one.image, "skipped": ()} for one in asked])
+        except DataError as error:
+            return str(error)

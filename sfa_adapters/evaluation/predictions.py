@@ -1,0 +1,201 @@
+"""Answers of a host as JSON lines: written one by one, taken up again after a kill.
+
+A file has one object per row: `index`, `id`, `question`, `answers`, `prediction`, `split`, `printed`, `truncated`,
+`failed`, and `image` where the image is a file. `sfa analyze hallucination` reads the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sfa_adapters.errors import DataError, RecipeError
+
+__all__ = ["Prediction", "PredictionFile", "read_answers", "write_atomically"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a host said to one row.
+
+    Attributes:
+        index: Place of the row among all that are asked.
+        id: Of the row.
+        question: As in the data, without the prompt around it.
+        answers: All that count as right; empty where the data has none.
+        prediction: What was said; empty for a row that could not be asked.
+        split: "human" or "augmented" in ChartQA, the type of question in OCRBench, else empty.
+        printed: Texts that are known to stand on the image.
+        truncated: The answer had no end when it reached the largest length. It is scored as it is.
+        failed: Why the row could not be asked (a broken image), else empty. It counts as wrong.
+        image: File of the image, where it is one.
+    """
+
+    index: int
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    prediction: str
+    split: str = ""
+    printed: tuple[str, ...] = ()
+    truncated: bool = False
+    failed: str = ""
+    image: str | None = None
+
+
+class PredictionFile:
+    """Predictions on disk, with the settings that they were made with in a file beside them.
+
+    Every process writes a file of its own, so that several can answer at once: the first one `path`, the others
+    `<name>.1.jsonl` and so on. `merge` makes one file of them, in the order of the rows.
+
+    Args:
+        path: The file, ending in .jsonl.
+        rank: Number of this process.
+    """
+
+    def __init__(self, path: str | Path, rank: int = 0) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl":
+            raise RecipeError(f"{self.path}: the file of predictions must end in .jsonl.")
+        self.own = self.path if rank == 0 else self.path.with_suffix(f".{rank}.jsonl")
+        self.settings = self.path.with_suffix(".settings.json")
+
+    def parts(self) -> list[Path]:
+        """All files there are, those of other processes too."""
+        others = self.path.parent.glob(f"{self.path.stem}.*.jsonl")
+        numbered = [p for p in others if p.name[len(self.path.stem) + 1 : -len(".jsonl")].isdigit()]
+        return [p for p in (self.path, *sorted(numbered)) if p.is_file()]
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Writes the settings, or compares them with those of the answers that are there.
+
+        Raises:
+            RecipeError: The folder cannot be written, the settings differ or are missing; names them.
+        """
+        settings = json.loads(json.dumps(settings))  # tuples are lists in the file
+        there = self.parts()
+        if there and not self.settings.is_file():
+            raise RecipeError(
+                f"{there[0]} has no {self.settings.name} beside it: nobody knows what it answers. Use another folder."
+            )
+        if there:
+            known = json.loads(self.settings.read_text(encoding="utf-8"))
+            names = sorted(n for n in known.keys() | settings.keys() if known.get(n) != settings.get(n))
+            if names:
+                told = ", ".join(f"{n}: {known.get(n)!r} there, {settings.get(n)!r} now" for n in names)
+                raise RecipeError(
+                    f"{there[0]} holds answers made with other settings ({told}). "
+                    "Use another folder, or delete it to start again."
+                )
+            return
+        write_atomically(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+    def read(self) -> dict[int, Prediction]:
+        """Answers that are there, by index. Cuts off the half line that a kill leaves at the end of one's own file."""
+        _repair(self.own)
+        return {p.index: p for part in self.parts() for p in _read_part(part)}
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Adds answers and hands them to the disk.
+
+        Raises:
+            RecipeError: The file cannot be written; all answers before are safe.
+        """
+        lines = "".join(json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in predictions)
+        try:
+            with self.own.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RecipeError(
+                f"{self.own} cannot be written ({error.strerror}). Earlier answers are safe; make room or choose "
+                "another folder, and run the same command again."
+            ) from error
+
+    def merge(self) -> list[Prediction]:
+        """One file with all answers in the order of the rows; returns them."""
+        found = self.read()
+        ordered = [found[index] for index in sorted(found)]
+        parts = self.parts()
+        if parts != [self.path] or [p.index for p in _read_part(self.path)] != sorted(found):
+            text = "".join(json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in ordered)
+            write_atomically(self.path, text)
+            for part in parts:
+                if part != self.path:
+                    part.unlink()
+        return ordered
+
+
+def read_answers(path: str | Path) -> list[Prediction]:
+    """Reads a complete file of predictions.
+
+    Raises:
+        DataError: It is missing, or a line is none of ours; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no file {path}. `sfa eval` writes predictions.jsonl into its folder.")
+    found = _read_part(path)
+    if not found:
+        raise DataError(f"{path} has no answers.")
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a kill or a full disk leaves the old one.
+
+    Raises:
+        RecipeError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RecipeError(f"{path} cannot be written ({error.strerror}). Choose a folder that can be.") from error
+
+
+def _as_row(prediction: Prediction) -> dict[str, Any]:
+    """Without what is empty in nearly every row; `image` must be missing where there is none."""
+    row = asdict(prediction)
+    return {key: value for key, value in row.items() if value or key in ("index", "id", "answers", "prediction")}
+
+
+def _repair(path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            file.truncate(whole)
+
+
+def _read_part(path: Path) -> list[Prediction]:
+    found = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what stands behind the last line break is half a line, or nothing
+        try:
+            row = json.loads(line)
+            texts: dict[str, Any] = {key: tuple(row[key]) for key in ("answers", "printed") if key in row}
+            found.append(Prediction(**{"question": "", **row, **texts}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a line that `sfa eval` writes ({error}).") from error
+    return found
+
+
+def same_questions(first: Sequence[Prediction], second: Sequence[Prediction]) -> bool:
+    """Whether two lists answer the same rows in the same order."""
+    keys = [[(p.id, p.question, p.answers) for p in each] for each in (first, second)]
+    return keys[0] == keys[1]

@@ -1,0 +1,277 @@
+"""What answers are worth: means with intervals, by split, and two sets of answers compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sfa_adapters.errors import DataError
+from sfa_adapters.evaluation.predictions import Prediction, same_questions
+from sfa_adapters.metrics import anls, exact_match, ocrbench, relaxed_accuracy, vqa_accuracy
+from sfa_adapters.statistics import Interval, bootstrap
+
+__all__ = [
+    "Comparison",
+    "Metric",
+    "Score",
+    "ScoreTable",
+    "compare",
+    "compare_scores",
+    "metric_for",
+    "row_scores",
+    "score",
+    "sign_test",
+]
+
+Metric = Literal["relaxed", "relaxed_strict", "anls", "vqa", "ocrbench", "exact"]
+ALL, AVERAGE = "all", "average of splits"
+CHARTQA = ("human", "augmented")
+MATHS = "Handwritten Mathematical Expression Recognition"  # its type in OCRBench; the HME100k part
+
+
+def _relaxed(said: str, true: Sequence[str], _: str) -> float:
+    return float(any(relaxed_accuracy(said, text) for text in true))
+
+
+def _strict(said: str, true: Sequence[str], _: str) -> float:
+    return float(any(relaxed_accuracy(said, text, "strict") for text in true))
+
+
+def _ocrbench(said: str, true: Sequence[str], split: str) -> float:
+    return float(ocrbench(said, true, "handwritten_maths" if split == MATHS else "text"))
+
+
+METRICS: Mapping[Metric, Callable[[str, Sequence[str], str], float]] = {
+    "relaxed": _relaxed,
+    "relaxed_strict": _strict,
+    "anls": lambda said, true, _: anls(said, true),
+    "vqa": lambda said, true, _: vqa_accuracy(said, true),
+    "ocrbench": _ocrbench,
+    "exact": lambda said, true, _: float(exact_match(said, true)),
+}
+BY_NAME: Mapping[str, Metric] = {
+    "docvqa": "anls",
+    "infographic": "anls",
+    "infovqa": "anls",
+    "textvqa": "vqa",
+    "ocrbench": "ocrbench",
+    "dvqa": "exact",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over the rows of one group.
+
+    Attributes:
+        group: A split, "all", or "average of splits".
+        of: Rows in it.
+        points: Sum of their scores; what OCRBench reports, out of 1,000.
+        mean: Mean in [0, 1] with its 95% interval.
+    """
+
+    group: str
+    of: int
+    points: float
+    mean: Interval
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of one set of answers.
+
+    Attributes:
+        metric: By which rule.
+        scores: One for all rows, then one per split, then the average of ChartQA's two.
+        rows: How many rows were asked.
+        truncated: Answers without an end; they are scored as they are.
+        failed: Rows that could not be asked, e.g. broken images; they count as wrong.
+        unscored: Rows without a true answer; they are in no mean.
+    """
+
+    metric: Metric
+    scores: tuple[Score, ...]
+    rows: int
+    truncated: int
+    failed: int
+    unscored: int
+
+    def __getitem__(self, group: str) -> Score:
+        for found in self.scores:
+            if found.group == group:
+                return found
+        raise KeyError(f"{group!r}; there are {', '.join(s.group for s in self.scores)}")
+
+    @property
+    def mean(self) -> Interval:
+        """The figure to quote: the average of ChartQA's two splits where both are there, else the mean of all rows."""
+        return self.scores[-1].mean if self.scores[-1].group == AVERAGE else self.scores[0].mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `metric`, the four counts, and `scores` with `group`, `of`, `points`, `mean`, `low`, `high`."""
+        told = [
+            {"group": s.group, "of": s.of, "points": s.points, "mean": s.mean.value}
+            | {"low": s.mean.low, "high": s.mean.high}
+            for s in self.scores
+        ]
+        counts = {name: getattr(self, name) for name in ("rows", "truncated", "failed", "unscored")}
+        return {"metric": self.metric, **counts, "scores": told}
+
+
+def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
+    """Score of every row.
+
+    Args:
+        predictions: N answers.
+        metric: By which rule; the best over the true answers counts.
+
+    Returns:
+        float64 [N], in [0, 1]; NaN for rows without a true answer, 0 for rows that could not be asked.
+
+    Raises:
+        DataError: Unknown metric, or one that does not fit the answers; names the row.
+    """
+    if metric not in METRICS:
+        raise DataError(f"Unknown metric {metric!r}. Use one of {', '.join(get_args(Metric))}.")
+    found = np.full(len(predictions), np.nan)
+    for i, row in enumerate(predictions):
+        # A blank answer is one of ten people's in TextVQA; anywhere else it is no answer.
+        true = row.answers if metric == "vqa" else [text for text in row.answers if text.strip()]
+        if row.failed:
+            found[i] = 0.0
+            continue
+        if not any(text.strip() for text in true):
+            continue
+        try:
+            found[i] = METRICS[metric](row.prediction.strip(), true, row.split)
+        except DataError as error:
+            raise DataError(f"Row {row.id or row.index}: {error}") from error
+    return found
+
+
+def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> ScoreTable:
+    """Means with 95% intervals (rows drawn again, 2,000 times).
+
+    Args:
+        predictions: All answers.
+        metric: "relaxed" for ChartQA, "anls" for DocVQA and InfographicVQA, "vqa" for TextVQA, "ocrbench", "exact".
+        seed: Of the drawing.
+
+    Returns:
+        The scores; rows that failed are wrong in them, and rows without a true answer are counted apart.
+
+    Raises:
+        DataError: Nothing can be scored, or as `row_scores`.
+    """
+    values = row_scores(predictions, metric)
+    scored = ~np.isnan(values)
+    if not any(text.strip() for p in predictions for text in p.answers):
+        raise DataError(f"None of the {len(predictions)} rows has a true answer: there is nothing to score.")
+    splits = np.array([p.split for p in predictions], dtype=object)
+    groups = {ALL: values[scored]}
+    named = [name for name in dict.fromkeys(splits[scored].tolist()) if name]
+    groups |= {name: values[scored & (splits == name)] for name in named}
+    scores = [Score(name, len(part), float(part.sum()), bootstrap(part, seed)) for name, part in groups.items()]
+    if set(CHARTQA) == set(named):
+        total = sum(groups[name].sum() for name in CHARTQA)
+        mean = _average([groups[name] for name in CHARTQA], seed)
+        scores.append(Score(AVERAGE, int(scored.sum()), float(total), mean))
+    return ScoreTable(
+        metric,
+        tuple(scores),
+        rows=len(predictions),
+        truncated=sum(p.truncated for p in predictions),
+        failed=sum(bool(p.failed) for p in predictions),
+        unscored=int((~scored).sum()),
+    )
+
+
+def _average(parts: Sequence[np.ndarray], seed: int, rounds: int = 2000) -> Interval:
+    """Mean of the means of several groups; each is drawn again by itself, so that their sizes stay."""
+    rng = np.random.default_rng(seed)
+    drawn = [part[rng.integers(0, len(part), (rounds, len(part)))].mean(1) for part in parts]
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    return Interval(float(np.mean([part.mean() for part in parts])), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of answers to the same rows.
+
+    Attributes:
+        metric: By which rule.
+        of: Rows that were scored.
+        difference: Mean of the second minus mean of the first, with its 95% interval (rows drawn again in pairs).
+        better: Rows on which the second scores higher.
+        worse: Rows on which it scores lower.
+        p_value: Of the exact two-sided sign test on those rows; for right or wrong it is McNemar's exact test.
+    """
+
+    metric: Metric
+    of: int
+    difference: Interval
+    better: int
+    worse: int
+    p_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `difference` with `low` and `high`, the counts and `p_value`."""
+        told = {"metric": self.metric, "of": self.of, "difference": self.difference.value}
+        told |= {"low": self.difference.low, "high": self.difference.high}
+        return told | {"better": self.better, "worse": self.worse, "p_value": self.p_value}
+
+
+def compare(first: Sequence[Prediction], second: Sequence[Prediction], metric: Metric, seed: int = 0) -> Comparison:
+    """How the second set of answers differs from the first, in pairs.
+
+    Args:
+        first: Answers of one model, the baseline.
+        second: Answers of the other.
+        metric: By which rule.
+        seed: Of the drawing.
+
+    Returns:
+        Difference, counts and p-value.
+
+    Raises:
+        DataError: They answer other questions, or in another order; says how many rows differ.
+    """
+    if not same_questions(first, second):
+        both = {(p.id, p.question) for p in first} & {(p.id, p.question) for p in second}
+        raise DataError(
+            f"{len(first)} and {len(second)} answers, {len(both)} of them to the same questions: a paired test needs "
+            "the same rows in the same order. Evaluate both on the same data, split and limit."
+        )
+    return compare_scores(row_scores(first, metric), row_scores(second, metric), metric, seed)
+
+
+def compare_scores(first: np.ndarray, second: np.ndarray, metric: Metric, seed: int = 0) -> Comparison:
+    """As `compare`, from the scores of the same rows, [N] each, NaN where a row has no true answer.
+
+    Raises:
+        DataError: No row was scored in both.
+    """
+    change = (second - first)[~np.isnan(first + second)]
+    if not len(change):
+        raise DataError(f"None of the {len(first)} rows has a true answer: there is nothing to compare.")
+    better, worse = int((change > 0).sum()), int((change < 0).sum())
+    return Comparison(metric, len(change), bootstrap(change, seed), better, worse, sign_test(better, worse))
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided p-value of the exact sign test: is one direction more frequent than chance? Ties are left out."""
+    n, ways, tail = better + worse, 1, 0
+    for k in range(min(better, worse) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)  # whole numbers up to here: exact however many rows there are
+
+
+def metric_for(data: str, config: str | None = None) -> Metric:
+    """The metric that a dataset is reported with, by its name; relaxed accuracy where it is not known."""
+    name = f"{data} {config or ''}".lower()
+    found: list[Metric] = [metric for word, metric in BY_NAME.items() if word in name]
+    return found[0] if found else "relaxed"

@@ -1,0 +1,135 @@
+"""Plug-in for lmms-eval (0.7): hosts with their adapters in its benchmarks, by the entry points `lmms_eval.models`.
+
+    lmms-eval --model sfa_internvl --model_args pretrained=OpenGVLab/InternVL3_5-8B-HF,adapter=runs/internvl3_5_8b \
+        --tasks mmbench_en_dev --batch_size 8 --output_path results
+
+Importing this module needs no lmms-eval; the classes of its models are made when lmms-eval asks for one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.evaluation.open_host import open_host
+from sfa_adapters.evaluation.prompts import HostAnswers, Images
+
+if TYPE_CHECKING:
+    import torch
+
+    from sfa_adapters.training.recipe import Family
+
+__all__ = ["MODELS", "manifests"]
+
+# Name in lmms-eval -> name of its class here, and the family that `pretrained` must be of.
+MODELS: Mapping[str, tuple[str, Family]] = {
+    "sfa_internvl": ("SFAInternVL", "internvl"),
+    "sfa_llava_onevision": ("SFALlavaOnevision", "llava_onevision"),
+    "sfa_llava": ("SFALlava", "llava"),
+    "sfa_qwen2_5_vl": ("SFAQwen2_5_VL", "qwen2_5_vl"),
+}
+
+
+def manifests() -> list[Any]:
+    """What lmms-eval gets from the entry point: one `ModelManifest` for each of our models."""
+    manifest = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
+    return [manifest(name, simple_class_path=f"{__name__}.{made}") for name, (made, _) in MODELS.items()]
+
+
+def __getattr__(name: str) -> Any:
+    for made, family in MODELS.values():
+        if name == made:
+            return _model_class(name, family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _model_class(name: str, family: Family) -> type:
+    """The class that lmms-eval makes its model from."""
+    try:
+        lmms: Any = importlib.import_module("lmms_eval.api.model").lmms
+        result: Any = importlib.import_module("lmms_eval.api.instance").GenerationResult
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "lmms_eval is not installed. Run: pip install lmms-eval (best in an environment of its own)",
+            name=error.name,
+        ) from error
+
+    class Model(lmms):
+        """A host of one family, with an adapter or without."""
+
+        is_simple = True  # requests come as text and images; every task with images can make them
+
+        def __init__(
+            self,
+            pretrained: str,
+            adapter: str | None = None,
+            batch_size: int | str = 1,
+            device: str | None = None,
+            plan: str = "bf16",
+            dtype: str = "bfloat16",
+            max_new_tokens: int = 1024,
+            **settings: Any,
+        ) -> None:
+            super().__init__()
+            changes = {"prompt": "{question}", "plan": plan, "dtype": dtype, "max_new_tokens": max_new_tokens}
+            host = open_host(pretrained, adapter, device, **changes, **settings)
+            if host.spec.family != family:
+                raise RecipeError(f"{pretrained} is of the family {host.spec.family}, {name} needs {family}.")
+            if not str(batch_size).isdigit():
+                raise RecipeError(f"batch_size={batch_size} must be a number; it is not searched for.")
+            self.answers = HostAnswers(host, int(batch_size))
+
+        @property
+        def device(self) -> torch.device:
+            return self.answers.host.device
+
+        @property
+        def batch_size(self) -> int:
+            return self.answers.batch_size
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            prompts = [(r.args[0], self._images(r.args[2:])) for r in requests]
+            texts = [""] * len(requests)
+            for number, text in self._shown(self.answers.generate(prompts, [r.args[1] for r in requests]), requests):
+                texts[number] = text
+                self.cache_hook.add_partial("generate_until", tuple(requests[number].args[:2]), text)
+            return texts
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+            prompts = [(r.args[0], self._images(r.args[2:]), self._target(r.args)) for r in requests]
+            found = [(float("inf"), False)] * len(requests)
+            for number, chance, greedy in self._shown(self.answers.loglikelihood(prompts), requests):
+                # Negative: lmms-eval takes the smallest value for the likeliest answer, because its own models give
+                # losses.
+                found[number] = (-chance, greedy)
+            # A bare pair would be made a text by the evaluator of 0.7, on which every task of choices fails.
+            return [result(text=pair) for pair in found]
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+            raise NotImplementedError(f"{name} answers in one turn; tasks of several rounds are not for it.")
+
+        def _doc(self, place: Sequence[Any]) -> Any:
+            doc_id, task, split = place
+            return self.task_dict[task][split][doc_id]
+
+        def _images(self, place: Sequence[Any]) -> Images:
+            """The images of a request, opened when they are needed: a benchmark has more than fit into memory."""
+            if not place or place[0] is None:
+                return ()
+            return lambda: place[0](self._doc(place[1:])) or ()
+
+        def _target(self, args: Sequence[Any]) -> str:
+            target: str | Callable[[Any], Any] = args[1]
+            return str(target(self._doc(args[3:])) if callable(target) else target)
+
+        def _shown(self, answers: Iterator[Any], requests: Sequence[Any]) -> Iterator[Any]:
+            from tqdm import tqdm
+
+            return iter(tqdm(answers, total=len(requests), desc="answering", disable=self.rank != 0))
+
+    Model.__name__ = Model.__qualname__ = name
+    return Model
