@@ -222,7 +222,9 @@ def _estimator(device: str) -> Callable[[Tensor], Tensor]:
     """The shipped density estimator, loaded once per device."""
     from sfa_adapters.adat.density import DensityEstimator
 
-    return DensityEstimator.pretrained().fused().to(device)
+    # Loaded when it is first needed, in the middle of a run: the random numbers of dropout must not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        return DensityEstimator.pretrained().fused().to(device)
 
 
 def _edges(images: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""The settings of a recipe in the words of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.training.optimizer import accumulation
+from sfa_adapters.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sfa_adapters.training.hosts import Host
+
+__all__ = ["training_arguments"]
+
+
+def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> TrainingArguments:
+    """Makes the arguments of the Trainer.
+
+    Args:
+        recipe: The recipe.
+        folder: Folder of the run.
+        steps: Optimizer steps, for `max_steps`.
+        host: The host; says whether it lies on a CPU.
+
+    Raises:
+        RecipeError: `batch_size` does not divide, or the package that draws the curves is not installed.
+    """
+    require_logger(recipe)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulated = accumulation(recipe, processes)
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=recipe.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.dtype == "bfloat16",
+        fp16=recipe.dtype == "float16",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=host.device.type == "cpu",
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        logging_strategy="steps",
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # NaN stops the run
+        report_to=[] if recipe.log == "none" else [recipe.log],
+        run_name=recipe.name,
+        disable_tqdm=True,  # the bar is our own
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=host.device.type != "cpu",
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # images of different sizes cannot be cut apart again
+        ddp_find_unused_parameters=False,  # all that trains gets a gradient; the first step checks it
+        ddp_timeout=1800,
+    )
+
+
+def require_logger(recipe: Recipe) -> None:
+    """Checks that the package of `recipe.log` is there.
+
+    Raises:
+        RecipeError: It is not; names what to install.
+    """
+    if recipe.log != "none" and importlib.util.find_spec(recipe.log) is None:
+        raise RecipeError(
+            f"log={recipe.log!r} needs the package {recipe.log}, which is not installed: pip install {recipe.log}, or "
+            "pip install 'sfa-adapters[recipes]'. log=none keeps log.csv and training.png alone."
+        )
