@@ -14,6 +14,9 @@ import typer
 
 from sfa_adapters.cli_analyze import app as analyze_app
 from sfa_adapters.cli_density import app as density_app
+from sfa_adapters.cli_eval import app as eval_app
+from sfa_adapters.cli_share import app as share_app
+from sfa_adapters.cli_train import app as train_app
 from sfa_adapters.errors import SFAError
 
 __all__ = ["app", "main"]
@@ -29,9 +32,14 @@ app = typer.Typer(
 )
 app.add_typer(analyze_app)
 app.add_typer(density_app)
+app.add_typer(train_app)
+app.add_typer(eval_app)
+app.add_typer(share_app)  # no name: its commands stand beside `demo`
 # Packages that a command may need, and the extra that brings them.
 EXTRAS = {
     "PIL": "demo",
+    "accelerate": "recipes",
+    "bitsandbytes": "recipes",
     "cv2": "vision",
     "datasets": "recipes",
     "matplotlib": "demo",
@@ -39,6 +47,7 @@ EXTRAS = {
     "rapidocr": "ocr",
     "skimage": "recipes",
     "timm": "timm",
+    "torchvision": "recipes",
 }
 # Its base is what every wrong use of the command line is; typer exports only this one by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter

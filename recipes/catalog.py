@@ -1,0 +1,89 @@
+"""The recipes that come with the library, by name, and the full-size architecture of their hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from transformers import PretrainedConfig
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.recipes import internvl3_5_8b, llava_1_5_7b, llava_onevision_7b, qwen2_5_vl_7b
+from sfa_adapters.recipes.nano_checkpoint import NANO
+from sfa_adapters.recipes.nano_hosts import build_host
+from sfa_adapters.training.hosts import read_config
+from sfa_adapters.training.recipe import Recipe
+
+__all__ = ["RECIPES", "architecture", "find_recipe", "training_rows"]
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        found.name: found
+        for found in (
+            internvl3_5_8b.recipe(),
+            internvl3_5_8b.published(),
+            llava_onevision_7b.recipe(),
+            llava_1_5_7b.recipe(),
+            qwen2_5_vl_7b.recipe(),
+        )
+    }
+)
+# The hosts whose size is known without a download.
+_ARCHITECTURES: Mapping[str, Callable[[], PretrainedConfig]] = {
+    internvl3_5_8b.recipe().model: internvl3_5_8b.architecture,
+    llava_onevision_7b.recipe().model: llava_onevision_7b.architecture,
+    llava_1_5_7b.recipe().model: llava_1_5_7b.architecture,
+    qwen2_5_vl_7b.recipe().model: qwen2_5_vl_7b.architecture,
+}
+
+# Rows of hub datasets, as their cards say, so that the steps of a run are known beforehand.
+_ROWS: Mapping[tuple[str, str | None, str], int] = {
+    ("HuggingFaceM4/ChartQA", None, "train"): 28_299,
+    ("HuggingFaceM4/ChartQA", None, "val"): 1_920,
+    ("ahmed-masry/ChartQA", None, "train"): 28_299,
+    ("lmms-lab/textvqa", None, "train"): 34_602,
+    ("lmms-lab/DocVQA", "DocVQA", "validation"): 5_349,
+    ("lmms-lab/DocVQA", "InfographicVQA", "validation"): 2_801,
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name; dashes and dots count as underscores, large letters as small ones.
+
+    Raises:
+        RecipeError: There is none; suggests the nearest name.
+    """
+    wanted = name.lower().replace("-", "_").replace(".", "_")
+    if wanted in RECIPES:
+        return RECIPES[wanted]
+    near = get_close_matches(wanted, RECIPES, 1, 0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"No recipe {name!r}. {hint}There are: {', '.join(RECIPES)}.")
+
+
+def architecture(recipe: Recipe) -> PretrainedConfig:
+    """The configuration of a recipe's host, full size, without a download where it is one of the catalog's.
+
+    Args:
+        recipe: Its `model` says which host: one of the catalog, `nano:` and a family, a folder, or another hub id.
+
+    Returns:
+        The configuration. Weights are not read.
+
+    Raises:
+        RecipeError: The host is none of the catalog's, and its configuration cannot be read or is of another family.
+    """
+    if recipe.model.startswith(NANO):
+        return build_host(recipe.family)[0].config
+    if recipe.model in _ARCHITECTURES:
+        return _ARCHITECTURES[recipe.model]()
+    return read_config(recipe)
+
+
+def training_rows(recipe: Recipe) -> int | None:
+    """How many questions a recipe trains on, where that is known without reading them; None where it is not."""
+    rows = _ROWS.get((recipe.data, recipe.data_config, recipe.train_split))
+    if rows is None and recipe.data in ("charts", "pages"):
+        rows = recipe.limit
+    return rows if rows is None or recipe.limit is None else min(rows, recipe.limit)

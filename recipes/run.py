@@ -1,0 +1,247 @@
+"""`run`: a recipe from beginning to end: load, ask the untrained host, train, ask again, tables, pictures, model card.
+
+    <folder>/recipe.yaml                     every setting
+    <folder>/checkpoint-N/                   while it trains; `resume` goes on from the newest
+    <folder>/final/                          the trained adapter with its card, for `sfa eval`, `share` and `export`
+    <folder>/baseline.jsonl, predictions.jsonl        what the untrained and the trained host said
+    <folder>/results.md, .json, .png         what that is worth
+    <folder>/log.csv, training.png, bias.csv, bias.png, skipped.jsonl
+
+What is evaluated is what was saved: the trained host is loaded again from `final`. Call `run` in every process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.evaluation.answers import answer_rows
+from sfa_adapters.evaluation.open_host import open_host
+from sfa_adapters.evaluation.predictions import Prediction
+from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
+from sfa_adapters.evaluation.tables import hallucination_table, score_table
+from sfa_adapters.recipes.catalog import architecture
+from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
+from sfa_adapters.recipes.nano_checkpoint import nano_settings
+from sfa_adapters.recipes.rendered_rows import RENDERED, rendered_rows
+from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
+from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
+from sfa_adapters.sharing.hub import write_card
+from sfa_adapters.training.checkpoints import RECORD
+from sfa_adapters.training.collate import Collator
+from sfa_adapters.training.folders import require_writable
+from sfa_adapters.training.hosts import load_host
+from sfa_adapters.training.questions import Questions, StreamedQuestions
+from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.training.rows import open_rows
+from sfa_adapters.training.runs import checkpoint_to_resume
+from sfa_adapters.training.settings import write_recipe
+from sfa_adapters.training.trainer import FINAL, train
+
+if TYPE_CHECKING:
+    from sfa_adapters.training.columns import Row
+
+__all__ = ["RunResult", "recipe_rows", "run"]
+
+# Of rendered data, where the recipe does not say how much.
+RENDERED_TRAINING, RENDERED_TEST = 10_000, 500
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: Of the run.
+        trained: The trained adapter in it.
+        predictions: Answers of the trained host; None where it was not evaluated, here and below.
+        baseline: Answers of the untrained host.
+        scores: Of the trained host.
+        baseline_scores: Of the untrained host.
+    """
+
+    folder: Path
+    trained: Path
+    predictions: Path | None = None
+    baseline: Path | None = None
+    scores: ScoreTable | None = None
+    baseline_scores: ScoreTable | None = None
+
+
+def recipe_rows(recipe: Recipe, training: bool) -> Any:
+    """The rows that a recipe trains on or is evaluated on.
+
+    Args:
+        recipe: Says where they come from.
+        training: The training split; else that of the evaluation, in which rows need no answer and are never streamed.
+
+    Raises:
+        DataError: They cannot be had.
+    """
+    split, limit = (recipe.train_split, recipe.limit) if training else (recipe.eval_split, recipe.eval_limit)
+    if recipe.data in RENDERED:
+        count = limit or (RENDERED_TRAINING if training else RENDERED_TEST)
+        return rendered_rows(recipe.data, split, count, recipe.seed if training else 0)
+    if training and recipe.streaming:
+        return open_rows(recipe.data, split, recipe.data_config, limit, streaming=True)
+    return open_rows(recipe.data, split, recipe.data_config, limit, answered=training)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    nano: bool = False,
+    resume: bool | str = False,
+    evaluate: bool = True,
+    baseline: bool = True,
+    share: bool = True,
+    console: Console | None = None,
+) -> RunResult:
+    """Runs a recipe.
+
+    Args:
+        recipe: The recipe.
+        nano: On the nano host of its family: the same path in minutes on a CPU.
+        resume: True goes on from the newest whole checkpoint, a path from that one, "auto" only where there is one. A
+            run that is trained already is evaluated.
+        evaluate: Ask the trained host.
+        baseline: Ask the untrained host before, too.
+        share: Write the model card. Nothing is sent anywhere.
+        console: For tables and bars; the terminal by default.
+
+    Returns:
+        What the run leaves.
+
+    Raises:
+        RecipeError: A setting, the memory of this machine or the folder does not fit.
+        DataError: The data cannot be used.
+        TrainingError: Training stopped.
+    """
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if nano:
+        recipe = nano_settings(recipe)
+        with processes.main_process_first():  # `save_pretrained` writes in the first process only
+            recipe = nano_host(recipe, Path(recipe.folder) / "host")
+    if recipe.trains_nothing:
+        raise RecipeError("Everything is frozen and nothing is added: there is nothing to train. Unfreeze a part.")
+    console = console or Console()
+    console.quiet = console.quiet or not processes.is_main_process
+    folder = Path(recipe.folder)
+    require_writable(folder)
+    _require_memory(recipe)
+    result = RunResult(folder, folder / FINAL)
+    trained = bool(resume) and (result.trained / RECORD).is_file()
+    if not trained:
+        checkpoint_to_resume(recipe, folder, resume)  # what is wrong with the folder is told at once
+    training, asked = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
+    if processes.is_main_process:
+        write_recipe(recipe, folder / "recipe.yaml")
+    said: dict[str, list[Prediction]] = {}
+    if evaluate and baseline:
+        console.print(f"Asking {recipe.model} {len(asked):,} questions before training.")
+        said["untrained"] = _answers(recipe, None, asked, folder / "baseline.jsonl", console)
+        result = replace(result, baseline=folder / "baseline.jsonl")
+    if not trained:
+        _train(recipe, training, folder, resume, console, processes)
+    if evaluate:
+        console.print("Asking the trained host.")
+        said["trained"] = _answers(recipe, result.trained, asked, folder / "predictions.jsonl", console)
+        result = replace(result, predictions=folder / "predictions.jsonl")
+    if processes.is_main_process:
+        if said:
+            metric = metric_for(recipe.data, recipe.data_config)
+            scores = {name: score(each, metric) for name, each in said.items()}
+            result = replace(result, scores=scores["trained"], baseline_scores=scores.get("untrained"))
+            _report(recipe, said, metric, folder, console)
+            _tell_facts(result, recipe)
+        if share:
+            for warning in write_card(result.trained):
+                console.print(warning)
+        console.print(f"The trained adapter is in {result.trained}, everything else in {folder}.")
+    processes.wait_for_everyone()
+    return result
+
+
+def _require_memory(recipe: Recipe) -> None:
+    """Before anything is loaded; on a CPU nobody knows how much there is."""
+    if not torch.cuda.is_available():
+        return
+    from sfa_adapters.training.memory import predict_memory
+
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    gpus = int(os.environ.get("WORLD_SIZE", "1")) if recipe.plan != "split" else torch.cuda.device_count()
+    plan = predict_memory(recipe, architecture(recipe), gpus=gpus, memory=smallest)
+    if not plan.fits:
+        raise RecipeError(str(plan.advice))
+
+
+def _train(
+    recipe: Recipe, rows: Any, folder: Path, resume: bool | str, console: Console, processes: PartialState
+) -> None:
+    host = load_host(recipe)
+    questions = Questions(rows) if isinstance(rows, Sequence) else StreamedQuestions(rows, seed=recipe.seed)
+    found = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
+    if processes.is_main_process:
+        counts = {"steps": found.steps, "examples": found.steps * recipe.batch_size, "skipped": len(found.skipped)}
+        write_facts(folder / FINAL, RunFacts.here(seconds=found.seconds, loss=found.loss, **counts))
+    processes.wait_for_everyone()
+    if recipe.plan != "fsdp2":  # there no process has the whole host
+        _picture(recipe, host.model)
+    del host
+    _free()
+
+
+def _answers(
+    recipe: Recipe, trained: Path | None, rows: Sequence[Row], out: Path, console: Console
+) -> list[Prediction]:
+    # A model sharded over cards cannot generate.
+    plan = {"plan": "bf16"} if recipe.plan == "fsdp2" else {}
+    settings = {name: getattr(recipe, name) for name in ("eval_batch", "num_workers", "eval_split", "eval_limit")}
+    host = open_host(recipe if trained is None else trained, **plan, **settings)
+    said = answer_rows(host, rows, out, progress=not console.quiet)
+    if trained is not None and recipe.plan == "fsdp2":
+        _picture(recipe, host.model)
+    del host
+    _free()
+    return said
+
+
+def _picture(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.sfa and PartialState().is_main_process:
+        draw_bias(model, Path(recipe.folder), f"{recipe.name}: learned bias")
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, folder: Path, console: Console) -> None:
+    tables = {"results": score_table(runs, metric, f"{recipe.name} on {recipe.data}, {recipe.eval_split}")}
+    if any(p.printed for p in runs["trained"]):
+        tables["hallucination"] = hallucination_table(runs)
+    for name, table in tables.items():
+        table.write(folder, name)
+        console.print(table.to_terminal())
+        for note in table.notes:
+            console.print(f"  {note}", highlight=False, markup=False)
+    draw_scores({name: score(said, metric) for name, said in runs.items()}, folder / "results.png", recipe.name)
+
+
+def _tell_facts(result: RunResult, recipe: Recipe) -> None:
+    """Adds the scores to what is known about the training."""
+    where = {"data": recipe.data, "split": recipe.eval_split}
+    measured = ((result.scores, {}), (result.baseline_scores, {"host": "untrained"}))
+    scores = tuple({**found.to_dict(), **where, **more} for found, more in measured if found is not None)
+    write_facts(result.trained, replace(read_facts(result.trained), scores=scores))

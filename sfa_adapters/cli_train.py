@@ -1,0 +1,207 @@
+"""`sfa train`, `sfa plan` and `sfa recipes`: run a recipe, or say what it would need."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sfa_adapters.errors import RecipeError
+
+if TYPE_CHECKING:
+    from sfa_adapters.training.memory import MemoryPlan
+    from sfa_adapters.training.recipe import Recipe
+
+__all__ = ["app"]
+
+app = typer.Typer()
+Name = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name; `sfa recipes` lists them.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any other setting of the recipe.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags and KEY=VALUE win over it.")]
+Nano = Annotated[bool, typer.Option("--nano", help="The small host of the same family: minutes on a CPU.")]
+A100 = 40e9  # bytes, of each of the two cards that the recipes are made for
+
+
+@app.command(epilog="Example:  sfa train internvl3_5_8b --lr 1e-5 --sfa-terms row,col --limit 1000 weight_decay=0")
+def train(
+    recipe: Name,
+    settings: Settings = None,
+    config: Config = None,
+    plan: Annotated[str | None, typer.Option(help="nf4, split, bf16 or fsdp2.")] = None,
+    freeze_vision: Annotated[
+        bool | None, typer.Option("--freeze-vision/--train-vision", help="The tower. Its bias trains all the same.")
+    ] = None,
+    freeze_projector: Annotated[
+        bool | None, typer.Option("--freeze-projector/--train-projector", help="The projector.")
+    ] = None,
+    freeze_llm: Annotated[
+        bool | None, typer.Option("--freeze-llm/--train-llm", help="The language model; it cannot train in nf4.")
+    ] = None,
+    lora_llm: Annotated[int | None, typer.Option(help="Rank of a LoRA on the language model; 0 is none.")] = None,
+    sfa: Annotated[bool | None, typer.Option("--sfa/--no-sfa", help="A structural bias in the tower.")] = None,
+    sfa_terms: Annotated[str | None, typer.Option(help="Its terms, out of row,col,dist,block.")] = None,
+    adat: Annotated[float | None, typer.Option(help="Share of tokens that adaptive tokenization keeps.")] = None,
+    scr_entropy: Annotated[float | None, typer.Option(help="Weight of the entropy term of SCR.")] = None,
+    scr_grounding: Annotated[float | None, typer.Option(help="Weight of its grounding term.")] = None,
+    scr_stability: Annotated[float | None, typer.Option(help="Weight of its stability term.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of what has none of its own.")] = None,
+    vision_lr: Annotated[float | None, typer.Option(help="Of the tower.")] = None,
+    projector_lr: Annotated[float | None, typer.Option(help="Of the projector.")] = None,
+    llm_lr: Annotated[float | None, typer.Option(help="Of the language model or its LoRA.")] = None,
+    sfa_lr: Annotated[float | None, typer.Option(help="Of the structural scalars.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps in place of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions per optimizer step, over all processes.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Questions per forward of one process.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub id, local folder or file, or charts, or pages.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many training questions.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of new weights, the data order and dropout.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    nano: Nano = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, memory and steps; load and write nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune the host of RECIPE and evaluate it before and after. Later settings win: file, flags, KEY=VALUE."""
+    given = dict(locals())
+    flags = {name: given[name] for name in FLAGS if given[name] is not None}
+    resolved = _resolve(recipe, config, flags, settings, nano)
+    if dry_run:
+        _dry_run(resolved)
+        return
+    from sfa_adapters.recipes.run import run
+
+    run(resolved, nano=nano, resume=str(resume_from) if resume_from else resume)
+
+
+# The flags of `train` that are settings of the recipe under the same name.
+FLAGS = (
+    "plan", "freeze_vision", "freeze_projector", "freeze_llm", "lora_llm", "sfa", "sfa_terms", "adat", "scr_entropy",
+    "scr_grounding", "scr_stability", "lr", "vision_lr", "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_steps",
+    "batch_size", "micro_batch", "data", "limit", "output", "seed",
+)  # fmt: skip
+
+
+@app.command(epilog="Example:  sfa plan internvl3_5_8b --gpus 2 --memory 40GB --batch 4 --tiles 12")
+def plan(
+    recipe: Name,
+    settings: Settings = None,
+    config: Config = None,
+    gpus: Annotated[int, typer.Option(help="How many.")] = 2,
+    memory: Annotated[str, typer.Option(help="Of each: 40GB, 80GB, 24GiB.")] = "40GB",
+    batch: Annotated[int | None, typer.Option(help="Questions per forward of one process.")] = None,
+    tiles: Annotated[int | None, typer.Option(help="Tiles of every image; the most of the recipe by default.")] = None,
+    plan: Annotated[str | None, typer.Option(help="nf4, split, bf16 or fsdp2.")] = None,
+    nano: Nano = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Predict the memory that RECIPE needs on each GPU, before anything is downloaded. Exit code 2: it does not fit."""
+    resolved = _resolve(recipe, config, {} if plan is None else {"plan": plan}, settings, nano)
+    found = _predict(resolved, gpus, _bytes(memory), batch, tiles)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        _show(found)
+    if not found.fits:
+        raise RecipeError(found.advice)
+
+
+@app.command(epilog="Example:  sfa recipes")
+def recipes() -> None:
+    """List the recipes: their hosts, and what trains how fast."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sfa_adapters.recipes.catalog import RECIPES
+
+    table = Table("recipe and its host", "trains", "lr", "of SFA", show_lines=True)
+    for found in RECIPES.values():
+        host = f"[bold]{found.name}[/bold]\n{found.model}"
+        table.add_row(host, f"{_trains(found)}\nplan {found.plan}", f"{found.lr:g}", f"{found.sfa_lr:g}")
+    console = Console()
+    console.print(table)
+    console.print("Run one: sfa train NAME. On a CPU in minutes: sfa train NAME --nano", soft_wrap=True)
+
+
+def _resolve(name: str, config: Path | None, flags: dict[str, Any], settings: list[str] | None, nano: bool) -> Recipe:
+    from sfa_adapters.recipes.catalog import find_recipe
+    from sfa_adapters.recipes.nano_checkpoint import nano_settings
+    from sfa_adapters.training.settings import load_recipe
+
+    base = find_recipe(name)
+    overrides = [f"{key}={value}" for key, value in flags.items()]
+    return load_recipe(nano_settings(base) if nano else base, config, [*overrides, *(settings or ())])
+
+
+def _dry_run(recipe: Recipe) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sfa_adapters.recipes.catalog import RECIPES, training_rows
+    from sfa_adapters.training.optimizer import total_steps
+
+    console = Console()
+    usual = RECIPES.get(recipe.name)
+    table = Table("setting", "value", "of the recipe", title=recipe.name)
+    for field in dataclasses.fields(recipe):
+        value, own = getattr(recipe, field.name), getattr(usual, field.name, None)
+        changed = usual is not None and value != own
+        table.add_row(field.name, _text(value), _text(own) if changed else "", style="bold" if changed else None)
+    console.print(table)
+    _show(_predict(recipe, 2, A100, None, None))
+    rows = training_rows(recipe)
+    if recipe.max_steps is not None:
+        console.print(f"{recipe.max_steps:,} optimizer steps of {recipe.batch_size} questions.")
+    elif rows is None:
+        console.print(f"How many steps shows when {recipe.data} is read: {recipe.epochs:g} passes over it.")
+    else:
+        steps = total_steps(recipe, rows)
+        console.print(
+            f"{steps:,} optimizer steps of {recipe.batch_size} questions: {recipe.epochs:g} passes over {rows:,}."
+        )
+    console.print("Nothing was loaded or written.")
+
+
+def _predict(recipe: Recipe, gpus: int, memory: float, batch: int | None, tiles: int | None) -> MemoryPlan:
+    from sfa_adapters.recipes.catalog import architecture
+    from sfa_adapters.training.memory import predict_memory
+
+    return predict_memory(recipe, architecture(recipe), gpus=gpus, memory=memory, batch=batch, tiles=tiles)
+
+
+def _show(found: MemoryPlan) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(found.table())
+
+
+def _trains(recipe: Recipe) -> str:
+    parts = {"tower": recipe.freeze_vision, "projector": recipe.freeze_projector, "LLM": recipe.freeze_llm}
+    names = [name for name, frozen in parts.items() if not frozen]
+    return ", ".join(
+        [*names, *(["SFA"] if recipe.sfa else []), *([f"LoRA {recipe.lora_llm}"] if recipe.lora_llm else [])]
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value).replace("\n", "\\n")
+
+
+def _bytes(size: str) -> float:
+    """Bytes of `40GB`, `24GiB` or `40`, which is GB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm]i?b?)?\s*", size, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise RecipeError(f"--memory {size!r} is no size of memory. Write e.g. 40GB.")
+    unit = (found[2] or "gb").lower()
+    base = 1024 if "i" in unit else 1000
+    return float(found[1]) * base ** (3 if unit[0] == "g" else 2)
