@@ -3,9 +3,9 @@
 Command:    sfa train internvl3_5_8b            the same on a CPU in minutes: sfa train internvl3_5_8b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train internvl3_5_8b        two cards, one copy each
 Hardware:   one or two A100-40GB.
-Expected:   8.3 GB and 12 hours on one card, as published for NF4 at one question per forward and one tile per image.
-            More tiles need more; `sfa plan internvl3_5_8b` says how much.
-Measured:   see docs/recipes.md. Nothing on the full-size host.
+Expected:   published for the language model in NF4, one question per forward, tiles not told: 8.3 GB on one card and
+            12 hours. Here what trains is float32, and images have up to 12 tiles: `sfa plan` predicts 22.7 GB.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: 32 s of CPU time (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def recipe() -> Recipe:
 
 
 def published() -> Recipe:
-    """The published run: 2e-5 for everything, structural scalars too, and 28,299 questions 3 times in 2,652 steps."""
+    """The published run: 2e-5 for everything, structural scalars too, and 28,299 questions 3 times in 2,652 steps.
+
+    How many tiles it cut an image into was not told; one is what its baseline was evaluated with.
+    """
     return recipe().replace(
         name="internvl3_5_8b_published", lr=2e-5, sfa_lr=2e-5, batch_size=32, epochs=3, warmup_steps=100, max_tiles=1
     )

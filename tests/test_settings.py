@@ -73,7 +73,13 @@ def test_yaml_is_read_by_the_type_of_the_field(tmp_path: Path, text: str, field:
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("sfa_term", "sfa_terms"), ("epoch", "epochs"), ("frieze_vision", "freeze_vision"), ("learning-rate", "lr")],
+    [
+        ("sfa_term", "sfa_terms"),
+        ("epoch", "epochs"),
+        ("frieze_vision", "freeze_vision"),
+        ("learning-rate", "lr"),
+        ("learnig_rate", "lr"),
+    ],
 )
 def test_an_unknown_key_suggests_the_near_one(tmp_path: Path, key: str, near: str):
     file = tmp_path / "run.yaml"

@@ -128,7 +128,8 @@ def _known(key: object, where: str) -> str:
     name = str(key).removeprefix("--").replace("-", "_")
     if name in names:
         return name
-    near = PEERS.get(name) or next(iter(get_close_matches(name, names, 1, 0.6)), None)
+    near = next(iter(get_close_matches(name, [*names, *PEERS], 1, 0.6)), None)
+    near = PEERS.get(near, near) if near else None
     hint = f"Did you mean {near}?" if near else f"There are: {', '.join(names)}."
     raise RecipeError(f"Unknown setting {key!r} {where}. {hint}")
 
