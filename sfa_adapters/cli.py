@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from sfa_adapters.cli_analyze import app as analyze_app
+from sfa_adapters.cli_bench import app as bench_app
+from sfa_adapters.cli_calibrate import app as calibrate_app
 from sfa_adapters.cli_density import app as density_app
 from sfa_adapters.cli_eval import app as eval_app
 from sfa_adapters.cli_share import app as share_app
@@ -31,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(analyze_app)
+app.add_typer(bench_app)
+app.add_typer(calibrate_app)
 app.add_typer(density_app)
 app.add_typer(train_app)
 app.add_typer(eval_app)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from sfa_adapters.recipes.nano import load_nano
 from sfa_adapters.recipes.nano_checkpoint import MARK, nano, nano_checkpoint, nano_settings
 from sfa_adapters.recipes.nano_hosts import build_host
 from sfa_adapters.training.hosts import HOSTS, prepare, set_trainable
+from sfa_adapters.training.memory import predict_memory
 from sfa_adapters.training.optimizer import total_steps
 from sfa_adapters.training.recipe import Family, Recipe
 
@@ -121,6 +123,15 @@ def test_rows_that_are_known_beforehand():
     assert training_rows(recipe.replace(limit=10**6)) == 28_299
     assert training_rows(recipe.replace(data="charts", limit=64)) == 64
     assert training_rows(recipe.replace(data="my.jsonl", limit=64)) is None
+
+
+@pytest.mark.parametrize("name", HOST_RECIPES)
+def test_the_memory_in_the_head_of_a_file_is_what_is_predicted(name: str):
+    module = importlib.import_module(f"sfa_adapters.recipes.{name}")
+    told = re.search(r"`sfa plan` predicts ([\d.]+) GB", module.__doc__ or "")
+    assert told is not None
+    recipe = find_recipe(name)
+    assert f"{predict_memory(recipe, architecture(recipe)).peak / 1e9:.1f}" == told[1]
 
 
 @pytest.mark.parametrize("name", HOST_RECIPES)

@@ -1,0 +1,295 @@
+"""`sfa bench tokens`: what pruning image tokens costs and brings on one host, every selector at every kept share.
+
+    sfa bench tokens                                 (nano host, 2 CPU cores: minutes; numbers: docs/fastv.md)
+    sfa bench tokens page.png --model llava-hf/llava-1.5-7b-hf --question "What is the total?" --device cuda
+
+Arms take turns with the untouched host, all on sdpa in one process: time to the first token (tower, language model and
+selection, from pixels to an id), decoding speed, peak memory, cache size. On the nano host also what the answers are
+worth: relaxed accuracy and invented numbers on charts of unseen tables, and where the answer looks (MDI).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sfa_adapters.errors import DataError
+from sfa_adapters.images import as_image
+from sfa_adapters.recipes.analyze import own_prompt
+from sfa_adapters.recipes.bench_quality import Quality, answer_quality
+from sfa_adapters.recipes.data import chart_samples
+from sfa_adapters.recipes.encode import encode
+from sfa_adapters.recipes.nano import load_nano
+from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
+from sfa_adapters.reduction.selectors import Selector
+
+__all__ = ["Arm", "BenchConfig", "run_bench"]
+
+UNTOUCHED = "untouched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Options of `sfa bench tokens`.
+
+    Attributes:
+        out: Folder for table and curve.
+        images: Pages, needed with `model`.
+        model: A vision-language model, an id or a folder; the pretrained nano host by default.
+        question: What `model` is asked about each page.
+        keep: Shares of image tokens that stay.
+        selectors: By what they are chosen.
+        layer: Tokens go in front of this layer.
+        questions: How many charts the nano host is asked about; 0 measures time only.
+        rounds: How often every arm is timed.
+        tokens: Decoded tokens of each timing.
+        device: Where.
+        dtype: Of the weights.
+
+    Raises:
+        DataError: Names the option and the value.
+    """
+
+    out: Path = Path("sfa-bench")
+    images: tuple[Path, ...] = ()
+    model: str | None = None
+    question: str | None = None
+    keep: tuple[float, ...] = (0.75, 0.5, 0.25)
+    selectors: tuple[Selector, ...] = get_args(Selector)
+    layer: int = 2
+    questions: int = 150
+    rounds: int = 5
+    tokens: int = 16
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        given = (self.model is not None, bool(self.images), self.question is not None)
+        if any(given) and not all(given):
+            raise DataError("Give --model, --question and an image together; without them, the nano host reads charts.")
+        wrong = [share for share in self.keep if not 0 < share <= 1]
+        if wrong or not self.keep:
+            raise DataError(f"--keep {wrong[0] if wrong else ''} must be a share of the image tokens, above 0 up to 1.")
+        unknown = [name for name in self.selectors if name not in get_args(Selector)]
+        if unknown or not self.selectors:
+            raise DataError(f"--selector {' '.join(unknown)} must be one of {', '.join(get_args(Selector))}.")
+        for name, least in (("questions", 0), ("rounds", 1), ("tokens", 2)):
+            if getattr(self, name) < least:
+                raise DataError(f"--{name} {getattr(self, name)} must be at least {least}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise DataError(f"--dtype {self.dtype} must be float32, bfloat16 or float16.")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One selector at one share.
+
+    Attributes:
+        selector: Its name, or `untouched`.
+        keep: Share of image tokens that stay.
+        tokens: Image tokens behind the pruning, of the prompt that is timed.
+        first_ms: Median milliseconds to the first token, selection included.
+        first_ratio: Median over rounds of that time over the untouched host's in the same round.
+        per_second: Median decoded tokens per second.
+        cache_mb: Keys and values behind the prompt.
+        peak_mb: Peak memory of one answer beyond what was there before.
+        quality: Of the answers, or None where nothing was asked.
+    """
+
+    selector: str
+    keep: float
+    tokens: int
+    first_ms: float
+    first_ratio: float
+    per_second: float
+    cache_mb: float
+    peak_mb: float
+    quality: Quality | None = None
+
+
+def run_bench(config: BenchConfig) -> list[Arm]:
+    """Measures, prints the table and writes `bench.csv`, `bench.json` and `bench.png`.
+
+    Args:
+        config: Options.
+
+    Returns:
+        The untouched host, then one entry for each selector and share.
+
+    Raises:
+        DataError: A model or image cannot be loaded, or the folder cannot be written.
+    """
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {config.out}: the folder cannot be written ({error.strerror}).") from error
+    model, prompts, host, samples = _subject(config)
+    settings: list[FastVConfig | None] = [None]
+    for selector in config.selectors:
+        settings += [FastVConfig(layer=config.layer, ratio=1 - keep, selector=selector) for keep in config.keep]
+    times: list[list[tuple[float, float]]] = [[] for _ in settings]
+    memory = [_memory(model, setting, prompts[0], config.tokens) for setting in settings]  # also the warm-up
+    for number in track(range(config.rounds), description="timing", transient=True):
+        for own, setting in zip(times, settings, strict=True):
+            with _pruned(model, setting):
+                own.append(_timed(model, prompts[number % len(prompts)], config.tokens))
+    arms = []
+    for own, setting, (tokens, cache, peak) in track(
+        zip(times, settings, memory, strict=True), "quality", len(settings), transient=True
+    ):
+        with _pruned(model, setting):
+            quality = answer_quality(host, samples, setting) if host is not None and samples else None
+        ratios = [mine[0] / base[0] for mine, base in zip(own, times[0], strict=True)]
+        first, decode = (statistics.median(values) for values in zip(*own, strict=True))
+        name, keep = (UNTOUCHED, 1.0) if setting is None else (setting.selector, 1 - (setting.ratio or 0))
+        speed = (config.tokens - 1) / decode
+        arms.append(Arm(name, keep, tokens, 1e3 * first, statistics.median(ratios), speed, cache, peak, quality))
+    _write(config, arms)
+    return arms
+
+
+def _subject(config: BenchConfig) -> tuple[Any, list[dict[str, Any]], Any, list[Any]]:
+    """The model, prompts to time, and the nano host with its questions."""
+    dtype = getattr(torch, config.dtype)
+    if config.model is None:
+        host = load_nano()
+        samples = list(chart_samples("test", max(config.questions, 4)))
+        prompts = [dict(encode(host, [s.image], [s.question])) for s in samples[:4]]
+        model: Any = host.model
+    else:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        host, samples = None, []
+        try:
+            processor: Any = AutoProcessor.from_pretrained(config.model)
+            model = AutoModelForImageTextToText.from_pretrained(config.model, attn_implementation="sdpa")
+        except (OSError, ValueError) as error:
+            raise DataError(f"--model {config.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        prompts = [own_prompt(processor, as_image(path), config.question or "") for path in config.images]
+    model.eval().to(config.device, dtype)
+    moved = [{name: _placed(value, model) for name, value in prompt.items()} for prompt in prompts]
+    return model, moved, host, samples if config.questions else []
+
+
+def _placed(value: Any, model: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+
+@contextmanager
+def _pruned(model: Any, setting: FastVConfig | None) -> Iterator[None]:
+    if setting is None:
+        yield
+        return
+    inject_fastv(model, setting)
+    try:
+        yield
+    finally:
+        eject_fastv(model)
+
+
+def _answer(model: Any, prompt: Mapping[str, Any], tokens: int) -> Any:
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+    return model.generate(**prompt, **options, return_dict_in_generate=True)
+
+
+def _timed(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last."""
+    seconds = []
+    for count in (1, tokens):
+        _wait(model)
+        start = time.perf_counter()
+        _answer(model, prompt, count)
+        _wait(model)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], max(seconds[1] - seconds[0], 1e-6)
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _memory(
+    model: Any, setting: FastVConfig | None, prompt: Mapping[str, Any], tokens: int
+) -> tuple[int, float, float]:
+    """Image tokens behind the pruning; MB of keys and values, and at most while answering."""
+    with _pruned(model, setting):
+        with torch.no_grad():
+            cache = model(**prompt, use_cache=True).past_key_values
+        held = sum(p.numel() * p.element_size() for layer in cache.layers for p in (layer.keys, layer.values))
+        lost = cache.layers[0].get_seq_length() - cache.layers[-1].get_seq_length()
+        del cache
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device)
+            _answer(model, prompt, tokens)
+            peak = torch.cuda.max_memory_allocated(model.device) - before
+        else:
+            peak = _peak_on_cpu(model, prompt, tokens)
+    places = image_places(prompt["input_ids"], image_token_ids(model))
+    return int(places.sum()) - int(lost), held / 2**20, peak / 2**20
+
+
+def _peak_on_cpu(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _answer(model, prompt, tokens)
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
+        current += size
+        peak = max(peak, current)
+    return peak
+
+
+def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
+    rows = [arm_row(arm) for arm in arms]
+    with (config.out / "bench.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    told = {"options": {k: str(v) for k, v in asdict(config).items()}, "torch": torch.__version__, "arms": rows}
+    (config.out / "bench.json").write_text(json.dumps(told, indent=2) + "\n")
+    console = Console()
+    console.print(_table(arms))
+    from sfa_adapters.recipes.bench_figure import plot_bench
+
+    plot_bench(arms, config.out / "bench.png")
+    console.print(f"bench.csv, bench.json and bench.png are in {config.out}/")
+
+
+def _table(arms: Sequence[Arm]) -> Table:
+    """What fits a terminal; intervals are in the files."""
+    table = Table("selector", "kept", "tokens", "first ms", "ratio", "tok/s", "cache MB", "peak MB", "right", "MDI")
+    for arm in arms:
+        times = [f"{arm.first_ms:.0f}", f"{arm.first_ratio:.2f}", f"{arm.per_second:.0f}"]
+        found = arm.quality
+        worth = ["", ""] if found is None else [f"{found.accuracy.value:.0%}", f"{found.mdi.value:.2f}"]
+        memory = [f"{arm.cache_mb:.2f}", f"{arm.peak_mb:.1f}"]
+        table.add_row(arm.selector, f"{arm.keep:.0%}", str(arm.tokens), *times, *memory, *worth)
+    return table
+
+
+def arm_row(arm: Arm) -> dict[str, Any]:
+    """One line of the table."""
+    row = {name: value for name, value in asdict(arm).items() if name != "quality"}
+    if arm.quality is not None:
+        for name in ("accuracy", "invented", "mdi"):
+            value = getattr(arm.quality, name)
+            row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+    return row

@@ -1,0 +1,38 @@
+"""`sfa calibrate ...`: numbers that are found on images, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="calibrate",
+    help="Find thresholds on images, without training: dymu.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Find thresholds on images."""
+
+
+@app.command(epilog="Example:  sfa calibrate dymu pages/*.png --model llava-hf/llava-1.5-7b-hf --keep 0.33")
+def dymu(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pages; charts by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the tokens that should be left on average.")] = 0.5,
+    language: Annotated[str, typer.Option(help="logical_rope, vtu or off.")] = "logical_rope",
+    charts: Annotated[int, typer.Option(help="Number of charts, without --model.")] = 128,
+    batch: Annotated[int, typer.Option(help="Images that share their merges.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the thresholds; that of an adapter, say.")] = Path("sfa-dymu"),
+) -> None:
+    """Thresholds above which similar tokens merge (DyMU), one per place between two layers."""
+    from sfa_adapters.recipes.calibrate_dymu import run_calibrate_dymu
+
+    run_calibrate_dymu(out, images or (), model, keep, language, charts, batch)

@@ -1,0 +1,288 @@
+"""`inject_dymu` and `eject_dymu`: similar tokens of a tower merge, and the language model sees only what is left.
+
+DyMU (arXiv 2504.17040): the number of tokens follows the image, because tokens merge above a threshold of similarity.
+Thresholds come from `calibrate_dymu`; `save_dymu` puts them beside an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sfa_adapters.errors import AdapterMismatchError, InjectionError
+from sfa_adapters.layer import remove_hooks
+from sfa_adapters.reduction.dymu_config import DyMUConfig
+from sfa_adapters.reduction.dymu_hooks import (
+    MASK,
+    attended_hook,
+    attention_hook,
+    grid_hook,
+    keys_hook,
+    lay_back_hook,
+    layer_hook,
+    merger_hook,
+    tower_hook,
+)
+from sfa_adapters.reduction.dymu_tower import DYMU_STATE, INDEX, TowerState
+from sfa_adapters.reduction.host_tokens import HostTokens, PackRecorder, find_host
+from sfa_adapters.reduction.logical_rope import (
+    LanguageState,
+    core_hook,
+    expand_hook,
+    fastv_of,
+    pictures_hook,
+    shorten_hook,
+)
+from sfa_adapters.reduction.vtu import LANGUAGE_STATE, check_language_model, rotary_hook, rotated_hook
+from sfa_adapters.registry import FoundTower, find_tower
+
+__all__ = ["TokenCounts", "dymu_state", "eject_dymu", "inject_dymu", "token_counts", "tower_signature"]
+
+Model = TypeVar("Model", bound=nn.Module)
+HOOK_IDS, PACK = "_dymu_hook_ids", "pack_image_features"
+
+
+def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
+    """Merges similar tokens inside the vision tower of a model, in place, and shortens what the language model sees.
+
+    Prompts, processors and `generate` stay as they are: the prompt has as many image tokens as ever, and those that
+    were merged are taken out in front of the language model. Works with SFA and with ADAT, in any order (on Qwen2.5-VL
+    `inject_sfa` comes first).
+
+    Args:
+        model: A tower, or a vision-language model with one.
+        config: Thresholds and what the language model does.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NoMatchingBackboneError: No tower was found.
+        InjectionError: The tower or the host is of a kind that cannot merge, merges already, or an option does not fit.
+        AdapterMismatchError: The thresholds were calibrated for another tower.
+        UnsupportedAttentionError: `language="vtu"` and the language model's attention cannot carry it.
+
+    Example:
+        >>> from transformers import SiglipVisionConfig, SiglipVisionModel
+        >>> tower = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=2, vision_use_head=False))
+        >>> _ = inject_dymu(tower, DyMUConfig(thresholds=0.9))
+    """
+    config = config or DyMUConfig()
+    found = find_tower(model)
+    host = None if config.language == "off" else find_host(model, found)
+    state = _plan(found, config, find_host(model, found, strict=False))
+    language = None
+    if host is not None:
+        language = LanguageState(state, host, config.language == "vtu")
+        if language.vtu:
+            check_language_model(host.language_model)
+        fastv = fastv_of(host.language_model)
+        if fastv is not None and fastv.at_input:
+            raise InjectionError("FastV with prune_at='input' works on what DyMU leaves: call inject_dymu first.")
+    try:
+        _hook_tower(found, state)
+        if language is not None:
+            _hook_language(language)
+    except BaseException:
+        _unhook(model)
+        raise
+    return model
+
+
+def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> TowerState:
+    """Checks everything that can be wrong with the tower, without touching it."""
+    tower, backbone = found.tower, found.backbone
+    where = found.name or type(tower).__name__
+    flat = backbone.segment_layouts is not None
+    if backbone.patches is None and not flat:
+        raise InjectionError(
+            f"{where} is a {backbone.name} tower, in which tokens cannot merge: it has masks or attention of its own. "
+            "DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
+        )
+    if any(DYMU_STATE in module.__dict__ for module in tower.modules()):
+        raise InjectionError(f"{where} merges tokens already; call eject_dymu(model) first.")
+    places = _places(found, host)
+    signature = {"backbone": backbone.name, "num_layers": len(found.attentions), "places": places}
+    if config.tower is not None and any(config.tower.get(k) != v for k, v in signature.items()):
+        raise AdapterMismatchError(f"These thresholds were calibrated for {config.tower}; {where} is {signature}.")
+    needed = 2 if flat or (host is not None and host.side == 2) else 1
+    side = needed if config.side is None else config.side
+    if side < needed:
+        raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")
+    heads = {int(getattr(module, "num_heads", 0)) for _, module in found.attentions}
+    assert len(heads) == 1
+    geometry = backbone.geometry(tower)
+    return TowerState(
+        backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(found, host), heads.pop()
+    )
+
+
+def _places(found: FoundTower, host: HostTokens | None) -> int:
+    return max(0, found.used_layers - 1)
+
+
+def _first_read(found: FoundTower, host: HostTokens | None) -> int:
+    """The first layer whose output the host reads; later ones have merged more."""
+    layers = [] if host is None else host.feature_layers
+    total = len(found.attentions)
+    return min([total - 1, *((layer if layer >= 0 else total + 1 + layer) - 1 for layer in layers)])
+
+
+def tower_signature(model: nn.Module) -> dict[str, Any]:
+    """What a saved configuration says about the tower that it is for."""
+    found = find_tower(model)
+    places = _places(found, find_host(model, found, strict=False))
+    return {"backbone": found.backbone.name, "num_layers": len(found.attentions), "places": places}
+
+
+def _hook_tower(found: FoundTower, state: TowerState) -> None:
+    tower, backbone = found.tower, found.backbone
+    shared = (state, tower)
+    _hook(tower.get_submodule(backbone.image_module), shared, pre=grid_hook)
+    for number, (path, attention) in enumerate(found.attentions):
+        local = path[len(found.name) + 1 :] if found.name else path
+        layer = tower.get_submodule(local.rpartition(".")[0])
+        _hook(layer, shared, pre=layer_hook, index=(number, attention))
+        _hook(attention, shared, pre=attention_hook, post=attended_hook)
+        keys, kind = _keys_module(attention)
+        _hook(keys, shared, post=keys_hook, index=(number, kind))
+    if state.flat:
+        _hook(tower.get_submodule("merger"), shared, pre=merger_hook, with_kwargs=False)
+    else:
+        assert backbone.patches is not None
+        # In front of ADAT's hooks, which expect the tokens that they made.
+        _hook(tower.get_submodule(backbone.patches.tokens_out), shared, first=lay_back_hook)
+    _hook(tower, shared, first=tower_hook)
+
+
+def _keys_module(attention: nn.Module) -> tuple[nn.Module, str]:
+    """The module that computes keys last: behind a norm of keys, if there is one."""
+    norm = getattr(attention, "k_norm", None)
+    if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
+        return norm, "keys"
+    for name, kind in (("k_proj", "keys"), ("qkv", "qkv")):
+        module = getattr(attention, name, None)
+        if isinstance(module, nn.Module):
+            return module, kind
+    raise InjectionError(f"{type(attention).__name__} has no k_proj or qkv; its keys cannot be compared.")
+
+
+def _hook_language(state: LanguageState) -> None:
+    host = state.host
+    _hook(host.tower, state, post=pictures_hook, name=LANGUAGE_STATE)
+    _hook(host.core, state, pre=core_hook, name=LANGUAGE_STATE)
+    if host.kind == "packing":
+        host.core.__dict__[PACK] = PackRecorder(host.core, state.pack, host.core.__dict__.get(PACK))
+    _hook(host.language_model, state, pre=shorten_hook, first=expand_hook, name=LANGUAGE_STATE)
+    if state.vtu:
+        for module in host.language_model.modules():
+            if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
+                _hook(module, state, pre=rotary_hook, post=rotated_hook, name=LANGUAGE_STATE)
+
+
+def _hook(
+    module: nn.Module,
+    shared: Any,
+    pre: Any = None,
+    post: Any = None,
+    first: Any = None,
+    index: Any = None,
+    name: str = DYMU_STATE,
+    with_kwargs: bool = True,
+) -> None:
+    module.__dict__[name] = shared
+    if index is not None:
+        module.__dict__[INDEX] = index
+    ids = module.__dict__.setdefault(HOOK_IDS, [])
+    if pre is not None:
+        ids.append(module.register_forward_pre_hook(pre, with_kwargs=with_kwargs).id)
+    if post is not None:
+        ids.append(module.register_forward_hook(post).id)
+    if first is not None:
+        ids.append(module.register_forward_hook(first, prepend=True).id)
+
+
+def _unhook(model: nn.Module) -> None:
+    for module in model.modules():
+        remove_hooks(module, tuple(module.__dict__.pop(HOOK_IDS, ())))
+        for name in (DYMU_STATE, LANGUAGE_STATE, INDEX, MASK):
+            module.__dict__.pop(name, None)
+        _unpack(module)
+
+
+def _unpack(core: nn.Module) -> None:
+    """Takes the recorder out of the chain of those that stand in front of the packing method."""
+    outer: Any = None
+    link = core.__dict__.get(PACK)
+    while link is not None and not isinstance(link, PackRecorder):
+        outer, link = link, getattr(link, "before", None)
+    if link is None:
+        return
+    if outer is not None:
+        outer.before = link.before
+    elif link.before is not None:
+        core.__dict__[PACK] = link.before
+    else:
+        del core.__dict__[PACK]
+
+
+def dymu_state(model: nn.Module) -> TowerState:
+    """The state of the tower that merges.
+
+    Raises:
+        InjectionError: There is none.
+    """
+    found = next((m.__dict__[DYMU_STATE][0] for m in model.modules() if DYMU_STATE in m.__dict__), None)
+    if found is None:
+        raise InjectionError(f"{type(model).__name__} merges no tokens; call inject_dymu(model) first.")
+    return found
+
+
+def eject_dymu(model: Model) -> Model:
+    """Takes merging out again; the model is as it was, bit for bit.
+
+    Args:
+        model: What `inject_dymu` was called on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InjectionError: The model merges no tokens.
+    """
+    dymu_state(model)
+    _unhook(model)
+    return model
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of the latest forward of a tower.
+
+    Attributes:
+        before: Tokens of each image without merging, prefix tokens not counted.
+        after: Tokens of each image behind the last merge.
+        layers: Tokens of all images in each layer.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+def token_counts(model: nn.Module) -> TokenCounts:
+    """How many tokens the images of the latest forward had in the tower.
+
+    Raises:
+        InjectionError: The model merges no tokens, or has not seen an image yet.
+    """
+    tokens = dymu_state(model).tokens
+    if tokens is None or not tokens.history:
+        raise InjectionError(f"{type(model).__name__} has not seen an image since inject_dymu.")
+    before = tuple(tokens.unit * length for length in tokens.lengths)
+    in_layers = tuple(sum(before) if m is None else tokens.unit * sum(m.lengths) for m in tokens.history)
+    final = tokens.history[-1]
+    after = before if final is None else tuple(tokens.unit * length for length in final.lengths)
+    return TokenCounts(before, after, in_layers)
