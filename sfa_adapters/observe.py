@@ -119,11 +119,11 @@ class _Watcher:
         self.name, self.index, self.readers = name, index, readers
         self.observation, self.block_bytes = observation, block_bytes
         self.groups = int(getattr(module, "num_key_value_groups", 1))
-        self.modes: list[_Seam] = []
+        self.modes: list[Seam] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        mode = _Seam(self, states.shape[-2] if isinstance(states, Tensor) else None, _past(module, kwargs))
+        mode = Seam(self, states.shape[-2] if isinstance(states, Tensor) else None, _past(module, kwargs))
         self.modes.append(mode)
         mode.__enter__()
 
@@ -168,7 +168,7 @@ def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) ->
         reader.keep(call, reader.end(states[reader], call))
 
 
-class _Seam(TorchFunctionMode):
+class Seam(TorchFunctionMode):
     """Sees the torch functions that one forward of an attention module calls."""
 
     def __init__(self, watcher: _Watcher, length: int | None, past: int) -> None:

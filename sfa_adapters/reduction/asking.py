@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.attention_call import HIDDEN, AttentionCall
-from sfa_adapters.observe import _Seam
+from sfa_adapters.observe import Seam
 
 __all__ = ["AttentionReader", "asking_rows", "row_attention"]
 
@@ -99,8 +99,8 @@ class AttentionReader:
         self.rows, self.real, self.past, self.length = rows, real, past, length
         self.found: Tensor | None = None
         self.name, self.groups = "language model", 1
-        # What `_Seam` reads: a prompt has several queries, so heads are never packed into the query axis.
-        self.seam = _Seam(self, None, 0)  # pyright: ignore[reportArgumentType]
+        # What `Seam` reads: a prompt has several queries, so heads are never packed into the query axis.
+        self.seam = Seam(self, None, 0)  # pyright: ignore[reportArgumentType]
 
     def open(self) -> None:
         """Begins to listen."""

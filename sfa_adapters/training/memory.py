@@ -156,7 +156,7 @@ def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     if not recipe.freeze_llm:
         yield {"freeze_llm": True}, "freeze_llm=true"
     if recipe.plan != "nf4":
-        yield {"plan": "nf4", "freeze_llm": True}, "plan=nf4"
+        yield {"plan": "nf4", "freeze_llm": True}, "plan=nf4" if recipe.freeze_llm else "plan=nf4 freeze_llm=true"
     if recipe.family == "qwen2_5_vl":
         for share in (2, 4):
             yield {"max_pixels": recipe.max_pixels // share}, f"max_pixels={recipe.max_pixels // share}"
