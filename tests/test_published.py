@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen3Config
+from transformers import InternVLForConditionalGeneration
 
 from sfa_adapters import SFAAttention, StructuralBias, describe, eject_sfa, inject_sfa
+from sfa_adapters.recipes.internvl3_5_8b import architecture
 from tests.support import structural
 
 
@@ -17,29 +18,8 @@ def count(module: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def internvl_8b() -> nn.Module:
-    vision = InternVLVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=448,
-        patch_size=14,
-        attention_bias=True,
-        use_mask_token=False,
-    )
-    text = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_hidden_layers=36,
-        intermediate_size=12_288,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=False,
-    )
-    config = InternVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
     with torch.device("meta"):
-        return InternVLForConditionalGeneration(config)
+        return InternVLForConditionalGeneration(architecture())
 
 
 def test_every_layer_of_the_tower_gets_304_scalars(internvl_8b: nn.Module):
