@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -274,14 +275,20 @@ def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
 
 
 def _table(arms: Sequence[Arm]) -> Table:
-    """What fits a terminal; intervals are in the files."""
-    table = Table("selector", "kept", "tokens", "first ms", "ratio", "tok/s", "cache MB", "peak MB", "right", "MDI")
+    """What fits 80 columns; intervals are in the files."""
+    numbers = ("kept", "first ms", "ratio", "tok /s", "cache MB", "peak MB", "right", "made up", "MDI")
+    table = Table("selector", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].no_wrap = True
+    for name in numbers:
+        table.add_column("\n".join(name.split()), justify="right")
     for arm in arms:
         times = [f"{arm.first_ms:.0f}", f"{arm.first_ratio:.2f}", f"{arm.per_second:.0f}"]
         found = arm.quality
-        worth = ["", ""] if found is None else [f"{found.accuracy.value:.0%}", f"{found.mdi.value:.2f}"]
+        worth = [""] * 3
+        if found is not None:
+            worth = [f"{found.accuracy.value:.0%}", f"{found.invented.value:.0%}", f"{found.mdi.value:.2f}"]
         memory = [f"{arm.cache_mb:.2f}", f"{arm.peak_mb:.1f}"]
-        table.add_row(arm.selector, f"{arm.keep:.0%}", str(arm.tokens), *times, *memory, *worth)
+        table.add_row(arm.selector, f"{arm.keep:.0%}", *times, *memory, *worth)
     return table
 
 
