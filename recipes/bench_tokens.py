@@ -276,7 +276,7 @@ def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
 
 def _table(arms: Sequence[Arm]) -> Table:
     """What fits 80 columns; intervals are in the files."""
-    numbers = ("kept", "first ms", "ratio", "tok /s", "cache MB", "peak MB", "right", "made up", "MDI")
+    numbers = ("kept", "first ms", "ratio", "tok /s", "cache MB", "peak MB", "acc. %", "made up %", "MDI")
     table = Table("selector", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = True
     for name in numbers:
@@ -286,7 +286,7 @@ def _table(arms: Sequence[Arm]) -> Table:
         found = arm.quality
         worth = [""] * 3
         if found is not None:
-            worth = [f"{found.accuracy.value:.0%}", f"{found.invented.value:.0%}", f"{found.mdi.value:.2f}"]
+            worth = [f"{100 * found.accuracy.value:.0f}", f"{100 * found.invented.value:.0f}", f"{found.mdi.value:.2f}"]
         memory = [f"{arm.cache_mb:.2f}", f"{arm.peak_mb:.1f}"]
         table.add_row(arm.selector, f"{arm.keep:.0%}", *times, *memory, *worth)
     return table
