@@ -11,7 +11,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="calibrate",
-    help="Find thresholds on images, without training: dymu.",
+    help="Find numbers on images, without training: dymu (thresholds), heads (scores).",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Find thresholds on images."""
+    """Find numbers on images."""
 
 
 @app.command(epilog="Example:  sfa calibrate dymu pages/*.png --model llava-hf/llava-1.5-7b-hf --keep 0.33")
@@ -36,3 +36,22 @@ def dymu(
     from sfa_adapters.recipes.calibrate_dymu import run_calibrate_dymu
 
     run_calibrate_dymu(out, images or (), model, keep, language, charts, batch)
+
+
+@app.command(epilog="Example:  sfa calibrate heads --rate 0.3 --kind adaptive")
+def heads(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pages; charts by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
+    question: Annotated[str | None, typer.Option(help="What the model is asked about each page.")] = None,
+    method: Annotated[str, typer.Option(help="s4, gate, flap or random.")] = "s4",
+    gamma: Annotated[float, typer.Option(help="Weight of the mean in s4.")] = 0.4,
+    charts: Annotated[int, typer.Option(help="Number of charts, without --model.")] = 100,
+    rate: Annotated[float | None, typer.Option(help="Share of the heads that should go; writes a plan.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the plan: uniform, adaptive, early_skip or global.")] = "uniform",
+    seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the scores and the plan.")] = Path("sfa-heads"),
+) -> None:
+    """Scores of the attention heads of a language model, and a plan which of them go."""
+    from sfa_adapters.recipes.calibrate_heads import run_calibrate_heads
+
+    run_calibrate_heads(out, images or (), model, question, method, gamma, charts, rate, kind, seed)

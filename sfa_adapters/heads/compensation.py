@@ -1,0 +1,180 @@
+"""What the heads that stay do for those that go. All of it changes weights once; a forward costs nothing more.
+
+* `none`: nothing; the same as heads whose output is zero.
+* `absorb`: the columns of the output projection that stay, times heads / heads that stay. Exact when all heads of a
+  layer contribute the same. It scales the sum of the heads, never query and key, which would sharpen attention.
+* `bias`: the output projection gets what the removed heads give on average as a bias (FLAP, Fluctuation-based Adaptive
+  Structured Pruning, arXiv 2312.11983). Exact when they give the same to every token.
+* `residual`: a removed head moves a little into the head that is most like it. With c the cosine of their values and
+  output columns taken together, beta = 0.1 * max(c, 0): V_kept += beta * V_removed, and O likewise. All that arrives at
+  one head is clipped to 0.1 of the norm of what it had (the original code says "norm-clipped" and not how).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.heads.kinds import HeadGeometry, base_linear
+from sfa_adapters.heads.slicing import Edits, channels
+
+__all__ = ["COMPENSATIONS", "Compensation", "add_mean_bias", "check_compensation", "mean_inputs", "move_residual"]
+
+Compensation = Literal["none", "absorb", "bias", "residual"]
+COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
+SHARE = 0.1  # of a removed head that moves at most, and of a kept head's norm that may arrive
+
+
+def check_compensation(compensation: str, batches: Iterable[Mapping[str, Any]] | None) -> None:
+    """Checks the two options of `prune_heads` against each other.
+
+    Raises:
+        RecipeError: There is no such compensation, or it needs batches that were not given.
+    """
+    if compensation not in COMPENSATIONS:
+        raise RecipeError(f"compensation={compensation!r} must be one of {list(COMPENSATIONS)}.")
+    if compensation == "bias" and batches is None:
+        raise RecipeError("compensation='bias' needs batches: the mean of what removed heads give is measured on them.")
+    if compensation != "bias" and batches is not None:
+        raise RecipeError(f"batches are for compensation='bias'; {compensation!r} measures nothing.")
+
+
+def mean_inputs(
+    model: nn.Module, outputs: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Mean input of output projections over all tokens that are no padding.
+
+    Args:
+        model: Runs in eval mode meanwhile.
+        outputs: The projections by the path of their attention module.
+        batches: Keyword arguments of its forward.
+
+    Returns:
+        For each path a float64 tensor `[channels]`.
+
+    Raises:
+        RecipeError: No batch came, a projection never ran, or its input is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    mask: Tensor | None = None
+
+    def note(path: str, states: Tensor) -> None:
+        valid = mask is not None and mask.shape == states.shape[:-1]
+        tokens = states[mask.to(states.device).bool()] if valid and mask is not None else states.flatten(0, -2)
+        total = tokens.sum(0, dtype=torch.float64)
+        sums[path] = sums[path] + total if path in sums else total
+        counts[path] = counts.get(path, 0) + len(tokens)
+
+    def hook(path: str) -> Any:
+        return lambda module, args: note(path, args[0])
+
+    training = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_pre_hook(hook(path)) for path, module in outputs.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                given = batch.get("attention_mask")
+                mask = given if isinstance(given, Tensor) and given.ndim == 2 else None
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, was in training.items():
+            module.training = was
+    for path in outputs:
+        if not counts.get(path):
+            raise RecipeError(f"{path} never ran on the batches: there is no mean to compensate with. Give batches "
+                              "that reach it, with an image where the heads of a tower go.")  # fmt: skip
+        if not bool(sums[path].isfinite().all()):
+            raise RecipeError(f"The heads of {path} give values that are not finite on the batches.")
+    return {path: sums[path] / counts[path] for path in outputs}
+
+
+def add_mean_bias(edits: Edits, path: str, output: nn.Module, removed: Tensor, mean: Tensor) -> bool:
+    """Gives the output projection the mean of what the removed channels add, with LoRA as it is now.
+
+    Call it before the columns are sliced.
+
+    Returns:
+        Whether the projection had no bias before.
+    """
+    linear = base_linear(path, output)
+    index = removed.to(linear.weight.device)
+    weight = linear.weight.detach()[:, index].double()
+    if isinstance(output, LoraLinear) and not output.disable_adapters and not output.merged:
+        for adapter in output.active_adapters:
+            if adapter in output.lora_A:
+                weight = weight + output.get_delta_weight(adapter).detach()[:, index].double()
+    bias = weight @ mean.to(weight.device)[index]
+    old = edits.tensor(linear, "bias")
+    if old is not None:
+        bias = bias + old.detach().double()
+    edits.put(linear, "bias", bias, linear.weight if old is None else old)
+    return old is None
+
+
+def move_residual(
+    edits: Edits, path: str, module: nn.Module, geometry: HeadGeometry, kept: tuple[int, ...], removed: tuple[int, ...]
+) -> None:
+    """Moves a share of every removed head into the kept head that is most like it.
+
+    Call it before anything is sliced. Heads of one key/value group have their values in common: then only the output
+    columns move, and they alone are clipped.
+
+    Raises:
+        InjectionError: LoRA is around the values or the output: their low-rank parts cannot be moved.
+    """
+    kind, size = geometry.kind, geometry.head_dim
+    value_name = kind.fused or "v_proj"
+    for name in (value_name, kind.output):
+        if isinstance(getattr(module, name), LoraLinear):
+            raise InjectionError(
+                f"{path}.{name} carries LoRA, whose parts cannot be moved from head to head. Merge it first "
+                "(merge_and_unload), or choose another compensation."
+            )
+    values = base_linear(f"{path}.{value_name}", getattr(module, value_name))
+    output = base_linear(f"{path}.{kind.output}", getattr(module, kind.output))
+    start = 2 * geometry.num_heads * size if kind.fused else 0
+    group = geometry.num_heads // geometry.num_kv_heads
+
+    # One row of V with its bias per key/value head, one row of O per query head.
+    v = values.weight.detach()[start:].float()
+    if values.bias is not None:
+        v = torch.cat((v, values.bias.detach()[start:, None].float()), dim=1)
+    v = v.reshape(geometry.num_kv_heads, -1)
+    o = output.weight.detach().float().T.reshape(geometry.num_heads, -1)
+    both = nn.functional.normalize(torch.cat((v.repeat_interleave(group, 0), o), dim=1), dim=1)
+    to_v, to_o = torch.zeros_like(v), torch.zeros_like(o)
+    for head in removed:
+        cosines = both[list(kept)] @ both[head]
+        best = int(cosines.argmax())
+        target, beta = kept[best], SHARE * max(float(cosines[best]), 0.0)
+        to_o[target] += beta * o[head]
+        if target // group != head // group:
+            to_v[target // group] += beta * v[head // group]
+    v, o = v + _clip(to_v, v), o + _clip(to_o, o)
+
+    v = v.reshape(geometry.num_kv_heads * size, -1)
+    weight = values.weight.detach().clone()
+    weight[start:] = v[:, : weight.shape[1]].to(weight.dtype)
+    edits.put(values, "weight", weight, values.weight)
+    if values.bias is not None:
+        bias = values.bias.detach().clone()
+        bias[start:] = v[:, -1].to(bias.dtype)
+        edits.put(values, "bias", bias, values.bias)
+    columns = channels(tuple(range(geometry.num_heads)), size)
+    assert len(columns) == output.in_features
+    edits.put(output, "weight", o.reshape(output.in_features, -1).T, output.weight)
+
+
+def _clip(added: Tensor, had: Tensor) -> Tensor:
+    """Rows of at most `SHARE` of the norm of the rows that they are added to."""
+    norm = added.norm(dim=1, keepdim=True)
+    return added * (SHARE * had.norm(dim=1, keepdim=True) / norm.clamp_min(1e-30)).clamp_max(1.0)

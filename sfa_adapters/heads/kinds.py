@@ -1,0 +1,143 @@
+"""How the heads of one kind of attention module lie in its projections: what `prune_heads` has to know of a class.
+
+A class is listed here once its forward was read: it must take its head counts from the module or from the shapes of
+its projections, never from the configuration. Unknown classes are refused, since a wrong guess would still run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from sfa_adapters.errors import InjectionError
+
+__all__ = ["KINDS", "AttentionKind", "HeadGeometry", "base_linear", "read_geometry"]
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """One kind of attention module.
+
+    Attributes:
+        classes: Patterns over `module.Class`, as in `fnmatch`.
+        output: Name of the projection behind the heads.
+        fused: Name of the one projection of query, key and value (in this order); None where there are three.
+        widths: Attributes of the module that hold the width of all its heads together.
+    """
+
+    classes: tuple[str, ...]
+    output: str
+    fused: str | None = None
+    widths: tuple[str, ...] = ()
+
+
+KINDS: tuple[AttentionKind, ...] = (
+    AttentionKind(
+        (
+            "transformers.models.llama.*.LlamaAttention",
+            "transformers.models.mistral.*.MistralAttention",
+            "transformers.models.qwen2.*.Qwen2Attention",
+            "transformers.models.qwen2_5_vl.*.Qwen2_5_VLAttention",
+            "transformers.models.qwen3.*.Qwen3Attention",
+        ),
+        output="o_proj",
+    ),
+    AttentionKind(
+        ("transformers.models.clip.*.CLIPAttention", "transformers.models.siglip.*.SiglipAttention"), output="out_proj"
+    ),
+    AttentionKind(
+        ("transformers.models.internvl.*.InternVLVisionAttention",), output="projection_layer", widths=("embed_dim",)
+    ),
+    AttentionKind(("transformers.models.qwen2_5_vl.*.Qwen2_5_VLVisionAttention",), output="proj", fused="qkv"),
+    AttentionKind(("timm.layers.attention.Attention",), output="proj", fused="qkv", widths=("attn_dim",)),
+)
+
+
+@dataclass(frozen=True)
+class HeadGeometry:
+    """The heads of one attention module as it is now.
+
+    Attributes:
+        kind: What kind of module it is.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        head_dim: Channels of a head.
+    """
+
+    kind: AttentionKind
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def read_geometry(path: str, module: nn.Module) -> HeadGeometry:
+    """Reads the heads of an attention module from its projections.
+
+    Args:
+        path: Its path, for messages.
+        module: The module.
+
+    Raises:
+        InjectionError: Its class is not known, its heads are not independent of each other, or a projection cannot be
+            sliced.
+    """
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    kind = next((k for k in KINDS if any(fnmatchcase(name, pattern) for pattern in k.classes)), None)
+    if kind is None:
+        known = ", ".join(pattern.rpartition(".")[2] for k in KINDS for pattern in k.classes)
+        raise InjectionError(f"{path} is a {name}, whose heads cannot be removed. Known are {known}.")
+    attention: Any = module
+    size = int(attention.head_dim)
+    output = base_linear(f"{path}.{kind.output}", getattr(module, kind.output))
+    heads = output.in_features // size
+    if kind.fused is None:
+        keys = base_linear(f"{path}.k_proj", attention.k_proj).out_features // size
+        rows = base_linear(f"{path}.q_proj", attention.q_proj).out_features
+        base_linear(f"{path}.v_proj", attention.v_proj)
+    else:
+        keys = heads
+        rows = base_linear(f"{path}.{kind.fused}", getattr(module, kind.fused)).out_features // 3
+    if rows != heads * size:
+        raise InjectionError(f"{path}: {rows} query channels are not {heads} heads of {size}.")
+    for norm in ("q_norm", "k_norm", "norm"):
+        weight = getattr(getattr(module, norm, None), "weight", None)
+        if weight is not None and weight.numel() != size:
+            raise InjectionError(
+                f"{path}.{norm} normalises {weight.numel()} channels of all heads together, so that no head can go "
+                "without changing the others."
+            )
+    return HeadGeometry(kind, heads, keys, size)
+
+
+def base_linear(path: str, module: nn.Module) -> nn.Linear:
+    """The linear layer itself, where LoRA is around it the one inside.
+
+    Args:
+        path: Its path, for messages.
+        module: A linear layer, or one that PEFT wrapped for LoRA.
+
+    Raises:
+        InjectionError: It is quantised, not loaded, or wrapped by something that cannot be sliced.
+    """
+    if isinstance(module, BaseTunerLayer):
+        if type(module) is not LoraLinear or len(module.lora_magnitude_vector) or module.lora_variant:
+            raise InjectionError(
+                f"{path} carries a {type(module).__name__} adapter that cannot be sliced; plain LoRA can. Merge it "
+                "(merge_and_unload) or take it out before pruning."
+            )
+        module = module.get_base_layer()
+    if not isinstance(module, nn.Linear):
+        raise InjectionError(f"{path} is a {type(module).__name__}, not a linear layer: it cannot be sliced.")
+    if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+        raise InjectionError(
+            f"{path} is quantised ({type(module).__name__}, {type(module.weight).__name__}): its blocks of values "
+            "reach over heads. Prune the model in bf16, save it with save_pruned, and quantise what load_pruned gives."
+        )
+    if module.weight.is_meta:
+        raise InjectionError(f"{path} has no values (meta device): load or initialise the model before pruning.")
+    return module
