@@ -25,6 +25,7 @@ from sfa_adapters.metrics import RelaxedMode
 from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import NanoHost, load_nano
+from sfa_adapters.recipes.own_host import load_own, own_prompt
 from sfa_adapters.recipes.predictions import read_predictions
 
 __all__ = ["run_dominance", "run_entropy", "run_hallucination", "run_map"]
@@ -93,7 +94,7 @@ def run_dominance(
         host, samples = _nano(charts)
         asked, prompts = host.model, [encode(host, [sample.image], [sample.question]) for sample in samples]
     else:
-        asked, processor = _own(model)
+        asked, processor = load_own(model)
         tokenizer = processor.tokenizer
         prompts = [own_prompt(processor, as_image(path), question or "") for path in images]
     found = track(prompts, description="dominance", transient=True)
@@ -136,7 +137,7 @@ def run_map(
         inputs, told = encode(host, [page], [samples[chart].question]), samples[chart].question
         told = f"{told!r}; true answer {samples[chart].answer!r}"
     else:
-        asked, processor = _own(model)
+        asked, processor = load_own(model)
         page, told = as_image(image), repr(question)
         inputs = own_prompt(processor, page, question or "")
     place = None
@@ -196,38 +197,6 @@ def _together(model: str | None, images: Sequence[Path], question: str | None) -
     given = (model is not None, bool(images), question is not None)
     if any(given) and not all(given):
         raise DataError("Give --model, --question and an image together; without them, the nano host looks at charts.")
-
-
-def _own(model: str) -> tuple[Any, Any]:
-    """A vision-language model and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor: Any = AutoProcessor.from_pretrained(model)
-        host = AutoModelForImageTextToText.from_pretrained(model).eval()
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise DataError(f"--model {model}: its processor is {type(processor).__name__}, without images or text.")
-    return host, processor
-
-
-def own_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, Any]:
-    """A question about a page as the host's own processor puts it, with its chat template where it has one.
-
-    Args:
-        processor: Of the host.
-        image: uint8 `[H, W, 3]`.
-        question: What is asked.
-    """
-    from PIL import Image
-
-    if processor.chat_template is None:
-        text = f"{processor.image_token} {question}"
-    else:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt"))
 
 
 def _positive(name: str, value: int) -> None:

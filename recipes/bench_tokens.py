@@ -28,11 +28,11 @@ from rich.table import Table
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.analyze import own_prompt
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
+from sfa_adapters.recipes.own_host import load_own, own_prompt
 from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
 from sfa_adapters.reduction.selectors import Selector
@@ -171,14 +171,8 @@ def _subject(config: BenchConfig) -> tuple[Any, list[dict[str, Any]], Any, list[
         prompts = [dict(encode(host, [s.image], [s.question])) for s in samples[:4]]
         model: Any = host.model
     else:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         host, samples = None, []
-        try:
-            processor: Any = AutoProcessor.from_pretrained(config.model)
-            model = AutoModelForImageTextToText.from_pretrained(config.model, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
-            raise DataError(f"--model {config.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model, processor = load_own(config.model, attn_implementation="sdpa")
         prompts = [own_prompt(processor, as_image(path), config.question or "") for path in config.images]
     model.eval().to(config.device, dtype)
     moved = [{name: _placed(value, model) for name, value in prompt.items()} for prompt in prompts]

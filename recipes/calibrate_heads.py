@@ -102,18 +102,10 @@ def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
 
 
 def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, list[Any]]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from sfa_adapters.recipes.analyze import own_prompt
+    from sfa_adapters.recipes.own_host import load_own, own_prompt
 
     pages = [as_image(path) for path in images]  # a bad one is told before a model is loaded
-    try:
-        processor: Any = AutoProcessor.from_pretrained(model)
-        host = AutoModelForImageTextToText.from_pretrained(model).eval()
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise DataError(f"--model {model}: its processor is {type(processor).__name__}, without images or text.")
+    host, processor = load_own(model)
     return host, [own_prompt(processor, page, question) for page in pages]
 
 
