@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from sfa_adapters.recipes.own_host import load_own, own_prompt
 from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
 from sfa_adapters.reduction.selectors import Selector
+from sfa_adapters.timing import answer_seconds, cache_bytes, peak_bytes
 
 __all__ = ["Arm", "BenchConfig", "run_bench"]
 
@@ -146,7 +146,7 @@ def run_bench(config: BenchConfig) -> list[Arm]:
     for number in track(range(config.rounds), description="timing", transient=True):
         for own, setting in zip(times, settings, strict=True):
             with _pruned(model, setting):
-                own.append(_timed(model, prompts[number % len(prompts)], config.tokens))
+                own.append(answer_seconds(model, prompts[number % len(prompts)], config.tokens))
     arms = []
     for own, setting, (tokens, cache, peak) in track(
         zip(times, settings, memory, strict=True), "quality", len(settings), transient=True
@@ -197,28 +197,6 @@ def _pruned(model: Any, setting: FastVConfig | None) -> Iterator[None]:
         eject_fastv(model)
 
 
-def _answer(model: Any, prompt: Mapping[str, Any], tokens: int) -> Any:
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
-    return model.generate(**prompt, **options, return_dict_in_generate=True)
-
-
-def _timed(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and from there to the last."""
-    seconds = []
-    for count in (1, tokens):
-        _wait(model)
-        start = time.perf_counter()
-        _answer(model, prompt, count)
-        _wait(model)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], max(seconds[1] - seconds[0], 1e-6)
-
-
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
 def _memory(
     model: Any, setting: FastVConfig | None, prompt: Mapping[str, Any], tokens: int
 ) -> tuple[int, float, float]:
@@ -226,30 +204,12 @@ def _memory(
     with _pruned(model, setting):
         with torch.no_grad():
             cache = model(**prompt, use_cache=True).past_key_values
-        held = sum(p.numel() * p.element_size() for layer in cache.layers for p in (layer.keys, layer.values))
+        held = cache_bytes(cache)
         lost = cache.layers[0].get_seq_length() - cache.layers[-1].get_seq_length()
         del cache
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-            before = torch.cuda.memory_allocated(model.device)
-            _answer(model, prompt, tokens)
-            peak = torch.cuda.max_memory_allocated(model.device) - before
-        else:
-            peak = _peak_on_cpu(model, prompt, tokens)
+        peak = peak_bytes(model, prompt, tokens)
     places = image_places(prompt["input_ids"], image_token_ids(model))
     return int(places.sum()) - int(lost), held / 2**20, peak / 2**20
-
-
-def _peak_on_cpu(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _answer(model, prompt, tokens)
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    current = peak = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
-        current += size
-        peak = max(peak, current)
-    return peak
 
 
 def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
