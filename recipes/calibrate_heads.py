@@ -8,7 +8,7 @@ many heads of each layer go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ from rich.table import Table
 from torch import nn
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.calibrate import calibrate_heads
-from sfa_adapters.heads.plan import HeadPlan, plan_heads
+from sfa_adapters.heads.calibrate import calibrate_heads, check_method
+from sfa_adapters.heads.plan import HeadPlan, checked_rate, plan_heads
 from sfa_adapters.heads.scores import HeadScores
 from sfa_adapters.images import as_image
 
 __all__ = ["PLAN_NAME", "SCORES_NAME", "run_calibrate_heads"]
 
 SCORES_NAME, PLAN_NAME = "head_scores.json", "head_plan.json"
-_TOGETHER = 10  # charts in one forward of the nano host
 
 
 def run_calibrate_heads(
@@ -63,6 +62,11 @@ def run_calibrate_heads(
     """
     if charts < 1:
         raise DataError(f"--charts {charts} must be at least 1.")
+    planned = rate is not None or kind != "uniform"
+    check_method(method, gamma)  # all that can be told is told before a model is loaded and run
+    if planned:
+        checked_rate(rate, kind)
+    _check_folder(out)
     given = (model is not None, bool(images), question is not None)
     if any(given) and not all(given):
         raise DataError("Give --model, --question and images together; without them, the nano host looks at charts.")
@@ -73,11 +77,13 @@ def run_calibrate_heads(
         about = f"{len(images)} images, asked {question!r}"
     options: dict[str, Any] = {"method": method, "gamma": gamma}
     scores = calibrate_heads(host, batches, **options, seed=seed, data=about)
-    plan = None
-    if rate is not None or kind == "early_skip":
-        plan = plan_heads(scores, rate, kind)  # pyright: ignore[reportArgumentType]
     path = scores.save(out / SCORES_NAME)
-    if plan is not None:
+    plan = None
+    if planned:
+        try:
+            plan = plan_heads(scores, rate, kind)  # pyright: ignore[reportArgumentType]
+        except RecipeError as error:
+            raise RecipeError(f"{error} The scores are in {path}: plan_heads takes them with other options.") from error
         try:
             (out / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
         except OSError as error:
@@ -87,33 +93,53 @@ def run_calibrate_heads(
 
 
 def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
-    from sfa_adapters.recipes.data import chart_samples
-    from sfa_adapters.recipes.encode import encode
+    from sfa_adapters.recipes.heads_quality import chart_batches
     from sfa_adapters.recipes.nano import load_nano
 
     host = load_nano()
-    samples = list(chart_samples("train", charts))
-    batches = []
-    for start in range(0, len(samples), _TOGETHER):
-        part = samples[start : start + _TOGETHER]
-        answers = [sample.answer for sample in part] if labelled else None
-        batches.append(encode(host, [s.image for s in part], [s.question for s in part], answers))
-    return host.model, batches, f"{len(samples)} training charts"
+    return host.model, chart_batches(host, charts, labelled), f"{charts} training charts"
 
 
-def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, list[Any]]:
+def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, Sequence[Any]]:
     from sfa_adapters.recipes.own_host import load_own, own_prompt
 
-    pages = [as_image(path) for path in images]  # a bad one is told before a model is loaded
+    for path in images:  # a bad one is told before a model is loaded
+        as_image(path)
     host, processor = load_own(model)
-    return host, [own_prompt(processor, page, question) for page in pages]
+    return host, _Prompts(images, lambda path: own_prompt(processor, as_image(path), question))
+
+
+class _Prompts(Sequence[Any]):
+    """Prompts that are made when they are needed: a hundred large pages as pixels do not fit every memory."""
+
+    def __init__(self, images: Sequence[Path], prompt: Callable[[Path], Any]) -> None:
+        self.images, self.prompt = images, prompt
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.prompt(self.images[place])
+
+
+def _check_folder(out: Path) -> None:
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise RecipeError(f"--out {out} must be a folder, but {there} is a file.")
+    plan = out / PLAN_NAME
+    if plan.exists():
+        try:
+            HeadPlan.from_json(plan.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, RecipeError) as error:
+            raise RecipeError(f"{plan} is no head plan of this command; that of a pruned model, say. Name another "
+                              "folder with --out.") from error  # fmt: skip
 
 
 def _tell(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
     console = Console()
-    table = Table("layer", "heads", "lowest", "mean", "highest", *(() if plan is None else ("removed",)))
+    table = Table("layer", "heads", "lowest", "highest", *(() if plan is None else ("removed",)))
     for number, (name, own) in enumerate(scores.values.items()):
-        row = [str(number), str(len(own)), *(f"{v:.4g}" for v in (min(own), sum(own) / len(own), max(own)))]
+        row = [str(number), str(len(own)), f"{min(own):.4g}", f"{max(own):.4g}"]
         if plan is not None:
             row.append(" ".join(map(str, plan.removed[name])) or "-")
         table.add_row(*row)
@@ -121,6 +147,8 @@ def _tell(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
     skipped = scores.data.get("skipped") or {}
     if skipped:
         console.print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    if plan is None and (path.parent / PLAN_NAME).exists():
+        console.print(f"{path.parent / PLAN_NAME} was made before, from other scores")
     if plan is not None:
         console.print(
             f"{plan.count} of {plan.total} heads go ({plan.rate:.1%}); the plan is in {path.parent / PLAN_NAME}"

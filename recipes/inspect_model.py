@@ -20,6 +20,11 @@ from torch import nn
 
 from sfa_adapters import describe
 from sfa_adapters.errors import SFAError
+from sfa_adapters.heads.facts import pruned_folder
+from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.prune import Target, slice_heads
+from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
+from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.inject import Description
 from sfa_adapters.registry import find_tower, qualified_name
 
@@ -76,22 +81,43 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
     """Says what SFA would add to a model.
 
     Args:
-        name: A model id of the Hugging Face hub, a local folder with a `config.json`, or a timm model name.
+        name: A model id of the Hugging Face hub, a local folder with a `config.json` (also one of `save_pruned`), or a
+            timm model name.
         trust_remote_code: Run modelling code that comes with the model.
 
     Raises:
         ModelNotFoundError: No configuration was found under the name.
+        RecipeError: The heads that the folder's model lost are not told rightly.
         NoMatchingBackboneError: The model has no vision tower that a registered backbone fits.
     """
     model = build_without_weights(name, trust_remote_code)
+    if pruned_folder(name):
+        _remove_heads(model, Path(name))
+    total = sum(parameter.numel() for parameter in model.parameters())
     found, sfa = find_tower(model), describe(model)
-    per_layer = sfa.num_parameters // max(sfa.num_layers, 1)
     layers = tuple(
-        LayerRow(index, path, qualified_name(module), per_layer if index < found.used_layers else 0)
+        LayerRow(index, path, qualified_name(module), sfa.layer_parameters[index])
         for index, (path, module) in enumerate(found.attentions)
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
     return Inspection(name, type(model).__name__, total, sfa, layers)
+
+
+def _remove_heads(model: nn.Module, folder: Path) -> None:
+    """Cuts a model on the meta device as the folder says, which `save_pruned` wrote."""
+    pruned, _ = read_pruned(folder)
+    for path in (path for path, heads in pruned.plan.removed.items() if heads):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise ModelNotFoundError(f"{folder}: the model has no {path}, which {PLAN_NAME} names.") from error
+        module.to_empty(device="cpu")  # one layer at a time: slices need memory
+        target, edits = Target(path, path, module, read_geometry(path, module)), Edits()
+        slice_heads(edits, target, pruned.plan)
+        if path in pruned.biases:
+            weight = target.output.get_parameter("weight")
+            edits.put(target.output, "bias", weight.new_zeros(len(weight)), weight)
+        edits.commit()
+        module.to("meta")
 
 
 def build_without_weights(name: str, trust_remote_code: bool = False) -> nn.Module:

@@ -1,10 +1,14 @@
 """A nano host whose text model has 16 small attention heads in each of its 4 layers, so that 5% of them are heads.
 
-    python -m sfa_adapters.recipes.many_heads      (retrains it from the nano host; 2 CPU cores: about an hour)
+    python -m sfa_adapters.recipes.many_heads      (trains it from the nano host; one CPU core: half an hour)
 
 The shipped `llava_onevision` has 4 heads in a layer: no plan can take 5% of those, and `uniform` none below 12.5%. Here
 every head of 32 channels became four of 16, which start from halves of its queries and keys and halves of its values,
 and the text model was trained on; tower and projector are those of the nano host, untouched.
+
+The weights that come with the package were made in two runs: the first 1,000 steps had a schedule of 3,000, the other
+600 the one below, so the command makes weights like them, not the same file. Of 300 validation questions it answers
+57.3% [52.0, 62.7]; the nano host it came from, 56.0% [50.3, 61.7].
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from sfa_adapters.recipes.nano import NanoHost, load_nano
+from sfa_adapters.recipes.nano import NanoHost, load_nano, put_weights, read_weights
 
-__all__ = ["build_many_heads", "split_heads"]
+__all__ = ["build_many_heads", "load_many_heads", "split_heads"]
 
-HEADS, SIZE, PARTS = 16, 16, 4
+HEADS, SIZE = 16, 16
+WEIGHTS = Path(__file__).with_name("nano_many_heads.safetensors")
+SHA256 = "86c3e53fb7bd65f1ea3b248b37a808fff957ec47a9c0e606b6852091103a56b4"
 
 
 def split_heads(state: dict[str, Tensor], old_heads: int, old_size: int) -> dict[str, Tensor]:
@@ -80,16 +86,35 @@ def build_many_heads() -> NanoHost:
     return NanoHost(nano.name, model.eval(), nano.tokenizer, nano.image_tokens)
 
 
+def load_many_heads(path: Path | None = None) -> NanoHost:
+    """The trained host.
+
+    Args:
+        path: Weights of the text model; by default those of the package, whose hash is checked.
+
+    Raises:
+        WeightsError: The weights are missing, damaged, or do not fit.
+    """
+    host = build_many_heads()
+    core: Any = host.model.model
+    command = "python -m sfa_adapters.recipes.many_heads"
+    stored = read_weights(WEIGHTS, command, SHA256) if path is None else read_weights(path, command)
+    put_weights(core.language_model, stored, path or WEIGHTS)
+    return host
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
+    from rich.console import Console
+
     from sfa_adapters.recipes.pretrain import STAGES, Stage, Trainer, ship
 
     parser = argparse.ArgumentParser(description="Retrain the nano host with 16 heads in a layer.")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where rendered charts are kept")
     parser.add_argument("--run", type=Path, default=Path("runs/many-heads"), help="where checkpoints are kept")
-    parser.add_argument("--out", type=Path, default=Path("nano_many_heads.safetensors"), help="where the weights go")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--every", type=int, default=250, help="steps between two checkpoints")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--every", type=int, default=200, help="steps between two checkpoints")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     host = build_many_heads()
@@ -101,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = Trainer(host, options.data, options.run)
     trainer.resume()
     trainer.train(options.every, [stage])
-    print(options.out, ship(host, options.out))
+    Console().print(f"{options.out}: sha256 {ship(core.language_model, options.out)}")
 
 
 if __name__ == "__main__":

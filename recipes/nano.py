@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     InternVLConfig,
@@ -36,7 +37,16 @@ from transformers import (
 from sfa_adapters.errors import WeightsError
 from sfa_adapters.recipes.encode import EOS, IMAGE, PAD, VIDEO, nano_tokenizer
 
-__all__ = ["HOSTS", "HostName", "NanoHost", "build_nano", "load_nano", "weights_path"]
+__all__ = [
+    "HOSTS",
+    "HostName",
+    "NanoHost",
+    "build_nano",
+    "load_nano",
+    "put_weights",
+    "read_weights",
+    "weights_path",
+]
 
 HostName = Literal["llava_onevision", "internvl", "llava"]
 HOSTS: tuple[HostName, ...] = get_args(HostName)
@@ -186,37 +196,63 @@ def load_nano(host: HostName = "llava_onevision", pretrained: bool = True, path:
         WeightsError: the file is missing, has another hash than the one in `SHA256`, or does not fit the host.
         ValueError: unknown host.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     nano = build_nano(host)
     if not pretrained:
         return nano
-    file = weights_path(host) if path is None else path
     command = f"python -m sfa_adapters.recipes.pretrain --host {host}"
-    if not file.is_file():
-        raise WeightsError(f"No weights of the nano host {host!r} at {file}. Train them: {command}")
-    raw = file.read_bytes()
     if path is None:
+        stored = read_weights(weights_path(host), command, SHA256.get(host, "none that is known"))
+    else:
+        stored = read_weights(path, command)
+    put_weights(nano.model, stored, path or weights_path(host))
+    return nano
+
+
+def read_weights(file: Path, command: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read weights that came with the package, or others.
+
+    Args:
+        file: where they are.
+        command: what makes them; told in errors.
+        sha256: what the file must have; None for weights of one's own.
+
+    Raises:
+        WeightsError: the file is missing, has another hash, or is no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not file.is_file():
+        raise WeightsError(f"No weights of the nano host at {file}. Train them: {command}")
+    raw = file.read_bytes()
+    if sha256 is not None:
         found = hashlib.sha256(raw).hexdigest()
-        if found != SHA256.get(host):
+        if found != sha256:
             raise WeightsError(
-                f"{file} has sha256 {found}, expected {SHA256.get(host)}: the file is damaged or another one. "
+                f"{file} has sha256 {found}, expected {sha256}: the file is damaged or another one. "
                 f"Install the package again, or train the weights: {command}"
             )
     try:
-        stored = load(raw)
+        return load(raw)
     except SafetensorError as error:
         raise WeightsError(
             f"{file} is not a readable safetensors file ({error}). Train the weights: {command}"
         ) from error
-    wanted = {name: p.shape for name, p in nano.model.named_parameters()}
+
+
+def put_weights(model: nn.Module, stored: Mapping[str, Tensor], file: Path) -> None:
+    """Fill a module with weights that have exactly its names and shapes.
+
+    Raises:
+        WeightsError: they do not fit; the module is as it was.
+    """
+    wanted = {name: p.shape for name, p in model.named_parameters()}
     wrong = sorted(n for n in wanted.keys() | stored.keys() if n not in stored or wanted.get(n) != stored[n].shape)
     if wrong:
         raise WeightsError(
-            f"{file} does not fit the nano host {host!r}: {len(wrong)} tensors differ, first {wrong[0]!r}."
+            f"{file} does not fit {type(model).__name__} of the nano host: {len(wrong)} tensors differ, first "
+            f"{wrong[0]!r}."
         )
     with torch.no_grad():
-        for name, parameter in nano.model.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.copy_(stored[name])
-    return nano

@@ -299,11 +299,11 @@ class Trainer:
         return f"; validation {result.accuracy} ({', '.join(parts)})"
 
 
-def ship(host: NanoHost, path: Path) -> str:
+def ship(model: nn.Module, path: Path) -> str:
     """Store the weights in fp16 and return the sha256 of the file."""
     from safetensors.torch import save_file
 
-    save_file({n: p.detach().half().contiguous() for n, p in host.model.named_parameters()}, path)
+    save_file({n: p.detach().half().contiguous() for n, p in model.named_parameters()}, path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.resume()
     trainer.train(options.every)
     out = options.out or weights_path(options.host)
-    Console().print(f"{out}: sha256 {ship(host, out)}")
+    Console().print(f"{out}: sha256 {ship(host.model, out)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
+from sfa_adapters.heads.facts import folder_facts
 from sfa_adapters.recipes.catalog import architecture
 from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
 from sfa_adapters.recipes.nano_checkpoint import nano_settings
@@ -228,10 +229,14 @@ def _free() -> None:
 
 
 def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, folder: Path, console: Console) -> None:
-    tables = {"results": score_table(runs, metric, f"{recipe.name} on {recipe.data}, {recipe.eval_split}")}
+    pruned = folder_facts(recipe.model)
+    name = recipe.name if pruned is None else f"{recipe.name} ({pruned.label})"
+    notes = () if pruned is None else (f"Of all runs: {pruned}.",)
+    tables = {"results": score_table(runs, metric, f"{name} on {recipe.data}, {recipe.eval_split}")}
     if any(p.printed for p in runs["trained"]):
         tables["hallucination"] = hallucination_table(runs)
     for name, table in tables.items():
+        table = replace(table, notes=(*table.notes, *notes))
         table.write(folder, name)
         console.print(table.to_terminal())
         for note in table.notes:
@@ -241,7 +246,11 @@ def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, f
 
 def _tell_facts(result: RunResult, recipe: Recipe) -> None:
     """Adds the scores to what is known about the training."""
-    where = {"data": recipe.data, "split": recipe.eval_split}
-    measured = ((result.scores, {}), (result.baseline_scores, {"host": "untrained"}))
+    where: dict[str, Any] = {"data": recipe.data, "split": recipe.eval_split}
+    pruned = folder_facts(recipe.model)
+    cut = [] if pruned is None else [pruned.label]
+    where |= {} if pruned is None else {"pruned": pruned.to_dict()}
+    hosts = [", ".join(words) for words in (cut, ["untrained", *cut])]
+    measured = ((result.scores, {"host": hosts[0]} if cut else {}), (result.baseline_scores, {"host": hosts[1]}))
     scores = tuple({**found.to_dict(), **where, **more} for found, more in measured if found is not None)
     write_facts(result.trained, replace(read_facts(result.trained), scores=scores))

@@ -6,6 +6,7 @@ Mistakes of the user end in one line on stderr and exit code 2; errors of this l
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -131,6 +132,8 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted."""
+    # The profiler of torch, which measures peak memory on a CPU, would else talk into the tables.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")
     try:
         code = app(arguments, standalone_mode=False)
     except SFAError as error:

@@ -38,16 +38,26 @@ def dymu(
     run_calibrate_dymu(out, images or (), model, keep, language, charts, batch)
 
 
-@app.command(epilog="Example:  sfa calibrate heads --rate 0.3 --kind adaptive")
+@app.command(
+    epilog="Examples:  sfa calibrate heads --rate 0.3 --kind adaptive   |   "
+    "sfa calibrate heads pages/*.png --model llava-hf/llava-1.5-7b-hf --question 'What is shown?'"
+)
 def heads(
     images: Annotated[list[Path] | None, typer.Argument(help="Pages; charts by default.")] = None,
     model: Annotated[str | None, typer.Option(help="A model id or folder; the nano host by default.")] = None,
-    question: Annotated[str | None, typer.Option(help="What the model is asked about each page.")] = None,
-    method: Annotated[str, typer.Option(help="s4, gate, flap or random.")] = "s4",
+    question: Annotated[str | None, typer.Option(help="What the model is asked about each page; with --model.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="s4 (attention from text to image), gate (slope of the loss), flap (fluctuation), random."),
+    ] = "s4",
     gamma: Annotated[float, typer.Option(help="Weight of the mean in s4.")] = 0.4,
     charts: Annotated[int, typer.Option(help="Number of charts, without --model.")] = 100,
-    rate: Annotated[float | None, typer.Option(help="Share of the heads that should go; writes a plan.")] = None,
-    kind: Annotated[str, typer.Option(help="Of the plan: uniform, adaptive, early_skip or global.")] = "uniform",
+    rate: Annotated[
+        float | None, typer.Option(help="Share of the heads that should go, 0.3 say; writes a plan.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Of the plan: uniform, adaptive, early_skip (has a rate of its own) or global.")
+    ] = "uniform",
     seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the scores and the plan.")] = Path("sfa-heads"),
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from sfa_adapters.evaluation.tables import Table
+    from sfa_adapters.heads.facts import PrunedFacts
     from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["app"]
@@ -43,17 +45,21 @@ def evaluate(
         bool, typer.Option("--ocr", help="Read what stands on images, for the hallucination table.")
     ] = False,
     nano: Annotated[bool, typer.Option("--nano", help="The nano host of a recipe, on a CPU.")] = False,
+    head_plan: Annotated[Path | None, typer.Option(help="Attention heads to remove, of sfa calibrate heads.")] = None,
+    compensation: Annotated[str, typer.Option(help="For removed heads: none, absorb or residual.")] = "none",
 ) -> None:
     """Ask MODEL_OR_RUN every question of a dataset and score the answers. The same command goes on after a kill."""
     from sfa_adapters.evaluation.answers import answer_rows
-    from sfa_adapters.evaluation.open_host import open_host
-    from sfa_adapters.evaluation.predictions import read_answers
+    from sfa_adapters.evaluation.open_host import open_host, read_head_plan
+    from sfa_adapters.evaluation.predictions import facts_of_answers, read_answers
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import hallucination_table, score_table
+    from sfa_adapters.heads.facts import pruned_facts
     from sfa_adapters.recipes.run import recipe_rows
 
     first = _processes().is_main_process
     other = None if against is None else read_answers(against)  # a wrong name is told before the work
+    heads = None if head_plan is None else read_head_plan(head_plan, compensation)
     names = ("data", "data_config", "eval_split", "eval_limit", "eval_batch", "plan", "dtype", "prompt")
     values = (data, config, split, limit, batch, plan, dtype, prompt)
     changes: dict[str, Any] = {n: v for n, v in zip(names, values, strict=True) if v is not None}
@@ -62,9 +68,11 @@ def evaluate(
         changes["data_config"] = None  # that of the recipe belongs to the recipe's data
     source = _source(model, nano, out)
     chosen = _metric(metric)
-    host = open_host(source, adapter, **changes)
-    recipe = host.recipe
-    folder = out or Path("sfa-eval") / "-".join(_plain(p) for p in (recipe.name, recipe.data, recipe.eval_split))
+    host = open_host(source, adapter, head_plan=heads, compensation=compensation, **changes)  # pyright: ignore[reportArgumentType]
+    recipe, pruned = host.recipe, pruned_facts(host.model)
+    parts = (recipe.name, recipe.data, recipe.eval_split)
+    parts += () if pruned is None else ("pruned", pruned.plan, pruned.compensation)
+    folder = out or Path("sfa-eval") / "-".join(_plain(part) for part in parts)
     said = answer_rows(host, recipe_rows(recipe, False), folder / "predictions.jsonl", ocr=ocr)
     if not first:
         return
@@ -72,13 +80,16 @@ def evaluate(
         typer.echo(f"No row has a true answer: nothing to score. The answers are in {folder}/predictions.jsonl")
         return
     chosen = chosen or metric_for(recipe.data, recipe.data_config)
-    runs = {} if other is None or against is None else {_label(against, recipe.name): other}
-    runs[recipe.name] = said
-    title = f"{recipe.name} on {recipe.data}, {recipe.eval_split}"
-    tables = {"scores": score_table(runs, chosen, title)}
+    runs, notes = {}, list[str]()
+    name = _named(recipe.name, pruned, notes)
+    if other is not None and against is not None:
+        before = _named(against.resolve().parent.name, facts_of_answers(against), notes)
+        runs[before if before != name else f"{before} (before)"] = other
+    runs[name] = said
+    tables = {"scores": score_table(runs, chosen, f"{name} on {recipe.data}, {recipe.eval_split}")}
     if all(any(p.printed for p in each) for each in runs.values()):
         tables["hallucination"] = hallucination_table(runs)
-    _leave(tables, folder)
+    _leave({key: replace(table, notes=(*table.notes, *notes)) for key, table in tables.items()}, folder)
 
 
 @app.command(epilog="Example:  sfa ablate internvl3_5_8b --seeds 0,1,2   |   sfa ablate llava_onevision_7b --nano")
@@ -196,10 +207,13 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
 
 
-def _label(path: Path, taken: str) -> str:
-    """A name for the answers of another run: that of its folder."""
-    name = path.resolve().parent.name
-    return name if name != taken else f"{name} (before)"
+def _named(name: str, pruned: PrunedFacts | None, notes: list[str]) -> str:
+    """The name of a run, in which removed heads are told; adds what else is known of them to the notes."""
+    if pruned is None:
+        return name
+    named = f"{name} ({pruned.label})"
+    notes.append(f"{named}: {pruned}.")
+    return named
 
 
 def _say_nothing(line: str) -> None:

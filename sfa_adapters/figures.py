@@ -118,9 +118,10 @@ def plot_bias(
     grid = grid or describe(model).grid
     if grid is None:
         raise InjectionError("This tower takes images of any size; say which page to draw with grid=(rows, columns).")
-    shown, heads = _spaced(len(layers), MOST_ROWS), _spaced(layers[0].num_heads, MOST_COLUMNS)
+    shown = _spaced(len(layers), MOST_ROWS)
+    heads = _spaced(max(layers[number].num_heads for number in shown), MOST_COLUMNS)
     maps = {number: bias_around(layers[number], adapter_name, grid) for number in shown}
-    limit = max(float(phi[heads].abs().max()) for phi in maps.values()) or 1.0
+    limit = max(float(phi[[h for h in heads if h < len(phi)]].abs().max()) for phi in maps.values()) or 1.0
     width, height = 2.0 * len(heads) + 1.6, 2.35 * len(shown) + 0.9
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     axes: Any = figure.subplots(len(shown), len(heads), squeeze=False)
@@ -128,13 +129,16 @@ def plot_bias(
     for number, line in zip(shown, axes, strict=True):
         weights = layers[number].weights(adapter_name)
         for head, axis in zip(heads, line, strict=True):
+            if head >= layers[number].num_heads:  # removed from this layer
+                axis.set_visible(False)
+                continue
             image = axis.imshow(maps[number][head].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
             axis.plot(grid[1] // 2, grid[0] // 2, "o", markersize=7, markerfacecolor="none", markeredgecolor="black")
             axis.set(xticks=[], yticks=[])
             scalars = {"row": weights.row, "col": weights.col, "dist": weights.dist}
             told = [f"{name} {values[head].item():+.2f}" for name, values in scalars.items() if values is not None]
             axis.set_xlabel("\n".join((" ".join(told[:2]), *told[2:])), fontsize=12, labelpad=2)
-            if number == shown[0]:
+            if number == next(n for n in shown if layers[n].num_heads > head):
                 axis.set_title(f"head {head}", fontsize=13)
         line[0].set_ylabel(f"layer {layers[number].index}", fontsize=13)
     assert image is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from sfa_adapters.tuner import (
     all_or_nothing,
     detach_all,
     injected_layers,
+    one_or_each,
     plan_injection,
     prepare_tower,
     wrap_targets,
@@ -111,8 +113,9 @@ class Description:
         tower_class: Its class.
         num_layers: Attention layers with a bias.
         tower_layers: Attention layers of the tower.
-        num_heads: Heads per layer.
+        num_heads: Heads per layer; one number for each layer of the tower where they differ.
         num_parameters: Structural parameters of one adapter, over all layers.
+        layer_parameters: The same for each layer of the tower; 0 where it has no bias.
         grid: Rows and columns of patches, None where any size goes.
         prefix_tokens: Leading tokens without a place.
         adapters: Names of the adapters in the model; empty before injection.
@@ -124,8 +127,9 @@ class Description:
     tower_class: str
     num_layers: int
     tower_layers: int
-    num_heads: int
+    num_heads: int | tuple[int, ...]
     num_parameters: int
+    layer_parameters: tuple[int, ...]
     grid: tuple[int, int] | None
     prefix_tokens: int
     adapters: tuple[str, ...]
@@ -134,15 +138,24 @@ class Description:
     def __str__(self) -> str:
         grid = f"{self.grid[0]}x{self.grid[1]}" if self.grid else "any size"
         adapters = ", ".join(f"{name}{'' if name in self.active else ' (inactive)'}" for name in self.adapters)
+        heads = f"{self.num_heads} heads each"
+        if not isinstance(self.num_heads, int):
+            heads = f"{_span(self.num_heads)} heads, {sum(self.num_heads)} together"
         rows = {
             "tower": f"{self.tower or '(the model)'}  {self.tower_class}",
             "backbone": self.backbone,
-            "layers": f"{self.num_layers} of {self.tower_layers}, {self.num_heads} heads each",
+            "layers": f"{self.num_layers} of {self.tower_layers}, {heads}",
             "grid": f"{grid} patches, {self.prefix_tokens} prefix tokens",
-            "parameters": f"{self.num_parameters:,} ({self.num_parameters // max(self.num_layers, 1)} per layer)",
+            "parameters": f"{self.num_parameters:,} ({_span([n for n in self.layer_parameters if n])} per layer)",
             "adapters": adapters or "none yet",
         }
         return "\n".join(f"{label:<11}{text}" for label, text in rows.items())
+
+
+def _span(counts: Sequence[int]) -> str:
+    """One number, or from which to which."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def describe(model: nn.Module, config: SFAConfig | None = None) -> Description:
@@ -153,31 +166,32 @@ def describe(model: nn.Module, config: SFAConfig | None = None) -> Description:
         InjectionError: `config` does not fit the tower.
     """
     layers = injected_layers(model)
+    own: dict[int, int] = {}
     if layers:
-        first = layers[0][2]
-        config = next(iter(first.configs.values()), SFAConfig())
         adapters = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.configs))
         active = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.active))
         name = (active or adapters or ("",))[0]
-        adapted = [layer for _, _, layer in layers if name in layer.configs]
-        parameters = sum(p.numel() for layer in adapted for p in _adapter_tensors(layer, name).values())
         plan = plan_injection(model, SFAConfig(), adapter_name="")
-        num_layers = len(adapted)
+        for layer in (layer for _, _, layer in layers if name in layer.configs):
+            own[layer.index] = sum(p.numel() for p in _adapter_tensors(layer, name).values())
     else:
         config = config or SFAConfig()
         plan = plan_injection(model, config)
         assert config.num_blocks is not None
-        shapes = parameter_shapes(plan.num_heads, config.num_blocks, config.terms)
-        parameters = len(plan.layers) * sum(torch.Size(shape).numel() for shape in shapes.values())
-        num_layers, adapters, active = len(plan.layers), (), ()
+        for index in plan.layers:
+            shapes = parameter_shapes(plan.num_heads[index], config.num_blocks, config.terms)
+            own[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
+        adapters, active = (), ()
+    heads = one_or_each(plan.num_heads)
     return Description(
         backbone=plan.found.backbone.name,
         tower=plan.found.name,
         tower_class=type(plan.found.tower).__name__,
-        num_layers=num_layers,
+        num_layers=len(own),
         tower_layers=len(plan.found.attentions),
-        num_heads=plan.num_heads,
-        num_parameters=parameters,
+        num_heads=heads if isinstance(heads, int) else tuple(heads),
+        num_parameters=sum(own.values()),
+        layer_parameters=tuple(own.get(index, 0) for index in range(len(plan.found.attentions))),
         grid=plan.geometry.grid,
         prefix_tokens=plan.geometry.prefix_tokens,
         adapters=adapters,

@@ -1,8 +1,11 @@
-"""Plug-in for lmms-eval (0.7): hosts with their adapters in its benchmarks, by the entry points `lmms_eval.models`.
+r"""Plug-in for lmms-eval (0.7): hosts with their adapters in its benchmarks, by the entry points `lmms_eval.models`.
 
     lmms-eval --model sfa_internvl --model_args pretrained=OpenGVLab/InternVL3_5-8B-HF,adapter=runs/internvl3_5_8b \
         --tasks mmbench_en_dev --batch_size 8 --output_path results
+    lmms-eval --model sfa_llava --tasks scienceqa_full --batch_size 8 --output_path results \
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,head_plan=heads/head_plan.json,compensation=absorb
 
+`pretrained` may be a folder of `save_pruned`, too. What was removed stands in the results, in `config.model_backend`.
 Importing this module needs no lmms-eval; the classes of its models are made when lmms-eval asks for one.
 """
 
@@ -14,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.evaluation.open_host import open_host
+from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_plan
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
+from sfa_adapters.heads.facts import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +51,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _told(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
+    """What the host will have lost, from files alone."""
+    if head_plan is not None:
+        return plan_facts(read_head_plan(head_plan, compensation), compensation)
+    run = find_run(pretrained)
+    return folder_facts(pretrained if run is None else saved_recipe(run).model)
+
+
 @functools.cache
 def _model_class(name: str, family: Family) -> type:
     """The class that lmms-eval makes its model from."""
@@ -63,6 +76,13 @@ def _model_class(name: str, family: Family) -> type:
 
         is_simple = True  # requests come as text and images; every task with images can make them
 
+        def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
+            # The name of the class is all that lmms-eval takes from a model into its results.
+            facts = _told(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
+            return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
+
+        facts: PrunedFacts | None = None
+
         def __init__(
             self,
             pretrained: str,
@@ -72,11 +92,19 @@ def _model_class(name: str, family: Family) -> type:
             plan: str = "bf16",
             dtype: str = "bfloat16",
             max_new_tokens: int = 1024,
+            head_plan: str | None = None,
+            compensation: Any = "none",
             **settings: Any,
         ) -> None:
             super().__init__()
             changes = {"prompt": "{question}", "plan": plan, "dtype": dtype, "max_new_tokens": max_new_tokens}
+            changes |= {"head_plan": head_plan, "compensation": compensation}
             host = open_host(pretrained, adapter, device, **changes, **settings)
+            done = pruned_facts(host.model)
+            if str(done) != str(self.facts):
+                raise RecipeError(
+                    f"{pretrained} was to have {self.facts or 'all heads'}, and has {done or 'all heads'}."
+                )
             if host.spec.family != family:
                 raise RecipeError(f"{pretrained} is of the family {host.spec.family}, {name} needs {family}.")
             if not str(batch_size).isdigit():

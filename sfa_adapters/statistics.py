@@ -1,10 +1,13 @@
-"""Means with 95% intervals, by drawing the samples again (percentile bootstrap)."""
+"""Means and medians with 95% intervals: by drawing samples again (bootstrap), or from the order of a few times."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap"]
+__all__ = ["Interval", "bootstrap", "median_interval"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,22 @@ def bootstrap(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval
     drawn = np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))
     low, high = np.quantile(np.asarray(values, dtype=np.float64)[drawn].mean(1), (0.025, 0.975))
     return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Median of a few values with the interval that their order gives (sign test), whatever their distribution.
+
+    For timings: one outlier moves neither end far, and unlike a bootstrap of a few rounds it is not too narrow. It
+    holds the true median with at least 95%; 5 values can give 94% at most, from the smallest to the largest.
+
+    Args:
+        values: at least one number.
+
+    Returns:
+        Median and interval.
+    """
+    ordered, outside, rank = sorted(values), 0.0, 0
+    while (outside := outside + math.comb(len(ordered), rank) / 2 ** len(ordered)) <= 0.025:
+        rank += 1
+    rank = max(rank - 1, 0)
+    return Interval(statistics.median(ordered), ordered[rank], ordered[-1 - rank])

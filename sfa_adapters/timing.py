@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["answer_seconds", "cache_bytes", "peak_bytes", "wait"]
+from sfa_adapters.errors import RecipeError
+
+__all__ = ["answer", "answer_seconds", "cache_bytes", "call_seconds", "peak_bytes", "peak_of", "token_seconds", "wait"]
 
 
 def wait(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def call_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Times one call."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def token_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> list[float]:
+    """Times every token of one greedy answer of a set length.
+
+    Args:
+        model: What generates.
+        prompt: Keyword arguments of its forward, on its device.
+        tokens: Length of the answer.
+
+    Returns:
+        Seconds to the first token, and from each to the next.
+
+    Raises:
+        RecipeError: The answer ended before its time.
+    """
+    wait(model.device)
+    watch = _Stopwatch()
+    answer(model, prompt, tokens, streamer=watch)
+    found = [after - before for before, after in zip([watch.start, *watch.stamps], watch.stamps, strict=False)]
+    if len(found) != tokens:
+        raise RecipeError(
+            f"The answer ended after {len(found)} of {tokens} tokens: the generation_config of {type(model).__name__} "
+            "stops it (max_time, stop_strings). Take that out to measure time."
+        )
+    return found
 
 
 def answer_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[float, float]:
@@ -26,16 +64,10 @@ def answer_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[
         tokens: Length of the answer, at least 2.
 
     Returns:
-        Seconds to the first token, and from there to the last: two runs and their difference.
+        Seconds to the first token, and from there to the last.
     """
-    seconds = []
-    for count in (1, tokens):
-        wait(model.device)
-        start = time.perf_counter()
-        _answer(model, prompt, count)
-        wait(model.device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], max(seconds[1] - seconds[0], 1e-6)
+    first, *later = token_seconds(model, prompt, tokens)
+    return first, sum(later)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -44,20 +76,25 @@ def cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
-    """Most memory that one answer takes at a time, beyond what is held before. The CPU is read by a profiler.
+    """Most memory that one answer takes at a time, beyond what is held before.
 
     Args:
         model: What generates.
         prompt: Keyword arguments of its forward, on its device.
         tokens: Length of the answer.
     """
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        _answer(model, prompt, tokens)
-        return torch.cuda.max_memory_allocated(model.device) - before
+    return peak_of(lambda: answer(model, prompt, tokens), model.device)
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    """Most memory that one call takes at a time, in bytes beyond what is held before. The CPU is read by a profiler."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _answer(model, prompt, tokens)
+        call()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     current = peak = 0
@@ -67,6 +104,23 @@ def peak_bytes(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
     return peak
 
 
-def _answer(model: Any, prompt: Mapping[str, Any], tokens: int) -> Any:
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
-    return model.generate(**prompt, **options, return_dict_in_generate=True)
+def answer(model: Any, prompt: Mapping[str, Any], tokens: int, **options: Any) -> Any:
+    """One greedy answer of a set length, with its cache: what `generate` returns as a dictionary."""
+    fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
+    return model.generate(**{**prompt, **fixed, **options}, return_dict_in_generate=True)
+
+
+class _Stopwatch(BaseStreamer):
+    """Notes when each token is on the host; what is put first is the prompt."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+        self.prompt = False
+        self.start = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        if self.prompt:
+            self.stamps.append(time.perf_counter())
+        self.prompt = True
+
+    def end(self) -> None: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, MergeError
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, MergeError, NoMatchingBackboneError
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
@@ -32,7 +32,16 @@ from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
 from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
 
-__all__ = ["InjectionPlan", "SFAModel", "all_or_nothing", "detach_all", "injected_layers", "plan_injection"]
+__all__ = [
+    "InjectionPlan",
+    "SFAModel",
+    "all_or_nothing",
+    "detach_all",
+    "injected_layers",
+    "note_head_counts",
+    "one_or_each",
+    "plan_injection",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +55,13 @@ class InjectionPlan:
     Attributes:
         found: The tower.
         geometry: Its grid and prefix.
-        num_heads: Heads of its attention layers.
+        num_heads: Heads of each of its attention layers; they differ where heads were removed.
         layers: Indices of the layers that get a bias.
     """
 
     found: FoundTower
     geometry: Geometry
-    num_heads: int
+    num_heads: tuple[int, ...]
     layers: tuple[int, ...]
 
     @property
@@ -65,10 +74,15 @@ class InjectionPlan:
         return {
             "backbone": self.found.backbone.name,
             "num_layers": len(self.found.attentions),
-            "num_heads": self.num_heads,
+            "num_heads": one_or_each(self.num_heads),
             "prefix_tokens": self.geometry.prefix_tokens,
             "grid": list(self.geometry.grid) if self.geometry.grid else None,
         }
+
+
+def one_or_each(counts: Sequence[int]) -> int | list[int]:
+    """One number where all layers have the same, else that of each layer."""
+    return counts[0] if len(set(counts)) == 1 else list(counts)
 
 
 def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "default") -> InjectionPlan:
@@ -83,13 +97,12 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
     found = find_tower(model)
     if found.backbone.check is not None:
         found.backbone.check(found.tower)
-    heads = {int(getattr(module, "num_heads", 0)) for _, module in found.attentions}
-    if len(heads) != 1 or 0 in heads:
-        raise InjectionError(
-            f"The attention layers of {found.name or 'the tower'} must have one num_heads; found {heads}."
-        )
+    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
+    if min(heads) < 1:
+        name, module = found.attentions[heads.index(min(heads))]
+        raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
     geometry = found.backbone.geometry(found.tower)
-    plan = InjectionPlan(found, geometry, heads.pop(), _choose_layers(found, config.layers_to_transform))
+    plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
         if isinstance(layer, SFALayer) and adapter_name in layer.configs:
@@ -131,14 +144,69 @@ def _check_same_tower(saved: dict[str, Any], live: dict[str, Any]) -> None:
     # The bias does not depend on resolution, so the grid may differ.
     differences = [
         f"{key}: adapter {saved.get(key)!r}, model {live[key]!r}"
-        for key in ("backbone", "num_layers", "num_heads", "prefix_tokens")
+        for key in ("backbone", "num_layers", "prefix_tokens")
         if saved.get(key) != live[key]
     ]
+    advice = "Load the adapter on the model it was trained with, or inject with a fresh SFAConfig."
+    heads, own = (_each_layer(counts, live["num_layers"]) for counts in (saved.get("num_heads"), live["num_heads"]))
+    if heads is None or own is None:
+        differences.append(f"num_heads: adapter {saved.get('num_heads')!r}, model {live['num_heads']!r}")
+    elif heads != own:
+        advice = advice if differences else _advice(heads, own)
+        differences.append(_other_heads(heads, own))
     if differences:
-        raise AdapterMismatchError(
-            f"This SFAConfig belongs to another tower ({'; '.join(differences)}). Load the adapter on the model it was "
-            "trained with, or inject with a fresh SFAConfig."
+        raise AdapterMismatchError(f"This SFAConfig belongs to another tower ({'; '.join(differences)}). {advice}")
+
+
+def _each_layer(counts: Any, num_layers: int) -> list[int] | None:
+    """Head counts of a signature for every layer, or None where it has none."""
+    each = [counts] * num_layers if isinstance(counts, int) else counts
+    fits = isinstance(each, list) and len(each) == num_layers and all(isinstance(count, int) for count in each)
+    return each if fits else None
+
+
+def _other_heads(saved: list[int], live: list[int]) -> str:
+    if len({*saved}) == len({*live}) == 1:
+        return f"num_heads: adapter {saved[0]}, model {live[0]}"
+    wrong = [index for index, counts in enumerate(zip(saved, live, strict=True)) if counts[0] != counts[1]]
+    told = f"num_heads of layer {wrong[0]}: adapter {saved[wrong[0]]}, model {live[wrong[0]]}"
+    return told + (f"; {len(wrong)} of {len(saved)} layers differ" if len(wrong) > 1 else "")
+
+
+def _advice(saved: list[int], live: list[int]) -> str:
+    """What to do where head counts alone differ, so that heads may have been removed from one of the two."""
+    pairs = list(zip(saved, live, strict=True))
+    if all(model <= adapter for adapter, model in pairs):
+        return (
+            "If heads were removed from this model since, load the adapter first, on the model with all its heads: "
+            "prune_heads and load_pruned cut an adapter together with its tower."
         )
+    if all(model >= adapter for adapter, model in pairs):
+        return (
+            "If heads were removed before the adapter was trained, remove the same ones first: load_pruned with the "
+            "folder of save_pruned, or prune_heads with the same plan."
+        )
+    return "If heads were removed, they are not those of the model that the adapter was trained with."
+
+
+def note_head_counts(model: nn.Module) -> None:
+    """Writes the head counts of a tower into the configurations of its adapters, which are saved with them.
+
+    Call it when heads were removed from a model that carries SFA.
+    """
+    layers = [layer for _, _, layer in injected_layers(model)]
+    if not layers:
+        return
+    try:
+        counts = {number: int(module.num_heads) for number, (_, module) in enumerate(find_tower(model).attentions)}  # pyright: ignore[reportArgumentType]
+    except NoMatchingBackboneError:  # a part of a tower
+        counts = {layer.index: layer.num_heads for layer in layers}
+    for config in (config for layer in layers for config in layer.configs.values()):
+        if config.tower is not None:
+            told = config.tower["num_heads"]
+            heads: list[int] = [told] * config.tower["num_layers"] if isinstance(told, int) else told
+            heads = [counts.get(number, count) for number, count in enumerate(heads)]
+            config.tower = {**config.tower, "num_heads": one_or_each(heads)}
 
 
 def prepare_tower(plan: InjectionPlan) -> TowerState:
@@ -182,7 +250,7 @@ def add_adapter(
     """Adds one adapter to one attention module."""
     layer = getattr(attention, CHILD_NAME, None)
     if layer is None:
-        layer = SFALayer(plan.num_heads, index, name, state)
+        layer = SFALayer(plan.num_heads[index], index, name, state)
         layer.train(attention.training)
         attach_layer(attention, layer)
     device = next((p.device for p in attention.parameters()), torch.device("cpu"))

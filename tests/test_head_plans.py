@@ -50,6 +50,33 @@ def test_adaptive_spares_the_first_six_layers() -> None:
     assert max(found[6:]) - min(found[6:]) <= 1
 
 
+def test_small_models_have_an_early_layer_and_remainders_go_from_late_ones() -> None:
+    assert counts(plan_heads(scores_of(4, 8), 0.25, "adaptive")) == [1, 2, 2, 3]
+    assert counts(plan_heads(scores_of(2, 8), 0.25, "early_skip")) == [0, 4]
+    assert counts(plan_heads(scores_of(1, 8), 0.25, "adaptive")) == [2]
+    # 6 layers at half weight and 26 at a whole one: 307 of 29 shares are 10.59 and 5.29.
+    assert set(counts(plan_heads(scores_of(32, 32), 0.3, "adaptive"))[:6]) == {5}
+
+
+def test_rates_that_binary_numbers_miss_count_as_they_are_written() -> None:
+    assert 0.29 * 100 < 29  # 28.999999999999996
+    assert plan_heads(scores_of(10, 10), 0.29, "adaptive").count == 29
+    assert plan_heads(scores_of(10, 10), 0.29, "global").count == 29
+    assert counts(plan_heads(scores_of(1, 10), 0.35)) == [4]  # 3.5
+    assert counts(plan_heads(scores_of(1, 100), 0.145)) == [15]  # 14.499999999999998
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_scores_go_in_a_fixed_order(kind: Any) -> None:
+    values: dict[str, tuple[float, ...]] = {f"layers.{n}": (1.0,) * 4 for n in range(4)}
+    scores = HeadScores(values, dict.fromkeys(values, 4), "s4")
+    plan = plan_heads(scores, 0.4, kind)
+    assert plan == plan_heads(scores, 0.4, kind)
+    assert all(removed == tuple(range(len(removed))) for removed in plan.removed.values()), "the first of equal heads"
+    if kind == "global":
+        assert counts(plan) == [3, 3, 0, 0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lowest_scores_go(kind: Any) -> None:
     scores = scores_of(8, 16)
@@ -100,10 +127,47 @@ def test_under_grouped_queries_the_best_allowed_set_stays(data: st.DataObject, s
 )
 def test_every_plan_can_be_carried_out(layers: int, shape: tuple[int, int], rate: float, kind: Any, seed: int) -> None:
     plan = plan_heads(scores_of(layers, *shape, seed=seed), rate, kind)  # HeadPlan checks the groups
-    assert all(plan.kept(name) for name in plan.removed)
+    for name in plan.removed:
+        kept, size = plan.kept(name), shape[0] // shape[1]
+        assert kept, "a layer has a head"
+        own = {group: sum(head // size == group for head in kept) for group in plan.kept_kv(name)}
+        assert set(own.values()) == {len(kept) // len(own)}, "equally many in each group that stays"
+    if kind == "uniform" and shape[0] == shape[1]:
+        assert set(counts(plan)) == {int(rate * shape[0] + 0.5)}
+    if kind == "uniform":  # nearer than any other number that the groups allow
+        possible = {g * n for g in range(1, shape[1] + 1) for n in range(1, shape[0] // shape[1] + 1)}
+        goal = shape[0] - int(rate * shape[0] + 0.5)
+        assert abs(shape[0] - counts(plan)[0] - goal) == min(abs(number - goal) for number in possible)
     assert HeadPlan.from_json(plan.to_json()) == plan
     if kind in ("adaptive", "global"):  # a total is promised, up to what groups allow in the last layer
         assert abs(plan.count - int(rate * plan.total)) <= (0 if shape[0] == shape[1] else shape[0] // shape[1] + 1)
+
+
+def test_what_groups_forbid_goes_from_the_next_layer_only_where_a_total_is_promised() -> None:
+    scores = scores_of(8, 28, 4)
+    assert set(counts(plan_heads(scores, 0.3))) == {8}
+    assert set(counts(plan_heads(scores, 0.2))) == {7}  # 6 cannot go: 22 heads are no rectangle of groups
+    found = counts(plan_heads(scores, 0.3, "adaptive"))
+    assert len(set(found[1:])) > 1
+    assert abs(sum(found) - 67) <= 2
+    values: dict[str, tuple[float, ...]] = {"a": (0.0,) * 8, "b": (0.0,) * 8}
+    few = HeadScores(values, {"a": 1, "b": 8}, "flap")
+    assert sum(counts(plan_heads(few, 0.8, "global"))) == 12
+
+
+def test_a_plan_tells_how_it_was_made_and_does_not_change() -> None:
+    scores = HeadScores({"a": (0.0, 1.0, 2.0, 3.0)}, {"a": 4}, "flap", {"name": "host", "weights": "12ab"})
+    plan = plan_heads(scores, 0.25)
+    assert plan.how == {
+        "kind": "uniform", "rate": 0.25, "method": "flap", "protected": [],
+        "model": {"name": "host", "weights": "12ab"},
+    }  # fmt: skip
+    removed, heads, groups, how = {"a": [0]}, {"a": 4}, {"a": 4}, {"kind": "own"}
+    own = HeadPlan(removed, heads, groups, how)  # pyright: ignore[reportArgumentType]
+    removed["a"].append(1)
+    heads["a"] = groups["a"] = how["kind"] = 9  # pyright: ignore[reportArgumentType]
+    assert own == HeadPlan({"a": (0,)}, {"a": 4}, {"a": 4}, {"kind": "own"})
+    assert own.rate == 0.25
 
 
 def test_whole_groups_go_where_they_are_worth_least() -> None:
@@ -121,6 +185,8 @@ def test_protected_layers_keep_their_heads() -> None:
     assert counts(adaptive)[7] == 0
     assert adaptive.count == 14
     assert plan_heads(scores, 0.25, "global", protect=range(7)).count == 2
+    # Early layers stay those of the whole model: of the layers that are left, none is early.
+    assert min(counts(plan_heads(scores_of(32, 32), 0.2, "early_skip", protect=range(6)))[6:]) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,57 +1,19 @@
-"""Scores of heads against slow references, their file, and the command."""
+"""Scores of heads against slow references."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from sfa_adapters import SFAConfig, inject_sfa
-from sfa_adapters.cli_calibrate import app
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.calibrate import calibrate_heads
-from sfa_adapters.heads.plan import HeadPlan
-from sfa_adapters.heads.scores import HeadScores, head_layers
-from sfa_adapters.recipes.calibrate_heads import run_calibrate_heads
-from tests.hosts import HOSTS, IMAGE, logits_of
-
-BY_NAME = {host.name: host for host in HOSTS}
-NAMES = ("llava", "internvl", "qwen2_5_vl", "gemma3")
-LLAVA = BY_NAME["llava"]
-
-
-def calibrated(model: nn.Module, batches: Any = (), method: Any = "s4", **options: Any) -> HeadScores:
-    return calibrate_heads(model, batches, method, progress=False, **options)
-
-
-def assert_scores(scores: HeadScores, expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    found = torch.tensor(list(scores.values.values()), dtype=torch.float64)
-    wanted = torch.stack(expected).double()
-    assert found.shape == wanted.shape
-    assert ((found - wanted).abs() <= tolerance * wanted.abs().max()).all(), f"{found}\n{wanted}"
-
-
-def eager_s4(model: Any, batches: list[dict[str, Any]], gamma: float) -> list[torch.Tensor]:
-    """From whole attention matrices, one sample and one row after the other."""
-    model.set_attn_implementation("eager")
-    samples: list[torch.Tensor] = []
-    for batch in batches:
-        with torch.no_grad():
-            layers = model(**batch, output_attentions=True).attentions
-        for row, ids in enumerate(batch["input_ids"]):
-            image = [place for place, token in enumerate(ids) if token == IMAGE]
-            real = batch["attention_mask"][row]
-            text = [p for p in range(image[0], len(ids)) if ids[p] != IMAGE and real[p]]
-            rows = [[a[row][:, q, image] for q in text] for a in layers]
-            found = [torch.stack([p.var(-1, correction=0) + gamma * p.mean(-1) for p in own]).mean(0) for own in rows]
-            samples.append(torch.stack(found))
-    return list(torch.stack(samples).mean(0))
+from sfa_adapters.heads.layers import head_layers
+from tests.head_scoring import BY_NAME, LLAVA, NAMES, assert_scores, calibrated, eager_s4, padded
+from tests.hosts import IMAGE, logits_of
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -65,13 +27,6 @@ def test_s4_is_variance_and_mean_of_text_to_image_attention(name: str, implement
     assert scores.data["samples"] == 4
     assert_scores(scores, eager_s4(model, batches, 0.4))
     assert calibrated(model, batches, gamma=0.0).values != scores.values
-
-
-def padded(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """Padding on the left, as for `generate`."""
-    pad = torch.zeros(len(batch["input_ids"]), count, dtype=torch.long)
-    ids = torch.cat((pad, batch["input_ids"]), 1)
-    return {**batch, "input_ids": ids, "attention_mask": torch.cat((pad, batch["attention_mask"]), 1)}
 
 
 @pytest.mark.parametrize("method", ["s4", "gate", "flap"])
@@ -245,96 +200,3 @@ def test_bad_options_and_shared_weights_are_named() -> None:
     layers[1].self_attn = layers[0].self_attn
     with pytest.raises(RecipeError, match="share one module"):
         calibrated(model, [LLAVA.inputs()])
-
-
-def test_scores_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(RecipeError, match="head 1 is nan"):
-        HeadScores({"a": (0.0, float("nan"))}, {"a": 2}, "s4")
-    with pytest.raises(RecipeError, match="do not fit 3"):
-        HeadScores({"a": (0.0, 1.0)}, {"a": 3}, "s4")
-    with pytest.raises(RecipeError, match="same modules"):
-        HeadScores({"a": (0.0,)}, {"b": 1}, "s4")
-    model: Any = LLAVA.build()
-    with torch.no_grad():
-        next(iter(head_layers(model).values())).output.weight.fill_(float("nan"))  # pyright: ignore[reportCallIssue]
-    with pytest.raises(RecipeError, match="NaN"):
-        calibrated(model, [LLAVA.inputs()], "flap")
-
-
-def test_saved_scores_come_back_and_know_their_model(tmp_path: Path) -> None:
-    model: Any = LLAVA.build()
-    scores = calibrated(model, [LLAVA.inputs()], data="two prompts")
-    path = scores.save(tmp_path / "new" / "scores.json")
-    loaded = HeadScores.load(path)
-    assert loaded == scores
-    assert loaded.data["about"] == "two prompts"
-    assert loaded.settings["gamma"] == 0.4
-    loaded.check(model)
-    loaded.check(LLAVA.build().to(torch.bfloat16))
-    with pytest.raises(RecipeError, match="weights are not those"):
-        loaded.check(BY_NAME["internvl"].build())
-    name = next(iter(scores.values))
-    other = HeadScores({**scores.values, name: (1.0, 2.0)}, scores.num_kv_heads, "s4")
-    with pytest.raises(RecipeError, match="has 4 query and 2 key/value heads"):
-        other.check(model)
-    with torch.no_grad():
-        model.get_decoder().layers[0].self_attn.q_proj.weight.mul_(1.5)
-    with pytest.raises(RecipeError, match="weights are not those"):
-        loaded.check(model)
-
-
-def test_files_that_are_no_scores_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "scores.json"
-    with pytest.raises(RecipeError, match="cannot be read"):
-        HeadScores.load(path)
-    good = json.loads(HeadScores({"a": (0.0, 1.0)}, {"a": 2}, "s4").to_json())
-    bad = {**good, "values": {"a": ["x"]}}, {**good, "more": 1}, {k: v for k, v in good.items() if k != "method"}, []
-    for told in bad:
-        path.write_text(json.dumps(told))
-        with pytest.raises(RecipeError, match="no head scores"):
-            HeadScores.load(path)
-    for text, match in (
-        (json.dumps({**good, "version": 2}), "version 2"),
-        (json.dumps(good).replace("0.0", "NaN"), "score of head 0 is nan"),
-    ):
-        path.write_text(text)
-        with pytest.raises(RecipeError, match=match):
-            HeadScores.load(path)
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
-    from PIL import Image
-
-    path = tmp_path / "page.png"
-    Image.new("RGB", (32, 32), "white").save(path)
-    return path
-
-
-def test_the_command_scores_the_nano_host_and_writes_a_plan(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = ["heads", "--charts", "4", "--rate", "0.3", "--out", str(out)]
-    found = CliRunner().invoke(app, options, catch_exceptions=False)
-    assert found.exit_code == 0
-    scores = HeadScores.load(out / "head_scores.json")
-    assert scores.data["samples"] == 4
-    plan = HeadPlan.from_json((out / "head_plan.json").read_text())
-    assert [len(heads) for heads in plan.removed.values()] == [1] * 4
-    assert "4 of 16 heads go (25.0%)" in found.output
-
-
-def test_the_command_refuses_half_a_question(tmp_path: Path, page: Path) -> None:
-    halves: list[dict[str, Any]] = [
-        {"images": [page]},
-        {"model": "x"},
-        {"question": "?"},
-        {"images": [page], "model": "x"},
-    ]
-    for options in halves:
-        with pytest.raises(DataError, match="together"):
-            run_calibrate_heads(tmp_path / "out", **options)
-    with pytest.raises(DataError, match="cannot be loaded"):
-        run_calibrate_heads(tmp_path / "out", [page], str(tmp_path / "none"), "What?")
-    with pytest.raises(DataError, match="--charts 0"):
-        run_calibrate_heads(tmp_path / "out", charts=0)
-    assert not (tmp_path / "out").exists()

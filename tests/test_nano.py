@@ -258,6 +258,6 @@ def test_pretraining_runs_every_stage_and_goes_on_where_it_stopped(tmp_path, tmp
     again.train(every=2, stages=stages)
     moved = {n for n, p in again.host.model.named_parameters() if not torch.equal(p, before[n])}
     assert any("language_model" in n for n in moved)
-    digest = pretrain.ship(again.host, tmp_path / "w.safetensors")
+    digest = pretrain.ship(again.host.model, tmp_path / "w.safetensors")
     assert len(digest) == 64
     assert nano.load_nano(name, path=tmp_path / "w.safetensors").name == name

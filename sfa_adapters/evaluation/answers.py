@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
+from sfa_adapters.heads.facts import pruned_facts
 from sfa_adapters.training.collate import Collator
 
 if TYPE_CHECKING:
@@ -181,6 +182,8 @@ def _settings(host: Host, rows: Sequence[Row], ocr: bool) -> dict[str, Any]:
     for name in ("model", "data"):  # a folder may have moved; weights and questions say what is in it
         told[name] = Path(told[name]).name if Path(told[name]).exists() else told[name]
     told |= {"rows": len(rows), "questions": questions.hexdigest()[:16], "ocr": ocr}
+    pruned = pruned_facts(host.model)
+    told |= {} if pruned is None else {"pruned": pruned.to_dict()}
     return told | {"weights": fingerprint(host.model)}
 
 

@@ -1,18 +1,29 @@
-"""`open_host`: a host to ask, from whatever the user has: a model, the folder of a run, or a model and an adapter."""
+"""`open_host`: a host to ask, from whatever the user has: a model, the folder of a run, or a model and an adapter.
+
+Attention heads can be removed from what was loaded, and a folder of `save_pruned` is a model like any other. A host is
+always asked as it lies in memory; nothing is loaded again by its name.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from sfa_adapters.errors import RecipeError
+from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.heads.compensation import Compensation, check_compensation
+from sfa_adapters.heads.facts import pruned_folder
+from sfa_adapters.heads.head_plan import HeadPlan
+from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.prune import plain_model, prune_heads
+from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of
 from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
 from sfa_adapters.training.hosts import HOSTS, Host, load_host
 from sfa_adapters.training.recipe import Family, Recipe
 from sfa_adapters.training.trainer import FINAL
 
-__all__ = ["family_of", "find_run", "open_host"]
+__all__ = ["family_of", "find_run", "open_host", "read_head_plan"]
 
 ADAPTER = "adapter_config.json"
 OFF: dict[str, Any] = {"sfa": False, "lora_llm": 0, "adat": None}
@@ -55,24 +66,76 @@ def family_of(model: str, revision: str | None = None) -> Family:
     raise RecipeError(f"{model} is a {kind!r} model. Hosts that can be evaluated: {known}.")
 
 
+def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
+    """Reads what `sfa calibrate heads --rate` left, and checks what is to be done for the heads that go.
+
+    Args:
+        path: The file, or the folder with `head_plan.json`.
+        compensation: As in `prune_heads`; "bias" is refused, since there are no batches to measure means on.
+
+    Raises:
+        RecipeError: There is no plan, it belongs to a model that was pruned already, or the compensation cannot be
+            used.
+    """
+    if compensation == "bias":
+        raise RecipeError(
+            "compensation=bias measures means on prompts, and those that are evaluated must not be among them: remove "
+            "the heads with prune_heads(model, plan, 'bias', batches), save_pruned, and evaluate that folder."
+        )
+    check_compensation(compensation, None)
+    path = Path(path)
+    path = path / PLAN_NAME if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"There is no head plan {path}; make one with: sfa calibrate heads --rate 0.2") from error
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        told = None  # from_json says what is wrong
+    if isinstance(told, dict) and "plan" in told:
+        raise RecipeError(f"{path} belongs to a model of save_pruned: evaluate its folder, without a head plan.")
+    try:
+        return HeadPlan.from_json(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
 def open_host(
-    model: str | Path | Recipe, adapter: str | Path | None = None, device: str | None = None, **changes: Any
+    model: str | Path | Recipe,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    *,
+    head_plan: str | Path | HeadPlan | None = None,
+    compensation: Compensation = "none",
+    **changes: Any,
 ) -> Host:
     """Loads a host to ask it.
 
     Args:
-        model: The folder of a run or a checkpoint; or a hub id, a local folder or a recipe of a host, which is taken as
-            it is, without an adapter.
+        model: The folder of a run or a checkpoint; or a hub id, a local folder (of `save_pruned`, too) or a recipe of a
+            host, which is taken as it is, without an adapter.
         adapter: The folder of a run or of an SFA adapter, to put into `model`.
         device: Where to; the GPU by default, a CPU without one.
+        head_plan: Attention heads to remove from the host in memory, when its adapters are in it: a plan, its file, or
+            the folder of that. A model that is named without a recipe is then loaded in 16 bits, not in 4.
+        compensation: What is done for them: "none", "absorb" or "residual".
         changes: Settings of the recipe that differ: `plan`, `prompt`, `max_tiles`, `data`, ...
 
     Returns:
         The host, in eval mode; nothing in it trains.
 
     Raises:
-        RecipeError: There is no such model, or the folder holds no trained weights; or they are of another host.
+        RecipeError: There is no such model, or the folder holds no trained weights; or they are of another host; or
+            the plan of heads cannot be used.
+        InjectionError: The plan is of another model, or a layer cannot lose heads (4-bit weights, say).
     """
+    if head_plan is None and compensation != "none":
+        raise RecipeError(f"compensation={compensation} is for heads that go: give their head_plan, too.")
+    if isinstance(head_plan, HeadPlan):
+        check_compensation(compensation, None)
+    elif head_plan is not None:
+        head_plan = read_head_plan(head_plan, compensation)
     run = None if isinstance(model, Recipe) else find_run(model)
     if run is not None and adapter is not None:
         raise RecipeError(f"{model} is the folder of a run already: leave out the adapter {adapter}.")
@@ -81,7 +144,10 @@ def open_host(
     elif run is None:
         if Path(model).is_dir() and (Path(model) / ADAPTER).is_file():
             raise RecipeError(f"{model} is an adapter: give its model too (--model BASE --adapter {model}).")
-        recipe = Recipe(name=Path(model).name, model=str(model), family=family_of(str(model)), **OFF)
+        # Heads cannot be cut out of 4-bit weights, which are the default.
+        whole = head_plan is None and not pruned_folder(model)
+        usual: dict[str, Any] = OFF if whole else OFF | {"plan": "bf16"}
+        recipe = Recipe(name=Path(model).name, model=str(model), family=family_of(str(model)), **usual)
     else:
         recipe = saved_recipe(run)
     if adapter is not None:
@@ -96,5 +162,20 @@ def open_host(
         load_trained(host, run)
     elif adapter is not None:
         load_sfa(host.model, adapter)
+    if head_plan is not None:
+        _prune(host, head_plan, compensation)
     host.model.requires_grad_(False).eval()
     return host
+
+
+def _prune(host: Host, plan: HeadPlan, compensation: Compensation) -> None:
+    """Removes heads, and looks whether they went: the score of a whole model must never stand for a pruned one."""
+    prune_heads(host.model, plan, compensation)
+    done, base = pruned_of(host.model), plain_model(host.model)  # an error where nothing went
+    for path in done.plan.num_heads:
+        left = read_geometry(path, base.get_submodule(path)).num_heads
+        if left != len(done.plan.kept(path)) or done.plan.count != plan.count:
+            raise InjectionError(
+                f"{path} has {left} heads after pruning, not {len(done.plan.kept(path))}, and {done.plan.count} of "
+                f"{plan.count} heads went: the plan was not carried out."
+            )

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
+from sfa_adapters.heads.facts import PrunedFacts
 
-__all__ = ["Prediction", "PredictionFile", "read_answers", "write_atomically"]
+__all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,22 @@ def read_answers(path: str | Path) -> list[Prediction]:
     if not found:
         raise DataError(f"{path} has no answers.")
     return found
+
+
+def facts_of_answers(path: str | Path) -> PrunedFacts | None:
+    """What the model behind a file of predictions had lost; None for a whole one, and where nothing is on record.
+
+    Raises:
+        DataError: The settings beside the file cannot be read.
+    """
+    settings = Path(path).with_suffix(".settings.json")
+    if not settings.is_file():
+        return None
+    try:
+        told = json.loads(settings.read_text(encoding="utf-8")).get("pruned")
+        return None if told is None else PrunedFacts.from_dict(told)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{settings} cannot be read ({error}).") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

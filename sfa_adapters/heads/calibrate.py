@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from sfa_adapters.analysis.forward import evaluating, to_device
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.measures import FlapScore, GateScore, Measure, S4Score
-from sfa_adapters.heads.scores import HeadScores, head_layers, model_identity
+from sfa_adapters.heads.flap import FlapScore
+from sfa_adapters.heads.layers import head_layers, model_identity
+from sfa_adapters.heads.measures import GateScore, Measure, S4Score
+from sfa_adapters.heads.scores import HeadScores
 
-__all__ = ["Method", "calibrate_heads"]
+__all__ = ["Method", "calibrate_heads", "check_method"]
 
 Method = Literal["s4", "gate", "flap", "random"]
 
@@ -68,10 +70,7 @@ def calibrate_heads(
         DataError: No sample can be measured, or a batch has no `input_ids`.
         ObservationError: Attention cannot be read, as in `observe`.
     """
-    if method not in get_args(Method):
-        raise RecipeError(f"method={method!r} must be one of {', '.join(get_args(Method))}.")
-    if isinstance(gamma, bool) or not 0 <= gamma < float("inf"):
-        raise RecipeError(f"gamma={gamma!r} must be a number of at least 0.")
+    check_method(method, gamma)
     layers = head_layers(model, modules)
     groups = {name: layer.num_kv_heads for name, layer in layers.items()}
     settings: dict[str, Any] = {"modules": modules}
@@ -101,6 +100,18 @@ def calibrate_heads(
     measure.skipped.refuse_all(measure.samples, "samples")
     told |= {"samples": measure.samples, "skipped": measure.skipped.counts(), "prompts": digest.hexdigest()[:16]}
     return HeadScores(_tuples(measure.scores()), groups, method, identity, told, settings)
+
+
+def check_method(method: str, gamma: float) -> None:
+    """Checks two options of `calibrate_heads`.
+
+    Raises:
+        RecipeError: There is no such method, or gamma is no number of at least 0.
+    """
+    if method not in get_args(Method):
+        raise RecipeError(f"method={method!r} must be one of {', '.join(get_args(Method))}.")
+    if isinstance(gamma, bool) or not 0 <= gamma < float("inf"):
+        raise RecipeError(f"gamma={gamma!r} must be a number of at least 0.")
 
 
 def _measured(measure: Measure, batch: dict[str, Any], count: int) -> None:

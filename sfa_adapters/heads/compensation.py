@@ -19,9 +19,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.analysis.forward import evaluating, to_device
+from sfa_adapters.errors import InjectionError, NoMatchingBackboneError, RecipeError
 from sfa_adapters.heads.kinds import HeadGeometry, base_linear
+from sfa_adapters.heads.layers import entering
 from sfa_adapters.heads.slicing import Edits, channels
+from sfa_adapters.registry import find_tower
 
 __all__ = ["COMPENSATIONS", "Compensation", "add_mean_bias", "check_compensation", "mean_inputs", "move_residual"]
 
@@ -63,31 +66,23 @@ def mean_inputs(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     mask: Tensor | None = None
+    tower = _tower_modules(model)
 
     def note(path: str, states: Tensor) -> None:
-        valid = mask is not None and mask.shape == states.shape[:-1]
-        tokens = states[mask.to(states.device).bool()] if valid and mask is not None else states.flatten(0, -2)
+        # The mask is of the prompt: patches of a tower may be as many by chance.
+        if mask is not None and id(outputs[path]) not in tower and mask.shape == states.shape[:-1]:
+            states = states[mask.bool()]
+        tokens = states.flatten(0, -2)
         total = tokens.sum(0, dtype=torch.float64)
         sums[path] = sums[path] + total if path in sums else total
         counts[path] = counts.get(path, 0) + len(tokens)
 
-    def hook(path: str) -> Any:
-        return lambda module, args: note(path, args[0])
-
-    training = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(hook(path)) for path, module in outputs.items()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                given = batch.get("attention_mask")
-                mask = given if isinstance(given, Tensor) and given.ndim == 2 else None
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), entering(outputs, note):
+        for batch in batches:
+            batch = to_device(batch, model)
+            given = batch.get("attention_mask")
+            mask = given if isinstance(given, Tensor) and given.ndim == 2 else None
+            model(**batch)
     for path in outputs:
         if not counts.get(path):
             raise RecipeError(f"{path} never ran on the batches: there is no mean to compensate with. Give batches "
@@ -95,6 +90,14 @@ def mean_inputs(
         if not bool(sums[path].isfinite().all()):
             raise RecipeError(f"The heads of {path} give values that are not finite on the batches.")
     return {path: sums[path] / counts[path] for path in outputs}
+
+
+def _tower_modules(model: nn.Module) -> set[int]:
+    """Identities of all modules inside of the vision tower; none where there is not just one."""
+    try:
+        return {id(module) for module in find_tower(model).tower.modules()}
+    except (NoMatchingBackboneError, InjectionError):  # none, or several
+        return set()
 
 
 def add_mean_bias(edits: Edits, path: str, output: nn.Module, removed: Tensor, mean: Tensor) -> bool:

@@ -20,15 +20,17 @@ from sfa_adapters.heads.compensation import (
     mean_inputs,
     move_residual,
 )
+from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import HeadGeometry, read_geometry
-from sfa_adapters.heads.plan import HeadPlan
 from sfa_adapters.heads.slicing import Edits, channels
 from sfa_adapters.layer import CHILD_NAME, SFALayer
+from sfa_adapters.tuner import note_head_counts
 
 __all__ = ["PRUNED", "Pruned", "Target", "find_targets", "plain_model", "prune_heads", "slice_heads"]
 
 Model = TypeVar("Model", bound=nn.Module)
 PRUNED = "_pruned_heads"
+_LOST = "_lost_heads"  # on an attention module: its numbers of heads are no longer those that plans count
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,18 @@ def prune_heads(
         if compensation == "absorb":
             edits.scale_inputs(name, output, target.geometry.num_heads / len(kept))
     edits.commit()
-    by_path = {t.path: t.name for t in targets}
+    note_head_counts(model)
+    # Layers that keep all heads stay in the plan: its rate is a share of theirs, too.
+    base = plain_model(model)
+    paths = {id(module): path for path, module in base.named_modules()}
+    by_path = {paths[id(_find(model, base, name))]: name for name in plan.num_heads}
     own = HeadPlan(
         {path: plan.removed[name] for path, name in by_path.items()},
         {path: plan.num_heads[name] for path, name in by_path.items()},
         {path: plan.num_kv_heads[name] for path, name in by_path.items()},
         plan.how,
     )
-    plain_model(model).__dict__[PRUNED] = Pruned(own, compensation, tuple(biases))
+    base.__dict__[PRUNED] = Pruned(own, compensation, tuple(biases))
     return model
 
 
@@ -150,9 +156,14 @@ def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:
             f"{type(base).__name__} has lost heads before. Make one plan for the original model, and prune that."
         )
     paths = {id(module): name for name, module in base.named_modules()}
-    targets = []
+    targets, named = [], {}
     for name in plan.num_heads:
         module = _find(model, base, name)
+        first = named.setdefault(id(module), name)
+        if first != name:
+            raise InjectionError(f"{first} and {name} of the head plan are the same module. Name it once.")
+        if hasattr(module, _LOST):
+            raise InjectionError(f"{name} has lost heads before. Make one plan for the original model, and prune that.")
         geometry = read_geometry(name, module)
         counts, told = (geometry.num_heads, geometry.num_kv_heads), (plan.num_heads[name], plan.num_kv_heads[name])
         if counts != told:
@@ -190,6 +201,7 @@ def slice_heads(edits: Edits, target: Target, plan: HeadPlan) -> None:
         **dict.fromkeys(kind.widths, len(query)),
     }
     edits.values += [(module, name, number) for name, number in numbers.items() if hasattr(module, name)]
+    edits.values.append((module, _LOST, True))
     sfa = getattr(module, CHILD_NAME, None)
     if isinstance(sfa, SFALayer):
         heads = channels(kept, 1)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import base_linear
-from sfa_adapters.heads.plan import HeadPlan
 from sfa_adapters.heads.prune import PRUNED, Pruned, find_targets, plain_model, slice_heads
 from sfa_adapters.heads.slicing import Edits
-from sfa_adapters.layer import SFALayer
+from sfa_adapters.tuner import note_head_counts
 
-__all__ = ["PLAN_NAME", "load_pruned", "pruned_of", "save_pruned"]
+__all__ = ["PLAN_NAME", "load_pruned", "pruned_of", "read_pruned", "save_pruned"]
 
 Model = TypeVar("Model", bound=nn.Module)
 PLAN_NAME, WEIGHTS_NAME, INDEX_NAME = "head_plan.json", "model.safetensors", "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
         >>> model = load_pruned(empty, folder)  # doctest: +SKIP
     """
     folder = Path(folder)
-    pruned, kind = _read_plan(folder)
+    pruned, kind = read_pruned(folder)
     inner = plain_model(base)
     if type(inner).__name__ != kind:
         raise RecipeError(f"{folder} holds a pruned {kind}, not a {type(inner).__name__}.")
@@ -135,6 +135,7 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
     own = _own_names(inner)
     _check_fits(inner, edits, tensors, folder, own)
     edits.commit()
+    note_head_counts(inner)
     actual = {own(key): key for key in inner.state_dict()}
     # What is tied stands once in the file; all else was checked.
     inner.load_state_dict({actual[name]: tensor for name, tensor in tensors.items()}, strict=False)
@@ -146,24 +147,29 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
 
 def _own_names(base: nn.Module) -> Callable[[str], str | None]:
     """Names that tensors have in the model without adapters; None for tensors of adapters."""
-    wrapped: dict[str, str | None] = {}
+    wrapped: dict[str, str] = {}  # SFA has no layer inside of it, so all of its names are None
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             if getattr(module, "merged", False):
                 raise InjectionError(f"{name} has an adapter merged in. Unmerge it first (unmerge_adapter).")
-            wrapped[f"{name}."] = None if isinstance(module, SFALayer) else f"{name}.base_layer."
+            wrapped[f"{name}."] = f"{name}.base_layer."
 
     def own(key: str) -> str | None:
         outer = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
         if outer is None:
             return key
         inside = wrapped[outer]
-        return outer + key.removeprefix(inside) if inside is not None and key.startswith(inside) else None
+        return outer + key.removeprefix(inside) if key.startswith(inside) else None
 
     return own
 
 
-def _read_plan(folder: Path) -> tuple[Pruned, str]:
+def read_pruned(folder: Path) -> tuple[Pruned, str]:
+    """What a folder of `save_pruned` says was done to its model, and the class of that.
+
+    Raises:
+        RecipeError: The folder is incomplete, or of a newer version.
+    """
     path = folder / PLAN_NAME
     if not path.is_file():
         raise RecipeError(f"{folder} has no {PLAN_NAME}: it is no folder of save_pruned, or the save did not finish.")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["EARLY_SKIP_RATE", "adaptive_quotas", "chosen_heads", "early_skip_quotas", "global_quotas", "uniform_quotas"]
+__all__ = [
+    "EARLY_SKIP_RATE",
+    "adaptive_quotas",
+    "chosen_heads",
+    "early_skip_quotas",
+    "global_quotas",
+    "rounded_down",
+    "uniform_quotas",
+]
 
 # The published plans name layers of a model of 32: 0-5 are early, 6-21 in the middle, 22-31 late. Other depths are
 # divided in the same proportion.
@@ -37,7 +45,7 @@ def adaptive_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
     early, middle = _ends(len(heads))
     weights = _stages(early, middle, len(heads), _EARLY_WEIGHT, 1.0, 1.0)
     parts = {name: weight * heads[name] for name, weight in zip(heads, weights, strict=True)}
-    total = _total(heads, rate)
+    total = rounded_down(rate, heads.values())
     exact = {name: total * part / sum(parts.values()) for name, part in parts.items()}
     quotas = {name: math.floor(value + _EPSILON) for name, value in exact.items()}
     # The largest remainders get what rounding down left over; late layers first.
@@ -52,7 +60,7 @@ def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[st
 
     A total that does not fit is as far as it goes; the caller compares.
     """
-    left = _total({name: len(own) for name, own in values.items()}, rate)
+    left = rounded_down(rate, map(len, values.values()))
     quotas = dict.fromkeys(values, 0)
     for _, name in sorted(((value, name) for name, own in values.items() for value in own), key=lambda pair: pair[0]):
         if left and quotas[name] < len(values[name]) - 1:
@@ -70,7 +78,7 @@ def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int,
     Args:
         values: One score per query head.
         groups: Key/value heads.
-        quota: How many query heads should go, fewer than all.
+        quota: How many query heads should go; one stays in any case.
 
     Returns:
         Query heads, sorted.
@@ -114,5 +122,6 @@ def _rounded(value: float) -> int:
     return math.floor(value + 0.5 + _EPSILON)
 
 
-def _total(heads: Mapping[str, int], rate: float) -> int:
-    return math.floor(rate * sum(heads.values()) + _EPSILON)
+def rounded_down(rate: float, heads: Iterable[int]) -> int:
+    """The rate of all heads together, in whole heads."""
+    return math.floor(rate * sum(heads) + _EPSILON)

@@ -1,4 +1,4 @@
-"""`take_probe` and `prune_receipt`: proof that heads are gone, and what changed, on the very object that is used next.
+"""`prune_receipt`: proof that heads are gone, and what changed, on the very object that is used next.
 
 probe = take_probe(model, inputs)
 model = prune_heads(model, plan)
@@ -7,34 +7,21 @@ receipt = prune_receipt(probe, model)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.probe import Probe, output_of, take_probe
 from sfa_adapters.heads.prune import plain_model
 from sfa_adapters.heads.pruned_files import pruned_of
+from sfa_adapters.heads.speed import Speed, check_rounds, measure_speed
 
 __all__ = ["Probe", "PruneReceipt", "prune_receipt", "take_probe"]
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """A model before pruning.
-
-    Attributes:
-        inputs: The probe batch.
-        output: What the model gave for it: logits, or the hidden states of a tower.
-        parameters: Parameters that it had.
-    """
-
-    inputs: Mapping[str, Any]
-    output: Tensor
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,7 @@ class PruneReceipt:
         largest_change: Largest absolute change of the output on the probe batch.
         mean_change: Mean absolute change of it.
         compensation: What was done for the heads that went.
+        speed: Seconds and bytes of both, and whether it is worth it; None where no time was measured.
     """
 
     parameters: tuple[int, int]
@@ -59,9 +47,10 @@ class PruneReceipt:
     largest_change: float
     mean_change: float
     compensation: str
+    speed: Speed | None = None
 
     def __str__(self) -> str:
-        """A few lines to read."""
+        """A few lines to read; modules that lost the same share one."""
         before, after = self.parameters
         lost = sum(b - a for b, a in self.heads.values())
         lines = [
@@ -71,37 +60,42 @@ class PruneReceipt:
             f"output        changed by {self.mean_change:.3g} on average, {self.largest_change:.3g} at most",
             f"compensation  {self.compensation}",
         ]
+        alike: dict[str, list[str]] = {}
         for name, (was, left) in self.heads.items():
             kv = "" if self.kv_heads[name] == (was, left) else " (key/value {} -> {})".format(*self.kv_heads[name])
-            lines.append(f"  {name}  {was} -> {left}{kv}")
-        return "\n".join(lines)
+            alike.setdefault(f"{was} -> {left}{kv}", []).append(name)
+        for change, names in alike.items():
+            lines.append(f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}  {change}")
+        return "\n".join(lines if self.speed is None else [*lines, str(self.speed)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for a file; `speed` with its verdict."""
+        return {**asdict(self), "speed": None if self.speed is None else self.speed.to_dict()}
+
+    def to_json(self) -> str:
+        """The receipt as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def take_probe(model: nn.Module, inputs: Mapping[str, Any]) -> Probe:
-    """Runs a model on a probe batch before it is pruned.
+def prune_receipt(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int = 16) -> PruneReceipt:
+    """Compares a pruned model with its probe, and with itself as it was.
 
-    Args:
-        model: The model.
-        inputs: Keyword arguments of its forward.
-
-    Raises:
-        RecipeError: Its output is not finite, or none was found.
-    """
-    return Probe(dict(inputs), _output(model, inputs), _count(model))
-
-
-def prune_receipt(probe: Probe, model: nn.Module) -> PruneReceipt:
-    """Compares a pruned model with its probe.
+    The probe goes on holding the weights that were replaced: delete it when the receipt is there.
 
     Args:
         probe: From `take_probe` of the same model before.
         model: The pruned model itself, never a reload by name.
+        rounds: How often the original and the pruned model are timed in turns, at least 5; 0 measures no time.
+        tokens: Decoded tokens of each timing, at least 2.
 
     Raises:
         InjectionError: The model lost no heads, no parameters, or its output is the same to the last bit: nothing
             happened.
-        RecipeError: The output is not finite, or of another shape than before.
+        RecipeError: An option cannot be used, the output is not finite or of another shape than before, or the
+            original cannot be put back to be timed, see `measure_speed`.
     """
+    if rounds:
+        check_rounds(rounds, tokens)
     pruned = pruned_of(model)
     plan, base = pruned.plan, plain_model(model)
     now = {path: read_geometry(path, base.get_submodule(path)) for path in plan.num_heads}
@@ -110,13 +104,13 @@ def prune_receipt(probe: Probe, model: nn.Module) -> PruneReceipt:
     cached = [path for path in now if hasattr(base.get_submodule(path), "layer_idx")]
     channels = [2 * sum(kv_heads[path][side] * now[path].head_dim for path in cached) for side in (0, 1)]
 
-    after = _output(model, probe.inputs)
+    after = output_of(model, probe.inputs)
     if after.shape != probe.output.shape:
         raise RecipeError(
             f"The probe gave {list(probe.output.shape)}, the model now {list(after.shape)}: not the same."
         )
     change = (after - probe.output).abs()
-    parameters = _count(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters >= probe.parameters or not bool(change.any()):
         raise InjectionError(
             f"Nothing happened: {probe.parameters:,} parameters before and {parameters:,} now, and the output on the "
@@ -130,28 +124,5 @@ def prune_receipt(probe: Probe, model: nn.Module) -> PruneReceipt:
         float(change.max()),
         float(change.mean()),
         pruned.compensation,
+        measure_speed(probe, model, rounds, tokens) if rounds else None,
     )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Logits or hidden states, in eval mode, float32 on the host."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            found: Any = model(**inputs)
-    finally:
-        for module, was in training.items():
-            module.training = was
-    if not isinstance(found, Tensor):
-        logits = getattr(found, "logits", None)
-        found = getattr(found, "last_hidden_state", None) if logits is None else logits
-    if not isinstance(found, Tensor):
-        raise RecipeError(f"{type(model).__name__} gives neither logits nor hidden states for the probe batch.")
-    if not bool(found.isfinite().all()):
-        raise RecipeError(f"{type(model).__name__} gives values that are not finite for the probe batch.")
-    return found.detach().float().cpu()

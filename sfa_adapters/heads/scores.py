@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,38 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from sfa_adapters.analysis.prompts import decoder_layers
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.heads.layers import head_layer, weights_digest
 from sfa_adapters.observe import attention_modules
-from sfa_adapters.registry import find_tower
 
-__all__ = ["HeadLayer", "HeadScores", "head_layers", "model_identity"]
+__all__ = ["HeadScores"]
 
 _VERSION = 1
-_SAMPLED = 64  # entries of each weight that tell one model from another
-_OUTPUTS = ("o_proj", "out_proj", "proj", "projection_layer")  # in this order: some towers have several
-
-
-@dataclass(frozen=True, eq=False)
-class HeadLayer:
-    """The heads of one attention module.
-
-    Attributes:
-        module: The attention module.
-        output: Its output projection; query head h feeds the columns h * head_dim to (h + 1) * head_dim.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads.
-        head_dim: Channels of a head.
-    """
-
-    module: nn.Module
-    output: nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +81,13 @@ class HeadScores:
                     f"The scores name the attention module {name}, which {type(model).__name__} does not have; it has "
                     f"{next(iter(found), 'none')}. Load the model as it was calibrated, or calibrate this one."
                 )
-            layer = _layer(name, found[name])
+            layer = head_layer(name, found[name])
             if (layer.num_heads, layer.num_kv_heads) != (heads, self.num_kv_heads[name]):
                 raise RecipeError(
                     f"{name} has {layer.num_heads} query and {layer.num_kv_heads} key/value heads, the scores are of "
                     f"{heads} and {self.num_kv_heads[name]}. Calibrate this model."
                 )
-        weights = _digest({name: found[name] for name in self.values})
+        weights = weights_digest({name: found[name] for name in self.values})
         if self.model.get("weights", weights) != weights:
             raise RecipeError(
                 f"The attention weights are not those of {self.model.get('name', 'the model')} that was calibrated "
@@ -171,81 +147,3 @@ class HeadScores:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} cannot be read ({error}); sfa calibrate heads writes such a file.") from error
         return cls.from_json(text)
-
-
-def head_layers(model: nn.Module, modules: str = "language") -> dict[str, HeadLayer]:
-    """The attention modules whose heads can be scored, by path, in order of execution.
-
-    Args:
-        model: A language model, a tower or a whole vision-language model.
-        modules: "language": the layers of the language model; "vision": those layers of the tower that are read.
-
-    Raises:
-        RecipeError: `modules` is unknown, or two layers share a module or a weight.
-        ObservationError: The model has no such layer.
-    """
-    if modules == "language":
-        names = decoder_layers(model)
-    elif modules == "vision":
-        names = tuple(attention_modules(model, "vision"))[: find_tower(model).used_layers]
-    else:
-        raise RecipeError(f"modules={modules!r} must be 'language' or 'vision'.")
-    inside = {name: model.get_submodule(name) for name in names}
-    _refuse_shared(model, inside)
-    return {name: _layer(name, module) for name, module in inside.items()}
-
-
-def model_identity(model: nn.Module, layers: Mapping[str, HeadLayer]) -> dict[str, str]:
-    """What tells a model from others: its class, its name, and a digest of the attention weights.
-
-    Args:
-        model: The model.
-        layers: From `head_layers`.
-
-    Returns:
-        "class", "name" (of a local folder only its last part) and "weights".
-    """
-    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-    name = Path(name).name if Path(name).exists() else name
-    digest = _digest({path: layer.module for path, layer in layers.items()})
-    return {"class": type(model).__name__, "name": name, "weights": digest}
-
-
-def _layer(name: str, module: nn.Module) -> HeadLayer:
-    output = next((getattr(module, n) for n in _OUTPUTS if isinstance(getattr(module, n, None), nn.Module)), None)
-    width = getattr(output, "in_features", None)
-    if output is None or width is None:
-        raise RecipeError(
-            f"{name} ({type(module).__name__}) has no output projection that is known ({', '.join(_OUTPUTS)}): its "
-            "heads cannot be told apart."
-        )
-    size = getattr(module, "head_dim", None) or width // int(getattr(module, "num_heads", 1))
-    keys: Any = getattr(module, "k_proj", None)
-    groups = width if keys is None else keys.out_features
-    return HeadLayer(module, output, width // size, groups // size, size)
-
-
-def _refuse_shared(model: nn.Module, inside: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, str] = {}
-    wanted = {id(module) for module in inside.values()}
-    paths = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if id(m) in wanted]
-    for path, module in paths:
-        for thing in (module, *module.parameters()):
-            first = owners.setdefault(id(thing), path)
-            if first != path:
-                raise RecipeError(
-                    f"{first} and {path} share {'a weight' if isinstance(thing, nn.Parameter) else 'one module'}: "
-                    "heads that went from one would go from the other. Untie them first (copy.deepcopy of one)."
-                )
-
-
-def _digest(modules: Mapping[str, nn.Module]) -> str:
-    """Of names, shapes and some entries of each weight, in bfloat16: the same however the model was loaded."""
-    found = hashlib.sha256()
-    for path, module in modules.items():
-        for name, parameter in module.named_parameters():
-            flat = parameter.detach().flatten()
-            chosen = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), device=flat.device).long()
-            values = flat[chosen].to(torch.bfloat16).float().cpu()
-            found.update(f"{path}.{name} {tuple(parameter.shape)} {values.tolist()}".encode())
-    return found.hexdigest()[:16]

@@ -112,7 +112,10 @@ def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> Tow
     if side < needed:
         raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")
     heads = {int(getattr(module, "num_heads", 0)) for _, module in found.attentions}
-    assert len(heads) == 1
+    if len(heads) != 1:
+        raise InjectionError(
+            f"The layers of {where} have {sorted(heads)} heads: tokens merge by heads of equal number."
+        )
     geometry = backbone.geometry(tower)
     return TowerState(
         backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(found, host), heads.pop()

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.bias import BiasFactors, bias_factors
 from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.heads.facts import pruned_facts
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower, find_tower, pair
@@ -196,6 +197,11 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
         raise InjectionError("No SFA adapter of the model is active; switch on the one to bake.")
     found = find_tower(model)
     where = found.name or type(model).__name__
+    if pruned_facts(model) is not None:
+        raise RecipeError(
+            f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
+            "have shapes of their own. Use save_pruned, and save_sfa beside it."
+        )
     if any(ADAT_STATE in module.__dict__ for module in model.modules()):
         raise RecipeError(
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "

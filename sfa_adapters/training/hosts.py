@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.training.four_bit import check_loaded, keep_format, quantization
 from sfa_adapters.training.plans import dispatch, placement, skeleton
 from sfa_adapters.training.prepare import Host, check_recipe, prepare, set_trainable
+from sfa_adapters.training.pruned import load_pruned_host
 from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.training.specs import HOSTS, HostSpec, Part
 from sfa_adapters.training.table import module_table
@@ -21,7 +23,8 @@ __all__ = ["HOSTS", "Host", "HostSpec", "Part", "load_host", "module_table", "pr
 def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> Host:
     """Loads a host as its recipe says: precision, devices, adapters, what trains.
 
-    Everything that can be checked before weights are read is checked first, on the meta device.
+    Everything that can be checked before weights are read is checked first, on the meta device. A folder of
+    `save_pruned` is loaded by `load_pruned`; the processor must have been saved beside it.
 
     Args:
         recipe: The recipe.
@@ -47,16 +50,21 @@ def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> 
         "attn_implementation": "sdpa",
         "use_safetensors": True,
     }
-    if recipe.plan == "nf4":
+    pruned = pruned_folder(recipe.model)
+    if recipe.plan == "nf4" and not pruned:
         options["quantization_config"] = quantization(recipe, spec, meta)
     with warnings.catch_warnings():
         # A device map may name parameters, as LLaVA-OneVision's newline is one; accelerate looks for modules only.
         warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
         try:
-            model = AutoModelForImageTextToText.from_pretrained(recipe.model, **options)
+            if pruned:
+                model = load_pruned_host(recipe, config, device_map.get("", "cpu"))
+            else:
+                model = AutoModelForImageTextToText.from_pretrained(recipe.model, **options)
             processor = AutoProcessor.from_pretrained(recipe.model, **where)
         except OSError as error:
-            raise RecipeError(f"model={recipe.model!r} cannot be loaded: {error}") from error
+            hint = ". Save the processor beside the pruned model (processor.save_pretrained)" if pruned else ""
+            raise RecipeError(f"model={recipe.model!r} cannot be loaded: {error}{hint}") from error
     check_loaded(model, spec, recipe.plan)
     keep_format(model)
     if recipe.plan == "split":
