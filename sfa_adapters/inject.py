@@ -17,13 +17,13 @@ from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
 from sfa_adapters.layer import CHILD_NAME, SFALayer
+from sfa_adapters.signature import one_or_each
 from sfa_adapters.tuner import (
     SFAModel,
     add_adapter,
     all_or_nothing,
     detach_all,
     injected_layers,
-    one_or_each,
     plan_injection,
     prepare_tower,
     wrap_targets,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, MergeError, NoMatchingBackboneError
+from sfa_adapters.errors import InjectionError, MergeError, NoMatchingBackboneError
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
@@ -30,6 +30,7 @@ from sfa_adapters.layer import (
 )
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
+from sfa_adapters.signature import check_same_tower, one_or_each
 from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
     "detach_all",
     "injected_layers",
     "note_head_counts",
-    "one_or_each",
     "plan_injection",
 ]
 
@@ -80,11 +80,6 @@ class InjectionPlan:
         }
 
 
-def one_or_each(counts: Sequence[int]) -> int | list[int]:
-    """One number where all layers have the same, else that of each layer."""
-    return counts[0] if len(set(counts)) == 1 else list(counts)
-
-
 def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "default") -> InjectionPlan:
     """Finds the tower and checks everything that can be wrong, without touching the model.
 
@@ -113,7 +108,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         if layer is not None and not isinstance(layer, SFALayer):
             raise InjectionError(f"{name} already has a child named {CHILD_NAME!r} of {type(layer).__name__}.")
     if config.tower is not None:
-        _check_same_tower(config.tower, plan.signature())
+        check_same_tower(config.tower, plan.signature())
     return plan
 
 
@@ -138,55 +133,6 @@ def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[i
             "(vision_feature_layer): a bias there would never get a gradient."
         )
     return tuple(chosen)
-
-
-def _check_same_tower(saved: dict[str, Any], live: dict[str, Any]) -> None:
-    # The bias does not depend on resolution, so the grid may differ.
-    differences = [
-        f"{key}: adapter {saved.get(key)!r}, model {live[key]!r}"
-        for key in ("backbone", "num_layers", "prefix_tokens")
-        if saved.get(key) != live[key]
-    ]
-    advice = "Load the adapter on the model it was trained with, or inject with a fresh SFAConfig."
-    heads, own = (_each_layer(counts, live["num_layers"]) for counts in (saved.get("num_heads"), live["num_heads"]))
-    if heads is None or own is None:
-        differences.append(f"num_heads: adapter {saved.get('num_heads')!r}, model {live['num_heads']!r}")
-    elif heads != own:
-        advice = advice if differences else _advice(heads, own)
-        differences.append(_other_heads(heads, own))
-    if differences:
-        raise AdapterMismatchError(f"This SFAConfig belongs to another tower ({'; '.join(differences)}). {advice}")
-
-
-def _each_layer(counts: Any, num_layers: int) -> list[int] | None:
-    """Head counts of a signature for every layer, or None where it has none."""
-    each = [counts] * num_layers if isinstance(counts, int) else counts
-    fits = isinstance(each, list) and len(each) == num_layers and all(isinstance(count, int) for count in each)
-    return each if fits else None
-
-
-def _other_heads(saved: list[int], live: list[int]) -> str:
-    if len({*saved}) == len({*live}) == 1:
-        return f"num_heads: adapter {saved[0]}, model {live[0]}"
-    wrong = [index for index, counts in enumerate(zip(saved, live, strict=True)) if counts[0] != counts[1]]
-    told = f"num_heads of layer {wrong[0]}: adapter {saved[wrong[0]]}, model {live[wrong[0]]}"
-    return told + (f"; {len(wrong)} of {len(saved)} layers differ" if len(wrong) > 1 else "")
-
-
-def _advice(saved: list[int], live: list[int]) -> str:
-    """What to do where head counts alone differ, so that heads may have been removed from one of the two."""
-    pairs = list(zip(saved, live, strict=True))
-    if all(model <= adapter for adapter, model in pairs):
-        return (
-            "If heads were removed from this model since, load the adapter first, on the model with all its heads: "
-            "prune_heads and load_pruned cut an adapter together with its tower."
-        )
-    if all(model >= adapter for adapter, model in pairs):
-        return (
-            "If heads were removed before the adapter was trained, remove the same ones first: load_pruned with the "
-            "folder of save_pruned, or prune_heads with the same plan."
-        )
-    return "If heads were removed, they are not those of the model that the adapter was trained with."
 
 
 def note_head_counts(model: nn.Module) -> None:

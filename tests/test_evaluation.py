@@ -505,7 +505,8 @@ def test_a_run_a_checkpoint_and_an_adapter(checkpoints: Callable[[Family], Path]
     host = open_host(base, **SETTINGS)
     host.recipe = recipe
     inject_sfa(host.model)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # so that the answers differ in every order of the tests
         for name, parameter in host.model.named_parameters():
             trains = host.spec.part_of(name) in ("sfa", "projector", "vision")
             parameter.requires_grad_(trains)

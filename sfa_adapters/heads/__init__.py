@@ -1,7 +1,9 @@
 """S4 head calibration: which attention heads matter, a plan which of them go, and weights that are really smaller."""
 
 from sfa_adapters.heads.calibrate import calibrate_heads
+from sfa_adapters.heads.expected import expected_speedup
 from sfa_adapters.heads.plan import HeadPlan, plan_heads
+from sfa_adapters.heads.probe import whole
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
@@ -12,10 +14,12 @@ __all__ = [
     "HeadScores",
     "PruneReceipt",
     "calibrate_heads",
+    "expected_speedup",
     "load_pruned",
     "plan_heads",
     "prune_heads",
     "prune_receipt",
     "save_pruned",
     "take_probe",
+    "whole",
 ]
