@@ -122,6 +122,7 @@ def arm_row(arm: HeadArm) -> dict[str, Any]:
 
 def _table(bench: HeadBench, method: str) -> Table:
     """What fits 80 columns; all intervals are in the files."""
+    asked = bench.whole is not None
     table = Table(
         title=f"heads by {method}; speed in times of the whole host",
         box=box.SIMPLE_HEAD,
@@ -130,38 +131,29 @@ def _table(bench: HeadBench, method: str) -> Table:
     )
     table.add_column("plan", no_wrap=True)
     table.add_column("for the\nrest", no_wrap=True)
-    for name in (
-        "rate",
-        "heads\ngone",
-        "accuracy\n% [95%]",
-        "made\nup %",
-        "MDI",
-        "pre-\nfill",
-        "de-\ncode",
-        "cache\nMB",
-    ):
+    worth = ("accuracy\n% [95%]", "made\nup %", "MDI") if asked else ("output\nmoved", "weights\nMB", "peak\nMB")
+    for name in ("rate", "heads\ngone", *worth, "pre-\nfill", "de-\ncode", "cache\nMB"):
         table.add_column(name, justify="right", no_wrap=True)
     if bench.whole is not None:
         table.add_row("whole host", "", "", "0", *_worth(bench.whole), "1", "1", "")
     previous = None
     for arm in (arm for arm in bench.arms if arm.method == method):
-        place = (arm.plan, arm.compensation)
-        if previous is not None and place[0] != previous[0]:
+        if previous is not None and arm.plan != previous:
             table.add_section()
         speed = arm.receipt.speed
         assert speed is not None
-        decode = "" if speed.decode_ratio is None else f"{speed.decode_ratio.value:.2f}"
+        size = [f"{arm.receipt.mean_change:.2g}", *(f"{pair[1] / 2**20:.1f}" for pair in (speed.weights, speed.peak))]
         table.add_row(
             arm.plan,
             arm.compensation,
             f"{arm.rate:.0%}",
             str(arm.removed),
-            *(_worth(arm.quality) if arm.quality is not None else [""] * 3),
+            *(size if arm.quality is None else _worth(arm.quality)),
             f"{speed.prefill_ratio.value:.2f}",
-            decode,
+            "" if speed.decode_ratio is None else f"{speed.decode_ratio.value:.2f}",
             "" if speed.cache is None else f"{speed.cache[1] / 2**20:.2f}",
         )
-        previous = place
+        previous = arm.plan
     return table
 
 

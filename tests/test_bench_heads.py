@@ -113,6 +113,8 @@ def test_a_model_of_ones_own_on_the_command_line(tmp_path: Path) -> None:
         [row] = csv.DictReader(file)
     assert row["compensation"] == "absorb"
     assert "accuracy" not in row
+    assert "moved" in result.output
+    assert "made" not in result.output
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
