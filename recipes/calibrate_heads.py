@@ -1,6 +1,7 @@
 """`sfa calibrate heads`: scores of the attention heads of a language model, and a plan which of them go.
 
     sfa calibrate heads pages/*.png --model llava-hf/llava-1.5-7b-hf --question "What is shown?" --out llava-heads
+    sfa calibrate heads --scores llava-heads/head_scores.json --rate 0.2 --kind adaptive --out adaptive
 
 Time: one forward for each picture ("gate": and a backward). Expect one row of scores per layer, and with `--rate` how
 many heads of each layer go.
@@ -38,6 +39,7 @@ def run_calibrate_heads(
     rate: float | None = None,
     kind: str = "uniform",
     seed: int = 0,
+    scored: Path | None = None,
 ) -> HeadScores:
     """Calibrates, saves and prints.
 
@@ -52,6 +54,7 @@ def run_calibrate_heads(
         rate: Share of the heads that should go; without it there is no plan, unless `kind` is "early_skip".
         kind: As in `plan_heads`.
         seed: Of "random".
+        scored: Scores that were saved before, for another plan without another calibration.
 
     Returns:
         What was saved.
@@ -70,6 +73,12 @@ def run_calibrate_heads(
     given = (model is not None, bool(images), question is not None)
     if any(given) and not all(given):
         raise DataError("Give --model, --question and images together; without them, the nano host looks at charts.")
+    if scored is not None:
+        if any(given):
+            raise DataError("--scores stands for a calibration: leave out --model, --question and images.")
+        if not planned:
+            raise RecipeError("--scores needs --rate, such as 0.2, or --kind early_skip: a plan is made of them.")
+        return _planned(HeadScores.load(scored), out, rate, kind)
     if model is None or question is None:
         host, batches, about = _charts(charts, labelled=method == "gate")
     else:
@@ -77,17 +86,23 @@ def run_calibrate_heads(
         about = f"{len(images)} images, asked {question!r}"
     options: dict[str, Any] = {"method": method, "gamma": gamma}
     scores = calibrate_heads(host, batches, **options, seed=seed, data=about)
-    path = scores.save(out / SCORES_NAME)
-    plan = None
     if planned:
-        try:
-            plan = plan_heads(scores, rate, kind)  # pyright: ignore[reportArgumentType]
-        except RecipeError as error:
-            raise RecipeError(f"{error} The scores are in {path}: plan_heads takes them with other options.") from error
-        try:
-            (out / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{out / PLAN_NAME} cannot be written ({error.strerror}).") from error
+        return _planned(scores, out, rate, kind)
+    _tell(scores, None, scores.save(out / SCORES_NAME))
+    return scores
+
+
+def _planned(scores: HeadScores, out: Path, rate: float | None, kind: str) -> HeadScores:
+    """Saves scores first, so that a plan that cannot be made costs no second calibration."""
+    path = scores.save(out / SCORES_NAME)
+    try:
+        plan = plan_heads(scores, rate, kind)  # pyright: ignore[reportArgumentType]
+    except RecipeError as error:
+        raise RecipeError(f"{error} The scores are kept: --scores {path} plans again.") from error
+    try:
+        (out / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{out / PLAN_NAME} cannot be written ({error.strerror}).") from error
     _tell(scores, plan, path)
     return scores
 

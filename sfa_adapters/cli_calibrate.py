@@ -59,9 +59,10 @@ def heads(
         str, typer.Option(help="Of the plan: uniform, adaptive, early_skip (has a rate of its own) or global.")
     ] = "uniform",
     seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
+    scores: Annotated[Path | None, typer.Option(help="Scores of an earlier run, for another plan.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the scores and the plan.")] = Path("sfa-heads"),
 ) -> None:
     """Scores of the attention heads of a language model, and a plan which of them go."""
     from sfa_adapters.recipes.calibrate_heads import run_calibrate_heads
 
-    run_calibrate_heads(out, images or (), model, question, method, gamma, charts, rate, kind, seed)
+    run_calibrate_heads(out, images or (), model, question, method, gamma, charts, rate, kind, seed, scores)

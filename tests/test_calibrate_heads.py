@@ -81,6 +81,11 @@ def test_scores_stay_when_the_plan_cannot_be_made(
     assert str(out / "head_scores.json") in error
     assert HeadScores.load(out / "head_scores.json").data["samples"] == 1
 
+    again, saved = tmp_path / "again", HeadScores.load(out / "head_scores.json")
+    assert run("--scores", out / "head_scores.json", "--rate", 0.5, "--out", again) == 0
+    assert HeadPlan.from_json((again / "head_plan.json").read_text()) == plan_heads(saved, 0.5)
+    assert HeadScores.load(again / "head_scores.json") == saved
+
 
 def test_thirty_two_heads_fit_eighty_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -112,6 +117,10 @@ def test_thirty_two_heads_fit_eighty_columns(
         (["--kind", "best", "--rate", "0.3"], "kind='best' must be one of"),
         (["--kind", "global"], "kind='global' needs a rate"),
         (["--charts", "0"], "--charts 0"),
+        (["--scores", "TEXT"], "--scores needs --rate"),
+        (["--scores", "TEXT", "--rate", "0.3"], "no head scores"),
+        (["--scores", "nowhere.json", "--rate", "0.3"], "nowhere.json cannot be read"),
+        (["--scores", "TEXT", "--rate", "0.3", "PAGE", "--model", "HOST", *QUESTION], "leave out --model"),
         (["PAGE"], "Give --model, --question and images together"),
         (["--model", "x"], "Give --model, --question and images together"),
         (["--question", "?"], "Give --model, --question and images together"),
