@@ -77,6 +77,27 @@ def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
         run(recipe, nano=True, console=console)
 
 
+def test_a_trained_run_is_not_trained_again_and_is_asked_as_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small("llava_1_5_7b", tmp_path / "run")
+    run(recipe, nano=True, evaluate=False, console=quiet())
+    opened: list[Any] = []
+
+    def seen(model: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(model)
+        return open_host(model, *args, **kwargs)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a trained run was trained again")
+
+    monkeypatch.setattr(module, "open_host", seen)
+    monkeypatch.setattr(module, "train", again)
+    result = run(recipe, nano=True, resume=True, console=quiet())
+    assert isinstance(opened[0], Recipe), "the untrained host"
+    assert opened[1:] == [result.trained]
+
+
 class Killed(Exception):
     """Stands for a power cut."""
 
