@@ -23,6 +23,14 @@ def load_own(model: str, **options: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from sfa_adapters.heads.facts import pruned_folder
+
+    if pruned_folder(model):
+        raise DataError(
+            f"--model {model} lost attention heads: its layers have shapes of their own, which from_pretrained "
+            "does not build. sfa eval takes it; here, name the model that it was made of."
+        )
+
     try:
         processor: Any = AutoProcessor.from_pretrained(model)
         host = AutoModelForImageTextToText.from_pretrained(model, **options).eval()

@@ -15,6 +15,7 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.plan import plan_heads
 from sfa_adapters.heads.prune import prune_heads
+from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
 from sfa_adapters.recipes.calibrate_heads import _tell, run_calibrate_heads
 from sfa_adapters.recipes.data import chart_samples
@@ -158,6 +159,17 @@ def test_mistakes_are_one_line(
     assert error.startswith("sfa: ")
     assert told in error
     assert not out.exists(), "told before anything is measured"
+
+
+def test_a_folder_of_a_pruned_model_is_refused_in_one_line(
+    tmp_path: Path, page: Path, host: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(host)
+    path = "model.language_model.layers.0.self_attn"
+    prune_heads(model, HeadPlan({path: (0, 1)}, {path: 4}, {path: 2}))
+    save_pruned(model, tmp_path / "pruned")
+    assert run(page, "--model", tmp_path / "pruned", *QUESTION, "--out", tmp_path / "out") == 2
+    assert "lost attention heads" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_plan_of_a_pruned_model_is_not_overwritten(tmp_path: Path) -> None:
