@@ -273,9 +273,10 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def pixel_grid(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`grid_of_input` of transformers towers that take `pixel_values` first and have a `config.patch_size`."""
-    config: Any = tower.config
-    return image_grid(args[0] if args else kwargs.get("pixel_values"), config.patch_size)
+    """`grid_of_input` of transformers towers and their embeddings: `pixel_values` first, a `patch_size` of theirs."""
+    size: Any = getattr(tower, "patch_size", None)
+    size = tower.config.patch_size if size is None else size  # pyright: ignore[reportAttributeAccessIssue]
+    return image_grid(args[0] if args else kwargs.get("pixel_values"), size)
 
 
 def config_grid(tower: nn.Module) -> tuple[int, int]:

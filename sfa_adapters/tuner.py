@@ -26,12 +26,12 @@ from sfa_adapters.layer import (
     SFALayer,
     attach_layer,
     detach_layer,
-    remove_hooks,
 )
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
 from sfa_adapters.signature import check_same_tower, one_or_each
-from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
+from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.tower_hooks import hook_tower, unhook_tower
 
 __all__ = [
     "InjectionPlan",
@@ -45,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_attn_implementation", "_sfa_hook_id"
+ORIGINAL_IMPLEMENTATION = "_sfa_attn_implementation"
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,8 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    tower.__dict__[STATE_NAME] = state
-    seer = tower.get_submodule(found.backbone.image_module)
-    seer.__dict__[STATE_NAME] = state
-    seer.__dict__[TOWER_HOOK] = seer.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
+    above = len(found.name) + 1 if found.name else 0
+    hook_tower(tower, [name[above:] for name, _ in found.attentions], state)
     return state
 
 
@@ -227,9 +225,7 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
     if injected_layers(model):
         return
     for module in model.modules():
-        if TOWER_HOOK in module.__dict__:
-            remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
-        module.__dict__.pop(STATE_NAME, None)
+        unhook_tower(module)
         implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
             module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
