@@ -17,6 +17,7 @@ from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
 from sfa_adapters.layer import CHILD_NAME, SFALayer
+from sfa_adapters.registry import find_tower
 from sfa_adapters.signature import one_or_each
 from sfa_adapters.tuner import (
     SFAModel,
@@ -36,7 +37,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str = "default") -> Model:
+def inject_sfa(
+    model: Model, config: SFAConfig | None = None, adapter_name: str = "default", *, tower: str | None = None
+) -> Model:
     """Gives the vision tower of a model a structural attention bias, in place.
 
     The new parameters train; `requires_grad` of the model's own parameters is not touched. The adapter becomes the
@@ -46,6 +49,7 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
         model: A tower, or a vision-language model with one.
         config: Options; `SFAConfig()` by default. It is copied.
         adapter_name: Name of the adapter.
+        tower: Path of the tower in the model, for hosts with several, e.g. "model.image_tower".
 
     Returns:
         The same model.
@@ -63,17 +67,26 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
         >>> describe(inject_sfa(tower)).num_parameters
         152
     """
-    config = copy.deepcopy(config) if config is not None else SFAConfig()
+    config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
     plan = plan_injection(model, config, adapter_name)
     with all_or_nothing(model, adapter_name):
         state = prepare_tower(plan)
         plan = wrap_targets(model, plan)
         config.tower = plan.signature()
+        config.tower_path = plan.tower_path
         config.target_modules = [name for _, name, _ in plan.targets]
         for index, name, attention in plan.targets:
             layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
             layer.set_adapter([adapter_name])
     return model
+
+
+def _with_tower(config: SFAConfig, tower: str | None) -> SFAConfig:
+    if tower is not None:
+        if config.tower_path not in (None, tower):
+            raise InjectionError(f"tower={tower!r}, but the config has tower_path={config.tower_path!r}; give one.")
+        config.tower_path = tower
+    return config
 
 
 def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
@@ -158,24 +171,30 @@ def _span(counts: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def describe(model: nn.Module, config: SFAConfig | None = None) -> Description:
+def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | None = None) -> Description:
     """Says what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
+
+    Args:
+        model: A tower, or a host.
+        config: Before injection, the options.
+        tower: Path of the tower in the model, for hosts with several; by default the one that carries SFA.
 
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: `config` does not fit the tower.
+        InjectionError: `config` does not fit the tower, or which of several towers is meant was not said.
     """
-    layers = injected_layers(model)
+    config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
+    path = find_tower(model, config.tower_path).name
+    layers = [entry for entry in injected_layers(model) if not path or entry[0].startswith(f"{path}.")]
     own: dict[int, int] = {}
     if layers:
         adapters = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.configs))
         active = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.active))
         name = (active or adapters or ("",))[0]
-        plan = plan_injection(model, SFAConfig(), adapter_name="")
+        plan = plan_injection(model, SFAConfig(tower_path=path), adapter_name="")
         for layer in (layer for _, _, layer in layers if name in layer.configs):
             own[layer.index] = sum(p.numel() for p in _adapter_tensors(layer, name).values())
     else:
-        config = config or SFAConfig()
         plan = plan_injection(model, config)
         assert config.num_blocks is not None
         for index in plan.layers:

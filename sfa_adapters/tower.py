@@ -13,11 +13,10 @@ from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
-from sfa_adapters.registry import Backbone, Geometry
+from sfa_adapters.registry import STATE_NAME, Backbone, Geometry
 
 __all__ = ["STATE_NAME", "TowerState", "hidden_states_of"]
 
-STATE_NAME = "_sfa_state"
 # Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
 # fold.
 SHORT_SEGMENT = 256

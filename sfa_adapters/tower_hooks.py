@@ -112,7 +112,7 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _must_begin(state: TowerState) -> bool:
-    """A graph that begins far in front of the first scalar costs memory; it does so only where checkpointing needs it."""
+    """A graph that begins far in front of the first scalar costs memory: only where checkpointing needs it."""
     first = state.first_training_layer()
     tower = state.log.tower()
     if first is None or first == 0 or tower is None:

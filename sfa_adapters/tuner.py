@@ -69,6 +69,11 @@ class InjectionPlan:
         """Index, path and module of the attention layers that get a bias."""
         return [(index, *self.found.attentions[index]) for index in self.layers]
 
+    @property
+    def tower_path(self) -> str | None:
+        """What a saved adapter says about which of several towers it is for."""
+        return self.found.name if self.found.several else None
+
     def signature(self) -> dict[str, Any]:
         """What a saved adapter says about the tower that it was made for."""
         return {
@@ -89,7 +94,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         InjectionError: An option does not fit the tower, or the adapter name is taken.
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
-    found = find_tower(model)
+    found = find_tower(model, config.tower_path)
     if found.backbone.check is not None:
         found.backbone.check(found.tower)
     heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
@@ -98,6 +103,13 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
     geometry = found.backbone.geometry(found.tower)
     plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    for name, _, layer in injected_layers(model):
+        elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
+        if elsewhere and adapter_name in layer.configs:
+            raise InjectionError(
+                f"{layer.state.tower_name} has an SFA adapter named {adapter_name!r}: choose another adapter_name for "
+                f"{found.name}, so that each is saved in a folder of its own."
+            )
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
         if isinstance(layer, SFALayer) and adapter_name in layer.configs:
@@ -140,11 +152,17 @@ def note_head_counts(model: nn.Module) -> None:
 
     Call it when heads were removed from a model that carries SFA.
     """
-    layers = [layer for _, _, layer in injected_layers(model)]
-    if not layers:
-        return
+    by_tower: dict[str, list[SFALayer]] = {}
+    for _, _, layer in injected_layers(model):
+        by_tower.setdefault(layer.state.tower_name, []).append(layer)
+    for path, layers in by_tower.items():
+        _note_head_counts(model, path if len(by_tower) > 1 else None, layers)
+
+
+def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]) -> None:
     try:
-        counts = {number: int(module.num_heads) for number, (_, module) in enumerate(find_tower(model).attentions)}  # pyright: ignore[reportArgumentType]
+        attentions = enumerate(find_tower(model, path).attentions)
+        counts = {number: int(module.num_heads) for number, (_, module) in attentions}  # pyright: ignore[reportArgumentType]
     except NoMatchingBackboneError:  # a part of a tower
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
@@ -185,7 +203,7 @@ def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
         wrapped = wrap(module)
         if wrapped is not module:
             model.set_submodule(name, wrapped)
-    return InjectionPlan(find_tower(model), plan.geometry, plan.num_heads, plan.layers)
+    return InjectionPlan(find_tower(model, plan.found.name), plan.geometry, plan.num_heads, plan.layers)
 
 
 def add_adapter(
@@ -222,9 +240,10 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    if injected_layers(model):
-        return
     for module in model.modules():
+        state = module.__dict__.get(STATE_NAME)
+        if state is None or state.layers:  # another tower, or adapters that stay
+            continue
         unhook_tower(module)
         implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
@@ -265,6 +284,7 @@ class SFAModel(BaseTuner):
                 self._state = prepare_tower(self._plan)
                 self._plan = wrap_targets(model, self._plan)
                 config.tower = self._plan.signature()
+                config.tower_path = self._plan.tower_path
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._plan, self._state
