@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = ["NOT_IN_BACKWARD", "Arrangement", "ForwardLog", "TowerForward", "back
 Arrangement = Packing | tuple[int, int] | Any
 METADATA_KEY = "sfa_adapters.forwards"
 NOT_IN_BACKWARD = -1
+# Forwards without a call of the tower that may still reach its layers.
+WAITING_KEPT = 8
 
 
 def backward_task() -> int:
@@ -76,7 +79,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.waiting: list[TowerForward] = []
+        self.waiting: list[TowerForward] = []  # the newest of them
         self.running: TowerForward | None = None
 
 
@@ -116,7 +119,7 @@ class ForwardLog:
         if call is not None:
             call.forward = self.compiled = forward
         else:  # the embedding was called by hand, or the tower's forward without its hooks
-            self._thread.waiting.append(forward)
+            self._thread.waiting = [*self._thread.waiting[1 - WAITING_KEPT :], forward]
 
     def _call(self) -> _Call | None:
         calls = self._thread.calls
@@ -151,13 +154,13 @@ class ForwardLog:
         possible = [forward for forward in running + thread.waiting if forward.task == backward_task()]
         return [forward for forward in possible if forward.arrangement(num_tokens) is not None]
 
-    def run_layer(self, forward: TowerForward, layer: int) -> None:
-        """Notes that a layer runs as part of a forward without a call of the tower."""
+    def run_layer(self, forwards: Sequence[TowerForward], layer: int) -> None:
+        """Notes that a layer runs as part of a forward without a call of the tower, one of those possible."""
         thread = self._thread
-        if forward is not thread.running:
-            thread.waiting.remove(forward)
-            thread.running = forward
-        forward.last_layer = layer
+        if forwards[0] is not thread.running:
+            thread.waiting = [forward for forward in thread.waiting if forward is not forwards[0]]
+            thread.running = forwards[0]
+        forwards[0].last_layer = layer
 
     def note(self, states: Tensor, forward: TowerForward | None = None) -> None:
         """Notes that a tensor belongs to a forward; by default the one under way, or the one being recomputed."""

@@ -19,10 +19,11 @@ from sfa_adapters.attention import Backend, dense_mask
 from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factors, parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError, MergeError
+from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.packing import PackedMask, Packing
-from sfa_adapters.tower import TowerState, hidden_states_of
+from sfa_adapters.tower import TowerState
 
 __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
 

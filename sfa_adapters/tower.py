@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
 from sfa_adapters.registry import STATE_NAME, Backbone, Geometry
 
-__all__ = ["STATE_NAME", "TowerState", "hidden_states_of"]
+__all__ = ["STATE_NAME", "TowerState"]
 
 # Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
 # fold.
@@ -129,7 +128,7 @@ class TowerState:
                 f"inputs of this many tokens that lie differently. Call the tower ({self.tower_name or 'the model'}) "
                 "itself, once per input."
             )
-        self.log.run_layer(forwards[0], layer)
+        self.log.run_layer(forwards, layer)
         return arrangements.pop()
 
     def _recomputed(self, hidden_states: Tensor, layer: int) -> Arrangement:
@@ -214,6 +213,10 @@ class TowerState:
         if torch.compiler.is_compiling():
             return
         self.log.note(hidden_states)
+        if not layer.active and self.log.of_call() is None:  # it asks for no arrangement, but the forward moves on
+            forwards = self.log.without_call(hidden_states.shape[-2], layer.index)
+            if forwards:
+                self.log.run_layer(forwards[-1:], layer.index)
         forward = self.log.current()
         if forward is None or not forward.with_grad or forward.requires_grad or torch.is_grad_enabled():
             return
@@ -226,11 +229,3 @@ class TowerState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layouts": {}, "seen": {}}
-
-
-def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The hidden states among the arguments of an encoder, of one of its layers or of its attention."""
-    if args:
-        return args[0]
-    names = ("hidden_states", "inputs_embeds", "x")
-    return next((kwargs[name] for name in names if name in kwargs), None)

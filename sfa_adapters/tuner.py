@@ -31,7 +31,7 @@ from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
 from sfa_adapters.signature import check_same_tower, one_or_each
 from sfa_adapters.tower import STATE_NAME, TowerState
-from sfa_adapters.tower_hooks import hook_tower, unhook_tower
+from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
     "InjectionPlan",
@@ -240,14 +240,10 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    for module in model.modules():
-        state = module.__dict__.get(STATE_NAME)
-        if state is None or state.layers:  # another tower, or adapters that stay
-            continue
-        unhook_tower(module)
-        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+    for tower in unhook_idle_towers(model):
+        implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
-            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+            tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager
