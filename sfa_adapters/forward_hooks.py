@@ -89,4 +89,4 @@ def note_states(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     """Forward pre-hook of what holds attention layers (encoder, layer): its input belongs to this forward."""
     states = hidden_states_of(args, kwargs)
     if not torch.compiler.is_compiling() and isinstance(states, Tensor):
-        module.__dict__[name].note(states)
+        module.__dict__[name].note(states, module)

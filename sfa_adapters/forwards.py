@@ -81,6 +81,8 @@ class _Thread(threading.local):
         self.calls: list[_Call] = []
         self.waiting: list[TowerForward] = []  # the newest of them
         self.running: TowerForward | None = None
+        # Of the latest recomputed input of an encoder or layer: the backward pass, that module, and its forward.
+        self.traced: tuple[int, nn.Module, TowerForward | None] | None = None
 
 
 class ForwardLog:
@@ -162,12 +164,19 @@ class ForwardLog:
             thread.running = forwards[0]
         forwards[0].last_layer = layer
 
-    def note(self, states: Tensor, forward: TowerForward | None = None) -> None:
-        """Notes that a tensor belongs to a forward; by default the one under way, or the one being recomputed."""
-        forward = forward or self.current()
-        if forward is None and backward_task() != NOT_IN_BACKWARD:
-            traced = self.trace(states)
-            forward = traced[0] if len(traced) == 1 else None  # a checkpoint inside a checkpoint
+    def note(self, states: Tensor, holder: nn.Module | None = None) -> None:
+        """Notes that a tensor belongs to the forward under way, or to the one being recomputed.
+
+        Args:
+            states: The tensor.
+            holder: The encoder or layer whose input it is.
+        """
+        forward = self.current()
+        if forward is None and backward_task() != NOT_IN_BACKWARD:  # there may be a checkpoint inside the checkpoint
+            traced = self.trace(states, holder)
+            forward = traced[0] if len(traced) == 1 else None
+            if holder is not None:
+                self._thread.traced = (backward_task(), holder, forward)
         if forward is None or not forward.with_grad:
             return
         forward.requires_grad |= states.requires_grad
@@ -181,12 +190,19 @@ class ForwardLog:
 
     # -- the way back -----------------------------------------------------------------------------------------------
 
-    def trace(self, states: Tensor) -> list[TowerForward]:
+    def trace(self, states: Tensor, module: nn.Module | None = None) -> list[TowerForward]:
         """The forwards from which a recomputed hidden state may come: one, unless forwards share tensors.
 
         Args:
             states: The hidden state, in a backward pass.
+            module: The module whose input it is.
         """
+        if not torch.is_grad_enabled():
+            # A reentrant checkpoint inside what is being recomputed: no graph, but the layer's input had one.
+            task, holder, forward = self._thread.traced or (NOT_IN_BACKWARD, None, None)
+            inside = holder is not None and any(inner is module for inner in holder.modules())
+            if task == backward_task() and inside and forward is not None:
+                return [forward]
         matches = self._of_storage(states)
         queue = deque([states.grad_fn] if states.grad_fn is not None else [])
         visited = set(queue)

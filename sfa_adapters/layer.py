@@ -136,7 +136,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
         device = hidden_states.device
-        arrangement = self.state.arrangement(hidden_states, self.index)
+        arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
             segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]

@@ -89,12 +89,12 @@ class TowerState:
         forward = self._forward()
         return {} if forward is None else forward.inputs
 
-    def arrangement(self, hidden_states: Tensor, layer: int) -> Arrangement:
+    def arrangement(self, hidden_states: Tensor, layer: Any) -> Arrangement:
         """How the tokens that an attention layer was given lie, also when checkpointing runs the layer again.
 
         Args:
             hidden_states: Input of the attention layer, `[.., tokens, width]`.
-            layer: Number of the layer in the tower.
+            layer: The `SFALayer` of it.
 
         Raises:
             LayoutError: The tokens come from no forward of the tower, or from one of several that cannot be told apart.
@@ -113,7 +113,7 @@ class TowerState:
                 raise LayoutError(self._unknown(num_tokens, forward))
             return arrangement
         if backward_task() == NOT_IN_BACKWARD:
-            return self._without_call(num_tokens, layer)
+            return self._without_call(num_tokens, layer.index)
         return self._recomputed(hidden_states, layer)
 
     def _without_call(self, num_tokens: int, layer: int) -> Arrangement:
@@ -131,21 +131,22 @@ class TowerState:
         self.log.run_layer(forwards, layer)
         return arrangements.pop()
 
-    def _recomputed(self, hidden_states: Tensor, layer: int) -> Arrangement:
+    def _recomputed(self, hidden_states: Tensor, layer: Any) -> Arrangement:
         """Gradient checkpointing runs a layer again, maybe after other images passed the tower."""
         num_tokens = hidden_states.shape[-2]
         only = self.seen.get(num_tokens, SEVERAL)
         if only is not SEVERAL:
             return only
-        arrangements = {forward.arrangement(num_tokens) for forward in self.log.trace(hidden_states)} - {None}
-        if not arrangements:  # the whole forward is being run again, not through the tower's call
-            arrangements = {forward.arrangement(num_tokens) for forward in self.log.without_call(num_tokens, layer)}
+        forwards = self.log.trace(hidden_states, layer)
+        if not forwards:  # the whole forward is being run again, not through the tower's call
+            forwards = self.log.without_call(num_tokens, layer.index)
+        arrangements = {forward.arrangement(num_tokens) for forward in forwards} - {None}
         if len(arrangements) != 1:
             raise LayoutError(
-                f"Gradient checkpointing runs layer {layer} of the {self.backbone.name} tower again on {num_tokens} "
-                f"tokens, and inputs of this many tokens came in several shapes: which one this is cannot be told. "
-                "Checkpoint whole layers or the whole encoder, with use_reentrant=False; or run each backward before "
-                "the next forward of another shape and call eject_sfa and inject_sfa in between."
+                f"Gradient checkpointing runs layer {layer.index} of the {self.backbone.name} tower again on "
+                f"{num_tokens} tokens, and inputs of this many tokens came in several shapes: which one this is cannot "
+                "be told. Checkpoint with use_reentrant=False, or let the checkpoint begin with a layer or with the "
+                "encoder of the tower."
             )
         return arrangements.pop()
 

@@ -112,7 +112,7 @@ class AdatState:
         """How the images of the latest forward are packed."""
         return self.latest.packing
 
-    def forward_of(self, states: Tensor) -> AdatForward:
+    def forward_of(self, states: Tensor, module: nn.Module | None = None) -> AdatForward:
         """The forward that hidden states belong to: the latest one, or the one that checkpointing runs again.
 
         Raises:
@@ -121,7 +121,7 @@ class AdatState:
         if torch.compiler.is_compiling() or backward_task() == NOT_IN_BACKWARD:
             return self.latest
         current = self.log.current()
-        traced: list[Any] = self.log.trace(states) if current is None else [current]
+        traced: list[Any] = self.log.trace(states, module) if current is None else [current]
         if len(traced) != 1:
             raise LayoutError(
                 f"Gradient checkpointing runs a part of the tower again on {states.shape[-2]} adaptive tokens, and "
@@ -268,7 +268,7 @@ def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     given = kwargs.get(name)
     if isinstance(given, PackedMask):
         return None
-    packing = state.forward_of(hidden_states_of(args, kwargs)).packing
+    packing = state.forward_of(hidden_states_of(args, kwargs), module).packing
     assert packing is not None
     if given is not None or len(args) > 1:
         raise InjectionError(f"{type(module).__name__} got a mask of its own, which fits no adaptive tokens.")
