@@ -195,7 +195,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
         for layer in (layer for _, _, layer in layers if name in layer.configs):
             own[layer.index] = sum(p.numel() for p in _adapter_tensors(layer, name).values())
     else:
-        plan = plan_injection(model, config)
+        plan = plan_injection(model, config, adapter_name="")
         assert config.num_blocks is not None
         for index in plan.layers:
             shapes = parameter_shapes(plan.num_heads[index], config.num_blocks, config.terms)
