@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_granite_reads_several_layers(deepstack: list[tuple[int, int]], spatial:
     sizes = torch.tensor([[56, 56], [56, 56]])
     pixels = PIXELS[:, None].expand(-1, 2, -1, -1, -1)
     out = model.model.get_image_features(pixels, sizes, vision_feature_select_strategy="default")
-    sum(torch.cat(list(part)).square().sum() for _, part in out.deepstack_features).backward()
+    torch.cat([features for _, part in out.deepstack_features for features in part]).square().sum().backward()
     assert without_gradient(model) == []
 
 
@@ -111,9 +112,12 @@ def ask(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     media = torch.tensor([IMAGE] * 16 + [IMAGE + 1] * 34)
     ids = torch.cat((torch.randint(3, 50, (2, 4), generator=generator), media.expand(2, -1)), dim=1)
+    forward = transformers.VideoLlavaForConditionalGeneration.forward
+    # Until transformers 5.23 the images had another name.
+    images_name = "pixel_values" if "pixel_values" in inspect.signature(forward).parameters else "pixel_values_images"
     return {
         "input_ids": torch.cat((ids, torch.randint(3, 50, (2, 4), generator=generator)), dim=1),
-        "pixel_values": torch.randn(2, 3, 56, 56, generator=generator),
+        images_name: torch.randn(2, 3, 56, 56, generator=generator),
         "pixel_values_videos": torch.randn(2, 2, 3, 56, 56, generator=generator),
     }
 
