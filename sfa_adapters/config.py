@@ -37,8 +37,11 @@ class SFAConfig(PeftConfig):
         backend: `auto`, `folded` or `dense`, see `sfa_adapters.attention`.
         mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
             gradients. 0 keeps none.
+        keep_float32: Whether the scalars stay float32 when the model is cast (`model.to(torch.bfloat16)`, `.half()`).
+            Leave it on for training: in bfloat16 small optimizer steps round to nothing.
         modules_to_save: Modules apart from SFA that PEFT trains and saves, e.g. the projector.
-        target_modules: Filled in at injection with the attention modules; leave it None.
+        target_modules: Filled in at injection with the attention modules; leave it None, and choose layers with
+            `layers_to_transform`.
         tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
         format_version: Version of the file format.
 
@@ -55,6 +58,7 @@ class SFAConfig(PeftConfig):
     terms: list[str] = field(default_factory=lambda: list(TERMS))
     backend: str = "auto"
     mask_cache_mb: float = 256.0
+    keep_float32: bool = True
     modules_to_save: list[str] | None = None
     target_modules: list[str] | str | None = None
     tower: dict[str, Any] | None = None
@@ -75,6 +79,11 @@ class SFAConfig(PeftConfig):
             raise InjectionError(f"backend={self.backend!r} must be one of {list(get_args(Backend))}.")
         if not self.mask_cache_mb >= 0:
             raise InjectionError(f"mask_cache_mb={self.mask_cache_mb} must be at least 0.")
+        if self.target_modules is not None and self.tower is None:
+            raise InjectionError(
+                f"target_modules={self.target_modules!r}: SFA finds the attention modules of the vision tower itself. "
+                "Leave it out, and choose layers with layers_to_transform=[...]."
+            )
         self._check_blocks()
         assert self.num_blocks is not None
         check_bias_options(num_blocks=self.num_blocks, init_std=self.init_std, terms=self.terms)

@@ -12,6 +12,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "SFAError",
+    "SFAWarning",
     "TrainingError",
     "UnsupportedAttentionError",
     "WeightsError",
@@ -20,6 +21,10 @@ __all__ = [
 
 class SFAError(Exception):
     """Base of all errors of this library."""
+
+
+class SFAWarning(UserWarning):
+    """Base of all warnings of this library, and the class of those that need no name of their own."""
 
 
 class NoMatchingBackboneError(SFAError, ValueError):

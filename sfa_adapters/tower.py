@@ -32,6 +32,7 @@ class TowerState:
 
     Attributes:
         packing: Set by whoever packs images of different token counts into one sequence; its layouts then count.
+        warned: Whether the user was warned that PEFT will not load these adapters.
     """
 
     backbone: Backbone
@@ -41,6 +42,7 @@ class TowerState:
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
+    warned: bool = False
 
     def __post_init__(self) -> None:
         if self.geometry.grid is not None:
