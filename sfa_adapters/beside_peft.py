@@ -55,8 +55,8 @@ class SaveBoth:
             method = self.model.active_peft_config.peft_type
             method = getattr(method, "value", method)
             warnings.warn(
-                f"{Path(save_directory) / BESIDE} holds the SFA adapter. PEFT's loader reads the {method} adapter only; "
-                "load both with: load_sfa(PeftModel.from_pretrained(base_model, folder), folder)",
+                f"{Path(save_directory) / BESIDE} holds the SFA adapter. PEFT's loader reads the {method} adapter "
+                "only; load both with: load_sfa(PeftModel.from_pretrained(base_model, folder), folder)",
                 SFAWarning,
                 stacklevel=2,
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from sfa_adapters.adapter_folder import complete_folder
 from sfa_adapters.attention import Backend
 from sfa_adapters.bias import TERMS, check_bias_options
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
@@ -72,6 +74,8 @@ class SFAConfig(PeftConfig):
                 f"This adapter has format_version={self.format_version}; this version of sfa-adapters reads up to "
                 f"{FORMAT_VERSION}. Upgrade with: pip install -U sfa-adapters"
             )
+        if self.tower is not None and not isinstance(self.tower, dict):
+            raise AdapterMismatchError(f"tower={self.tower!r} is not what injection fills in; leave it out.")
         if isinstance(self.terms, str):
             raise InjectionError(f"terms={self.terms!r} must be a list, e.g. terms=[{self.terms!r}].")
         self.terms = [term for term in TERMS if term in self.terms] + [t for t in self.terms if t not in TERMS]
@@ -114,6 +118,16 @@ class SFAConfig(PeftConfig):
             self.num_blocks = needed
         if self.num_blocks < needed:
             raise InjectionError(f"num_blocks={self.num_blocks} is too few for the {needed} blocks of the page.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; also completes what PEFT has put there before, see `sfa_adapters.adapter_folder`.
+
+        Args:
+            save_directory: The folder of the adapter.
+            **kwargs: As PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        complete_folder(Path(save_directory))
 
     def block_map_tensor(self) -> Tensor:
         """The map from places to block ids, `[m, n]`, int64."""

@@ -51,7 +51,7 @@ class SFALayer(ScalarLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        around = prefix.removesuffix(".".join(filter(None, (self.name, CHILD_NAME, ""))))
+        around = prefix.removesuffix(".".join((*filter(None, (self.name, CHILD_NAME)), "")))
         if around.endswith(PEFT_PREFIX) and not (self.saved_by_peft or self.state.warned):
             self.state.warned = True
             warnings.warn(

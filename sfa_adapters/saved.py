@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfa_adapters.adapter_folder import WEIGHTS_NAME
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, SFAError, WeightsError
 from sfa_adapters.state_fit import parameter_name
@@ -24,7 +25,7 @@ from sfa_adapters.tuner import injected_layers
 
 __all__ = ["BESIDE", "CONFIG_NAME", "WEIGHTS_NAME", "SavedScalars", "read_scalars", "write_scalars"]
 
-WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+CONFIG_NAME = "adapter_config.json"
 MODEL_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 BESIDE = "sfa"  # folder of SFA inside the folder of another PEFT method
 
@@ -74,8 +75,8 @@ def read_scalars(path: str | Path, adapter_name: str = "default", config: SFACon
     files = [path / name for name in (WEIGHTS_NAME, MODEL_NAME) if (path / name).is_file()] or _shards(path)
     if not files:
         raise WeightsError(
-            f"{path} has no {CONFIG_NAME} with {WEIGHTS_NAME}, no {BESIDE} folder and no {MODEL_NAME}; it is not a saved "
-            "adapter, nor a model that was saved with one."
+            f"{path} has no {CONFIG_NAME} with {WEIGHTS_NAME}, no {BESIDE} folder and no {MODEL_NAME}; it is not a "
+            "saved adapter, nor a model that was saved with one."
         )
     try:
         saved = _from_files(files, adapter_name, config)
@@ -138,7 +139,9 @@ def _from_adapter(folder: Path) -> SavedScalars:
     with _readable(folder / CONFIG_NAME):
         config: Any = SFAConfig.from_pretrained(str(folder))
     tensors = _read(folder / WEIGHTS_NAME)
-    return SavedScalars(config, tensors, scalar_keys(tensors), str(folder / WEIGHTS_NAME))
+    # Files of PEFT before 0.21 may hold other adapters, too; these carry a name.
+    keys = {name: key for name, key in scalar_keys(tensors).items() if key.adapter is None}
+    return SavedScalars(config, tensors, keys, str(folder / WEIGHTS_NAME))
 
 
 def _from_files(files: list[Path], adapter_name: str, config: SFAConfig | None) -> SavedScalars:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -123,7 +123,7 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
 
     # -- casts, state dicts --------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFALayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = [p for name, config in self.configs.items() if config.keep_float32 for p in self.tensors(name).values()]
         kept += [parameter.grad for parameter in kept if parameter.grad is not None]
         super()._apply(keeping_float32(fn, kept), recurse)

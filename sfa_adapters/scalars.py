@@ -23,7 +23,7 @@ class ScalarDict(nn.ParameterDict):
 
     def forward(self, adapter_name: str) -> Tensor | None:
         """The values of one adapter, `[heads]` or `[heads, blocks]`, or None where it does not have this term."""
-        return self[adapter_name] if adapter_name in self else None
+        return self.get(adapter_name)
 
 
 def keeping_float32(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -49,7 +49,7 @@ def keeping_float32(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> C
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: the device of its parameters, or that of accelerate's hooks where these are offloaded."""
+    """Where a module computes: the device of its parameters, or of accelerate's hooks where these are offloaded."""
     parameters = list(module.parameters())
     real = next((p.device for p in parameters if p.device.type != "meta"), None)
     if real is not None or not parameters:

@@ -6,7 +6,6 @@ and versions of transformers move towers. The layers of a tower are told apart b
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -83,7 +82,11 @@ def _last_part(path: str) -> str:
 def _distinct_parts(paths: Sequence[str]) -> list[str]:
     """The paths without the modules that all of them lie in."""
     split = [plain_path(path).split(".") for path in paths]
-    common = len(os.path.commonprefix(split))  # works on lists of any kind
+    common = 0
+    for parts in zip(*split, strict=False):
+        if len({*parts}) > 1:
+            break
+        common += 1
     return [".".join(parts[common:]) for parts in split]
 
 

@@ -112,8 +112,8 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         inside = [name for _, name, _ in plan.targets if wanted in _names_of_parents(name)]
         if inside:
             raise InjectionError(
-                f"modules_to_save={config.modules_to_save}: {wanted!r} holds {inside[0]}, which gets a bias; PEFT cannot "
-                "copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it yourself, "
+                f"modules_to_save={config.modules_to_save}: {wanted!r} holds {inside[0]}, which gets a bias; PEFT "
+                "cannot copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it yourself, "
                 "or name modules outside of the attention layers."
             )
     return plan
@@ -131,7 +131,7 @@ def check_adapter_name(name: Any) -> None:
     Raises:
         InjectionError: The name is no text, or has a dot, or is that of an attribute.
     """
-    if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict, name):
+    if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict(), name):
         raise InjectionError(
             f"adapter_name={name!r} cannot name an adapter; use a text without dots that is no attribute of a "
             "ParameterDict, e.g. 'default'."
