@@ -7,18 +7,19 @@ and never be loaded. `inject_sfa` therefore gives this one model a `save_pretrai
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from sfa_adapters.errors import SFAWarning
 from sfa_adapters.saved import BESIDE, write_scalars
 from sfa_adapters.tuner import SAVE_METHOD, injected_layers
 
 __all__ = ["SaveBoth", "save_beside"]
+
+logger = logging.getLogger(__name__)
 
 
 def save_beside(model: nn.Module) -> None:
@@ -39,7 +40,7 @@ class SaveBoth:
 
     def __init__(self, model: PeftModel) -> None:
         self.model = model
-        self.warned = False
+        self.notified = False
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves as PEFT does, then every SFA adapter in `sfa/`, or `sfa/NAME` where it is not called `default`."""
@@ -50,14 +51,14 @@ class SaveBoth:
             if kwargs.get("is_main_process", True):
                 folder = folder if name == "default" else folder / name
                 write_scalars(self.model, folder, name, kwargs.get("state_dict"))
-        if names and not self.warned:
-            self.warned = True
+        if names and not self.notified:
+            self.notified = True
             method = self.model.active_peft_config.peft_type
             method = getattr(method, "value", method)
-            warnings.warn(
-                f"{Path(save_directory) / BESIDE} holds the SFA adapter. PEFT's loader reads the {method} adapter "
-                "only; load both with: load_sfa(PeftModel.from_pretrained(base_model, folder), folder)",
-                SFAWarning,
-                stacklevel=2,
+            logger.warning(
+                "%s holds the SFA adapter. PEFT's loader reads the %s adapter only; load both with: "
+                "load_sfa(PeftModel.from_pretrained(base_model, folder), folder)",
+                Path(save_directory) / BESIDE,
+                method,
             )
         return written

@@ -190,8 +190,8 @@ def _registered(name: str) -> Backbone:
     record = registered_backbones().get(name)
     if record is None:
         raise InjectionError(
-            f"The backbone {name!r} is not registered. Models with SFA are pickled with the name of their backbone: call "
-            "register_backbone, or install the package that does, before the model is saved or loaded."
+            f"The backbone {name!r} is not registered. Models with SFA are pickled with the name of their backbone: "
+            "call register_backbone, or install the package that does, before the model is saved or loaded."
         )
     return record
 

@@ -113,8 +113,8 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         if inside:
             raise InjectionError(
                 f"modules_to_save={config.modules_to_save}: {wanted!r} holds {inside[0]}, which gets a bias; PEFT "
-                "cannot copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it yourself, "
-                "or name modules outside of the attention layers."
+                "cannot copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it "
+                "yourself, or name modules outside of the attention layers."
             )
     return plan
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from sfa_adapters import inject_sfa, load_sfa, save_sfa
-from sfa_adapters.errors import InjectionError, SFAWarning
+from sfa_adapters.errors import InjectionError
 from sfa_adapters.tuner import injected_layers
 from tests import support
 from tests.hosts import HOSTS
@@ -89,24 +88,25 @@ def reload(subject: Subject, way: str, folder: Path) -> nn.Module:
     return load_sfa(model, folder) if way == "lora_then_sfa" else model
 
 
-def save_notice(way: str) -> Any:
-    """Saving SFA beside LoRA says, once, how to load both."""
-    text = r"PEFT's loader reads the LORA adapter only; load both with: load_sfa\(PeftModel"
-    return pytest.warns(SFAWarning, match=text) if way == "lora_then_sfa" else nullcontext()
+def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("sfa_adapters")]
 
 
 @every_subject
 @every_injection
-def test_save_pretrained(subject: Subject, way: str, tmp_path: Path):
+def test_save_pretrained(subject: Subject, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model: Any = injected(subject, way)
     expected = subject.read(model)
     assert support.difference(expected, subject.read(subject.build())) > 1e-3
-    with save_notice(way):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     again = reload(subject, way, tmp_path)
     assert torch.equal(subject.read(again), expected)
     assert {layer.configs["default"].block_grid for _, _, layer in injected_layers(again)} == {(2, 8)}
-    model.save_pretrained(tmp_path / "once more")  # and does not warn again
+    model.save_pretrained(tmp_path / "once more")
+    # Saving SFA beside LoRA says, once, how to load both.
+    assert len(notices(caplog)) == (way == "lora_then_sfa")
+    text = "PEFT's loader reads the LORA adapter only; load both with: load_sfa(PeftModel"
+    assert all(text in notice for notice in notices(caplog))
 
 
 @every_subject
@@ -122,8 +122,7 @@ def test_save_sfa(subject: Subject, way: str, reader: str, tmp_path: Path):
     save_sfa(model, tmp_path / "sfa only")
     base: Any = subject.build()
     if way == "lora_then_sfa":
-        with save_notice(way):
-            model.save_pretrained(tmp_path / "both")
+        model.save_pretrained(tmp_path / "both")
         base = PeftModel.from_pretrained(base, tmp_path / "both")
         if reader == "peft":
             base = base.merge_and_unload()  # PEFT puts one method into a PeftModel
@@ -186,8 +185,7 @@ def trained(kind: str, model: Any, subject: Subject, folder: Path, **options: An
 def test_checkpoint_of_a_trainer(subject: Subject, way: str, kind: str, tmp_path: Path):
     before = injected(subject, way)
     start = [p.detach().clone() for p in support.structural(before).values()]
-    with save_notice(way):
-        model = trained(kind, before, subject, tmp_path)
+    model = trained(kind, before, subject, tmp_path)
     moved = [not torch.equal(old, new) for old, new in zip(start, support.structural(model).values(), strict=True)]
     assert all(moved)
     assert torch.equal(subject.read(reload(subject, way, tmp_path / "checkpoint-1")), subject.read(model))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sfa_adapters import SFAConfig, SFAError, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, SFAWarning, WeightsError
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
 from sfa_adapters.registry import Backbone, registered_backbones
 from tests import support
 from tests.towers import CASES
@@ -101,8 +101,7 @@ def test_a_model_without_sfa_and_folders_that_hold_nothing(tmp_path: Path):
 def lora_and_sfa(folder: Path) -> Any:
     model: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
     inject_sfa(model.eval(), support.strong_config())
-    with pytest.warns(SFAWarning):
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     return model
 
 
@@ -133,8 +132,7 @@ def test_ejecting_ends_saving_beside_lora(tmp_path: Path):
 def test_named_adapters_beside_lora(tmp_path: Path):
     model: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
     inject_sfa(model, support.strong_config(), adapter_name="forms")
-    with pytest.warns(SFAWarning):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     again = load_sfa(PeftModel.from_pretrained(SIGLIP.build(), tmp_path).eval(), tmp_path / "sfa" / "forms", "forms")
     assert torch.equal(read(again), read(model.eval()))
 
@@ -216,7 +214,7 @@ def test_a_record_with_lambdas_is_pickled_by_its_name(tmp_path: Path, monkeypatc
     siglip = registered_backbones()["siglip"]
     record = Backbone(
         name="lambdas", towers=("tests.test_saved_files.*",), attentions=siglip.attentions,
-        geometry=lambda tower: siglip.geometry(tower), grid_of_input=lambda *given: siglip.grid_of_input(*given),  # pyright: ignore[reportOptionalCall]
+        geometry=lambda tower: siglip.geometry(tower), grid_of_input=lambda *given: siglip.grid_of_input(*given),  # noqa: PLW0108  # pyright: ignore[reportOptionalCall]
     )  # fmt: skip
     with pytest.raises(InjectionError, match="'lambdas' is not registered"):
         pickle.dumps(record)
