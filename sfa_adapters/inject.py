@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sfa_adapters.beside_peft import save_beside
+from sfa_adapters.beside_peft import cover_both
 from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
@@ -91,7 +91,7 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
             layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
             layer.set_adapter([adapter_name])
         watch_state_dicts(model)
-        save_beside(model)
+        cover_both(model)
     return model
 
 

@@ -23,7 +23,15 @@ from sfa_adapters.state_keys import PEFT_PREFIX, ScalarKey, plain_path, record_k
 from sfa_adapters.state_record import read_record
 from sfa_adapters.tuner import injected_layers
 
-__all__ = ["BESIDE", "CONFIG_NAME", "WEIGHTS_NAME", "SavedScalars", "read_scalars", "write_scalars"]
+__all__ = [
+    "BESIDE",
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "SavedScalars",
+    "folder_beside",
+    "read_scalars",
+    "write_scalars",
+]
 
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -49,6 +57,11 @@ class SavedScalars:
     other_method: str | None = None
 
 
+def folder_beside(folder: str | Path, adapter_name: str) -> Path:
+    """Where SFA lies in the folder of another PEFT adapter: `sfa`, or `sfa-NAME` where it is not called `default`."""
+    return Path(folder) / (BESIDE if adapter_name == "default" else f"{BESIDE}-{adapter_name}")
+
+
 def read_scalars(path: str | Path, adapter_name: str = "default", config: SFAConfig | None = None) -> SavedScalars:
     """Reads one SFA adapter from whatever holds it.
 
@@ -68,9 +81,9 @@ def read_scalars(path: str | Path, adapter_name: str = "default", config: SFACon
     method = _method_of(path) if (path / CONFIG_NAME).is_file() else None
     if method == "SFA":
         return _from_adapter(path)
-    if (path / BESIDE / CONFIG_NAME).is_file():
-        inner = path / BESIDE if adapter_name == "default" else path / BESIDE / adapter_name
-        saved = read_scalars(inner if inner.is_dir() else path / BESIDE)
+    beside = next((x for x in (folder_beside(path, adapter_name), path / BESIDE) if (x / CONFIG_NAME).is_file()), None)
+    if beside is not None:
+        saved = _from_adapter(beside)
         return SavedScalars(saved.config, saved.tensors, saved.keys, saved.source, method)
     files = [path / name for name in (WEIGHTS_NAME, MODEL_NAME) if (path / name).is_file()] or _shards(path)
     if not files:

@@ -16,7 +16,7 @@ from sfa_adapters.state_keys import ScalarKey, match_paths, record_keys, scalar_
 from sfa_adapters.state_record import check_same_meaning, read_record
 from sfa_adapters.tuner import LOAD_HOOK, detach_all, injected_layers
 
-__all__ = ["fit_scalars", "watch_state_dicts"]
+__all__ = ["fit_scalars", "sfa_configs", "watch_state_dicts"]
 
 
 def watch_state_dicts(model: nn.Module) -> None:
@@ -76,7 +76,7 @@ def _before_loading(
     source = f"The state dict that is loaded into {type(model).__name__}"
     try:
         for record in record_keys(state_dict)[:1]:
-            check_same_meaning(read_record(state_dict[record], source), _configs(model), source)
+            check_same_meaning(read_record(state_dict[record], source), sfa_configs(model), source)
         for adapter in sorted(names & {key.adapter for key in keys.values() if key.adapter is not None}):
             own = {name: key for name, key in keys.items() if key.adapter == adapter}
             fitted = fit_scalars(model, {n: state_dict[prefix + n] for n in own}, adapter, own, source)
@@ -88,7 +88,8 @@ def _before_loading(
         raise
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
+def sfa_configs(model: nn.Module) -> dict[str, Any]:
+    """The configurations of a model's adapters, by name."""
     return {name: config for _, _, layer in injected_layers(model) for name, config in layer.configs.items()}
 
 

@@ -30,6 +30,7 @@ from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
 
 __all__ = [
     "LOAD_HOOK",
+    "METHODS",
     "InjectionPlan",
     "all_or_nothing",
     "detach_all",
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_attn_implementation", "_sfa_hook_id"
 # Left on a model by `state_fit` and by `beside_peft`, and taken away with the last adapter.
-LOAD_HOOK, SAVE_METHOD = "_sfa_load_hook_id", "save_pretrained"
+LOAD_HOOK, METHODS = "_sfa_load_hook_id", frozenset({"save_pretrained", "load_adapter"})
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,9 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
         module.__dict__.pop(STATE_NAME, None)
         if LOAD_HOOK in module.__dict__:
             module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)
-        if getattr(module.__dict__.get(SAVE_METHOD), "belongs_to_sfa", False):
-            del module.__dict__[SAVE_METHOD]
+        for method in METHODS:
+            if getattr(module.__dict__.get(method), "belongs_to_sfa", False):
+                del module.__dict__[method]
         implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
             module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from sfa_adapters import inject_sfa, load_sfa, save_sfa
@@ -189,6 +189,33 @@ def test_checkpoint_of_a_trainer(subject: Subject, way: str, kind: str, tmp_path
     moved = [not torch.equal(old, new) for old, new in zip(start, support.structural(model).values(), strict=True)]
     assert all(moved)
     assert torch.equal(subject.read(reload(subject, way, tmp_path / "checkpoint-1")), subject.read(model))
+
+
+class Stop(TrainerCallback):
+    """Ends a resumed run before its first step, when the checkpoint has been read."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        raise StopIteration
+
+
+@every_subject
+@every_injection
+def test_a_trainer_that_resumes_has_its_scalars_back(subject: Subject, way: str, tmp_path: Path):
+    model = trained("Trainer", injected(subject, way), subject, tmp_path)
+    again = injected(subject, way)
+    support.fill(again, 0.0)
+    settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
+    trainer = PlainTrainer(
+        again,
+        TrainingArguments(str(tmp_path / "other"), remove_unused_columns=False, save_strategy="no", **settings),
+        data_collator=lambda _: dict(subject.inputs),
+        train_dataset=Dataset.from_list([{"number": 0}, {"number": 1}]),
+        callbacks=[Stop()],
+    )
+    with pytest.raises(StopIteration):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for old, new in zip(support.structural(model).values(), support.structural(again).values(), strict=True):
+        assert torch.equal(old, new)
 
 
 @every_subject
