@@ -2,8 +2,8 @@
 
 PEFT writes and reads the tensors of its own method. SFA was injected beside it, so its tensors would be lost, or be in
 the file and never be loaded. `inject_sfa` therefore gives this one model a `save_pretrained` that also writes the
-folder `sfa/`, and a `load_adapter` that also reads it (trainers resume with it); `eject_sfa` takes both away. No class is
-changed.
+folder `sfa/`, and a `load_adapter` that also reads it (trainers resume with it); `eject_sfa` takes both away. No class
+is changed.
 """
 
 from __future__ import annotations

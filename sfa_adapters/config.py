@@ -44,6 +44,7 @@ class SFAConfig(PeftConfig):
         modules_to_save: Modules apart from SFA that PEFT trains and saves, e.g. the projector.
         target_modules: Filled in at injection with the attention modules; leave it None, and choose layers with
             `layers_to_transform`.
+        tower_path: Path of the tower in the model, for hosts with several; filled in at injection for those.
         tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
         format_version: Version of the file format.
 
@@ -63,6 +64,7 @@ class SFAConfig(PeftConfig):
     keep_float32: bool = True
     modules_to_save: list[str] | None = None
     target_modules: list[str] | str | None = None
+    tower_path: str | None = None
     tower: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 

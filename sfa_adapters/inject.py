@@ -19,6 +19,7 @@ from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.peft_tuner import SFAModel
+from sfa_adapters.registry import find_tower
 from sfa_adapters.saved import WEIGHTS_NAME, read_scalars, write_scalars
 from sfa_adapters.signature import one_or_each
 from sfa_adapters.state_fit import fit_scalars, watch_state_dicts
@@ -47,7 +48,9 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str = "default") -> Model:
+def inject_sfa(
+    model: Model, config: SFAConfig | None = None, adapter_name: str = "default", *, tower: str | None = None
+) -> Model:
     """Gives the vision tower of a model a structural attention bias, in place.
 
     The new parameters train; `requires_grad` of the model's own parameters is not touched. The adapter becomes the
@@ -57,6 +60,7 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
         model: A tower, or a vision-language model with one.
         config: Options; `SFAConfig()` by default. It is copied.
         adapter_name: Name of the adapter.
+        tower: Path of the tower in the model, for hosts with several, e.g. "model.image_tower".
 
     Returns:
         The same model.
@@ -80,12 +84,13 @@ def inject_sfa(model: Model, config: SFAConfig | None = None, adapter_name: str 
             f"config={config!r:.80} is a {type(config).__name__}; pass an SFAConfig, e.g. SFAConfig(init_std=0.02). "
             "Adapters of other methods are PEFT's: get_peft_model(model, config)."
         )
-    config = copy.deepcopy(config) if config is not None else SFAConfig()
+    config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
     plan = plan_injection(model, config, adapter_name)
     with all_or_nothing(model, adapter_name):
         state = prepare_tower(plan)
         plan = wrap_targets(model, plan)
         config.tower = plan.signature()
+        config.tower_path = plan.tower_path
         config.target_modules = [name for _, name, _ in plan.targets]
         for index, name, attention in plan.targets:
             layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
@@ -106,6 +111,14 @@ def check_model(model: Any) -> None:
             " Load it first, e.g. AutoModelForImageTextToText.from_pretrained(...)." if isinstance(model, str) else ""
         )
         raise InjectionError(f"model={model!r:.80} is a {type(model).__name__}, not a torch.nn.Module.{hint}")
+
+
+def _with_tower(config: SFAConfig, tower: str | None) -> SFAConfig:
+    if tower is not None:
+        if config.tower_path not in (None, tower):
+            raise InjectionError(f"tower={tower!r}, but the config has tower_path={config.tower_path!r}; give one.")
+        config.tower_path = tower
+    return config
 
 
 def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
@@ -191,26 +204,32 @@ def _span(counts: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def describe(model: nn.Module, config: SFAConfig | None = None) -> Description:
+def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | None = None) -> Description:
     """Says what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
+
+    Args:
+        model: A tower, or a host.
+        config: Before injection, the options.
+        tower: Path of the tower in the model, for hosts with several; by default the one that carries SFA.
 
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: `config` does not fit the tower.
+        InjectionError: `config` does not fit the tower, or which of several towers is meant was not said.
     """
     check_model(model)
-    layers = injected_layers(model)
+    config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
+    path = find_tower(model, config.tower_path).name
+    layers = [entry for entry in injected_layers(model) if not path or entry[0].startswith(f"{path}.")]
     own: dict[int, int] = {}
     if layers:
         adapters = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.configs))
         active = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.active))
         name = (active or adapters or ("",))[0]
-        plan = plan_injection(model, SFAConfig(), adapter_name="")
+        plan = plan_injection(model, SFAConfig(tower_path=path), adapter_name="")
         for layer in (layer for _, _, layer in layers if name in layer.configs):
             own[layer.index] = sum(p.numel() for p in layer.tensors(name).values())
     else:
-        config = config or SFAConfig()
-        plan = plan_injection(model, config)
+        plan = plan_injection(model, config, adapter_name="")
         assert config.num_blocks is not None
         for index in plan.layers:
             shapes = parameter_shapes(plan.num_heads[index], config.num_blocks, config.terms)

@@ -18,9 +18,10 @@ from sfa_adapters.attention import Backend, dense_mask
 from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
+from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
-from sfa_adapters.packing import PackedMask
+from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.scalar_layer import ScalarLayer
 from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import TowerState
@@ -90,22 +91,22 @@ class SFALayer(ScalarLayer):
         if any(_block_key(self.configs[name]) != key for name in active):
             raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
+        arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
-            segments = self.state.segments(hidden_states.shape[-2], tuple(bounds.tolist()), block_map, key, device)
+            segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
             if len(factors) == 1 and segments[0].batch_size is not None:
                 return SegmentedMask(_split_batch(factors[0]), backend)
             return SegmentedMask(factors, backend)
-        packing = self.state.packing
-        if packing is not None and packing.total == hidden_states.shape[-2]:
-            layouts = packing.layouts(block_map, key, device)
+        if isinstance(arrangement, Packing):
+            layouts = arrangement.layouts(block_map, key, device)
             # Where images are kept apart by a mask already, it is that mask which gets the biases.
-            mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(packing.lengths)
+            mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(arrangement.lengths)
             mask.biases = [bias_factors(weights, x, self.num_heads) for x in layouts]
             mask.backend = backend
             return mask
         assert not isinstance(attention_mask, LazyMask)
-        layout = self.state.layout(hidden_states.shape[-2], block_map, key, device)
+        layout = self.state.layout(arrangement, block_map, key, device)
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)
         return StructuralMask(bias, attention_mask, backend, _CachedDense(self, bias, weights, budget))
@@ -181,12 +182,14 @@ def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
     pre = attention.register_forward_pre_hook(add_bias, with_kwargs=True)
     post = attention.register_forward_hook(check_bias_used)
     layer.hook_ids = (pre.id, post.id)
+    layer.state.layers.append(layer)
 
 
 def detach_layer(attention: nn.Module) -> None:
     """Takes the layer out again; the module is as it was."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     remove_hooks(attention, layer.hook_ids)
+    layer.state.layers.remove(layer)
     delattr(attention, CHILD_NAME)
 
 
@@ -200,15 +203,13 @@ def remove_hooks(module: nn.Module, ids: tuple[int, ...]) -> None:
 def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
-    hidden_states: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    hidden_states: Any = hidden_states_of(args, kwargs)
     position = layer.mask_position
     positional = position is not None and len(args) > position
     backbone = layer.state.backbone
     given = args[position] if position is not None and positional else kwargs.get(backbone.mask_argument)
-    bounds = None
-    if backbone.segment_layouts is not None:
-        bounds = kwargs.get(backbone.segment_argument)
-        bounds = args[1] if bounds is None else bounds
+    bounds = None if backbone.segment_layouts is None else _segment_bounds(attention, layer, args, kwargs)
+    layer.state.see_states(hidden_states, layer)
     mask = layer.build_mask(hidden_states, given, bounds)
     layer.pending = mask
     if mask is None:
@@ -217,6 +218,28 @@ def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         assert position is not None
         return (*args[:position], mask, *args[position + 1 :]), kwargs
     return args, {**kwargs, backbone.mask_argument: mask}
+
+
+def _segment_bounds(
+    attention: nn.Module, layer: SFALayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The segment boundaries among the arguments of an attention module.
+
+    Raises:
+        LayoutError: There are none, and the layer would have used them.
+    """
+    name = layer.state.backbone.segment_argument
+    parameters = list(inspect.signature(type(attention).forward).parameters)
+    position = parameters.index(name) - 1 if name in parameters else len(args)
+    bounds = kwargs.get(name, args[position] if position < len(args) else None)
+    if bounds is None and layer.active:
+        raise LayoutError(
+            f"{layer.name} ({type(attention).__name__}) was called without {name!r}, from which backbone "
+            f"{layer.state.backbone.name!r} reads where its segments begin and end (Backbone.segment_argument); it "
+            f"got {len(args)} positional arguments and {sorted(kwargs)}. Call the tower itself, or pass {name}="
+            "[0, end of segment 1, ...]; if the attention names it differently, set segment_argument in the record."
+        )
+    return bounds
 
 
 def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:

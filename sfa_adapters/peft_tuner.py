@@ -74,6 +74,7 @@ class SFAModel(BaseTuner):
                 self._state = prepare_tower(self._plan)
                 self._plan = wrap_targets(model, self._plan)
                 config.tower = self._plan.signature()
+                config.tower_path = self._plan.tower_path
                 self.peft_config[adapter_name] = config
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:

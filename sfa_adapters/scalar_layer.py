@@ -70,6 +70,11 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         """Names of the adapters that act in this layer now."""
         return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
 
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter that acts in this layer now has scalars that train."""
+        return any(tensor.requires_grad for name in self.active for tensor in self.tensors(name).values())
+
     def weights(self, adapter_name: str, device: torch.device | None = None) -> StructuralWeights:
         """The scalars of one adapter, on `device` where one is given.
 

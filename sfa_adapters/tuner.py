@@ -21,12 +21,13 @@ from sfa_adapters.layer import (
     SFALayer,
     attach_layer,
     detach_layer,
-    remove_hooks,
 )
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
 from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
-from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
+from sfa_adapters.state_keys import plain_path
+from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
     "LOAD_HOOK",
@@ -41,7 +42,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_attn_implementation", "_sfa_hook_id"
+ORIGINAL_IMPLEMENTATION = "_sfa_attn_implementation"
 # Left on a model by `state_fit` and by `beside_peft`, and taken away with the last adapter.
 LOAD_HOOK, METHODS = "_sfa_load_hook_id", frozenset({"save_pretrained", "load_adapter"})
 
@@ -67,6 +68,11 @@ class InjectionPlan:
         """Index, path and module of the attention layers that get a bias."""
         return [(index, *self.found.attentions[index]) for index in self.layers]
 
+    @property
+    def tower_path(self) -> str | None:
+        """What a saved adapter says about which of several towers it is for."""
+        return plain_path(self.found.name) if self.found.several else None
+
     def signature(self) -> dict[str, Any]:
         """What a saved adapter says about the tower that it was made for."""
         return {
@@ -88,7 +94,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
     check_adapter_name(adapter_name)
-    found = find_tower(model)
+    found = find_tower(model, config.tower_path)
     if found.backbone.check is not None:
         found.backbone.check(found.tower)
     heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
@@ -97,6 +103,13 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
     geometry = found.backbone.geometry(found.tower)
     plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    for name, _, layer in injected_layers(model):
+        elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
+        if elsewhere and adapter_name in layer.configs:
+            raise InjectionError(
+                f"{layer.state.tower_name} has an SFA adapter named {adapter_name!r}: choose another adapter_name for "
+                f"{found.name}, so that each is saved in a folder of its own."
+            )
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
         if isinstance(layer, SFALayer) and adapter_name in layer.configs:
@@ -167,11 +180,17 @@ def note_head_counts(model: nn.Module) -> None:
 
     Call it when heads were removed from a model that carries SFA.
     """
-    layers = [layer for _, _, layer in injected_layers(model)]
-    if not layers:
-        return
+    by_tower: dict[str, list[SFALayer]] = {}
+    for _, _, layer in injected_layers(model):
+        by_tower.setdefault(layer.state.tower_name, []).append(layer)
+    for path, layers in by_tower.items():
+        _note_head_counts(model, path if len(by_tower) > 1 else None, layers)
+
+
+def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]) -> None:
     try:
-        counts = {number: int(module.num_heads) for number, (_, module) in enumerate(find_tower(model).attentions)}  # pyright: ignore[reportArgumentType]
+        attentions = enumerate(find_tower(model, path).attentions)
+        counts = {number: int(module.num_heads) for number, (_, module) in attentions}  # pyright: ignore[reportArgumentType]
     except NoMatchingBackboneError:  # a part of a tower
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
@@ -198,10 +217,8 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    tower.__dict__[STATE_NAME] = state
-    seer = tower.get_submodule(found.backbone.image_module)
-    seer.__dict__[STATE_NAME] = state
-    seer.__dict__[TOWER_HOOK] = seer.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
+    above = len(found.name) + 1 if found.name else 0
+    hook_tower(tower, [name[above:] for name, _ in found.attentions], state)
     return state
 
 
@@ -214,7 +231,7 @@ def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
         wrapped = wrap(module)
         if wrapped is not module:
             model.set_submodule(name, wrapped)
-    return InjectionPlan(find_tower(model), plan.geometry, plan.num_heads, plan.layers)
+    return InjectionPlan(find_tower(model, plan.found.name), plan.geometry, plan.num_heads, plan.layers)
 
 
 def add_adapter(
@@ -250,20 +267,16 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    if injected_layers(model):
-        return
-    for module in model.modules():
-        if TOWER_HOOK in module.__dict__:
-            remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
-        module.__dict__.pop(STATE_NAME, None)
+    for tower in unhook_idle_towers(model):
+        implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+        if implementation is not None:
+            tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+    for module in [] if injected_layers(model) else model.modules():
         if LOAD_HOOK in module.__dict__:
             module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)
         for method in METHODS:
             if getattr(module.__dict__.get(method), "belongs_to_sfa", False):
                 del module.__dict__[method]
-        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
-        if implementation is not None:
-            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager
