@@ -1,4 +1,4 @@
-"""Every error that sfa_adapters raises. All are `SFAError`, their text says what was found and what to do."""
+"""Every error and warning of sfa_adapters. All errors are `SFAError`, their text says what was found and what to do."""
 
 __all__ = [
     "AdapterMismatchError",
@@ -14,7 +14,9 @@ __all__ = [
     "SFAError",
     "SFAWarning",
     "TrainingError",
+    "UnknownInterfaceError",
     "UnsupportedAttentionError",
+    "UntestedVersionWarning",
     "WeightsError",
 ]
 
@@ -77,3 +79,11 @@ class RecipeError(SFAError, ValueError):
 
 class TrainingError(SFAError, RuntimeError):
     """Training stopped: a tensor that should train gets no gradient, the loss is NaN, a checkpoint was lost, ..."""
+
+
+class UnknownInterfaceError(SFAError, RuntimeError):
+    """A library hands something over under a name that is not known here: going on would be wrong in silence."""
+
+
+class UntestedVersionWarning(SFAWarning):
+    """An installed library is older or newer than what this version of sfa-adapters was tested with."""
