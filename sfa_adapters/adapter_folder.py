@@ -18,11 +18,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 CARD_TITLE = "## A structural attention bias (SFA)"
 CARD_TEXT = """This adapter adds learned numbers for rows, columns, distance and blocks of a page to the attention
-logits of a vision tower. It is a PEFT method of the library sfa-adapters, which must be imported first:
+logits of a vision tower. The library sfa-adapters registers it as a PEFT method:
 
     pip install sfa-adapters
 
-    import sfa_adapters
+    from sfa_adapters import SFAConfig
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base_model, folder)
