@@ -33,6 +33,7 @@ CLIP = register_backbone(
         attentions=("transformers.models.clip.*.CLIPAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",
             projection="embeddings.patch_embedding",

@@ -43,6 +43,7 @@ INTERNVIT = register_backbone(
         attentions=("transformers.models.internvl.*.InternVLVisionAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",
             projection="embeddings.patch_embeddings.projection",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, config_grid, image_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
 
 __all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]
 
@@ -87,12 +87,6 @@ def geometry(tower: nn.Module) -> Geometry:
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
 
 
-def grid_of_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
-    """The remote forward takes `pixel_values` first."""
-    config: Any = tower.config
-    return image_grid(args[0] if args else kwargs.get("pixel_values"), config.patch_size)
-
-
 def check(tower: nn.Module) -> None:
     """Refuses the packed flash kernel.
 
@@ -116,7 +110,8 @@ INTERNVIT_REMOTE = register_backbone(
             "sfa_adapters.backbones.internvit_remote.MaskedInternAttention",
         ),
         geometry=geometry,
-        grid_of_input=grid_of_input,
+        grid_of_input=pixel_grid,
+        image_module="embeddings",
         wrap_attention=wrap,
         unwrap_attention=unwrap,
         check=check,

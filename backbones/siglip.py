@@ -44,6 +44,7 @@ SIGLIP = register_backbone(
         attentions=("transformers.models.siglip.*.SiglipAttention",),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",
             projection="embeddings.patch_embedding",
@@ -67,5 +68,6 @@ IDEFICS = register_backbone(
         ),
         geometry=geometry,
         grid_of_input=pixel_grid,
+        image_module="embeddings",
     )
 )

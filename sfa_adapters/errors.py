@@ -12,6 +12,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "SFAError",
+    "SFAWarning",
     "TrainingError",
     "UnknownInterfaceError",
     "UnsupportedAttentionError",
@@ -22,6 +23,10 @@ __all__ = [
 
 class SFAError(Exception):
     """Base of all errors of this library."""
+
+
+class SFAWarning(UserWarning):
+    """Base of all warnings of this library, and the class of those that need no name of their own."""
 
 
 class NoMatchingBackboneError(SFAError, ValueError):
@@ -80,5 +85,5 @@ class UnknownInterfaceError(SFAError, RuntimeError):
     """A library hands something over under a name that is not known here: going on would be wrong in silence."""
 
 
-class UntestedVersionWarning(UserWarning):
+class UntestedVersionWarning(SFAWarning):
     """An installed library is older or newer than what this version of sfa-adapters was tested with."""

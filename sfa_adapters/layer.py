@@ -1,27 +1,29 @@
 """`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that bring them in.
 
 The layer sits **beside** the attention's own weights, as its child `sfa`: base state-dict keys stay as they are, LoRA
-still finds
-`q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the attention's own
-mask argument; a forward hook checks that the mask was used.
+still finds `q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the
+attention's own mask argument; a forward hook checks that the mask was used.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sfa_adapters.attention import Backend, dense_mask
-from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factors, parameter_shapes
+from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import BiasNotAppliedError, LayoutError, MergeError
+from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
+from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
-from sfa_adapters.packing import PackedMask
+from sfa_adapters.packing import PackedMask, Packing
+from sfa_adapters.scalar_layer import ScalarLayer
+from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import TowerState
 
 __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
@@ -29,8 +31,8 @@ __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
 CHILD_NAME = "sfa"
 
 
-class SFALayer(nn.Module, BaseTunerLayer):
-    """The structural scalars of one attention layer, for any number of named adapters (a PEFT tuner layer).
+class SFALayer(ScalarLayer):
+    """The structural scalars of one attention layer, and the mask that they become (a PEFT tuner layer).
 
     Args:
         num_heads: Heads of the attention layer.
@@ -39,72 +41,32 @@ class SFALayer(nn.Module, BaseTunerLayer):
         state: What the layers of the tower share.
     """
 
-    adapter_layer_names = tuple(f"sfa_{term}" for term in TERMS)
-    other_param_names = ()
-
     def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
-        super().__init__()
-        self.num_heads, self.index, self.name, self.state = num_heads, index, name, state
-        self.configs: dict[str, SFAConfig] = {}
-        self.cache_bytes: dict[str, float] = {}
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ParameterDict())
-        self._disable_adapters = False
-        self._active_adapter = []
-        self.merged_adapters = []
+        super().__init__(num_heads, index, name)
+        self.state = state
         self.pending: LazyMask | None = None
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
         self.mask_position: int | None = None
         self.hook_ids: tuple[int, ...] = ()
+        self.saved_by_peft = False  # an adapter that PEFT knows
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        around = prefix.removesuffix(".".join((*filter(None, (self.name, CHILD_NAME)), "")))
+        if around.endswith(PEFT_PREFIX) and not (self.saved_by_peft or self.state.warned):
+            self.state.warned = True
+            warnings.warn(
+                "This model was wrapped by PEFT after SFA was injected, so PEFT saves it without SFA (or with tensors "
+                "that its loader drops). Save the bias as well: save_sfa(model, folder), or wrap first and inject "
+                "SFA into the wrapped model, which then saves both.",
+                SFAWarning,
+                stacklevel=2,
+            )
 
     def train(self, mode: bool = True) -> SFALayer:
         """As `Module.train`; also forgets the cached dense mask."""
         self._dense = None
         return super().train(mode)
-
-    # -- adapters ---------------------------------------------------------------------------------------------------
-
-    def update_layer(self, adapter_name: str, config: SFAConfig, num_layers: int, device: torch.device) -> None:
-        """Adds the scalars of one adapter, drawn anew, and makes no other adapter inactive."""
-        assert config.num_blocks is not None
-        for term, shape in parameter_shapes(self.num_heads, config.num_blocks, config.terms).items():
-            values = torch.empty(shape, device=device, dtype=torch.float32)
-            parameters = getattr(self, f"sfa_{term}")
-            parameters[adapter_name] = nn.Parameter(nn.init.normal_(values, std=config.init_std))
-        self.configs[adapter_name] = config
-        self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes one adapter from the layer; where no other was active, the first that is left becomes so."""
-        if adapter_name in self.active_adapters:  # chosen here, because PEFT warns once per layer when it chooses
-            others = [name for name in self.configs if name != adapter_name]
-            active = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(active or others[:1])
-        super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
-        self.cache_bytes.pop(adapter_name, None)
-
-    @property
-    def active(self) -> list[str]:
-        """Names of the adapters that act in this layer now."""
-        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
-
-    def weights(self, adapter_name: str) -> StructuralWeights:
-        """The scalars of one adapter."""
-        found = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        return StructuralWeights(*(dict(values.items()).get(adapter_name) for values in found))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: Always; the tuner says why (`SFAModel.merge_adapter`).
-        """
-        raise MergeError(f"{self.name}: a structural bias cannot be merged into the weights of its attention layer.")
-
-    def get_base_layer(self) -> nn.Module:
-        """A layer that stands beside another wraps nothing."""
-        return self
 
     # -- the mask ---------------------------------------------------------------------------------------------------
 
@@ -122,29 +84,29 @@ class SFALayer(nn.Module, BaseTunerLayer):
         active = self.active
         if not active:
             return None
-        weights = [self.weights(name) for name in active]
+        device = hidden_states.device
+        weights = [self.weights(name, device) for name in active]
         config = self.configs[active[0]]
         block_map, key = config.block_map_tensor(), _block_key(config)
         if any(_block_key(self.configs[name]) != key for name in active):
             raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
-        device = hidden_states.device
+        arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
-            segments = self.state.segments(hidden_states.shape[-2], tuple(bounds.tolist()), block_map, key, device)
+            segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
             if len(factors) == 1 and segments[0].batch_size is not None:
                 return SegmentedMask(_split_batch(factors[0]), backend)
             return SegmentedMask(factors, backend)
-        packing = self.state.packing
-        if packing is not None and packing.total == hidden_states.shape[-2]:
-            layouts = packing.layouts(block_map, key, device)
+        if isinstance(arrangement, Packing):
+            layouts = arrangement.layouts(block_map, key, device)
             # Where images are kept apart by a mask already, it is that mask which gets the biases.
-            mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(packing.lengths)
+            mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(arrangement.lengths)
             mask.biases = [bias_factors(weights, x, self.num_heads) for x in layouts]
             mask.backend = backend
             return mask
         assert not isinstance(attention_mask, LazyMask)
-        layout = self.state.layout(hidden_states.shape[-2], block_map, key, device)
+        layout = self.state.layout(arrangement, block_map, key, device)
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)
         return StructuralMask(bias, attention_mask, backend, _CachedDense(self, bias, weights, budget))
@@ -220,12 +182,14 @@ def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
     pre = attention.register_forward_pre_hook(add_bias, with_kwargs=True)
     post = attention.register_forward_hook(check_bias_used)
     layer.hook_ids = (pre.id, post.id)
+    layer.state.layers.append(layer)
 
 
 def detach_layer(attention: nn.Module) -> None:
     """Takes the layer out again; the module is as it was."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     remove_hooks(attention, layer.hook_ids)
+    layer.state.layers.remove(layer)
     delattr(attention, CHILD_NAME)
 
 
@@ -239,15 +203,13 @@ def remove_hooks(module: nn.Module, ids: tuple[int, ...]) -> None:
 def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
-    hidden_states: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    hidden_states: Any = hidden_states_of(args, kwargs)
     position = layer.mask_position
     positional = position is not None and len(args) > position
     backbone = layer.state.backbone
     given = args[position] if position is not None and positional else kwargs.get(backbone.mask_argument)
-    bounds = None
-    if backbone.segment_layouts is not None:
-        bounds = kwargs.get(backbone.segment_argument)
-        bounds = args[1] if bounds is None else bounds
+    bounds = None if backbone.segment_layouts is None else _segment_bounds(attention, layer, args, kwargs)
+    layer.state.see_states(hidden_states, layer)
     mask = layer.build_mask(hidden_states, given, bounds)
     layer.pending = mask
     if mask is None:
@@ -256,6 +218,28 @@ def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         assert position is not None
         return (*args[:position], mask, *args[position + 1 :]), kwargs
     return args, {**kwargs, backbone.mask_argument: mask}
+
+
+def _segment_bounds(
+    attention: nn.Module, layer: SFALayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The segment boundaries among the arguments of an attention module.
+
+    Raises:
+        LayoutError: There are none, and the layer would have used them.
+    """
+    name = layer.state.backbone.segment_argument
+    parameters = list(inspect.signature(type(attention).forward).parameters)
+    position = parameters.index(name) - 1 if name in parameters else len(args)
+    bounds = kwargs.get(name, args[position] if position < len(args) else None)
+    if bounds is None and layer.active:
+        raise LayoutError(
+            f"{layer.name} ({type(attention).__name__}) was called without {name!r}, from which backbone "
+            f"{layer.state.backbone.name!r} reads where its segments begin and end (Backbone.segment_argument); it "
+            f"got {len(args)} positional arguments and {sorted(kwargs)}. Call the tower itself, or pass {name}="
+            "[0, end of segment 1, ...]; if the attention names it differently, set segment_argument in the record."
+        )
+    return bounds
 
 
 def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:

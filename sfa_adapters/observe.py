@@ -9,10 +9,12 @@ those of the unobserved one bit for bit: unlike a wrapped mask, it changes neith
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -309,3 +311,16 @@ def _no_module(model: nn.Module, wanted: Any, found: Mapping[str, nn.Module]) ->
         f"modules={wanted!r} fits no attention module of {type(model).__name__}. It has: {told}. "
         "Use 'vision', 'language', a pattern over these paths, or None for all."
     )
+
+
+class _CallableModule(ModuleType):
+    """This module, callable like its function.
+
+    The package has a function `observe` and this module of the same name. Importing the module sets the attribute of
+    the package to the module, so `from sfa_adapters import observe` may give either one; both do the same.
+    """
+
+    __call__ = staticmethod(observe)
+
+
+sys.modules[__name__].__class__ = _CallableModule

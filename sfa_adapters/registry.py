@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.read_layers import count_read_layers
 
 __all__ = [
+    "STATE_NAME",
     "Backbone",
     "FoundTower",
     "Geometry",
@@ -28,6 +30,8 @@ __all__ = [
     "registered_backbones",
 ]
 
+# A tower that carries SFA has its state under this name.
+STATE_NAME = "_sfa_state"
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 
 
@@ -123,6 +127,16 @@ class Backbone:
         """Whether the module is an attention layer of this kind of tower."""
         return matches(module, self.attentions)
 
+    def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
+        """Pickled and copied as its name: records hold functions, often lambdas, which cannot be pickled.
+
+        Raises:
+            InjectionError: The record is not registered, so a name would not bring it back.
+        """
+        if _registered(self.name) is not self:
+            raise InjectionError(f"Another record than this one is registered under the name {self.name!r}.")
+        return _registered, (self.name,)
+
 
 @dataclass(frozen=True)
 class FoundTower:
@@ -134,6 +148,7 @@ class FoundTower:
         backbone: Its record.
         attentions: Its attention modules in order of execution, by path in the model.
         used_layers: How many of them the host really reads, counted from the first.
+        several: Whether the model has more towers than this one.
     """
 
     name: str
@@ -141,6 +156,7 @@ class FoundTower:
     backbone: Backbone
     attentions: tuple[tuple[str, nn.Module], ...]
     used_layers: int
+    several: bool = False
 
 
 _BACKBONES: dict[str, Backbone] = {}
@@ -176,6 +192,16 @@ def registered_backbones() -> dict[str, Backbone]:
     return dict(_BACKBONES)
 
 
+def _registered(name: str) -> Backbone:
+    record = registered_backbones().get(name)
+    if record is None:
+        raise InjectionError(
+            f"The backbone {name!r} is not registered. Models with SFA are pickled with the name of their backbone: "
+            "call register_backbone, or install the package that does, before the model is saved or loaded."
+        )
+    return record
+
+
 def qualified_name(module: nn.Module) -> str:
     """`module.Class` of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
@@ -187,27 +213,29 @@ def matches(module: nn.Module, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def find_tower(model: nn.Module) -> FoundTower:
-    """Finds the one vision tower of a model; text towers are left alone.
+def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
+    """Finds the vision tower of a model; text towers are left alone.
+
+    Args:
+        model: A tower, or a host with one or several.
+        path: Path of the tower in the model, for hosts with several. By default the only one, or the only one that
+            carries SFA already.
 
     Raises:
         NoMatchingBackboneError: No registered backbone fits; lists the attention modules that were seen.
-        InjectionError: Several towers fit, or the tower is of a kind that cannot carry a bias.
+        InjectionError: Several towers fit, or none at the path.
     """
     backbones = registered_backbones()
-    found: list[tuple[str, nn.Module, Backbone]] = []
+    towers: list[tuple[str, nn.Module, Backbone]] = []
     for name, module in model.named_modules():
-        if any(not outer or name.startswith(outer + ".") for outer, _, _ in found):
+        if any(not outer or name.startswith(outer + ".") for outer, _, _ in towers):
             continue
         backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
         if backbone is not None:
-            found.append((name, module, backbone))
-    if not found:
+            towers.append((name, module, backbone))
+    if not towers:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
-    if len(found) > 1:
-        names = ", ".join(f"{name} ({record.name})" for name, _, record in found)
-        raise InjectionError(f"{type(model).__name__} has several vision towers: {names}. Pass the one to adapt.")
-    name, tower, backbone = found[0]
+    name, tower, backbone = _choose_tower(model, towers, path)
     prefix = f"{name}." if name else ""
     attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.is_attention(m))
     if not attentions:
@@ -215,30 +243,32 @@ def find_tower(model: nn.Module) -> FoundTower:
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "
             f"{list(backbone.attentions)}.\n{_nothing_found(tower, backbones)}"
         )
-    return FoundTower(name, tower, backbone, attentions, _used_layers(model, len(attentions)))
+    used = count_read_layers(model, name, len(attentions))
+    return FoundTower(name, tower, backbone, attentions, used, several=len(towers) > 1)
 
 
-def _used_layers(model: nn.Module, num_layers: int) -> int:
-    """How many layers the host reads: LLaVA-1.5 takes the hidden states of layer -2, so its last layer is dead.
-
-    A parameter behind a dead layer never gets a gradient, and distributed data parallel stops on it.
-    """
-    host = next((m for m in model.modules() if _feature_layers(m)), None)
-    if host is None:
-        return num_layers
-    # hidden_states has num_layers + 1 entries: entry k is the output of layer k - 1.
-    entries = [layer if layer >= 0 else num_layers + 1 + layer for layer in _feature_layers(host)]
-    return min(max(entries), num_layers)
-
-
-def _feature_layers(module: nn.Module) -> list[int]:
-    config = getattr(module, "config", None)
-    value = getattr(config, "vision_feature_layer", None)
-    if value is None:
-        value = getattr(config, "vision_feature_layers", None)
-    if isinstance(value, int):
-        return [value]
-    return [layer for layer in value if isinstance(layer, int)] if isinstance(value, (list, tuple)) else []
+def _choose_tower(
+    model: nn.Module, towers: list[tuple[str, nn.Module, Backbone]], path: str | None
+) -> tuple[str, nn.Module, Backbone]:
+    names = ", ".join(f"{name or '(the model)'} ({record.name})" for name, _, record in towers)
+    if path is not None:
+        # A PeftModel puts names of its own in front of the paths of the model that it wraps.
+        fitting = [entry for entry in towers if entry[0] == path or entry[0].endswith(f".{path}")]
+        if len(fitting) != 1:
+            raise InjectionError(
+                f"tower={path!r} is not the path of a vision tower of {type(model).__name__}; its towers: {names}."
+            )
+        return fitting[0]
+    if len(towers) > 1:
+        adapted = [entry for entry in towers if STATE_NAME in entry[1].__dict__]
+        if len(adapted) != 1:
+            raise InjectionError(
+                f"{type(model).__name__} has several vision towers{', all with SFA' if adapted else ''}: {names}. Say "
+                f"which one is meant, e.g. inject_sfa(model, tower={towers[0][0]!r}), describe(model, tower=...) or "
+                "SFAConfig(tower_path=...). Elsewhere pass the tower itself."
+            )
+        return adapted[0]
+    return towers[0]
 
 
 def _nothing_found(model: nn.Module, backbones: Mapping[str, Backbone]) -> str:
@@ -273,9 +303,10 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def pixel_grid(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`grid_of_input` of transformers towers that take `pixel_values` first and have a `config.patch_size`."""
-    config: Any = tower.config
-    return image_grid(args[0] if args else kwargs.get("pixel_values"), config.patch_size)
+    """`grid_of_input` of transformers towers and their embeddings: `pixel_values` first, a `patch_size` of theirs."""
+    size: Any = getattr(tower, "patch_size", None)
+    size = tower.config.patch_size if size is None else size  # pyright: ignore[reportAttributeAccessIssue]
+    return image_grid(args[0] if args else kwargs.get("pixel_values"), size)
 
 
 def config_grid(tower: nn.Module) -> tuple[int, int]:

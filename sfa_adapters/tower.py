@@ -1,4 +1,4 @@
-"""`TowerState`: what the adapted layers of one tower share, and the hook that keeps it up to date."""
+"""`TowerState`: what the adapted layers of one tower share; the hooks in `tower_hooks` keep it up to date."""
 
 from __future__ import annotations
 
@@ -8,87 +8,178 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.errors import LayoutError
+from sfa_adapters.errors import LayoutError, TrainingError
+from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
-from sfa_adapters.registry import Backbone, Geometry
+from sfa_adapters.registry import STATE_NAME, Backbone, Geometry
 
-__all__ = ["STATE_NAME", "TowerState", "see_tower_input"]
+__all__ = ["STATE_NAME", "TowerState"]
 
-STATE_NAME = "_sfa_state"
 # Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
 # fold.
 SHORT_SEGMENT = 256
 # Layouts of this many different inputs are kept; documents come in many shapes, training sets in few.
 LAYOUTS_KEPT = 64
+# In `TowerState.seen`: inputs with this many tokens came in more than one arrangement.
+SEVERAL = "several"
 
 
 @dataclass(eq=False)
 class TowerState:
-    """What the adapted layers of one tower share: how to lay out the tokens of the forward under way.
-
-    Grids are remembered per token count, not only for the latest forward, because gradient checkpointing runs the
-    layers again in the backward pass, when another image may have passed the tower.
+    """What the adapted layers of one tower share: how the tokens lie, of the forward under way or being recomputed.
 
     Attributes:
-        packing: Set by whoever packs images of different token counts into one sequence; its layouts then count.
+        layers: The SFA layers of the tower.
+        log: Which forward hidden states belong to.
+        seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
+        layouts: Layouts that were built, by arrangement.
+        warned: Whether the user was warned that PEFT will not load these adapters.
     """
 
     backbone: Backbone
     geometry: Geometry
     tower_name: str
-    packing: Packing | None = None
-    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
-    inputs: dict[int, Any] = field(default_factory=dict)
+    layers: list[Any] = field(default_factory=list)
+    log: ForwardLog = field(default_factory=ForwardLog)
+    seen: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
+    warned: bool = False
 
-    def __post_init__(self) -> None:
-        if self.geometry.grid is not None:
-            self._remember(self.geometry.grid)
-
-    def _remember(self, grid: tuple[int, int]) -> None:
-        self.grids[grid[0] * grid[1] + self.geometry.prefix_tokens] = grid
+    # -- the forward under way --------------------------------------------------------------------------------------
 
     def see_input(self, seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes the shape of the images that the tower is about to see."""
+        """Notes the shape of the images that the tower is about to see: a forward begins."""
+        forward = TowerForward()
         if self.backbone.grid_of_input is not None:
-            grid = self.backbone.grid_of_input(seer, args, kwargs)
+            grid = self.backbone.grid_of_input(seer, args, kwargs) or self.geometry.grid
             if grid is not None:
-                self._remember(grid)
+                forward.grids[grid[0] * grid[1] + self.geometry.prefix_tokens] = grid
         elif self.backbone.describe_input is not None:
             tokens, description = self.backbone.describe_input(seer, args, kwargs)
-            self.inputs[tokens] = description
+            forward.inputs[tokens] = description
+        for num_tokens, arrangement in (*forward.grids.items(), *forward.inputs.items()):
+            self._see(num_tokens, arrangement)
+        if torch.compiler.is_compiling():
+            self.log.compiled = forward
+        else:
+            self.log.begin(forward)
 
-    def layout(self, num_tokens: int, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
-        """The layout of `num_tokens` tokens on a fixed grid.
+    def _see(self, num_tokens: int, arrangement: Any) -> None:
+        self.seen[num_tokens] = arrangement if self.seen.get(num_tokens, arrangement) == arrangement else SEVERAL
+
+    def _forward(self) -> TowerForward | None:
+        return self.log.compiled if torch.compiler.is_compiling() else self.log.current()
+
+    @property
+    def packing(self) -> Packing | None:
+        """How images of different token counts are packed in the forward under way."""
+        forward = self._forward()
+        return None if forward is None else forward.packing
+
+    @packing.setter
+    def packing(self, packing: Packing | None) -> None:
+        forward = self._forward()
+        if forward is not None:
+            forward.packing = packing
+        if packing is not None:
+            self.seen[packing.total] = SEVERAL  # no two packings are alike
+
+    @property
+    def inputs(self) -> dict[int, Any]:
+        """Segmented towers: what the forward under way was given, by number of tokens."""
+        forward = self._forward()
+        return {} if forward is None else forward.inputs
+
+    def arrangement(self, hidden_states: Tensor, layer: Any) -> Arrangement:
+        """How the tokens that an attention layer was given lie, also when checkpointing runs the layer again.
+
+        Args:
+            hidden_states: Input of the attention layer, `[.., tokens, width]`.
+            layer: The `SFALayer` of it.
 
         Raises:
-            LayoutError: No grid with this many tokens was seen.
+            LayoutError: The tokens come from no forward of the tower, or from one of several that cannot be told apart.
         """
-        grid = self.grids.get(num_tokens)
-        prefix = self.geometry.prefix_tokens
-        if grid is None:
-            known = ", ".join(f"{h}x{w}+{prefix}={n}" for n, (h, w) in self.grids.items())
+        num_tokens = hidden_states.shape[-2]
+        if torch.compiler.is_compiling():
+            forward = self.log.compiled
+            arrangement = self.seen.get(num_tokens) if forward is None else forward.arrangement(num_tokens)
+            if arrangement is None or arrangement is SEVERAL:
+                raise LayoutError(self._unknown(num_tokens))
+            return arrangement
+        forward = self.log.of_call()
+        if forward is not None:
+            arrangement = forward.arrangement(num_tokens)
+            if arrangement is None:
+                raise LayoutError(self._unknown(num_tokens, forward))
+            return arrangement
+        if backward_task() == NOT_IN_BACKWARD:
+            return self._without_call(num_tokens, layer.index)
+        return self._recomputed(hidden_states, layer)
+
+    def _without_call(self, num_tokens: int, layer: int) -> Arrangement:
+        """A layer runs outside of a call of the tower: behind its embedding, or behind nothing that was seen."""
+        forwards = self.log.without_call(num_tokens, layer)
+        arrangements = {forward.arrangement(num_tokens) for forward in forwards}
+        if not arrangements:
+            raise LayoutError(self._unknown(num_tokens))
+        if len(arrangements) > 1:
             raise LayoutError(
-                f"An adapted {self.backbone.name} layer got {num_tokens} tokens; the tower's grids have {known}. "
-                f"Call the tower ({self.tower_name or 'the model'}) itself, with sides that its patch size divides."
+                f"An adapted {self.backbone.name} layer got {num_tokens} tokens outside of a call of its tower, after "
+                f"inputs of this many tokens that lie differently. Call the tower ({self.tower_name or 'the model'}) "
+                "itself, once per input."
             )
+        self.log.run_layer(forwards, layer)
+        return arrangements.pop()
+
+    def _recomputed(self, hidden_states: Tensor, layer: Any) -> Arrangement:
+        """Gradient checkpointing runs a layer again, maybe after other images passed the tower."""
+        num_tokens = hidden_states.shape[-2]
+        only = self.seen.get(num_tokens, SEVERAL)
+        if only is not SEVERAL:
+            return only
+        forwards = self.log.trace(hidden_states, layer)
+        if not forwards:  # the whole forward is being run again, not through the tower's call
+            forwards = self.log.without_call(num_tokens, layer.index)
+        arrangements = {forward.arrangement(num_tokens) for forward in forwards} - {None}
+        if len(arrangements) != 1:
+            raise LayoutError(
+                f"Gradient checkpointing runs layer {layer.index} of the {self.backbone.name} tower again on "
+                f"{num_tokens} tokens, and inputs of this many tokens came in several shapes: which one this is cannot "
+                "be told. Checkpoint with use_reentrant=False, or let the checkpoint begin with a layer or with the "
+                "encoder of the tower."
+            )
+        return arrangements.pop()
+
+    def _unknown(self, num_tokens: int, forward: TowerForward | None = None) -> str:
+        name, prefix = self.tower_name or "the model", self.geometry.prefix_tokens
+        if self.backbone.segment_layouts is not None:
+            return (
+                f"An adapted {self.backbone.name} layer got {num_tokens} tokens that bypassed the forward of its tower "
+                f"({name}); call the tower, so that the image sizes are known."
+            )
+        grids = [grid for grid in (forward.grids if forward is not None else self.seen).values() if grid is not SEVERAL]
+        if forward is None and self.geometry.grid is not None and self.geometry.grid not in grids:
+            grids.insert(0, self.geometry.grid)
+        known = ", ".join(f"{h}x{w}+{prefix}={h * w + prefix}" for h, w in grids if isinstance(h, int))
+        where = ", and the layer ran outside of a call of the tower" if forward is None else ""
+        return (
+            f"An adapted {self.backbone.name} layer got {num_tokens} tokens; the tower's grids have {known}{where}. "
+            f"Call the tower ({name}) itself, with sides that its patch size divides."
+        )
+
+    # -- layouts ----------------------------------------------------------------------------------------------------
+
+    def layout(self, grid: tuple[int, int], block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
+        """The layout of the tokens on a grid, prefix in front."""
+        prefix = self.geometry.prefix_tokens
         return self._cached((grid, key, device), lambda: TokenLayout.regular(*grid, prefix, block_map, device))
 
     def segments(
-        self, num_tokens: int, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device
+        self, description: Any, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device
     ) -> list[TokenLayout]:
-        """Layouts of the segments of a flat sequence: short ones batched (padded), long ones alone.
-
-        Raises:
-            LayoutError: No input with this many tokens was seen.
-        """
-        if num_tokens not in self.inputs:
-            raise LayoutError(
-                f"An adapted {self.backbone.name} layer got {num_tokens} tokens that bypassed the forward of its tower "
-                f"({self.tower_name or 'the model'}); call the tower, so that the image sizes are known."
-            )
-        description = self.inputs[num_tokens]
+        """Layouts of the segments of a flat sequence: short ones batched (padded), long ones alone."""
 
         def build() -> list[TokenLayout]:
             assert self.backbone.segment_layouts is not None
@@ -109,10 +200,35 @@ class TowerState:
                 self.layouts[key] = build()
         return self.layouts[key]
 
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def first_training_layer(self) -> int | None:
+        """The first layer whose active adapters train, None where none does."""
+        training: list[int] = [layer.index for layer in self.layers if layer.trains]
+        return min(training, default=None)
+
+    def see_states(self, hidden_states: Tensor, layer: Any) -> None:
+        """Notes the input of an attention layer.
+
+        Raises:
+            TrainingError: Reentrant checkpointing runs the layer, and would record no gradient for its scalars.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.log.note(hidden_states)
+        if not layer.active and self.log.of_call() is None:  # it asks for no arrangement, but the forward moves on
+            forwards = self.log.without_call(hidden_states.shape[-2], layer.index)
+            if forwards:
+                self.log.run_layer(forwards[-1:], layer.index)
+        forward = self.log.current()
+        if forward is None or not forward.with_grad or forward.requires_grad or torch.is_grad_enabled():
+            return
+        if layer.trains:
+            raise TrainingError(
+                f"{layer.name} runs without gradients inside a forward with gradients, as reentrant checkpointing "
+                "does, and nothing in front of it requires gradients: its structural scalars would not train. "
+                "Checkpoint with use_reentrant=False, or let the input of the checkpoint require gradients."
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layouts": {}, "packing": None}
-
-
-def see_tower_input(seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a tower (or of its `Backbone.image_module`): notes the grid of the images."""
-    seer.__dict__[STATE_NAME].see_input(seer, args, kwargs)
+        return {**self.__dict__, "layouts": {}, "seen": {}}

@@ -1,4 +1,4 @@
-"""SFA as a PEFT method, and the injection that it shares with `inject_sfa`.
+"""The injection that `inject_sfa` and the PEFT method (`sfa_adapters.peft_tuner`) share.
 
 Every check comes first (`plan_injection`), every change after (`prepare_tower`, `add_adapter`), so an error leaves
 the model as it was.
@@ -7,35 +7,32 @@ the model as it was.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
 from torch import nn
 
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import InjectionError, MergeError, NoMatchingBackboneError
+from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
     attach_layer,
     detach_layer,
-    remove_hooks,
 )
-from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
+from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
-from sfa_adapters.tower import STATE_NAME, TowerState, see_tower_input
+from sfa_adapters.state_keys import plain_path
+from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
+    "LOAD_HOOK",
+    "METHODS",
     "InjectionPlan",
-    "SFAModel",
     "all_or_nothing",
     "detach_all",
     "injected_layers",
@@ -45,7 +42,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_IMPLEMENTATION, TOWER_HOOK = "_sfa_attn_implementation", "_sfa_hook_id"
+ORIGINAL_IMPLEMENTATION = "_sfa_attn_implementation"
+# Left on a model by `state_fit` and by `beside_peft`, and taken away with the last adapter.
+LOAD_HOOK, METHODS = "_sfa_load_hook_id", frozenset({"save_pretrained", "load_adapter"})
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,11 @@ class InjectionPlan:
         """Index, path and module of the attention layers that get a bias."""
         return [(index, *self.found.attentions[index]) for index in self.layers]
 
+    @property
+    def tower_path(self) -> str | None:
+        """What a saved adapter says about which of several towers it is for."""
+        return plain_path(self.found.name) if self.found.several else None
+
     def signature(self) -> dict[str, Any]:
         """What a saved adapter says about the tower that it was made for."""
         return {
@@ -89,7 +93,8 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         InjectionError: An option does not fit the tower, or the adapter name is taken.
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
-    found = find_tower(model)
+    check_adapter_name(adapter_name)
+    found = find_tower(model, config.tower_path)
     if found.backbone.check is not None:
         found.backbone.check(found.tower)
     heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
@@ -98,6 +103,13 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
     geometry = found.backbone.geometry(found.tower)
     plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    for name, _, layer in injected_layers(model):
+        elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
+        if elsewhere and adapter_name in layer.configs:
+            raise InjectionError(
+                f"{layer.state.tower_name} has an SFA adapter named {adapter_name!r}: choose another adapter_name for "
+                f"{found.name}, so that each is saved in a folder of its own."
+            )
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
         if isinstance(layer, SFALayer) and adapter_name in layer.configs:
@@ -109,7 +121,35 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
             raise InjectionError(f"{name} already has a child named {CHILD_NAME!r} of {type(layer).__name__}.")
     if config.tower is not None:
         check_same_tower(config.tower, plan.signature())
+    for wanted in config.modules_to_save or []:
+        # PEFT would copy the tower, with its hooks, and one of the two copies would get no gradient.
+        inside = [name for _, name, _ in plan.targets if wanted in _names_of_parents(name)]
+        if inside:
+            raise InjectionError(
+                f"modules_to_save={config.modules_to_save}: {wanted!r} holds {inside[0]}, which gets a bias; PEFT "
+                "cannot copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it "
+                "yourself, or name modules outside of the attention layers."
+            )
     return plan
+
+
+def _names_of_parents(path: str) -> set[str]:
+    """Every ending of the path of a module or of one around it: what PEFT compares modules_to_save with."""
+    parts = path.split(".")
+    return {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
+
+
+def check_adapter_name(name: Any) -> None:
+    """Refuses names that a `ParameterDict` cannot hold.
+
+    Raises:
+        InjectionError: The name is no text, or has a dot, or is that of an attribute.
+    """
+    if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict(), name):
+        raise InjectionError(
+            f"adapter_name={name!r} cannot name an adapter; use a text without dots that is no attribute of a "
+            "ParameterDict, e.g. 'default'."
+        )
 
 
 def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
@@ -140,11 +180,17 @@ def note_head_counts(model: nn.Module) -> None:
 
     Call it when heads were removed from a model that carries SFA.
     """
-    layers = [layer for _, _, layer in injected_layers(model)]
-    if not layers:
-        return
+    by_tower: dict[str, list[SFALayer]] = {}
+    for _, _, layer in injected_layers(model):
+        by_tower.setdefault(layer.state.tower_name, []).append(layer)
+    for path, layers in by_tower.items():
+        _note_head_counts(model, path if len(by_tower) > 1 else None, layers)
+
+
+def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]) -> None:
     try:
-        counts = {number: int(module.num_heads) for number, (_, module) in enumerate(find_tower(model).attentions)}  # pyright: ignore[reportArgumentType]
+        attentions = enumerate(find_tower(model, path).attentions)
+        counts = {number: int(module.num_heads) for number, (_, module) in attentions}  # pyright: ignore[reportArgumentType]
     except NoMatchingBackboneError:  # a part of a tower
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
@@ -171,10 +217,8 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    tower.__dict__[STATE_NAME] = state
-    seer = tower.get_submodule(found.backbone.image_module)
-    seer.__dict__[STATE_NAME] = state
-    seer.__dict__[TOWER_HOOK] = seer.register_forward_pre_hook(see_tower_input, with_kwargs=True).id
+    above = len(found.name) + 1 if found.name else 0
+    hook_tower(tower, [name[above:] for name, _ in found.attentions], state)
     return state
 
 
@@ -187,7 +231,7 @@ def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
         wrapped = wrap(module)
         if wrapped is not module:
             model.set_submodule(name, wrapped)
-    return InjectionPlan(find_tower(model), plan.geometry, plan.num_heads, plan.layers)
+    return InjectionPlan(find_tower(model, plan.found.name), plan.geometry, plan.num_heads, plan.layers)
 
 
 def add_adapter(
@@ -199,8 +243,7 @@ def add_adapter(
         layer = SFALayer(plan.num_heads[index], index, name, state)
         layer.train(attention.training)
         attach_layer(attention, layer)
-    device = next((p.device for p in attention.parameters()), torch.device("cpu"))
-    layer.update_layer(adapter, config, len(plan.layers), device)
+    layer.update_layer(adapter, config, len(plan.layers), execution_device(attention))
     return layer
 
 
@@ -224,15 +267,16 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    if injected_layers(model):
-        return
-    for module in model.modules():
-        if TOWER_HOOK in module.__dict__:
-            remove_hooks(module, (module.__dict__.pop(TOWER_HOOK),))
-        module.__dict__.pop(STATE_NAME, None)
-        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+    for tower in unhook_idle_towers(model):
+        implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
-            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+            tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+    for module in [] if injected_layers(model) else model.modules():
+        if LOAD_HOOK in module.__dict__:
+            module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)
+        for method in METHODS:
+            if getattr(module.__dict__.get(method), "belongs_to_sfa", False):
+                del module.__dict__[method]
 
 
 @contextmanager
@@ -249,74 +293,3 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
-
-
-class SFAModel(BaseTuner):
-    """The PEFT tuner: `get_peft_model(model, SFAConfig())` builds it."""
-
-    prefix: str = "sfa_"
-    tuner_layer_cls = SFALayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - declared so by PEFT
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter to the tower of a model; on any error the model is as it was."""
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, SFAConfig)
-        self._plan = plan_injection(model, config, adapter_name)
-        self._state: TowerState | None = None
-        try:
-            with all_or_nothing(model, adapter_name):
-                self._state = prepare_tower(self._plan)
-                self._plan = wrap_targets(model, self._plan)
-                config.tower = self._plan.signature()
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            del self._plan, self._state
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        # A regular expression, because PEFT shortens long lists of names to suffixes, which text towers may share.
-        peft_config.target_modules = "|".join(re.escape(name) for _, name, _ in self._plan.targets)  # pyright: ignore[reportAttributeAccessIssue]
-        return peft_config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        return re.fullmatch(peft_config.target_modules, key)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: SFAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
-        index = next(number for number, name, _ in self._plan.targets if name == current_key)
-        assert self._state is not None
-        layer = add_adapter(target, index, current_key, self._plan, self._state, peft_config, adapter_name)
-        layer.set_adapter(self.active_adapters)
-
-    def _check_merge_allowed(self) -> None:
-        raise MergeError(
-            "A structural bias adds to the attention scores of pairs of tokens; no change of q, k or v weights does "
-            "that, so it cannot be merged. Keep the adapter attached, or call unload() to get the base model back."
-        )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: Always.
-        """
-        self._check_merge_allowed()
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            self._check_merge_allowed()
-        detach_all(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
-
-
-register_peft_method(name="sfa", config_cls=SFAConfig, model_cls=SFAModel)
-assert SFA_PEFT_TYPE == "SFA"

@@ -269,15 +269,17 @@ def set_eager(case: TowerCase, tower: nn.Module) -> None:
         tower.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
 
 
-def set_checkpointing(case: TowerCase, tower: Any, reentrant: bool) -> None:
-    """Switches gradient checkpointing on; transformers renamed the method between the supported versions."""
+def set_checkpointing(case: TowerCase, tower: Any, reentrant: bool | None) -> None:
+    """Switches gradient checkpointing on, or off for None; transformers renamed the methods between versions."""
     if case.family == "timm":
-        set_reentrant_ckpt(reentrant)
-        tower.set_grad_checkpointing(True)
+        set_reentrant_ckpt(bool(reentrant))
+        tower.set_grad_checkpointing(reentrant is not None)
     elif case.family == "remote":
-        tower.encoder.gradient_checkpointing = True
+        tower.encoder.gradient_checkpointing = reentrant is not None
         tower.encoder.checkpoint_options.use_reentrant = reentrant
-    elif hasattr(tower, "activation_checkpointing_enable"):
-        tower.activation_checkpointing_enable({"use_reentrant": reentrant})
     else:
-        tower.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        verb = "disable" if reentrant is None else "enable"
+        switch = getattr(tower, f"activation_checkpointing_{verb}", None) or getattr(
+            tower, f"gradient_checkpointing_{verb}"
+        )
+        switch(*([] if reentrant is None else [{"use_reentrant": reentrant}]))

@@ -11,6 +11,7 @@ from sfa_adapters.adat.embed import LargePatchResidual, PatchEmbedder
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.adat.tokenizer import (
+    ADAT_LOG,
     ADAT_STATE,
     RESIDUAL_NAME,
     AdaptiveTokenizer,
@@ -23,6 +24,7 @@ from sfa_adapters.adat.tokenizer import (
     tower_hook,
 )
 from sfa_adapters.errors import InjectionError
+from sfa_adapters.forward_hooks import unwatch_forwards, watch_forwards
 from sfa_adapters.layer import remove_hooks
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower import STATE_NAME
@@ -76,6 +78,8 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     if tokenizer.residual:
         width, weight = projection.out_channels, projection.weight
         tower.add_module(RESIDUAL_NAME, LargePatchResidual(width, weight.device, weight.dtype))
+    above = len(found.name) + 1 if found.name else 0
+    watch_forwards(tower, [name[above:] for name, _ in found.attentions], state.log, ADAT_LOG)
     _hook(tower.get_submodule(seam.images), state, tower, pre=plan_hook)
     _hook(tower.get_submodule(seam.tokens_in), state, tower, pre=exchange_hook)
     for _, attention in found.attentions:
@@ -137,6 +141,7 @@ def eject_adat(model: Model) -> Model:
     for module in tower.modules():
         remove_hooks(module, module.__dict__.pop(HOOK_IDS, ()))
         module.__dict__.pop(ADAT_STATE, None)
+        unwatch_forwards(module, ADAT_LOG)
     if STATE_NAME in tower.__dict__:
         tower.__dict__[STATE_NAME].packing = None
     if RESIDUAL_NAME in tower._modules:

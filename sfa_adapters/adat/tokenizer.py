@@ -20,14 +20,16 @@ from sfa_adapters.adat.embed import PatchEmbedder
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, LayoutError, PlanError
+from sfa_adapters.forward_hooks import hidden_states_of
+from sfa_adapters.forwards import NOT_IN_BACKWARD, ForwardLog, TowerForward, backward_task
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.registry import Backbone, PatchSeam
 from sfa_adapters.tower import STATE_NAME
 
-__all__ = ["ADAT_STATE", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
+__all__ = ["ADAT_LOG", "ADAT_STATE", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
 
 Output = Literal["grid", "tokens"]
-ADAT_STATE, RESIDUAL_NAME = "_adat_state", "adat_residual"
+ADAT_STATE, ADAT_LOG, RESIDUAL_NAME = "_adat_state", "_adat_log", "adat_residual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,27 @@ class AdaptiveTokenizer:
 
 
 @dataclass(eq=False)
+class AdatForward(TowerForward):
+    """One forward of a tower with adaptive tokens.
+
+    Attributes:
+        plans: One per image.
+        images: What the tower was given; kept where checkpointing may exchange the tokens again.
+        pairs: Which token lies at which place of the regular grid, and how much of it, per image.
+    """
+
+    plans: tuple[PatchPlan, ...] = ()
+    images: Tensor | None = None
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class AdatState:
     """One tower's tokenizer at work.
 
     Attributes:
-        plans: Of the latest forward, one per image.
+        latest: The latest forward.
+        log: Which forward hidden states belong to, when checkpointing runs layers again.
     """
 
     tokenizer: AdaptiveTokenizer
@@ -77,13 +95,40 @@ class AdatState:
     prefix_tokens: int
     own_grid: tuple[int, int]
     embedder: PatchEmbedder
-    plans: tuple[PatchPlan, ...] = ()
-    packing: Packing | None = None
-    images: Tensor | None = None
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    latest: AdatForward = field(default_factory=AdatForward)
+    log: ForwardLog = field(default_factory=ForwardLog)
+    waiting_images: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": (), "packing": None, "images": None, "pairs": []}
+        return {**self.__dict__, "latest": AdatForward(), "waiting_images": None}
+
+    @property
+    def plans(self) -> tuple[PatchPlan, ...]:
+        """Of the latest forward, one per image."""
+        return self.latest.plans
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the images of the latest forward are packed."""
+        return self.latest.packing
+
+    def forward_of(self, states: Tensor, module: nn.Module | None = None) -> AdatForward:
+        """The forward that hidden states belong to: the latest one, or the one that checkpointing runs again.
+
+        Raises:
+            LayoutError: They are recomputed, and nothing tells from which images.
+        """
+        if torch.compiler.is_compiling() or backward_task() == NOT_IN_BACKWARD:
+            return self.latest
+        current = self.log.current()
+        traced: list[Any] = self.log.trace(states, module) if current is None else [current]
+        if len(traced) != 1:
+            raise LayoutError(
+                f"Gradient checkpointing runs a part of the tower again on {states.shape[-2]} adaptive tokens, and "
+                "from which images they are cannot be told. Checkpoint whole layers or the whole encoder, with "
+                "use_reentrant=False."
+            )
+        return traced[0]
 
     # -- 1: in front of the patch embedding ---------------------------------------------------------------------------
 
@@ -107,8 +152,11 @@ class AdatState:
         )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
-            self.plans = tuple(self.tokenizer.policy.plan_images(pixels, patch))
-        self.images, self.pairs = images, []
+            plans = tuple(self.tokenizer.policy.plan_images(pixels, patch))
+        self.latest = AdatForward(plans=plans, images=images if torch.is_grad_enabled() else None)
+        self.waiting_images = images
+        if not torch.compiler.is_compiling():
+            self.log.begin(self.latest)
 
     # -- 2: in front of the encoder -----------------------------------------------------------------------------------
 
@@ -122,13 +170,17 @@ class AdatState:
         Returns:
             `[1, T, D]`, prefix tokens in front of each image.
         """
-        images, self.images = self.images, None
-        if images is None or len(self.plans) != len(own):
+        now = self.forward_of(own)
+        images = self.waiting_images if now is self.latest else now.images
+        self.waiting_images = None
+        if images is None and backward_task() != NOT_IN_BACKWARD:
+            images = now.images
+        if images is None or len(now.plans) != len(own):
             raise LayoutError(
                 "Embedded tokens reached the encoder without images in front of them: adaptive tokens need the images. "
                 "Call the tower with pixel values, not with embeddings."
             )
-        plan = self.plans[0]
+        plan = now.plans[0]
         grid = tuple(side // plan.patch for side in plan.image_size)
         if own.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
             raise LayoutError(
@@ -138,15 +190,16 @@ class AdatState:
         residual: Any = tower._modules.get(RESIDUAL_NAME)
         positions = self._positions(tower, grid)
         prefix, patches = own[:, : self.prefix_tokens], own[:, self.prefix_tokens :]
-        found = self.embedder(projection, positions, self.plans, images, patches, residual)
+        found = self.embedder(projection, positions, now.plans, images, patches, residual)
         if residual is not None and torch.is_grad_enabled():
             # Without a large patch in the batch its parameters would have no gradient, and DDP would stop.
             found[0] = found[0] + 0.0 * sum(p.sum() for p in residual.parameters())
-        lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in self.plans)
-        plans, count = self.plans, self.prefix_tokens
-        self.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
-        if STATE_NAME in tower.__dict__:  # SFA's bias follows
-            tower.__dict__[STATE_NAME].packing = self.packing
+        lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in now.plans)
+        plans, count = now.plans, self.prefix_tokens
+        if now.packing is None:  # a recomputation has it already, and SFA, too
+            now.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
+            if STATE_NAME in tower.__dict__:  # SFA's bias follows
+                tower.__dict__[STATE_NAME].packing = now.packing
         return torch.cat([part for pair in zip(prefix, found, strict=True) for part in pair])[None]
 
     def _positions(self, tower: nn.Module, grid: tuple[int, ...]) -> Tensor:
@@ -168,15 +221,16 @@ class AdatState:
         Returns:
             `[B, prefix + rows * columns, D]` or `[B, longest, D]`.
         """
-        lengths = [self.prefix_tokens + plan.num_tokens for plan in self.plans]
+        now = self.forward_of(packed)
+        lengths = [self.prefix_tokens + plan.num_tokens for plan in now.plans]
         parts = packed[0].split(lengths)
         if self.tokenizer.output == "tokens":
             return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
-        if not self.pairs:
-            self.pairs = [tuple(t.to(packed.device) for t in plan.grid_pairs()) for plan in self.plans]  # pyright: ignore[reportAttributeAccessIssue]
-        height, width = (side // self.embedder.patch for side in self.plans[0].image_size)
+        if not now.pairs:
+            now.pairs = [tuple(t.to(packed.device) for t in plan.grid_pairs()) for plan in now.plans]  # pyright: ignore[reportAttributeAccessIssue]
+        height, width = (side // self.embedder.patch for side in now.plans[0].image_size)
         laid = []
-        for part, (place, token, weight) in zip(parts, self.pairs, strict=True):
+        for part, (place, token, weight) in zip(parts, now.pairs, strict=True):
             prefix, tokens = part[: self.prefix_tokens], part[self.prefix_tokens :]
             grid = tokens.new_zeros(height * width, tokens.shape[-1])
             grid = grid.index_add(0, place, tokens[token] * weight.to(tokens.dtype)[:, None])
@@ -212,10 +266,10 @@ def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state, _ = _state_and_tower(module)
     name = state.backbone.mask_argument
     given = kwargs.get(name)
-    packing = state.packing
-    assert packing is not None
     if isinstance(given, PackedMask):
         return None
+    packing = state.forward_of(hidden_states_of(args, kwargs), module).packing
+    assert packing is not None
     if given is not None or len(args) > 1:
         raise InjectionError(f"{type(module).__name__} got a mask of its own, which fits no adaptive tokens.")
     mask = PackedMask(packing.lengths)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 
 class InternVisionConfig(PreTrainedConfig):
@@ -48,7 +48,8 @@ class InternRMSNorm(nn.Module):
 class InternVisionEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, self.patch_size = config.hidden_size, config.patch_size
+        self.config, self.patch_size = config, config.patch_size
+        width = config.hidden_size
         self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
         self.patch_embedding = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size)
         self.side = config.image_size // self.patch_size
@@ -120,19 +121,27 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
+    """As the original, it checkpoints its layers reentrantly whenever it trains, unless somebody switches that off.
+
+    (The original leaves `use_reentrant` out, which means True, with a warning of torch.)
+    """
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList([InternVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = True
         self.checkpoint_options = SimpleNamespace(use_reentrant=True)
 
-    def forward(self, hidden_states):
+    def forward(self, inputs_embeds, output_hidden_states=None):
+        hidden_states, recorded = inputs_embeds, ()
         for layer in self.layers:
+            recorded = (*recorded, hidden_states)
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint(layer, hidden_states, use_reentrant=self.checkpoint_options.use_reentrant)
             else:
                 hidden_states = layer(hidden_states)
-        return hidden_states
+        recorded = (*recorded, hidden_states) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=recorded)
 
 
 class InternVisionModel(PreTrainedModel):
@@ -149,6 +158,10 @@ class InternVisionModel(PreTrainedModel):
     def _init_weights(self, module):
         pass
 
-    def forward(self, pixel_values, output_hidden_states=None, return_dict=None):
-        hidden = self.encoder(self.embeddings(pixel_values))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 0])
+    def forward(self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None):
+        hidden = self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
+        out = self.encoder(inputs_embeds=hidden, output_hidden_states=output_hidden_states)
+        last = out.last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=last[:, 0], hidden_states=out.hidden_states
+        )
