@@ -52,7 +52,7 @@ def draw_maps(
     size: Annotated[int, typer.Option(help="Longer side in px at which the estimator sees a page; 0 as it is.")] = 896,
     weights: Annotated[Path | None, typer.Option(help="Weights from `sfa density train`.")] = None,
 ) -> None:
-    """Write the text density of each of IMAGES beside the page, as NAME_density.png (NAME_jpg_density.png where names meet)."""
+    """Write the text density of each of IMAGES beside the page, as NAME_density.png."""
     from sfa_adapters.images import as_image
     from sfa_adapters.recipes.density_map import density_map, density_targets, draw_density
 

@@ -23,6 +23,7 @@ VARIABLES = {
     "HF_HUB_VERBOSITY": "error",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 LOGGERS = ("absl", "bitsandbytes", "datasets", "matplotlib", "peft", "PIL", "torch")

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
 from sfa_adapters.training.arguments import require_logger, training_arguments
@@ -417,7 +418,7 @@ def test_every_logger_of_transformers_gets_the_curves(
             losses.extend([logs["loss"]] if "loss" in logs else [])
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, log, Recorder)
-    arguments = training_arguments(recipe(log=log, max_steps=1), tmp_path, 1, make_host())
+    arguments = training_arguments(recipe(log=log, max_steps=1), tmp_path, 1, tiny_host(recipe(log=log)))
     assert arguments.report_to == [log]
     if log == "wandb":
         run(tmp_path, recipe(log=log, max_steps=3))

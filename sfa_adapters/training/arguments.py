@@ -81,5 +81,6 @@ def require_logger(recipe: Recipe) -> None:
     except Exception as error:  # missing packages and missing accounts: each logger raises what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
-            f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{BROUGHT.get(recipe.log, '')} log=none keeps log.csv and training.png alone."
+            f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{BROUGHT.get(recipe.log, '')} log=none keeps "
+            "log.csv and training.png alone."
         ) from error
