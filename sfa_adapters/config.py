@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor
 
 from sfa_adapters.adapter_folder import complete_folder
-from sfa_adapters.attention import Backend
+from sfa_adapters.attention import check_backend
 from sfa_adapters.bias import TERMS, check_bias_options
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
 from sfa_adapters.layout import check_block_map, default_block_map
@@ -81,8 +81,7 @@ class SFAConfig(PeftConfig):
         if isinstance(self.terms, str):
             raise InjectionError(f"terms={self.terms!r} must be a list, e.g. terms=[{self.terms!r}].")
         self.terms = [term for term in TERMS if term in self.terms] + [t for t in self.terms if t not in TERMS]
-        if self.backend not in get_args(Backend):
-            raise InjectionError(f"backend={self.backend!r} must be one of {list(get_args(Backend))}.")
+        check_backend(self.backend)
         if not self.mask_cache_mb >= 0:
             raise InjectionError(f"mask_cache_mb={self.mask_cache_mb} must be at least 0.")
         if self.target_modules is not None and self.tower is None:
