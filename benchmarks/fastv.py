@@ -21,6 +21,7 @@ from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.common import Row, compare, write_result
+from sfa_adapters.compat import cache_of_output, with_cache
 from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
 
 IMAGE, VOCABULARY, TEXT = 1, 1000, 40
@@ -74,7 +75,7 @@ def main() -> None:
     def prefill(model: Any) -> Any:
         with torch.no_grad():
             out = model(input_ids=ids, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1)
-        return out.past_key_values
+        return cache_of_output(out)
 
     caches = {name: prefill(model) for name, model in hosts.items()}
     held = {name: int(cache.layers[-1].get_seq_length()) for name, cache in caches.items()}
@@ -83,7 +84,7 @@ def main() -> None:
     def step(name: str) -> Callable[[], object]:
         @torch.no_grad()
         def call() -> None:
-            hosts[name](input_ids=token, past_key_values=caches[name])
+            hosts[name](**with_cache(hosts[name], {"input_ids": token}, caches[name]))
             caches[name].crop(-1)
 
         return call

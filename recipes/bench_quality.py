@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.attention_call import AttentionCall
+from sfa_adapters.compat import cache_of_output, with_cache
 from sfa_adapters.observe import observe
 from sfa_adapters.recipes.data import ChartSample
 from sfa_adapters.recipes.encode import encode
@@ -63,7 +64,7 @@ def _dominance(host: NanoHost, sample: ChartSample, setting: FastVConfig | None)
     inputs = {name: value.to(model.device) for name, value in encode(host, [sample.image], [sample.question]).items()}
     image = image_places(inputs["input_ids"], image_token_ids(model))[0]
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of_output(model(**inputs, use_cache=True))
         behind = image[cache_columns(cache, image)]
         first = len(cache.layers) if setting is None else setting.layer
         per_token: list[tuple[float, float]] = []
@@ -76,7 +77,7 @@ def _dominance(host: NanoHost, sample: ChartSample, setting: FastVConfig | None)
         token = model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
         with observe(model, read, modules="language"):
             for _ in range(3):
-                token = model(input_ids=token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                token = model(**with_cache(model, {"input_ids": token}, cache)).logits[:, -1].argmax(-1, keepdim=True)
     text, pictures = np.array(per_token).mean(0)
     return float(text / pictures)
 

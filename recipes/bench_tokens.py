@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
@@ -203,7 +204,7 @@ def _memory(
     """Image tokens behind the pruning; MB of keys and values, and at most while answering."""
     with _pruned(model, setting):
         with torch.no_grad():
-            cache = model(**prompt, use_cache=True).past_key_values
+            cache = cache_of_output(model(**prompt, use_cache=True))
         held = cache_bytes(cache)
         lost = cache.layers[0].get_seq_length() - cache.layers[-1].get_seq_length()
         del cache

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -152,11 +153,13 @@ def _check_folder(out: Path) -> None:
 
 def _tell(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
     console = Console()
-    table = Table("layer", "heads", "lowest", "highest", *(() if plan is None else ("removed",)))
+    counts = "heads" if plan is None else "removed"
+    table = Table("layer", "lowest", "highest", counts, *(() if plan is None else ("which",)), box=box.SIMPLE_HEAD)
     for number, (name, own) in enumerate(scores.values.items()):
-        row = [str(number), str(len(own)), f"{min(own):.4g}", f"{max(own):.4g}"]
+        row = [str(number), f"{min(own):.4g}", f"{max(own):.4g}", str(len(own))]
         if plan is not None:
-            row.append(" ".join(map(str, plan.removed[name])) or "-")
+            gone = plan.removed[name]
+            row[-1:] = [f"{len(gone)} of {len(own)}", " ".join(map(str, gone)) or "-"]
         table.add_row(*row)
     console.print(table)
     skipped = scores.data.get("skipped") or {}

@@ -1,5 +1,7 @@
 """The density of a page as a picture: the page on the left, the heat map over it on the right."""
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -11,7 +13,7 @@ from sfa_adapters.adat.density import STRIDE, DensityEstimator
 from sfa_adapters.adat.labels import density_labels
 from sfa_adapters.errors import DataError
 
-__all__ = ["MapSource", "density_map", "draw_density"]
+__all__ = ["MapSource", "density_map", "density_targets", "draw_density"]
 
 MapSource = Literal["density", "edges", "ocr"]
 
@@ -54,6 +56,35 @@ def density_map(
     seen = cv2.resize(picture, (grid[1] * STRIDE, grid[0] * STRIDE), interpolation=method)
     with torch.inference_mode():
         return _estimator(weights)(torch.from_numpy(seen).permute(2, 0, 1)[None].float() / 255)[0].numpy()
+
+
+def density_targets(images: Sequence[Path], out: Path | None = None) -> dict[Path, Path]:
+    """Where the picture of each page goes, so that none takes the place of another one or of a page.
+
+    Args:
+        images: The pages; one that is named twice is drawn once.
+        out: Folder of the pictures; by default each lies beside its page.
+
+    Returns:
+        `NAME_density.png` by page; `NAME_jpg_density.png` and the like where pages differ in their ending only.
+
+    Raises:
+        DataError: Two pictures would still have one path, or a picture that of a page.
+    """
+    pages = list({path.resolve(): path for path in images}.values())
+    short = {path: (out or path.parent) / f"{path.stem}_density.png" for path in pages}
+    counts = Counter(target.resolve() for target in short.values())
+    targets: dict[Path, Path] = {}
+    owners: dict[Path, Path] = {path.resolve(): path for path in pages}
+    for path, target in short.items():
+        if counts[target.resolve()] > 1:
+            target = target.with_name(f"{path.stem}_{path.suffix.removeprefix('.')}_density.png")
+        if (other := owners.get(target.resolve())) is not None:
+            raise DataError(f"The picture of {path} would overwrite {other} or its picture; draw it alone, into "
+                            "another folder with --out.")  # fmt: skip
+        owners[target.resolve()] = path
+        targets[path] = target
+    return targets
 
 
 def draw_density(picture: np.ndarray, density: np.ndarray, path: Path, title: str = "") -> Path:

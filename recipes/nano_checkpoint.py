@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from safetensors import SafetensorError
+
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.recipes.nano_hosts import FAMILIES, build_host
+from sfa_adapters.training.folders import is_disk_error
 from sfa_adapters.training.recipe import DEFAULT_PROMPT, Family, Recipe
 
 __all__ = ["NANO", "nano", "nano_checkpoint", "nano_settings"]
@@ -56,10 +59,13 @@ def nano_checkpoint(family: Family, folder: str | Path, seed: int = 0) -> Path:
             processor.save_pretrained(draft)
             (draft / MARK).write_text(json.dumps(mark))
             os.replace(draft, folder)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have their own errors of a disk
+        if not is_disk_error(error):
+            raise
         # Another process of the same run may have been quicker.
         if not _is_written(folder, mark):
-            raise RecipeError(f"The nano host cannot be written to {folder}: {error.strerror or error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"The nano host cannot be written to {folder}: {reason}.") from error
     return folder
 
 

@@ -32,15 +32,16 @@ from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
 from sfa_adapters.heads.facts import folder_facts
 from sfa_adapters.recipes.catalog import architecture
+from sfa_adapters.recipes.nano_checkpoint import NANO, nano_settings
 from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
-from sfa_adapters.recipes.nano_checkpoint import nano_settings
 from sfa_adapters.recipes.rendered_rows import RENDERED, rendered_rows
 from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
+from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
 from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.folders import require_writable
+from sfa_adapters.training.folders import can_be_made, require_writable
 from sfa_adapters.training.hosts import load_host
 from sfa_adapters.training.questions import Questions, StreamedQuestions
 from sfa_adapters.training.recipe import Recipe
@@ -114,7 +115,7 @@ def run(
         recipe: The recipe.
         nano: On the nano host of its family: the same path in minutes on a CPU.
         resume: True goes on from the newest whole checkpoint, a path from that one, "auto" only where there is one. A
-            run that is trained already is evaluated.
+            run that is trained already is evaluated; a checkpoint that is named must be one of it all the same.
         evaluate: Ask the trained host.
         baseline: Ask the untrained host before, too.
         share: Write the model card. Nothing is sent anywhere.
@@ -129,22 +130,22 @@ def run(
         TrainingError: Training stopped.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
-    if nano:
-        recipe = nano_settings(recipe)
-        with processes.main_process_first():  # `save_pretrained` writes in the first process only
-            recipe = nano_host(recipe, Path(recipe.folder) / "host")
-    if recipe.trains_nothing:
-        raise RecipeError("Everything is frozen and nothing is added: there is nothing to train. Unfreeze a part.")
+    planned = nano_settings(recipe) if nano else recipe
+    host = Path(planned.folder) / "host"
+    recipe = planned.replace(model=str(host)) if planned.model.startswith(NANO) else planned
     console = console or Console()
     console.quiet = console.quiet or not processes.is_main_process
     folder = Path(recipe.folder)
-    require_writable(folder)
-    _require_memory(recipe)
     result = RunResult(folder, folder / FINAL)
-    trained = bool(resume) and (result.trained / RECORD).is_file()
-    if not trained:
-        checkpoint_to_resume(recipe, folder, resume)  # what is wrong with the folder is told at once
+    trained = _check(recipe, result, resume)
+    _require_memory(planned)
     training, asked = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
+    require_writable(folder)
+    if nano:  # a refused run leaves no host behind
+        with processes.main_process_first():  # `save_pretrained` writes in the first process only
+            recipe = nano_host(planned, host)
+    if trained:
+        console.print(f"{folder} is trained already: it is evaluated, not trained again.")
     if processes.is_main_process:
         write_recipe(recipe, folder / "recipe.yaml")
     said: dict[str, list[Prediction]] = {}
@@ -171,6 +172,23 @@ def run(
         console.print(f"The trained adapter is in {result.trained}, everything else in {folder}.")
     processes.wait_for_everyone()
     return result
+
+
+def _check(recipe: Recipe, result: RunResult, resume: bool | str) -> bool:
+    """Checks all that is known before data are read, and leaves nothing behind.
+
+    Returns:
+        Whether the run is trained already.
+    """
+    if recipe.trains_nothing:
+        raise RecipeError("Everything is frozen and nothing is added: there is nothing to train. Unfreeze a part.")
+    trained = bool(resume) and (result.trained / RECORD).is_file()
+    if not trained:
+        require_logger(recipe)
+    if not trained or (isinstance(resume, str) and resume != "auto"):  # a checkpoint that was named must be there
+        checkpoint_to_resume(recipe, result.folder, resume)
+    can_be_made(result.folder)
+    return trained
 
 
 def _require_memory(recipe: Recipe) -> None:

@@ -1,14 +1,23 @@
-"""Structural attention bias for the vision tower of any vision-language model."""
+"""Structural attention bias for the vision tower of any vision-language model.
 
-from sfa_adapters.attention import attend
-from sfa_adapters.bias import StructuralBias
-from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import SFAError
-from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
-from sfa_adapters.layout import TokenLayout
-from sfa_adapters.module import SFAAttention
-from sfa_adapters.observe import observe
-from sfa_adapters.registry import Backbone, register_backbone
+The names below are imported when they are first used (PEP 562), so that `import sfa_adapters` and `sfa --help` do not
+wait for torch. Once SFA is used, or where PEFT is imported already, SFA is registered as a PEFT method.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfa_adapters.attention import attend
+    from sfa_adapters.bias import StructuralBias
+    from sfa_adapters.config import SFAConfig
+    from sfa_adapters.errors import SFAError
+    from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
+    from sfa_adapters.layout import TokenLayout
+    from sfa_adapters.module import SFAAttention
+    from sfa_adapters.observe import observe
+    from sfa_adapters.registry import Backbone, register_backbone
 
 __version__ = "0.1.0"
 
@@ -28,3 +37,37 @@ __all__ = [
     "register_backbone",
     "save_sfa",
 ]
+
+_MODULES = {
+    "attention": ("attend",),
+    "bias": ("StructuralBias",),
+    "config": ("SFAConfig",),
+    "errors": ("SFAError",),
+    "inject": ("describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"),
+    "layout": ("TokenLayout",),
+    "module": ("SFAAttention",),
+    "observe": ("observe",),
+    "registry": ("Backbone", "register_backbone"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+# Registers SFA with PEFT when it is imported.
+_PEFT_METHOD = "sfa_adapters.peft_tuner"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "SFAConfig":
+        import_module(_PEFT_METHOD)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Where PEFT is imported already, torch is too, and `PeftModel.from_pretrained` may come without another import of ours.
+if "peft" in sys.modules:
+    import_module(_PEFT_METHOD)

@@ -17,16 +17,16 @@ Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A act
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.bias import BiasFactors, look_up
-from sfa_adapters.errors import LayoutError
+from sfa_adapters.errors import InjectionError, LayoutError
 
-__all__ = ["Backend", "attend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
+__all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
 
 Backend = Literal["auto", "dense", "folded"]
 
@@ -68,8 +68,10 @@ def attend(
         `[B, H, N, D]`, in the dtype of `query`.
 
     Raises:
+        InjectionError: There is no such backend.
         LayoutError: The bias is for another number of tokens, heads or images.
     """
+    check_backend(backend)
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
     check_fit(query, bias)
@@ -79,6 +81,16 @@ def attend(
         mask = merge_masks(dense_mask(bias, query), attention_mask)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
+
+
+def check_backend(backend: object) -> None:
+    """Checks the name of a backend.
+
+    Raises:
+        InjectionError: There is none of that name; lists those that there are.
+    """
+    if not isinstance(backend, str) or backend not in get_args(Backend):
+        raise InjectionError(f"backend={backend!r} must be one of {', '.join(get_args(Backend))}.")
 
 
 def choose_backend(

@@ -9,29 +9,27 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sfa_adapters.cli_analyze import app as analyze_app
+from sfa_adapters.cli_app import CommandApp
 from sfa_adapters.cli_bench import app as bench_app
 from sfa_adapters.cli_calibrate import app as calibrate_app
 from sfa_adapters.cli_density import app as density_app
+from sfa_adapters.cli_errors import one_line
 from sfa_adapters.cli_eval import app as eval_app
+from sfa_adapters.cli_quiet import silence_others
 from sfa_adapters.cli_share import app as share_app
 from sfa_adapters.cli_train import app as train_app
-from sfa_adapters.errors import SFAError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = CommandApp(
     name="sfa",
     help="Structural attention bias for the vision tower of any vision-language model.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    epilog="Examples:  sfa demo   |   sfa inspect google/siglip-so400m-patch14-384",
-    pretty_exceptions_enable=False,
+    epilog="Examples:  sfa demo   |   sfa inspect google/siglip-so400m-patch14-384   |   sfa --install-completion",
 )
 app.add_typer(analyze_app)
 app.add_typer(bench_app)
@@ -40,20 +38,6 @@ app.add_typer(density_app)
 app.add_typer(train_app)
 app.add_typer(eval_app)
 app.add_typer(share_app)  # no name: its commands stand beside `demo`
-# Packages that a command may need, and the extra that brings them.
-EXTRAS = {
-    "PIL": "demo",
-    "accelerate": "recipes",
-    "bitsandbytes": "recipes",
-    "cv2": "vision",
-    "datasets": "recipes",
-    "matplotlib": "demo",
-    "onnxruntime": "ocr",
-    "rapidocr": "ocr",
-    "skimage": "recipes",
-    "timm": "timm",
-    "torchvision": "recipes",
-}
 # Its base is what every wrong use of the command line is; typer exports only this one by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
 
@@ -131,25 +115,35 @@ def demo(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted."""
+    """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted.
+
+    Args:
+        arguments: Those of the command line by default. With arguments of their own, callers keep their settings of
+            warnings and logging.
+    """
     # The profiler of torch, which measures peak memory on a CPU, would else talk into the tables.
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")
+    if arguments is None:
+        silence_others()
     try:
-        code = app(arguments, standalone_mode=False)
-    except SFAError as error:
-        _fail(str(error))
+        code = app(arguments, standalone_mode=False, prog_name="sfa")
     except _UsageError as error:
         message = getattr(error, "format_message", error.__str__)()
         if not message:  # no command at all: the help is on the screen already
             sys.exit(2)
-        _fail(f"{message} (see: sfa --help)")
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        _fail(f"{error.name} is not installed. Run: pip install 'sfa-adapters[{EXTRAS[error.name]}]'")
+        context: Any = getattr(error, "ctx", None)
+        _fail(f"{message} (see: {context.command_path if context else 'sfa'} --help)")
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        message = one_line(error)
+        if message is None:
+            raise
+        _fail(message)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = CommandApp(
     name="analyze",
     help="Measure and draw: tokens, entropy, dominance, map, hallucination, study.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 OUT = typer.Option(help="Folder for table, JSON, CSV and picture.")
 

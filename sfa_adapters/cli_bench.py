@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = CommandApp(
     name="bench",
     help="Measure what makes a host faster against the untouched host: tokens, heads.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = CommandApp(
     name="calibrate",
     help="Find numbers on images, without training: dymu (thresholds), heads (scores).",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 
 

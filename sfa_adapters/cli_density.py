@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = CommandApp(
     name="density",
     help="Train the density estimator, and draw what it sees.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
     epilog="Example:  sfa density map page.png",
 )
 
@@ -54,14 +54,14 @@ def draw_maps(
 ) -> None:
     """Write the text density of each of IMAGES beside the page, as NAME_density.png."""
     from sfa_adapters.images import as_image
-    from sfa_adapters.recipes.density_map import density_map, draw_density
+    from sfa_adapters.recipes.density_map import density_map, density_targets, draw_density
 
+    targets = density_targets(images, out)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    pictures = [(path, as_image(path)) for path in images]  # a bad one is told before any is drawn
-    for path, picture in pictures:
+    pictures = [as_image(path) for path in targets]  # a bad one is told before any is drawn
+    for (path, target), picture in zip(targets.items(), pictures, strict=True):
         density = density_map(picture, source, size, weights)
-        target = (out or path.parent) / f"{path.stem}_density.png"
         draw_density(picture, density, target, title=path.name)
         typer.echo(
             f"{target}: mean density {density.mean():.3f}, {100 * (density > 0.3).mean():.0f}% of the page is text"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = CommandApp()
 ROWS = ("terms", "parts")
 
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
 from sfa_adapters.errors import RecipeError
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = CommandApp()
 
 
 @app.command(epilog="Example:  sfa share runs/internvl3_5_8b --repo me/chart-adapter --results --dry-run")

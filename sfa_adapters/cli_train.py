@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfa_adapters.cli_app import CommandApp
 from sfa_adapters.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = CommandApp()
 Name = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name; `sfa recipes` lists them.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any other setting of the recipe.")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags and KEY=VALUE win over it.")]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from sfa_adapters.attention import Backend
+from sfa_adapters.adapter_folder import complete_folder
+from sfa_adapters.attention import check_backend
 from sfa_adapters.bias import TERMS, check_bias_options
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
 from sfa_adapters.layout import check_block_map, default_block_map
@@ -37,8 +39,11 @@ class SFAConfig(PeftConfig):
         backend: `auto`, `folded` or `dense`, see `sfa_adapters.attention`.
         mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
             gradients. 0 keeps none.
+        keep_float32: Whether the scalars stay float32 when the model is cast (`model.to(torch.bfloat16)`, `.half()`).
+            Leave it on for training: in bfloat16 small optimizer steps round to nothing.
         modules_to_save: Modules apart from SFA that PEFT trains and saves, e.g. the projector.
-        target_modules: Filled in at injection with the attention modules; leave it None.
+        target_modules: Filled in at injection with the attention modules; leave it None, and choose layers with
+            `layers_to_transform`.
         tower_path: Path of the tower in the model, for hosts with several; filled in at injection for those.
         tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
         format_version: Version of the file format.
@@ -56,6 +61,7 @@ class SFAConfig(PeftConfig):
     terms: list[str] = field(default_factory=lambda: list(TERMS))
     backend: str = "auto"
     mask_cache_mb: float = 256.0
+    keep_float32: bool = True
     modules_to_save: list[str] | None = None
     target_modules: list[str] | str | None = None
     tower_path: str | None = None
@@ -70,13 +76,19 @@ class SFAConfig(PeftConfig):
                 f"This adapter has format_version={self.format_version}; this version of sfa-adapters reads up to "
                 f"{FORMAT_VERSION}. Upgrade with: pip install -U sfa-adapters"
             )
+        if self.tower is not None and not isinstance(self.tower, dict):
+            raise AdapterMismatchError(f"tower={self.tower!r} is not what injection fills in; leave it out.")
         if isinstance(self.terms, str):
             raise InjectionError(f"terms={self.terms!r} must be a list, e.g. terms=[{self.terms!r}].")
         self.terms = [term for term in TERMS if term in self.terms] + [t for t in self.terms if t not in TERMS]
-        if self.backend not in get_args(Backend):
-            raise InjectionError(f"backend={self.backend!r} must be one of {list(get_args(Backend))}.")
+        check_backend(self.backend)
         if not self.mask_cache_mb >= 0:
             raise InjectionError(f"mask_cache_mb={self.mask_cache_mb} must be at least 0.")
+        if self.target_modules is not None and self.tower is None:
+            raise InjectionError(
+                f"target_modules={self.target_modules!r}: SFA finds the attention modules of the vision tower itself. "
+                "Leave it out, and choose layers with layers_to_transform=[...]."
+            )
         self._check_blocks()
         assert self.num_blocks is not None
         check_bias_options(num_blocks=self.num_blocks, init_std=self.init_std, terms=self.terms)
@@ -107,6 +119,16 @@ class SFAConfig(PeftConfig):
             self.num_blocks = needed
         if self.num_blocks < needed:
             raise InjectionError(f"num_blocks={self.num_blocks} is too few for the {needed} blocks of the page.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; also completes what PEFT has put there before, see `sfa_adapters.adapter_folder`.
+
+        Args:
+            save_directory: The folder of the adapter.
+            **kwargs: As PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        complete_folder(Path(save_directory))
 
     def block_map_tensor(self) -> Tensor:
         """The map from places to block ids, `[m, n]`, int64."""

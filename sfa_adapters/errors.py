@@ -1,4 +1,4 @@
-"""Every error that sfa_adapters raises. All are `SFAError`, their text says what was found and what to do."""
+"""Every error and warning of sfa_adapters. All errors are `SFAError`, their text says what was found and what to do."""
 
 __all__ = [
     "AdapterMismatchError",
@@ -12,14 +12,21 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "SFAError",
+    "SFAWarning",
     "TrainingError",
+    "UnknownInterfaceError",
     "UnsupportedAttentionError",
+    "UntestedVersionWarning",
     "WeightsError",
 ]
 
 
 class SFAError(Exception):
     """Base of all errors of this library."""
+
+
+class SFAWarning(UserWarning):
+    """Base of all warnings of this library, and the class of those that need no name of their own."""
 
 
 class NoMatchingBackboneError(SFAError, ValueError):
@@ -72,3 +79,11 @@ class RecipeError(SFAError, ValueError):
 
 class TrainingError(SFAError, RuntimeError):
     """Training stopped: a tensor that should train gets no gradient, the loss is NaN, a checkpoint was lost, ..."""
+
+
+class UnknownInterfaceError(SFAError, RuntimeError):
+    """A library hands something over under a name that is not known here: going on would be wrong in silence."""
+
+
+class UntestedVersionWarning(SFAWarning):
+    """An installed library is older or newer than what this version of sfa-adapters was tested with."""

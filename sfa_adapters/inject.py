@@ -10,17 +10,21 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from sfa_adapters.beside_peft import cover_both
 from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
-from sfa_adapters.layer import CHILD_NAME, SFALayer
+from sfa_adapters.errors import AdapterMismatchError, InjectionError
+from sfa_adapters.layer import SFALayer
+from sfa_adapters.peft_tuner import SFAModel
 from sfa_adapters.registry import find_tower
+from sfa_adapters.saved import WEIGHTS_NAME, read_scalars, write_scalars
 from sfa_adapters.signature import one_or_each
+from sfa_adapters.state_fit import fit_scalars, watch_state_dicts
+from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tuner import (
-    SFAModel,
     add_adapter,
     all_or_nothing,
     detach_all,
@@ -30,11 +34,18 @@ from sfa_adapters.tuner import (
     wrap_targets,
 )
 
-__all__ = ["Description", "describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"]
+__all__ = [
+    "PEFT_PREFIX",
+    "WEIGHTS_NAME",
+    "Description",
+    "describe",
+    "eject_sfa",
+    "inject_sfa",
+    "load_sfa",
+    "save_sfa",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
-WEIGHTS_NAME = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
 
 
 def inject_sfa(
@@ -67,6 +78,12 @@ def inject_sfa(
         >>> describe(inject_sfa(tower)).num_parameters
         152
     """
+    check_model(model)
+    if config is not None and not isinstance(config, SFAConfig):
+        raise InjectionError(
+            f"config={config!r:.80} is a {type(config).__name__}; pass an SFAConfig, e.g. SFAConfig(init_std=0.02). "
+            "Adapters of other methods are PEFT's: get_peft_model(model, config)."
+        )
     config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
     plan = plan_injection(model, config, adapter_name)
     with all_or_nothing(model, adapter_name):
@@ -78,7 +95,22 @@ def inject_sfa(
         for index, name, attention in plan.targets:
             layer = add_adapter(attention, index, name, plan, state, config, adapter_name)
             layer.set_adapter([adapter_name])
+        watch_state_dicts(model)
+        cover_both(model)
     return model
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no model, in words that say what to do.
+
+    Raises:
+        InjectionError: `model` is no module of torch.
+    """
+    if not isinstance(model, nn.Module):
+        hint = (
+            " Load it first, e.g. AutoModelForImageTextToText.from_pretrained(...)." if isinstance(model, str) else ""
+        )
+        raise InjectionError(f"model={model!r:.80} is a {type(model).__name__}, not a torch.nn.Module.{hint}")
 
 
 def _with_tower(config: SFAConfig, tower: str | None) -> SFAConfig:
@@ -102,6 +134,7 @@ def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     Raises:
         InjectionError: The model has no SFA, or no adapter of that name.
     """
+    check_model(model)
     layers = injected_layers(model)
     names = sorted({name for _, _, layer in layers for name in layer.configs})
     if not layers or (adapter_name is not None and adapter_name not in names):
@@ -183,6 +216,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
         NoMatchingBackboneError: No tower was found.
         InjectionError: `config` does not fit the tower, or which of several towers is meant was not said.
     """
+    check_model(model)
     config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
     path = find_tower(model, config.tower_path).name
     layers = [entry for entry in injected_layers(model) if not path or entry[0].startswith(f"{path}.")]
@@ -193,7 +227,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
         name = (active or adapters or ("",))[0]
         plan = plan_injection(model, SFAConfig(tower_path=path), adapter_name="")
         for layer in (layer for _, _, layer in layers if name in layer.configs):
-            own[layer.index] = sum(p.numel() for p in _adapter_tensors(layer, name).values())
+            own[layer.index] = sum(p.numel() for p in layer.tensors(name).values())
     else:
         plan = plan_injection(model, config, adapter_name="")
         assert config.num_blocks is not None
@@ -218,81 +252,67 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
     )
 
 
-def _adapter_tensors(layer: SFALayer, adapter_name: str) -> dict[str, Tensor]:
-    return {
-        attribute: getattr(layer, attribute)[adapter_name]
-        for attribute in layer.adapter_layer_names
-        if adapter_name in getattr(layer, attribute)
-    }
-
-
 def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:
     """Writes one adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), for models without PEFT.
 
-    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it.
+    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With parameters that are
+    sharded (`fully_shard`) call it in every process; the first one writes.
 
     Returns:
         The folder.
 
     Raises:
         InjectionError: The model has no SFA adapter of that name.
+        WeightsError: The folder cannot be written, or the adapter has no values.
     """
-    tensors: dict[str, Tensor] = {}
-    config: SFAConfig | None = None
-    for name, _, layer in injected_layers(model):
-        if adapter_name in layer.configs:
-            config = layer.configs[adapter_name]
-            path = f"{name}.{CHILD_NAME}" if name else CHILD_NAME
-            for attribute, tensor in _adapter_tensors(layer, adapter_name).items():
-                tensors[f"{PEFT_PREFIX}{path}.{attribute}"] = tensor.detach().cpu().contiguous()
-    if config is None:
-        raise InjectionError(f"{type(model).__name__} has no SFA adapter named {adapter_name!r} to save.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    saved = copy.deepcopy(config)
-    saved.inference_mode = True
-    saved.save_pretrained(str(folder))
-    return folder
+    check_model(model)
+    unsaved = [
+        layer.configs[adapter_name].modules_to_save
+        for _, _, layer in injected_layers(model)
+        if adapter_name in layer.configs
+    ]
+    if unsaved and unsaved[0]:
+        raise InjectionError(
+            f"The adapter {adapter_name!r} has modules_to_save={unsaved[0]}, which save_sfa does not write. Save with "
+            "PEFT, which does: model.save_pretrained(folder)."
+        )
+    write_scalars(model, Path(folder), adapter_name)
+    return Path(folder)
 
 
-def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default") -> Model:
-    """Injects an adapter that was saved by `save_sfa` or by PEFT.
+def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", config: SFAConfig | None = None) -> Model:
+    """Injects an adapter that was saved by `save_sfa`, by PEFT, or with the whole model that it was injected into.
 
     Args:
         model: The base model, without an adapter of this name.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` are.
-        adapter_name: Name that the adapter gets here.
+        folder: A folder with `adapter_config.json` and `adapter_model.safetensors`; or the folder of a model
+            (`model.save_pretrained`, a checkpoint of a Trainer; also in shards), of a LoRA that was saved with SFA
+            beside it, or one safetensors file.
+        adapter_name: Name that the adapter gets here; where a file holds several adapters, also which one is read.
+        config: The configuration, only for files that do not hold it.
 
     Returns:
         The same model.
 
     Raises:
-        WeightsError: A file is missing.
-        AdapterMismatchError: The adapter is of another tower, of a newer format, or its tensors do not fit.
+        WeightsError: A file is missing or cannot be read, or its configuration is missing.
+        AdapterMismatchError: The adapter is of another tower, of a newer format, or its tensors do not fit; or the
+            folder holds a LoRA as well, which the model does not have yet.
     """
-    folder = Path(folder)
-    for file in ("adapter_config.json", WEIGHTS_NAME):
-        if not (folder / file).is_file():
-            raise WeightsError(f"{folder} has no {file}; it is not a saved adapter.")
-    config: Any = SFAConfig.from_pretrained(str(folder))
-    if not isinstance(config, SFAConfig):
-        raise AdapterMismatchError(f"{folder} holds a {config.peft_type} adapter, not SFA.")
-    tensors = load_file(folder / WEIGHTS_NAME)
-    plan_injection(model, config, adapter_name)  # a taken name must fail before there is anything to take out again
+    check_model(model)
+    saved = read_scalars(folder, adapter_name, config)
+    others = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if saved.other_method is not None and all(isinstance(module, SFALayer) for module in others):
+        raise AdapterMismatchError(
+            f"{folder} also holds a {saved.other_method} adapter, which the model does not have. Load both: "
+            "load_sfa(PeftModel.from_pretrained(model, folder), folder)."
+        )
+    plan_injection(model, saved.config, adapter_name)  # a taken name must fail before there is anything to take out
     with all_or_nothing(model, adapter_name):
-        inject_sfa(model, config, adapter_name)
-        for name, _, layer in injected_layers(model):
-            path = f"{name}.{CHILD_NAME}" if name else CHILD_NAME
-            for attribute, parameter in _adapter_tensors(layer, adapter_name).items():
-                saved = tensors.pop(f"{PEFT_PREFIX}{path}.{attribute}", None)
-                if saved is None or saved.shape != parameter.shape:
-                    found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-                    raise AdapterMismatchError(
-                        f"{folder / WEIGHTS_NAME}: {path}.{attribute} needs {tuple(parameter.shape)}, found {found}."
-                    )
-                with torch.no_grad():
-                    parameter.copy_(saved)
-        if tensors:
-            raise AdapterMismatchError(f"{folder / WEIGHTS_NAME} holds tensors for no layer here, e.g. {min(tensors)}.")
+        inject_sfa(model, saved.config, adapter_name)
+        fitted = fit_scalars(model, saved.tensors, adapter_name, saved.keys, saved.source)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in fitted.items():
+                parameters[name].copy_(value)
     return model

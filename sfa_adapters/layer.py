@@ -1,28 +1,29 @@
 """`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that bring them in.
 
 The layer sits **beside** the attention's own weights, as its child `sfa`: base state-dict keys stay as they are, LoRA
-still finds
-`q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the attention's own
-mask argument; a forward hook checks that the mask was used.
+still finds `q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the
+attention's own mask argument; a forward hook checks that the mask was used.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sfa_adapters.attention import Backend, dense_mask
-from sfa_adapters.bias import TERMS, BiasFactors, StructuralWeights, bias_factors, parameter_shapes
+from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import BiasNotAppliedError, LayoutError, MergeError
+from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
 from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.packing import PackedMask, Packing
+from sfa_adapters.scalar_layer import ScalarLayer
+from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import TowerState
 
 __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
@@ -30,8 +31,8 @@ __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
 CHILD_NAME = "sfa"
 
 
-class SFALayer(nn.Module, BaseTunerLayer):
-    """The structural scalars of one attention layer, for any number of named adapters (a PEFT tuner layer).
+class SFALayer(ScalarLayer):
+    """The structural scalars of one attention layer, and the mask that they become (a PEFT tuner layer).
 
     Args:
         num_heads: Heads of the attention layer.
@@ -40,78 +41,32 @@ class SFALayer(nn.Module, BaseTunerLayer):
         state: What the layers of the tower share.
     """
 
-    adapter_layer_names = tuple(f"sfa_{term}" for term in TERMS)
-    other_param_names = ()
-
     def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
-        super().__init__()
-        self.num_heads, self.index, self.name, self.state = num_heads, index, name, state
-        self.configs: dict[str, SFAConfig] = {}
-        self.cache_bytes: dict[str, float] = {}
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ParameterDict())
-        self._disable_adapters = False
-        self._active_adapter = []
-        self.merged_adapters = []
+        super().__init__(num_heads, index, name)
+        self.state = state
         self.pending: LazyMask | None = None
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
         self.mask_position: int | None = None
         self.hook_ids: tuple[int, ...] = ()
+        self.saved_by_peft = False  # an adapter that PEFT knows
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        around = prefix.removesuffix(".".join((*filter(None, (self.name, CHILD_NAME)), "")))
+        if around.endswith(PEFT_PREFIX) and not (self.saved_by_peft or self.state.warned):
+            self.state.warned = True
+            warnings.warn(
+                "This model was wrapped by PEFT after SFA was injected, so PEFT saves it without SFA (or with tensors "
+                "that its loader drops). Save the bias as well: save_sfa(model, folder), or wrap first and inject "
+                "SFA into the wrapped model, which then saves both.",
+                SFAWarning,
+                stacklevel=2,
+            )
 
     def train(self, mode: bool = True) -> SFALayer:
         """As `Module.train`; also forgets the cached dense mask."""
         self._dense = None
         return super().train(mode)
-
-    # -- adapters ---------------------------------------------------------------------------------------------------
-
-    def update_layer(self, adapter_name: str, config: SFAConfig, num_layers: int, device: torch.device) -> None:
-        """Adds the scalars of one adapter, drawn anew, and makes no other adapter inactive."""
-        assert config.num_blocks is not None
-        for term, shape in parameter_shapes(self.num_heads, config.num_blocks, config.terms).items():
-            values = torch.empty(shape, device=device, dtype=torch.float32)
-            parameters = getattr(self, f"sfa_{term}")
-            parameters[adapter_name] = nn.Parameter(nn.init.normal_(values, std=config.init_std))
-        self.configs[adapter_name] = config
-        self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes one adapter from the layer; where no other was active, the first that is left becomes so."""
-        if adapter_name in self.active_adapters:  # chosen here, because PEFT warns once per layer when it chooses
-            others = [name for name in self.configs if name != adapter_name]
-            active = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(active or others[:1])
-        super().delete_adapter(adapter_name)
-        self.configs.pop(adapter_name, None)
-        self.cache_bytes.pop(adapter_name, None)
-
-    @property
-    def active(self) -> list[str]:
-        """Names of the adapters that act in this layer now."""
-        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
-
-    @property
-    def trains(self) -> bool:
-        """Whether an adapter that acts in this layer now has scalars that train."""
-        weights = [self.weights(name) for name in self.active]
-        return any(t is not None and t.requires_grad for w in weights for t in (w.row, w.col, w.dist, w.block))
-
-    def weights(self, adapter_name: str) -> StructuralWeights:
-        """The scalars of one adapter."""
-        found = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        return StructuralWeights(*(dict(values.items()).get(adapter_name) for values in found))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: Always; the tuner says why (`SFAModel.merge_adapter`).
-        """
-        raise MergeError(f"{self.name}: a structural bias cannot be merged into the weights of its attention layer.")
-
-    def get_base_layer(self) -> nn.Module:
-        """A layer that stands beside another wraps nothing."""
-        return self
 
     # -- the mask ---------------------------------------------------------------------------------------------------
 
@@ -129,13 +84,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
         active = self.active
         if not active:
             return None
-        weights = [self.weights(name) for name in active]
+        device = hidden_states.device
+        weights = [self.weights(name, device) for name in active]
         config = self.configs[active[0]]
         block_map, key = config.block_map_tensor(), _block_key(config)
         if any(_block_key(self.configs[name]) != key for name in active):
             raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
-        device = hidden_states.device
         arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
             segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sfa_adapters.attention import Backend, attend
+from sfa_adapters.attention import Backend, attend, check_backend
 from sfa_adapters.bias import TERMS, StructuralBias, Term
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout, default_block_map
@@ -30,7 +30,7 @@ class SFAAttention(nn.Module):
         backend: `auto`, `folded` or `dense`.
 
     Raises:
-        InjectionError: `num_heads` does not divide `dim`, or a structural option is wrong.
+        InjectionError: `num_heads` does not divide `dim`, or the backend or a structural option is wrong.
 
     Example:
         >>> import torch
@@ -55,6 +55,7 @@ class SFAAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise InjectionError(f"num_heads={num_heads} must divide dim={dim}.")
+        check_backend(backend)
         self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
         self.backend: Backend = backend
         self.block_map = default_block_map(block_grid)

@@ -9,10 +9,12 @@ those of the unobserved one bit for bit: unlike a wrapped mask, it changes neith
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfa_adapters.attention_call import AttentionCall, row_blocks
-from sfa_adapters.errors import NoMatchingBackboneError, ObservationError
+from sfa_adapters.compat import cache_of
+from sfa_adapters.errors import NoMatchingBackboneError, ObservationError, UnknownInterfaceError
 from sfa_adapters.mask import LazyMask
 from sfa_adapters.packing import PackedMask
 from sfa_adapters.readers import Reader
@@ -77,7 +80,10 @@ def observe(
 
     Raises:
         ObservationError: No attention module fits, a module ran without being read (flash or flex attention, compiled
-            code), nothing ran at all, or logits are NaN.
+            code), nothing ran at all, no reader was given anything to read (no call had a row that its `queries`
+            name), or logits are NaN.
+        UnknownInterfaceError: A module gets a cache under a name that is not known, so the positions of its queries
+            are not known either.
     """
     chosen = attention_modules(model, modules)
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
@@ -86,10 +92,11 @@ def observe(
     if not listed:
         raise ObservationError("No reader was given: nothing would be read.")
     observation = Observation(tuple(chosen))
+    served: set[int] = set()
     handles = []
     try:
         for index, (name, module) in enumerate(chosen.items()):
-            watcher = _Watcher(name, index, module, listed, observation, block_bytes)
+            watcher = _Watcher(name, index, module, listed, observation, block_bytes, served)
             handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(watcher.leave, always_call=True))
         yield observation
@@ -101,6 +108,13 @@ def observe(
         raise ObservationError(
             f"{len(unread)} of {len(chosen)} observed attention modules never ran, e.g. {unread[0]}. Call the model "
             "inside the context, with an image if its tower is observed, or name the modules that run."
+        )
+    if not served:
+        wanted = ", ".join(f"{type(r).__name__}(queries={_short(r.queries)})" for r in listed if isinstance(r, Reader))
+        raise ObservationError(
+            f"{sum(observation.calls.values())} attention computations ran and nothing was read of them: none had a "
+            f"row that {wanted} names. Positions count from the first token of the sequence; 'generated' are the rows "
+            "of decoding steps, of which an answer of one token has none."
         )
 
 
@@ -115,15 +129,17 @@ class _Watcher:
         readers: Sequence[Reader | CallReader],
         observation: Observation,
         block_bytes: int,
+        served: set[int],
     ) -> None:
         self.name, self.index, self.readers = name, index, readers
-        self.observation, self.block_bytes = observation, block_bytes
+        self.observation, self.block_bytes, self.served = observation, block_bytes, served
         self.groups = int(getattr(module, "num_key_value_groups", 1))
         self.modes: list[Seam] = []
+        self.is_causal = getattr(module, "is_causal", False) is True
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        mode = Seam(self, states.shape[-2] if isinstance(states, Tensor) else None, _past(module, kwargs))
+        mode = Seam(self, states.shape[-2] if isinstance(states, Tensor) else None, self._past(module, kwargs))
         self.modes.append(mode)
         mode.__enter__()
 
@@ -141,21 +157,36 @@ class _Watcher:
                 "attn_implementation='sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
             )
 
+    def _past(self, module: nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+        """Tokens in the cache of this layer before the forward; None where no cache is in use."""
+        cache = cache_of(module, kwargs, decodes=False)
+        if cache is None:
+            return None
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise UnknownInterfaceError(
+                f"{self.name} ({type(module).__name__}) gets a cache and has no layer_idx, so how many tokens it holds "
+                "of this layer is not known. Observe without a cache (use_cache=False)."
+            )
+        return int(cache.get_seq_length(layer))
+
     def read(self, call: AttentionCall) -> None:
         self.observation.calls[self.name] = self.observation.calls.get(self.name, 0) + 1
         for reader in self.readers:
             if not isinstance(reader, Reader):
                 reader(call)
+                self.served.add(id(reader))
         with torch.no_grad():
-            _stream([r for r in self.readers if isinstance(r, Reader)], call.detach(), self.block_bytes)
+            read = _stream([r for r in self.readers if isinstance(r, Reader)], call.detach(), self.block_bytes)
+            self.served.update(id(reader) for reader in read)
 
 
-def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) -> None:
-    """One pass over the rows that any of the readers wants."""
+def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) -> Sequence[Reader]:
+    """One pass over the rows that any of the readers wants; returns those that want some."""
     wanted = {reader: reader.chosen(call) for reader in readers}
     wanted = {reader: mask for reader, mask in wanted.items() if mask is None or bool(mask.any())}
     if not wanted:
-        return
+        return ()
     masks = [mask for mask in wanted.values() if mask is not None]
     index = torch.stack(masks).any(0).nonzero()[:, 0] if len(masks) == len(wanted) else None
     states = {reader: reader.begin(call) for reader in wanted}
@@ -166,12 +197,13 @@ def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) ->
                 reader.block(states[reader], call, own)
     for reader in wanted:
         reader.keep(call, reader.end(states[reader], call))
+    return tuple(wanted)
 
 
 class Seam(TorchFunctionMode):
     """Sees the torch functions that one forward of an attention module calls."""
 
-    def __init__(self, watcher: _Watcher, length: int | None, past: int) -> None:
+    def __init__(self, watcher: _Watcher, length: int | None, past: int | None) -> None:
         super().__init__()
         self.watcher, self.length, self.past, self.segment = watcher, length, past, 0
 
@@ -205,8 +237,14 @@ class Seam(TorchFunctionMode):
             return
         self._record(query=query, key=key, scale=scale, mask=mask, is_causal=bool(bound.get("is_causal", False)))
 
-    def _record(self, **found: Any) -> None:
-        call = AttentionCall(self.watcher.name, self.watcher.index, self.segment, self.past, **found)
+    def _record(self, **parts: Any) -> None:
+        call = AttentionCall(self.watcher.name, self.watcher.index, self.segment, self.past or 0, **parts)
+        if self.past is None and self.watcher.is_causal and call.num_keys > call.num_queries:
+            raise UnknownInterfaceError(
+                f"{call.layer} has {call.num_keys} keys for {call.num_queries} queries, so it keeps a cache, but it "
+                "was called with none that sfa-adapters knows: the positions of its queries are not known. Install a "
+                "tested version of transformers, or observe without a cache (use_cache=False)."
+            )
         self.segment += 1
         self.watcher.read(call)
 
@@ -228,11 +266,8 @@ _SDPA = inspect.signature(_sdpa)
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
-def _past(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
-    """Tokens in the cache of this layer before the forward."""
-    cache = kwargs.get("past_key_values")
-    layer = getattr(module, "layer_idx", None)
-    return int(cache.get_seq_length(layer)) if cache is not None and layer is not None else 0
+def _short(queries: Any) -> str:
+    return f"{queries.dtype} {list(queries.shape)}" if isinstance(queries, Tensor) else repr(queries)
 
 
 def attention_modules(model: nn.Module, modules: Modules = None) -> dict[str, nn.Module]:
@@ -276,3 +311,16 @@ def _no_module(model: nn.Module, wanted: Any, found: Mapping[str, nn.Module]) ->
         f"modules={wanted!r} fits no attention module of {type(model).__name__}. It has: {told}. "
         "Use 'vision', 'language', a pattern over these paths, or None for all."
     )
+
+
+class _CallableModule(ModuleType):
+    """This module, callable like its function.
+
+    The package has a function `observe` and this module of the same name. Importing the module sets the attribute of
+    the package to the module, so `from sfa_adapters import observe` may give either one; both do the same.
+    """
+
+    __call__ = staticmethod(observe)
+
+
+sys.modules[__name__].__class__ = _CallableModule

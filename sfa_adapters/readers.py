@@ -230,6 +230,8 @@ class MeanPerKey(Reader):
 class TopKeys(MeanPerKey):
     """The keys with most attention from the chosen queries: `[B, H, 2, k]`, positions above their mean attention.
 
+    Of keys with equal attention the first ones count.
+
     Args:
         count: k; fewer where there are fewer keys.
         queries: As in `Reader`.
@@ -242,7 +244,9 @@ class TopKeys(MeanPerKey):
 
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
         """Positions are exact in fp32 up to 16 million."""
-        values, places = super().end(state, call).topk(min(self.count, call.num_keys), dim=-1)
+        # Not topk: it breaks ties as its kernel likes.
+        values, places = super().end(state, call).sort(dim=-1, descending=True, stable=True)
+        values, places = values[..., : self.count], places[..., : self.count]
         return torch.stack(((places + call.first_key).to(values.dtype), values), dim=-2)
 
 

@@ -127,6 +127,16 @@ class Backbone:
         """Whether the module is an attention layer of this kind of tower."""
         return matches(module, self.attentions)
 
+    def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
+        """Pickled and copied as its name: records hold functions, often lambdas, which cannot be pickled.
+
+        Raises:
+            InjectionError: The record is not registered, so a name would not bring it back.
+        """
+        if _registered(self.name) is not self:
+            raise InjectionError(f"Another record than this one is registered under the name {self.name!r}.")
+        return _registered, (self.name,)
+
 
 @dataclass(frozen=True)
 class FoundTower:
@@ -180,6 +190,16 @@ def registered_backbones() -> dict[str, Backbone]:
             entry_point.load()
             _loaded_entry_points.add(entry_point.name)
     return dict(_BACKBONES)
+
+
+def _registered(name: str) -> Backbone:
+    record = registered_backbones().get(name)
+    if record is None:
+        raise InjectionError(
+            f"The backbone {name!r} is not registered. Models with SFA are pickled with the name of their backbone: "
+            "call register_backbone, or install the package that does, before the model is saved or loaded."
+        )
+    return record
 
 
 def qualified_name(module: nn.Module) -> str:

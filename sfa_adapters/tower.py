@@ -34,6 +34,7 @@ class TowerState:
         log: Which forward hidden states belong to.
         seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
         layouts: Layouts that were built, by arrangement.
+        warned: Whether the user was warned that PEFT will not load these adapters.
     """
 
     backbone: Backbone
@@ -43,6 +44,7 @@ class TowerState:
     log: ForwardLog = field(default_factory=ForwardLog)
     seen: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
+    warned: bool = False
 
     # -- the forward under way --------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""SFA as a PEFT method, and the injection that it shares with `inject_sfa`.
+"""The injection that `inject_sfa` and the PEFT method (`sfa_adapters.peft_tuner`) share.
 
 Every check comes first (`plan_injection`), every change after (`prepare_tower`, `add_adapter`), so an error leaves
 the model as it was.
@@ -7,35 +7,32 @@ the model as it was.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
 from torch import nn
 
 from sfa_adapters.config import SFAConfig
-from sfa_adapters.errors import InjectionError, MergeError, NoMatchingBackboneError
+from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
     attach_layer,
     detach_layer,
 )
-from sfa_adapters.peft_type import SFA_PEFT_TYPE
 from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
+from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
+from sfa_adapters.state_keys import plain_path
 from sfa_adapters.tower import STATE_NAME, TowerState
 from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
+    "LOAD_HOOK",
+    "METHODS",
     "InjectionPlan",
-    "SFAModel",
     "all_or_nothing",
     "detach_all",
     "injected_layers",
@@ -46,6 +43,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ORIGINAL_IMPLEMENTATION = "_sfa_attn_implementation"
+# Left on a model by `state_fit` and by `beside_peft`, and taken away with the last adapter.
+LOAD_HOOK, METHODS = "_sfa_load_hook_id", frozenset({"save_pretrained", "load_adapter"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class InjectionPlan:
     @property
     def tower_path(self) -> str | None:
         """What a saved adapter says about which of several towers it is for."""
-        return self.found.name if self.found.several else None
+        return plain_path(self.found.name) if self.found.several else None
 
     def signature(self) -> dict[str, Any]:
         """What a saved adapter says about the tower that it was made for."""
@@ -94,6 +93,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         InjectionError: An option does not fit the tower, or the adapter name is taken.
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
+    check_adapter_name(adapter_name)
     found = find_tower(model, config.tower_path)
     if found.backbone.check is not None:
         found.backbone.check(found.tower)
@@ -121,7 +121,35 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
             raise InjectionError(f"{name} already has a child named {CHILD_NAME!r} of {type(layer).__name__}.")
     if config.tower is not None:
         check_same_tower(config.tower, plan.signature())
+    for wanted in config.modules_to_save or []:
+        # PEFT would copy the tower, with its hooks, and one of the two copies would get no gradient.
+        inside = [name for _, name, _ in plan.targets if wanted in _names_of_parents(name)]
+        if inside:
+            raise InjectionError(
+                f"modules_to_save={config.modules_to_save}: {wanted!r} holds {inside[0]}, which gets a bias; PEFT "
+                "cannot copy a module that carries an adapter. Train it in place (requires_grad_(True)) and save it "
+                "yourself, or name modules outside of the attention layers."
+            )
     return plan
+
+
+def _names_of_parents(path: str) -> set[str]:
+    """Every ending of the path of a module or of one around it: what PEFT compares modules_to_save with."""
+    parts = path.split(".")
+    return {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
+
+
+def check_adapter_name(name: Any) -> None:
+    """Refuses names that a `ParameterDict` cannot hold.
+
+    Raises:
+        InjectionError: The name is no text, or has a dot, or is that of an attribute.
+    """
+    if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict(), name):
+        raise InjectionError(
+            f"adapter_name={name!r} cannot name an adapter; use a text without dots that is no attribute of a "
+            "ParameterDict, e.g. 'default'."
+        )
 
 
 def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
@@ -215,8 +243,7 @@ def add_adapter(
         layer = SFALayer(plan.num_heads[index], index, name, state)
         layer.train(attention.training)
         attach_layer(attention, layer)
-    device = next((p.device for p in attention.parameters()), torch.device("cpu"))
-    layer.update_layer(adapter, config, len(plan.layers), device)
+    layer.update_layer(adapter, config, len(plan.layers), execution_device(attention))
     return layer
 
 
@@ -244,6 +271,12 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
         implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
             tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+    for module in [] if injected_layers(model) else model.modules():
+        if LOAD_HOOK in module.__dict__:
+            module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)
+        for method in METHODS:
+            if getattr(module.__dict__.get(method), "belongs_to_sfa", False):
+                del module.__dict__[method]
 
 
 @contextmanager
@@ -260,75 +293,3 @@ def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
-
-
-class SFAModel(BaseTuner):
-    """The PEFT tuner: `get_peft_model(model, SFAConfig())` builds it."""
-
-    prefix: str = "sfa_"
-    tuner_layer_cls = SFALayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - declared so by PEFT
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter to the tower of a model; on any error the model is as it was."""
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, SFAConfig)
-        self._plan = plan_injection(model, config, adapter_name)
-        self._state: TowerState | None = None
-        try:
-            with all_or_nothing(model, adapter_name):
-                self._state = prepare_tower(self._plan)
-                self._plan = wrap_targets(model, self._plan)
-                config.tower = self._plan.signature()
-                config.tower_path = self._plan.tower_path
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            del self._plan, self._state
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        # A regular expression, because PEFT shortens long lists of names to suffixes, which text towers may share.
-        peft_config.target_modules = "|".join(re.escape(name) for _, name, _ in self._plan.targets)  # pyright: ignore[reportAttributeAccessIssue]
-        return peft_config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        return re.fullmatch(peft_config.target_modules, key)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: SFAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
-        index = next(number for number, name, _ in self._plan.targets if name == current_key)
-        assert self._state is not None
-        layer = add_adapter(target, index, current_key, self._plan, self._state, peft_config, adapter_name)
-        layer.set_adapter(self.active_adapters)
-
-    def _check_merge_allowed(self) -> None:
-        raise MergeError(
-            "A structural bias adds to the attention scores of pairs of tokens; no change of q, k or v weights does "
-            "that, so it cannot be merged. Keep the adapter attached, or call unload() to get the base model back."
-        )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            MergeError: Always.
-        """
-        self._check_merge_allowed()
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            self._check_merge_allowed()
-        detach_all(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
-
-
-register_peft_method(name="sfa", config_cls=SFAConfig, model_cls=SFAModel)
-assert SFA_PEFT_TYPE == "SFA"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters import SFAConfig, inject_sfa
+from sfa_adapters.compat import with_cache
 from sfa_adapters.tuner import injected_layers
 from tests.towers import Inputs, TowerCase
 
@@ -116,3 +117,8 @@ class Snapshot:
             assert torch.equal(now.tensors[name], tensor), name
         for attribute in ("requires_grad", "identities", "modules", "hooks", "attributes", "config"):
             assert getattr(now, attribute) == getattr(self, attribute), attribute
+
+
+def passing(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as an argument of a model or of its `generate`, under the name that this version of transformers has."""
+    return with_cache(model, {}, cache)

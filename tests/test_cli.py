@@ -1,6 +1,7 @@
 """The command line: what it prints, and that a mistake of the user is one line and exit code 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from safetensors import SafetensorError
 from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig, ResNetConfig
 
 from sfa_adapters.cli import main
@@ -182,6 +184,75 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setitem(sys.modules, "PIL", None)
     line = _mistake(capsys, "demo", "--steps", "1")
     assert "pip install 'sfa-adapters[demo]'" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/x/y"), "The disk is full: /x/y could not be written"),
+        (OSError(28, "No space left on device"), "The disk is full. Free some space"),
+        (OSError(30, "Read-only file system", "/x/y"), "/x/y cannot be read or written: Read-only file system."),
+        (OSError("no such\nthing"), "no such | thing"),
+        (PermissionError(13, "Permission denied", "/x"), "/x cannot be read or written: Permission denied."),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sfa_adapters.recipes.inspect_model.inspect_model", fail)
+    assert line in _mistake(capsys, "inspect", "x")
+
+
+def test_a_mistake_of_the_library_keeps_its_stack_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("sfa_adapters.recipes.inspect_model.inspect_model", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", "x"])
+
+
+def test_wrong_use_points_to_the_help_of_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _mistake(capsys, "bogus").endswith("(see: sfa --help)")
+    assert _mistake(capsys, "bench", "bogus").endswith("(see: sfa bench --help)")
+    assert _mistake(capsys, "bench", "tokens", "--bogus").endswith("(see: sfa bench tokens --help)")
+
+
+def test_shell_completion_is_on() -> None:
+    environment = {**os.environ, "_SFA_COMPLETE": "complete_bash", "COMP_WORDS": "sfa cal", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sfa_adapters"], check=True, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.stdout.split() == ["calibrate"]
+
+
+def test_other_libraries_are_silent_and_our_own_warnings_are_a_line(tmp_path: Path) -> None:
+    code = (
+        "import sys, warnings, logging\n"
+        "from pathlib import Path\n"
+        "import sfa_adapters.recipes.inspect_model as module\n"
+        "from sfa_adapters.cli import main\n"
+        "def loud(*args):\n"
+        "    import transformers\n"
+        "    from transformers.utils import logging as bars\n"
+        "    warnings.warn_explicit('chatter', UserWarning, 'x.py', 1, module='torch.nn')\n"
+        "    warnings.warn_explicit('of ours', UserWarning, 'y.py', 1, module='sfa_adapters.layer')\n"
+        "    logging.getLogger('bitsandbytes').warning('chatter')\n"
+        "    bars.get_logger('transformers.x').warning('chatter')\n"
+        "    for _ in bars.tqdm(range(3), desc='chatter'): pass\n"
+        "    from sfa_adapters.errors import RecipeError\n"
+        "    raise RecipeError('the end')\n"
+        "module.inspect_model = loud\n"
+        "sys.argv = ['sfa', 'inspect', 'x']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert done.stderr.splitlines() == ["note: of ours", "sfa: the end"]
+    assert done.returncode == 2
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

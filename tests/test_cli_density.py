@@ -131,3 +131,32 @@ def test_mistakes_are_one_line(capsys, folder, tmp_path):
     assert "--source" in _mistake(capsys, "map", folder / "0.png", "--source", "magic")
     assert "--size 3" in _mistake(capsys, "map", folder / "0.png", "--size", 3)
     assert "Missing argument" in _mistake(capsys, "map")
+
+
+def test_pages_that_differ_in_their_ending_only_get_pictures_of_their_own(capsys, folder, tmp_path):
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(text_page(6, 0).image[:300]).save(folder / name)
+    out = tmp_path / "maps"
+    options = ("--source", "edges", "--out", out)
+    code, _, _ = _run(capsys, "map", folder / "a.png", folder / "a.jpg", folder / "a.png", folder / "0.png", *options)
+    assert code == 0
+    names = ["0_density.png", "a_jpg_density.png", "a_png_density.png"]
+    assert sorted(p.name for p in out.iterdir()) == names
+
+
+def test_a_picture_that_would_overwrite_a_page_or_another_picture_is_refused(capsys, folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    for name in (folder / "0_density.png", tmp_path / "other" / "0.png"):
+        Image.fromarray(text_page(6, 0).image[:300]).save(name)
+    before = (folder / "0_density.png").read_bytes()
+    line = _mistake(capsys, "map", folder / "0.png", folder / "0_density.png", "--source", "edges")
+    assert "would overwrite" in line
+    options = ("--source", "edges", "--out", tmp_path / "maps")
+    assert "would overwrite" in _mistake(capsys, "map", folder / "0.png", tmp_path / "other" / "0.png", *options)
+    assert (folder / "0_density.png").read_bytes() == before
+    assert not (tmp_path / "maps").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/none", "/dev/full/maps"])
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, folder, out):
+    assert out in _mistake(capsys, "map", folder / "0.png", "--source", "edges", "--out", out)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.adat import PatchPolicy, inject_adat
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.reduction.cache_record import KeptOfPrompt, choose_kept
 from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu
@@ -20,7 +21,7 @@ from sfa_adapters.reduction.kept import keep_positions, keep_states
 from sfa_adapters.reduction.logical_rope import latest_kept
 from tests.dymu_support import BY_NAME, GENERATE, NAMES, PAD, THRESHOLD, padded, single
 from tests.hosts import IMAGE, logits_of
-from tests.support import Snapshot, assert_close
+from tests.support import Snapshot, assert_close, passing
 
 every_host = pytest.mark.parametrize("name", NAMES)
 MERGE = DyMUConfig(thresholds=THRESHOLD)
@@ -98,7 +99,7 @@ def test_a_padded_batch_generates_what_its_samples_generate_alone(name: str) -> 
     model: Any = inject_dymu(host.build(), MERGE)
     inputs = padded(host)
     batch = model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, **GENERATE)
-    kept_slots = {layer.keys.shape[2] for layer in batch.past_key_values.layers}
+    kept_slots = {layer.keys.shape[2] for layer in cache_of_output(batch).layers}
     assert len(kept_slots) == 1
     assert kept_slots.pop() < batch.sequences.shape[1] - 1
     for number in range(2):
@@ -141,8 +142,8 @@ def test_beams_assistance_and_later_turns(name: str) -> None:
         turn["mm_token_type_ids"] = (more == IMAGE).long()
     count: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, **GENERATE}
     wanted = model.generate(**{**one, **turn}, **count)
-    cache = copy.deepcopy(first.past_key_values)  # what it holds goes with it
-    assert_same_generation(model.generate(**turn, past_key_values=cache, **count), wanted)
+    cache = copy.deepcopy(cache_of_output(first))  # what it holds goes with it
+    assert_same_generation(model.generate(**turn, **passing(model, cache), **count), wanted)
 
 
 def test_several_images_in_a_prompt_and_none() -> None:
@@ -255,8 +256,8 @@ def test_fastv_prunes_what_dymu_left(name: str, prune_at: Any) -> None:
     merged = model.generate(**inputs, **options)
     inject_fastv(model, FastVConfig(layer=1, ratio=0.5, prune_at=prune_at))
     both = model.generate(**inputs, **options)
-    slots = [layer.keys.shape[2] for layer in both.past_key_values.layers]
-    merged_slots = merged.past_key_values.layers[0].keys.shape[2]
+    slots = [layer.keys.shape[2] for layer in cache_of_output(both).layers]
+    merged_slots = cache_of_output(merged).layers[0].keys.shape[2]
     assert slots[-1] < merged_slots
     assert slots[0] == (merged_slots if prune_at == "layer" else slots[-1])
     for number in range(2):

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from sfa_adapters import eject_sfa, inject_sfa
 from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
@@ -23,7 +24,7 @@ from sfa_adapters.reduction.image_tokens import find_decoder
 from sfa_adapters.reduction.kept import KEPT
 from tests.fastv_prompts import FAMILIES, Ask, Family, batched, prompt
 from tests.hosts import IMAGE, HostCase, every_host, logits_of
-from tests.support import Snapshot, assert_close
+from tests.support import Snapshot, assert_close, passing
 from tests.test_selectors import SELECTORS, NoHostSync
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -35,7 +36,7 @@ ASKS = (Ask((3, 5), seed=1), Ask((2, 3, 9), (2, 1), seed=2), Ask((6,), seed=3))
 def kept_columns(model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
     """Which columns of each sample layers behind the pruning hold."""
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of_output(model(**inputs, use_cache=True))
     kept = getattr(cache, KEPT)
     return [row[live].tolist() for row, live in zip(kept.columns, kept.live, strict=True)]
 
@@ -220,8 +221,8 @@ def test_fastv_never_waits_for_the_device(selector: Any, prune_at: Any) -> None:
     token = torch.full((3, 1), 5)
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(token)), 1)
     with torch.no_grad(), NoHostSync():
-        cache = model(**inputs, use_cache=True).past_key_values
-        model(input_ids=token, attention_mask=mask, past_key_values=cache)
+        cache = cache_of_output(model(**inputs, use_cache=True))
+        model(input_ids=token, attention_mask=mask, **passing(model, cache))
     assert getattr(cache, KEPT).dropped > 0
 
 
@@ -374,26 +375,26 @@ def test_a_cache_of_another_batch_is_refused() -> None:
     model: Any = inject_fastv(LLAVA.build())
     inputs = batched([prompt(LLAVA, ask) for ask in ASKS[:2]])
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of_output(model(**inputs, use_cache=True))
         cache.batch_select_indices(torch.tensor([0]))
         with pytest.raises(PlanError, match="filled with 2 samples and is used with 1"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **passing(model, cache))
 
 
 def test_a_cache_that_was_cut_into_its_prompt_is_refused() -> None:
     model: Any = inject_fastv(LLAVA.build())
     inputs = prompt(LLAVA, Ask((2, 3, 4), seed=9))
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of_output(model(**inputs, use_cache=True))
         again = copy.deepcopy(cache)
         cache.crop(-5)
         with pytest.raises(PlanError, match="cut into its prompt"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **passing(model, cache))
         again.crop(-3)  # text behind the last image may be taken back
         expected = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-3], "attention_mask": None})
         last = int(inputs["input_ids"][0, -4])
         again.crop(-1)
-        found = model(input_ids=torch.tensor([[last]]), past_key_values=again).logits[0, -1]
+        found = model(input_ids=torch.tensor([[last]]), **passing(model, again)).logits[0, -1]
     assert found.shape == expected.logits[0, -1].shape
 
 
@@ -402,13 +403,13 @@ def test_a_static_cache_that_was_reset_serves_the_next_prompt() -> None:
     first, second = (prompt(LLAVA, ask) for ask in (ASKS[1], ASKS[2]))
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     with torch.no_grad():
-        model(**first, past_key_values=cache)
+        model(**first, **passing(model, cache))
         cache.reset()
-        found = [model(**second, past_key_values=cache).logits[:, -1]]
-        found.append(model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits[:, -1])
+        found = [model(**second, **passing(model, cache)).logits[:, -1]]
+        found.append(model(input_ids=torch.tensor([[5]]), **passing(model, cache)).logits[:, -1])
         fresh = model(**second, use_cache=True)
         expected = [fresh.logits[:, -1]]
-        expected.append(model(input_ids=torch.tensor([[5]]), past_key_values=fresh.past_key_values).logits[:, -1])
+        expected.append(model(input_ids=torch.tensor([[5]]), **passing(model, cache_of_output(fresh))).logits[:, -1])
     assert_close(torch.cat(found), torch.cat(expected))
 
 

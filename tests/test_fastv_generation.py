@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import PlanError
 from sfa_adapters.reduction.dymu import inject_dymu
 from sfa_adapters.reduction.dymu_config import DyMUConfig
@@ -17,7 +18,7 @@ from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
 from tests.fastv_prompts import DEEP, FAMILIES, Ask, Family, batched, prompt
 from tests.hosts import IMAGE
-from tests.support import assert_close
+from tests.support import assert_close, passing
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 both_places = pytest.mark.parametrize("prune_at", ["layer", "input"])
@@ -36,7 +37,7 @@ def generated(model: Any, inputs: dict[str, Any], count: int, **options: Any) ->
     told = {**GREEDY, "max_new_tokens": count, "return_dict_in_generate": True, "output_logits": True, **options}
     out = model.generate(**inputs, **told)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    return new, torch.stack(out.logits, 1), lengths(out.past_key_values)
+    return new, torch.stack(out.logits, 1), lengths(cache_of_output(out))
 
 
 @every_family
@@ -88,6 +89,13 @@ def test_beam_search(family: Family, prune_at: Any, selector: Any) -> None:
     assert not torch.equal(alone[0], alone[1])
 
 
+class TextAssistant(LlamaForCausalLM):
+    """A text model takes no images; the oldest supported transformers hands them to it, and this check refuses them."""
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        model_kwargs.pop("pixel_values", None)
+
+
 @both_places
 @pytest.mark.parametrize("query", ["last", "mean"])
 def test_assisted_generation_is_greedy_generation(prune_at: Any, query: Any) -> None:
@@ -95,7 +103,7 @@ def test_assisted_generation_is_greedy_generation(prune_at: Any, query: Any) -> 
     model: Any = inject_fastv(LLAVA.build(), FastVConfig(layer=2, prune_at=prune_at, query=query))
     inputs = prompt(LLAVA, ASKS[1])
     torch.manual_seed(1)
-    assistant: Any = LlamaForCausalLM(LlamaConfig(**{**DEEP, "num_hidden_layers": 1})).eval()
+    assistant: Any = TextAssistant(LlamaConfig(**{**DEEP, "num_hidden_layers": 1})).eval()
     assistant.generation_config.eos_token_id = None
     assistant.generation_config.pad_token_id = 0
     expected = model.generate(**inputs, **GREEDY, max_new_tokens=12)
@@ -146,13 +154,13 @@ def test_a_later_turn_at_once_is_the_same_as_token_by_token(prune_at: Any, stati
     length = inputs["input_ids"].shape[1]
     caches = [new_cache(model, static) for _ in range(2)]
     for cache in caches:
-        model(**inputs, position_ids=places[:, :length].clamp(min=0), past_key_values=cache)
-    at_once = model(input_ids=turn, attention_mask=mask, position_ids=places[:, length:], past_key_values=caches[0])
+        model(**inputs, position_ids=places[:, :length].clamp(min=0), **passing(model, cache))
+    at_once = model(input_ids=turn, attention_mask=mask, position_ids=places[:, length:], **passing(model, caches[0]))
     single = []
     for step in range(5):
         until = length + step + 1
         options = {"attention_mask": mask[:, :until], "position_ids": places[:, until - 1 : until]}
-        single.append(model(input_ids=turn[:, step : step + 1], past_key_values=caches[1], **options).logits)
+        single.append(model(input_ids=turn[:, step : step + 1], **passing(model, caches[1]), **options).logits)
     assert_close(at_once.logits, torch.cat(single, 1))
     assert lengths(caches[0]) == lengths(caches[1])
 
@@ -165,15 +173,15 @@ def test_a_later_turn_prunes_its_own_images(static: bool) -> None:
     first, second = prompt(LLAVA, ASKS[0]), prompt(LLAVA, Ask((4, 6), seed=7))
     whole = {name: torch.cat((first[name], second[name]), 0 if name == "pixel_values" else 1) for name in first}
     cache = new_cache(model, static)
-    model(**first, past_key_values=cache)
-    found = model(**{**second, "attention_mask": whole["attention_mask"]}, past_key_values=cache)
+    model(**first, **passing(model, cache))
+    found = model(**{**second, "attention_mask": whole["attention_mask"]}, **passing(model, cache))
     one = model(**whole, use_cache=True)
     text = (second["input_ids"] != IMAGE)[0]
     assert_close(found.logits[:, text], one.logits[:, first["input_ids"].shape[1] :][:, text])
-    assert lengths(cache) == lengths(one.past_key_values)
+    assert lengths(cache) == lengths(cache_of_output(one))
     token = torch.tensor([[7]])
-    followed = model(input_ids=token, past_key_values=cache).logits
-    assert_close(followed, model(input_ids=token, past_key_values=one.past_key_values).logits)
+    followed = model(input_ids=token, **passing(model, cache)).logits
+    assert_close(followed, model(input_ids=token, **passing(model, cache_of_output(one))).logits)
 
 
 @torch.no_grad()
@@ -181,9 +189,9 @@ def test_before_layer_0_only_the_first_prompt_of_a_cache_is_pruned() -> None:
     model: Any = inject_fastv(LLAVA.build(), FastVConfig(layer=2, ratio=0.5, prune_at="input"))
     first, second = prompt(LLAVA, ASKS[0]), prompt(LLAVA, Ask((4, 6), seed=7))
     cache = new_cache(model, static=False)
-    model(**first, past_key_values=cache)
+    model(**first, **passing(model, cache))
     mask = torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1])
-    model(**{**second, "attention_mask": mask}, past_key_values=cache)
+    model(**{**second, "attention_mask": mask}, **passing(model, cache))
     assert lengths(cache) == [mask.shape[1] - 8] * 4
 
 
@@ -191,7 +199,7 @@ def conversation(model: Any) -> tuple[dict[str, Any], Any, Tensor]:
     """A prompt, the cache behind its answer, and all ids so far with a question behind."""
     inputs = prompt(LLAVA, ASKS[0])
     out = model.generate(**inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True)
-    return inputs, out.past_key_values, torch.cat((out.sequences, torch.tensor([[9, 8, 7]])), 1)
+    return inputs, cache_of_output(out), torch.cat((out.sequences, torch.tensor([[9, 8, 7]])), 1)
 
 
 def test_generate_goes_on_from_a_cache() -> None:
@@ -200,9 +208,9 @@ def test_generate_goes_on_from_a_cache() -> None:
     again = copy.deepcopy(cache)
     mask = torch.ones_like(ids)
     options = {**GREEDY, "max_new_tokens": 5}
-    whole = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1] :]
+    whole = model.generate(input_ids=ids, attention_mask=mask, **passing(model, cache), **options)[:, ids.shape[1] :]
     new = ids[:, -4:]  # the last token of the answer is not in the cache yet
-    part = model.generate(input_ids=new, attention_mask=mask, past_key_values=again, **options)[:, 4:]
+    part = model.generate(input_ids=new, attention_mask=mask, **passing(model, again), **options)[:, 4:]
     assert torch.equal(whole, part)
 
 
@@ -213,8 +221,8 @@ def test_before_layer_0_a_later_turn_is_its_new_tokens_only() -> None:
     options = {**GREEDY, "max_new_tokens": 5}
     again = copy.deepcopy(cache)
     with pytest.raises(PlanError, match="give a later turn as its new tokens only"):
-        model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
-    out = model.generate(input_ids=ids[:, -4:], attention_mask=mask, past_key_values=again, **options)
+        model.generate(input_ids=ids, attention_mask=mask, **passing(model, cache), **options)
+    out = model.generate(input_ids=ids[:, -4:], attention_mask=mask, **passing(model, again), **options)
     assert out.shape == (1, 9)
 
 
@@ -223,12 +231,12 @@ def test_before_layer_0_a_later_turn_is_its_new_tokens_only() -> None:
 def test_copies_of_a_cache_and_repeated_ones_go_on(prune_at: Any) -> None:
     model: Any = inject_fastv(LLAVA.build(), FastVConfig(layer=2, prune_at=prune_at))
     inputs, token = prompt(LLAVA, ASKS[1]), torch.tensor([[7]])
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_of_output(model(**inputs, use_cache=True))
     copied, repeated = copy.deepcopy(cache), copy.deepcopy(cache)
     repeated.batch_repeat_interleave(3)
-    expected = model(input_ids=token, past_key_values=cache).logits
-    assert torch.equal(model(input_ids=token, past_key_values=copied).logits, expected)
-    found = model(input_ids=token.expand(3, -1), past_key_values=repeated).logits
+    expected = model(input_ids=token, **passing(model, cache)).logits
+    assert torch.equal(model(input_ids=token, **passing(model, copied)).logits, expected)
+    found = model(input_ids=token.expand(3, -1), **passing(model, repeated)).logits
     assert_close(found, expected.expand(3, -1, -1))
 
 
@@ -239,11 +247,11 @@ def test_caches_of_several_conversations_do_not_mix(prune_at: Any) -> None:
     prompts, token = [prompt(LLAVA, ask) for ask in ASKS], torch.tensor([[7]])
     expected = []
     for inputs in prompts:
-        cache = model(**inputs, use_cache=True).past_key_values
-        expected.append(model(input_ids=token, past_key_values=cache).logits)
-    caches = [model(**inputs, use_cache=True).past_key_values for inputs in prompts]
+        cache = cache_of_output(model(**inputs, use_cache=True))
+        expected.append(model(input_ids=token, **passing(model, cache)).logits)
+    caches = [cache_of_output(model(**inputs, use_cache=True)) for inputs in prompts]
     for row in (2, 0, 1):
-        assert torch.equal(model(input_ids=token, past_key_values=caches[row]).logits, expected[row])
+        assert torch.equal(model(input_ids=token, **passing(model, caches[row])).logits, expected[row])
 
 
 @torch.no_grad()
@@ -251,13 +259,13 @@ def test_a_cache_of_before_goes_on_and_loses_images_from_then_on() -> None:
     """Filled before FastV came: nothing of it is pruned, images of later turns are."""
     model: Any = LLAVA.build()
     first, second = prompt(LLAVA, ASKS[0]), prompt(LLAVA, Ask((4, 6), seed=7))
-    cache = model(**first, use_cache=True).past_key_values
+    cache = cache_of_output(model(**first, use_cache=True))
     inject_fastv(model, FastVConfig(layer=2))
     mask = torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1])
-    model(**{**second, "attention_mask": mask}, past_key_values=cache)
+    model(**{**second, "attention_mask": mask}, **passing(model, cache))
     whole = mask.shape[1]
     assert lengths(cache) == [whole, whole, whole - 8, whole - 8]
-    assert model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits.isfinite().all()
+    assert model(input_ids=torch.tensor([[5]]), **passing(model, cache)).logits.isfinite().all()
 
 
 @torch.no_grad()

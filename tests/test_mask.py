@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters import SFAAttention, SFAConfig, StructuralBias, TokenLayout, attend, inject_sfa
+from sfa_adapters.attention import Backend
+from sfa_adapters.errors import InjectionError
 from sfa_adapters.mask import SegmentedMask, StructuralMask
 from sfa_adapters.tuner import injected_layers
 from tests import support
@@ -149,3 +151,44 @@ def test_the_default_budget_says_no_to_internvit():
         inject_sfa(tower, SFAConfig(mask_cache_mb=megabytes), adapter_name=f"budget{megabytes:g}")
         for _, _, layer in injected_layers(tower):
             assert (layer.cache_bytes[f"budget{megabytes:g}"] >= 16 * 1025**2 * 4) is allowed
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "folded"])
+@pytest.mark.parametrize("given", [False, True])
+def test_sfa_attention_compiles_into_one_graph(backend: Backend, given: bool) -> None:
+    torch.manual_seed(0)
+    layer = SFAAttention(32, num_heads=4, grid=(3, 4), prefix_tokens=1, backend=backend, init_std=1.0)
+    layout = TokenLayout.regular(4, 3, 1) if given else None
+    results = []
+    for program in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        tokens = torch.linspace(-1, 1, 2 * 13 * 32).reshape(2, 13, 32).requires_grad_()
+        layer.zero_grad()
+        out = program(tokens, layout)
+        out.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+        assert gradients.keys() == dict(layer.named_parameters()).keys()
+        results.append({"out": out.detach(), "tokens": tokens.grad, **gradients})
+    eager, compiled = results
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_block_without_a_scalar_is_refused_in_a_compiled_layer_too() -> None:
+    layer = SFAAttention(32, num_heads=4, grid=(2, 2), block_grid=(1, 1))
+    layout = TokenLayout.regular(2, 2)  # 16 blocks
+    for program in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(Exception, match=r"block id 15|index|out of (range|bounds)"):
+            program(torch.zeros(1, 4, 32), layout)
+
+
+@pytest.mark.parametrize("backend", ["nonsense", None, ["dense"], 1])
+def test_a_backend_that_is_none_is_named(backend: Any) -> None:
+    tokens = torch.zeros(1, 4, 4, 8)
+    bias = StructuralBias(4).factors(TokenLayout.regular(2, 2))
+    for factors in (bias, None):
+        with pytest.raises(InjectionError, match="must be one of auto, dense, folded"):
+            attend(tokens, tokens, tokens, factors, backend=backend)
+    with pytest.raises(InjectionError, match="must be one of auto, dense, folded"):
+        SFAAttention(32, num_heads=4, backend=backend)
+    with pytest.raises(InjectionError, match="must be one of auto, dense, folded"):
+        SFAConfig(backend=backend)

@@ -119,6 +119,14 @@ def test_twins_stay_apart_at_threshold_one_and_merge_below() -> None:
     assert found[0].lengths == (3,)
 
 
+def test_of_equally_similar_partners_the_first_is_taken() -> None:
+    units = torch.eye(4)[[0, 1, 0, 1, 2, 1, 0, 0]]  # exact cosines: 0 or 1; the odd places are 1, 1, 1, 0
+    pairs = pair_scores(units, [8])
+    assert pairs.score.tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert pairs.target.tolist() == [7, 7, 1, 7]
+    assert pair_scores(torch.ones(9, 4), [9]).target.tolist() == [1] * 5
+
+
 def test_one_token_and_no_token_have_nobody_to_merge_with() -> None:
     for lengths in ([1], [1, 0, 1], []):
         pairs = pair_scores(torch.randn(sum(lengths), 4), lengths)

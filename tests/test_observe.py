@@ -328,6 +328,8 @@ def test_named_modules_that_do_not_run_are_an_error_others_are_not() -> None:
     assert seen.layers == ("0.model.layers.1.self_attn", "1.model.layers.2.self_attn")
 
 
+# torch 2.11 itself uses a decorator of torch.jit that it has deprecated, where torch.compile is first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
 def test_a_compiled_model_is_refused() -> None:
     with (
         pytest.raises(ObservationError, match="compiled"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.expected import decode_bytes, expected_speedup, flops_of
 from sfa_adapters.heads.head_plan import HeadPlan
@@ -97,7 +98,7 @@ def test_a_plan_says_what_pruning_does(family: str, kv: int, lora: bool, length:
 def test_decoding_reads_the_cache_and_not_the_embeddings_unless_tied() -> None:
     model = language_model(kv=2)
     assert decode_bytes(model) == size(model) - 64 * 32 * 4
-    cache = model(**PLAIN, use_cache=True).past_key_values
+    cache = cache_of_output(model(**PLAIN, use_cache=True))
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     assert decode_bytes(model, 18) - decode_bytes(model) == held
     tied = language_model("qwen3", tie_word_embeddings=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers.attention import Attention
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.observe import attention_modules
 from tests.hosts import HOSTS, logits_of
@@ -50,7 +51,7 @@ def test_weights_and_cache_fall_by_what_the_plan_says(kv: int) -> None:
     plan = text_plan(model, kv)
     count = sum(p.numel() for p in model.parameters())
     prune_heads(model, plan)
-    lost, cache = 0, model(**text_inputs(), use_cache=True).past_key_values
+    lost, cache = 0, cache_of_output(model(**text_inputs(), use_cache=True))
     for number, path in enumerate(plan.removed):
         left, groups = len(plan.kept(path)), len(plan.kept_kv(path))
         attention = model.get_submodule(path)

@@ -173,6 +173,14 @@ def test_chosen_queries_are_found_behind_a_cache() -> None:
     assert unread.results == {}
 
 
+@pytest.mark.parametrize("keys", [5, 300])
+def test_of_keys_with_equal_attention_the_first_are_the_top_ones(keys: int) -> None:
+    scores = torch.zeros(1, 1, 2, keys)
+    scores[..., 3] = 1.0
+    top = read(TopKeys(4), AttentionCall("layer", scores=scores))
+    assert top[0, 0, 0].tolist() == [3.0, 0.0, 1.0, 2.0]
+
+
 def test_logits_carry_gradients() -> None:
     call = random_call("causal", torch.float64, kv_heads=2)
     assert call.query is not None

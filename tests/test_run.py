@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
@@ -93,6 +95,8 @@ def test_a_trained_run_is_not_trained_again_and_is_asked_as_it_was_saved(
 
     monkeypatch.setattr(module, "open_host", seen)
     monkeypatch.setattr(module, "train", again)
+    with pytest.raises(RecipeError, match="NOSUCH"):
+        run(recipe, nano=True, resume="NOSUCH", console=quiet())
     result = run(recipe, nano=True, resume=True, console=quiet())
     assert isinstance(opened[0], Recipe), "the untrained host"
     assert opened[1:] == [result.trained]
@@ -134,6 +138,39 @@ def test_wrong_recipes_are_told_before_anything_is_loaded(tmp_path: Path) -> Non
         run(nothing, nano=True, console=quiet())
     with pytest.raises(DataError, match="split"):
         run(small("llava_1_5_7b", tmp_path / "b", train_split="dev"), nano=True, console=quiet())
+
+
+@pytest.mark.parametrize("changes", [{"freeze_vision": True, "freeze_projector": True, "sfa": False}, {"log": "wandb"}])
+def test_a_refused_run_leaves_nothing_and_asks_nobody(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the untrained host was asked")
+
+    monkeypatch.setattr(module, "open_host", ask)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RecipeError, match=r"nothing to train|log='wandb'"):
+        run(small("llava_1_5_7b", tmp_path / "run", **changes), nano=True, console=quiet())
+    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+        run(small("llava_1_5_7b", tmp_path / "run"), nano=True, resume=True, console=quiet())
+    with pytest.raises(DataError, match="split"):
+        run(small("llava_1_5_7b", tmp_path / "run", train_split="dev"), nano=True, console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["/proc/none/run", "/dev/full/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(folder: str) -> None:
+    with pytest.raises(RecipeError, match=f"output='{folder}' cannot be written"):
+        run(small("llava_1_5_7b", Path(folder)), nano=True, console=quiet())
+
+
+def test_a_full_disk_is_named_when_the_nano_host_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(RecipeError, match=r"nano host cannot be written .*No space left"):
+        run(small("llava_1_5_7b", tmp_path / "run"), nano=True, console=quiet())
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path) -> None:

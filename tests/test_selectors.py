@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +57,7 @@ def alone(tokens: ImageTokens, sample: int) -> ImageTokens:
 @given(
     samples=st.lists(st.tuples(st.integers(1, 17), st.integers(1, 17)), min_size=1, max_size=4), seed=st.integers(0, 99)
 )
+@example(samples=[(9, 1), (6, 1)], seed=92)  # two tokens that are each other's nearest
 def test_budget_is_kept_and_samples_do_not_touch(selector: Selector, samples: list[tuple[int, int]], seed: int) -> None:
     lengths = [length for length, _ in samples]
     budgets = [min(length, budget) for length, budget in samples]
@@ -170,6 +171,21 @@ def test_importance_diversity_is_maximal_marginal_relevance(balance: float) -> N
         assert chosen[sample].nonzero()[:, 0].tolist() == expected
     if balance == 1:
         assert torch.equal(chosen, select(tokens, "attention"))
+
+
+@pytest.mark.parametrize("width", [3, 64, 1000])
+def test_of_equally_far_tokens_the_first_stays(width: int) -> None:
+    """Of a pair each is as near to the other: whatever a kernel rounds, the order of tokens decides."""
+    for seed in range(20):
+        pair = image_tokens([2, 9], [1, 1], seed, width)
+        assert select(pair, "diversity")[0, :2].tolist() == [True, False]
+        # Twins: all three copies of a token are as far from the one that was taken first.
+        states = pair.states[1:, [0, 1, 1, 1]]
+        twins = dataclasses.replace(
+            image_tokens([4], [2], seed, width), states=states, importance=torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        )
+        for selector in ("diversity", "importance+diversity"):
+            assert select(twins, selector)[0].tolist() == [True, True, False, False]
 
 
 def test_diversity_takes_one_of_each_kind() -> None:

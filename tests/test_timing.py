@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer_seconds, cache_bytes, call_seconds, peak_bytes, peak_of, token_seconds
@@ -45,7 +46,7 @@ def test_a_call_is_timed_and_its_memory_is_read() -> None:
 
 def test_memory_of_an_answer_grows_with_its_cache() -> None:
     model = language_model(kv=2)
-    cache = model(**PLAIN, use_cache=True).past_key_values
+    cache = cache_of_output(model(**PLAIN, use_cache=True))
     assert cache_bytes(cache) == 4 * 2 * (2 * 2 * 2 * 9 * 8)  # bytes, layers, keys and values of 2 rows and 2 heads
     assert peak_bytes(model, PLAIN, 2) > cache_bytes(cache)
 

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
 from sfa_adapters.training.arguments import require_logger, training_arguments
@@ -397,12 +398,36 @@ def test_a_warm_up_longer_than_the_run_warns(tmp_path: Path) -> None:
         run(tmp_path, recipe(max_steps=1))
 
 
-def test_a_logger_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for log in ("tensorboard", "trackio"):
-        with pytest.raises(RecipeError, match=rf"pip install {log}, or pip install 'sfa-adapters\[recipes\]'"):
+    for log in ("tensorboard", "trackio", "wandb"):
+        with pytest.raises(RecipeError, match=rf"log='{log}' cannot be used: .*{log}.* log=none keeps"):
             require_logger(recipe(log=log))
     require_logger(recipe())
+
+
+@pytest.mark.parametrize("log", sorted(INTEGRATION_TO_CALLBACK))
+def test_every_logger_of_transformers_gets_the_curves(
+    log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, log, Recorder)
+    arguments = training_arguments(recipe(log=log, max_steps=1), tmp_path, 1, tiny_host(recipe(log=log)))
+    assert arguments.report_to == [log]
+    if log == "wandb":
+        run(tmp_path, recipe(log=log, max_steps=3))
+        assert len(losses) == 3
+
+
+def test_a_logger_that_transformers_does_not_know_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"log='wandbb' must be one of .*wandb.*none"):
+        recipe(log="wandbb")
 
 
 def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:

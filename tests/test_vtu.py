@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, UnsupportedAttentionError
 from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu
 from sfa_adapters.reduction.dymu_config import DyMUConfig
@@ -103,7 +104,7 @@ def test_vtu_is_the_expanded_full_computation_with_a_merged_cache(name: str) -> 
     assert kept is not None
     real = inputs["attention_mask"].bool()
     assert_close(found.logits[real], wanted[real], 1e-5)
-    lengths = {layer.keys.shape[2] for layer in found.past_key_values.layers}
+    lengths = {layer.keys.shape[2] for layer in cache_of_output(found).layers}
     assert lengths == {kept.index.shape[1]}
     assert kept.index.shape[1] < inputs["input_ids"].shape[1]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.expected import can_answer, decode_bytes, flops_of
 from sfa_adapters.heads.probe import Probe, evaluating, output_of, whole
@@ -182,7 +183,7 @@ def _sizes(inputs: Mapping[str, Any], model: nn.Module, tokens: int) -> _Sizes:
     if not can_answer(model):
         return _Sizes(flops_of(model, inputs), weights, peak_of(lambda: model(**inputs), _device(model)), None, None)
     try:
-        cache = cache_bytes(answer(model, inputs, 1).past_key_values)
+        cache = cache_bytes(cache_of_output(answer(model, inputs, 1)))
     except (ValueError, TypeError) as error:
         raise RecipeError(
             f"{type(model).__name__} cannot answer to the inputs of the probe ({error}). Take the probe with what "

@@ -98,7 +98,7 @@ class AttentionReader:
     def __init__(self, rows: Tensor, real: Tensor, past: int | Tensor, length: int) -> None:
         self.rows, self.real, self.past, self.length = rows, real, past, length
         self.found: Tensor | None = None
-        self.name, self.groups = "language model", 1
+        self.name, self.groups, self.is_causal = "language model", 1, False
         # What `Seam` reads: a prompt has several queries, so heads are never packed into the query axis.
         self.seam = Seam(self, None, 0)  # pyright: ignore[reportArgumentType]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
+from sfa_adapters.compat import cache_of
 from sfa_adapters.errors import UnsupportedAttentionError
 from sfa_adapters.reduction.asking import AttentionReader
 from sfa_adapters.reduction.image_tokens import arguments
@@ -178,10 +179,14 @@ class FastVState:
     # -- decoder layers -----------------------------------------------------------------------------------------------
 
     def enter_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In front of a decoder layer."""
+        """In front of a decoder layer.
+
+        Raises:
+            UnknownInterfaceError: A cache is in use under a name that is not known.
+        """
         given = arguments(layer, args, kwargs) if len(args) > 1 else kwargs
         states = args[0] if args else given["hidden_states"]
-        cache, config = given.get("past_key_values"), self.config
+        cache, config = cache_of(layer, given), self.config
         if number == 0 and not self.scoring:
             if not self.at_input:
                 self.begin(states, cache, given.get("attention_mask"))
@@ -210,7 +215,7 @@ class FastVState:
                 states = keep_states(states, rows)
             for name, channels in (("position_embeddings", True), ("position_ids", False)):
                 new[name] = self._once(name, new.get(name), lambda v, c=channels: keep_positions(v, rows, c))
-        cache, queries = new.get("past_key_values"), states.shape[1]
+        cache, queries = cache_of(layer, new), states.shape[1]
 
         def mask_of(mask: Any) -> Any:
             if cache is not None and isinstance(cache.layers[number], StaticLayer):

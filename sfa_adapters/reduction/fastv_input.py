@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.compat import cache_of, with_cache
 from sfa_adapters.errors import PlanError
 from sfa_adapters.reduction.fastv_hooks import FastVState, Scored
 from sfa_adapters.reduction.image_tokens import Counts, arguments
@@ -31,11 +32,12 @@ def enter_decoder(state: FastVState, decoder: nn.Module, args: tuple[Any, ...], 
 
     Raises:
         PlanError: The tokens do not go on where the cache ends.
+        UnknownInterfaceError: A cache is in use under a name that is not known.
     """
     if not state.at_input or state.scoring:
         return None
     given = arguments(decoder, args, kwargs)
-    states, cache = given.get("inputs_embeds"), given.get("past_key_values")
+    states, cache = given.get("inputs_embeds"), cache_of(decoder, given)
     if states is None:
         return None
     state.begin(states, cache, given.get("attention_mask"))
@@ -47,10 +49,10 @@ def enter_decoder(state: FastVState, decoder: nn.Module, args: tuple[Any, ...], 
             _score(state, decoder, given)
         if state.choose(states):
             state.settle(cache)
-            return (), {**given, **_kept_inputs(state, given, kind)}
+            return (), {**given, **_kept_inputs(state, given, cache, kind)}
         state.remember(cache)
     if state.kept is not None:
-        return (), {**given, **_following_inputs(state, given, kind)}
+        return (), {**given, **_following_inputs(state, given, cache, kind)}
     return None
 
 
@@ -82,21 +84,21 @@ def _score(state: FastVState, decoder: nn.Module, given: dict[str, Any]) -> None
     state.scoring = True
     try:
         with torch.no_grad():
-            decoder(**{**given, "attention_mask": mask, "past_key_values": None, "use_cache": False})
+            decoder(**{**with_cache(decoder, given, None), "attention_mask": mask, "use_cache": False})
     except Scored:
         pass
     finally:
         state.scoring = False
 
 
-def _kept_inputs(state: FastVState, given: dict[str, Any], kind: str) -> dict[str, Any]:
+def _kept_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str) -> dict[str, Any]:
     prompt, kept = state.prompt, state.kept
     assert prompt is not None
     assert prompt.index is not None
     assert kept is not None
     index = prompt.index
     positions, made = given.get("position_ids"), isinstance(given.get("attention_mask"), dict)
-    slots = given["past_key_values"].layers[0].max_cache_len if _is_static(given) else kept.slots
+    slots = cache.layers[0].max_cache_len if _is_static(cache) else kept.slots
 
     def own(mask: Any) -> Any:
         if mask is None and not made:  # positions with gaps and no mask would be taken for several packed sequences
@@ -111,11 +113,11 @@ def _kept_inputs(state: FastVState, given: dict[str, Any], kind: str) -> dict[st
     }
 
 
-def _following_inputs(state: FastVState, given: dict[str, Any], kind: str) -> dict[str, Any]:
+def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str) -> dict[str, Any]:
     """Decoding steps, and later turns."""
-    kept, cache = state.kept, given["past_key_values"]
+    kept = state.kept
     assert kept is not None
-    past, queries, static = cache.get_seq_length(), given["inputs_embeds"].shape[1], _is_static(given)
+    past, queries, static = cache.get_seq_length(), given["inputs_embeds"].shape[1], _is_static(cache)
     place = torch.arange(queries, device=given["inputs_embeds"].device)
     made = isinstance(given.get("attention_mask"), dict)
 
@@ -151,8 +153,8 @@ def _static_mask(mask: Tensor, kept: KeptTokens, own: Tensor) -> Tensor:
     return torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
-def _is_static(given: dict[str, Any]) -> bool:
-    return bool(getattr(given.get("past_key_values"), "is_compileable", False))
+def _is_static(cache: Any) -> bool:
+    return bool(getattr(cache, "is_compileable", False))
 
 
 def _each(mask: Any, change: Callable[[Any], Any]) -> Any:

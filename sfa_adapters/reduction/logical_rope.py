@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.compat import cache_of, cache_of_output, encoded_images
 from sfa_adapters.errors import LayoutError, UnsupportedAttentionError
 from sfa_adapters.reduction.cache_record import (
     CacheRecord,
@@ -82,7 +83,7 @@ class LanguageState:
     def image_keys(self) -> ImageKeys | None:
         """The keys of the image tokens of this forward; None where nothing merged."""
         assert self.inputs is not None
-        encoded = (self.inputs.get("mm_encoder_outputs") or {}).get("image")
+        encoded = encoded_images(self.inputs)
         if encoded is not None:  # `generate` runs the tower by itself
             pictures = getattr(encoded, PICTURES, None)
             return None if pictures is None else pictures.keys
@@ -124,14 +125,18 @@ def pictures_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the language model: takes out what was merged."""
+    """Forward pre-hook of the language model: takes out what was merged.
+
+    Raises:
+        UnknownInterfaceError: A cache is in use under a name that is not known.
+    """
     state: LanguageState = module.__dict__[LANGUAGE_STATE]
     inputs, embeds = state.inputs, kwargs.get("inputs_embeds")
     if inputs is None or embeds is None:  # it was called by itself, or again inside its own forward
         return None
     state.kept = state.record = state.unmerged = None
     state.fed_again = 0
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(module, kwargs)
     before = _record_of(module, cache, len(embeds))
     keys = state.image_keys()
     state.inputs, state.pictures = None, []
@@ -180,7 +185,11 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the language model: its states for every position of the prompt, and what its cache holds."""
+    """Forward hook of the language model: its states for every position of the prompt, and what its cache holds.
+
+    Raises:
+        UnknownInterfaceError: A cache is returned under a name that is not known.
+    """
     state: LanguageState = module.__dict__[LANGUAGE_STATE]
     state.unmerged = None
     if state.record is None:
@@ -190,8 +199,8 @@ def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = keep_states(states, state.kept.owner)
     if state.fed_again:  # nobody reads these
         states = torch.cat((states[:, :1].expand(-1, state.fed_again, -1), states), 1)
-    cache = output[1] if isinstance(output, tuple) and len(output) > 1 else getattr(output, "past_key_values", None)
-    if hasattr(cache, "get_seq_length"):
+    cache = cache_of_output(output)
+    if cache is not None:
         setattr(cache, RECORD, state.record)
     state.record = None
     if isinstance(output, tuple):

@@ -72,7 +72,7 @@ class Merged:
 
 
 def pair_scores(metric: Tensor, lengths: Sequence[int]) -> Pairs:
-    """Finds the partner of every unit of even place, inside its own image.
+    """Finds the partner of every unit of even place, inside its own image; of equally similar ones the first.
 
     Args:
         metric: What units are compared by, `[U, D]` (the keys of an attention layer, mean over its heads).

@@ -10,7 +10,9 @@
 | `random` | tokens drawn once, the same places in every sample; a baseline | nothing |
 
 Everything runs on the device of its arguments and never waits for it: no number is read back, no shape depends on a
-value. Every sample is treated by itself, so padding and neighbours in a batch change nothing.
+value. Every sample is treated by itself, so padding and neighbours in a batch change nothing. Of equal scores the first
+in order stay; cosines are taken in fp64 and compared in fp32, so that what is equal by the formula is equal in the
+machine, whatever kernel multiplies.
 
 Shape letters: B samples, N image tokens of the sample that has most, D width of the states.
 """
@@ -179,7 +181,7 @@ def _greedy(tokens: ImageTokens, first: Tensor, value: Callable[[Tensor], Tensor
     closest = torch.full_like(first, NEVER)
     score = first
     for step in range(tokens.most):
-        chosen = score.masked_fill(~free, NEVER).argmax(1, keepdim=True)
+        chosen = score.masked_fill(~free, NEVER).argmax(1, keepdim=True)  # the first of equal ones
         # A sample that has no free token left chooses one again; that must not make it a late one.
         out.scatter_(1, chosen, out.gather(1, chosen).clamp(min=float(-step)))
         free.scatter_(1, chosen, False)
@@ -190,9 +192,14 @@ def _greedy(tokens: ImageTokens, first: Tensor, value: Callable[[Tensor], Tensor
 
 
 def _cosines(states: Tensor, real: Tensor) -> Tensor:
-    """Cosine of every pair of tokens, fp32 `[B, N, N]`."""
-    directions = F.normalize(states.float().masked_fill(~real[:, :, None], 0.0), dim=-1)
-    return directions @ directions.transpose(1, 2)
+    """Cosine of every pair of tokens, fp32 `[B, N, N]`, exactly symmetric.
+
+    The order in which a kernel sums depends on the processor and on the shape of the batch. Tokens that are each
+    other's nearest, of which one must be the first to go, would tie or not by its rounding.
+    """
+    directions = F.normalize(states.double().masked_fill(~real[:, :, None], 0.0), dim=-1)
+    cosines = (directions @ directions.transpose(1, 2)).float()
+    return torch.minimum(cosines, cosines.transpose(1, 2))
 
 
 _SCORES: dict[str, Callable[[ImageTokens, int, float], Tensor]] = {

@@ -151,7 +151,8 @@ def choose_rows(candidates: Tensor, most: int, generator: torch.Generator | None
     rank = candidates.float()
     if count > most:
         rank = rank * (1 + torch.rand(candidates.shape, generator=generator)).to(rank.device)
-    chosen = rank.topk(min(count, most), dim=1).indices.sort(1).values
+    # A stable order, not topk: among equals, candidates or the rows that fill up, the first ones are taken.
+    chosen = rank.argsort(dim=1, descending=True, stable=True)[:, : min(count, most)].sort(1).values
     return chosen, candidates.gather(1, chosen)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.compat import loss_is_scaled
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.scr.config import SCRConfig
 from sfa_adapters.scr.loss import SCRLoss
@@ -75,12 +76,8 @@ class SCRTrainerMixin(_Trainer):
 
     def _accumulated(self, num_items_in_batch: Tensor | int | None) -> int:
         """What the terms, means over a batch, are to be divided by where `Trainer` will not do it."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = by_model or self.compute_loss_func is not None
         batches = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-        return batches if scaled else 1
+        return batches if loss_is_scaled(self, num_items_in_batch) else 1
 
     def _remember(self, terms: Mapping[str, float]) -> None:
         for name, value in terms.items():

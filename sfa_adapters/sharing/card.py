@@ -101,7 +101,8 @@ def _loading(recipe: Recipe, sizes: Mapping[str, int], repo_id: str | None) -> s
         "processor\nload_trained(host, folder)  # host.model, host.processor\n```"
     )
     if set(sizes) == {"SFA"}:
-        text += f'\n\nOr with PEFT: `import sfa_adapters`, then `PeftModel.from_pretrained(base_model, "{where}")`.'
+        text += "\n\nOr with PEFT: `from sfa_adapters import SFAConfig`, then "
+        text += f'`PeftModel.from_pretrained(base_model, "{where}")`.'
     elif "SFA" in sizes:
         text += (
             "\n\n`PeftModel.from_pretrained` reads the bias alone, without the "

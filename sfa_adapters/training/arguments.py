@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.training.optimizer import accumulation
@@ -16,7 +16,9 @@ from sfa_adapters.training.recipe import Recipe
 if TYPE_CHECKING:
     from sfa_adapters.training.hosts import Host
 
-__all__ = ["training_arguments"]
+__all__ = ["require_logger", "training_arguments"]
+
+BROUGHT = {"tensorboard": " pip install 'sfa-adapters[recipes]' brings it."}
 
 
 def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> TrainingArguments:
@@ -29,7 +31,7 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> 
         host: The host; says whether it lies on a CPU.
 
     Raises:
-        RecipeError: `batch_size` does not divide, or the package that draws the curves is not installed.
+        RecipeError: `batch_size` does not divide, or the logger cannot be used.
     """
     require_logger(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,13 +69,18 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> 
 
 
 def require_logger(recipe: Recipe) -> None:
-    """Checks that the package of `recipe.log` is there.
+    """Checks that what `recipe.log` names can be used, as transformers does: its callback is built.
 
     Raises:
-        RecipeError: It is not; names what to install.
+        RecipeError: It cannot; says what is missing.
     """
-    if recipe.log != "none" and importlib.util.find_spec(recipe.log) is None:
+    if recipe.log == "none":
+        return
+    try:
+        INTEGRATION_TO_CALLBACK[recipe.log]()
+    except Exception as error:  # missing packages and missing accounts: each logger raises what it likes
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
-            f"log={recipe.log!r} needs the package {recipe.log}, which is not installed: pip install {recipe.log}, or "
-            "pip install 'sfa-adapters[recipes]'. log=none keeps log.csv and training.png alone."
-        )
+            f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{BROUGHT.get(recipe.log, '')} log=none keeps "
+            "log.csv and training.png alone."
+        ) from error

@@ -15,7 +15,16 @@ from safetensors import SafetensorError
 
 from sfa_adapters.errors import RecipeError, TrainingError
 
-__all__ = ["MANIFEST", "require_writable", "seal", "what_is_missing", "whole_folder", "writing"]
+__all__ = [
+    "MANIFEST",
+    "can_be_made",
+    "is_disk_error",
+    "require_writable",
+    "seal",
+    "what_is_missing",
+    "whole_folder",
+    "writing",
+]
 
 MANIFEST = "manifest.json"
 
@@ -35,7 +44,7 @@ def writing(what: str, folder: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_disk(error):
+        if not is_disk_error(error):
             raise
         with suppress(OSError):
             free = f" {shutil.disk_usage(_existing(folder)).free / 1e9:.2f} GB are free there."
@@ -94,24 +103,46 @@ def what_is_missing(folder: Path) -> list[str]:
     return [name if sizes[name] is None else f"{name} (cut off)" for name in listed if sizes[name] != listed[name]]
 
 
+def can_be_made(folder: Path) -> None:
+    """Tries to write where a folder is or would be made, and leaves nothing there.
+
+    Args:
+        folder: That of a run that may still be refused.
+
+    Raises:
+        RecipeError: It cannot be written; says why.
+    """
+    _try_to_write(folder, _existing(folder))
+
+
 def require_writable(folder: Path) -> None:
     """Makes the folder of a run and tries to write there, before hours of training.
 
     Raises:
         RecipeError: It cannot be written; says why.
     """
-    probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(_not_writable(folder, error)) from error
+    _try_to_write(folder, folder)
+
+
+def _try_to_write(folder: Path, place: Path) -> None:
+    probe = place / f".writable-{os.getpid()}"
+    try:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RecipeError(
-            f"output={str(folder)!r} cannot be written: {error.strerror or error}. Choose another output folder."
-        ) from error
+        raise RecipeError(_not_writable(folder, error)) from error
 
 
-def _is_disk(error: Exception) -> bool:
+def _not_writable(folder: Path, error: OSError) -> str:
+    return f"output={str(folder)!r} cannot be written: {error.strerror or error}. Choose another output folder."
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether an error comes from the disk: it is full, gone, or does not let us write."""
     # torch and safetensors tell of a full disk in words of their own.
     words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter", "unexpected pos", "i/o error")
     return isinstance(error, OSError) or any(word in str(error).lower() for word in words)

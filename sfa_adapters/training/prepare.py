@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from sfa_adapters.adat import PatchPolicy, inject_adat
+from sfa_adapters.compat import checkpoint_activations
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.inject import inject_sfa
@@ -172,10 +173,5 @@ def _checkpoint(model: Any) -> None:
     Non-reentrant, so no input needs a gradient; `transformers` makes the outputs of embeddings require one all the
     same, which would keep the graph of a frozen tower and of everything in front of the first adapter.
     """
-    options = {"use_reentrant": False}
-    # transformers renamed the method between the supported versions.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
+    checkpoint_activations(model, {"use_reentrant": False})
     model.disable_input_require_grads()

@@ -7,14 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError
 
-__all__ = ["DEFAULT_PROMPT", "Family", "Log", "PlanName", "Recipe"]
+__all__ = ["DEFAULT_PROMPT", "Family", "PlanName", "Recipe"]
 
 Family = Literal["internvl", "llava_onevision", "llava", "qwen2_5_vl"]
 PlanName = Literal["nf4", "split", "bf16", "fsdp2"]
-Log = Literal["tensorboard", "trackio", "none"]
 DType = Literal["bfloat16", "float16", "float32"]
 DEFAULT_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
@@ -72,7 +73,7 @@ class Recipe:
         save_steps: Steps between checkpoints.
         save_total_limit: Checkpoints that are kept.
         logging_steps: Steps between lines of the log.
-        log: Where the curves go besides the folder.
+        log: Where the curves go besides the folder: `none`, or a name that `report_to` of transformers takes.
 
     Raises:
         RecipeError: A field cannot be used; names it and its value.
@@ -126,12 +127,14 @@ class Recipe:
     save_steps: int = 200
     save_total_limit: int = 2
     logging_steps: int = 10
-    log: Log = "tensorboard"
+    log: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType), ("log", Log)):
+        for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType)):
             known = get_args(kind)
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        loggers = (*INTEGRATION_TO_CALLBACK, "none")
+        self._require("log", self.log in loggers, f"one of {', '.join(loggers)}")
         for name in ("batch_size", "micro_batch", "max_tiles", "max_pixels", "max_new_tokens", "eval_batch"):
             self._whole(name, 1)
         for name in ("save_steps", "save_total_limit", "logging_steps"):

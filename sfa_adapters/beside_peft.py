@@ -1,0 +1,110 @@
+"""SFA in a model that PEFT wraps for another method (LoRA): saving and loading must cover both.
+
+PEFT writes and reads the tensors of its own method. SFA was injected beside it, so its tensors would be lost, or be in
+the file and never be loaded. `inject_sfa` therefore gives this one model a `save_pretrained` that also writes the
+folder `sfa/`, and a `load_adapter` that also reads it (trainers resume with it); `eject_sfa` takes both away. No class
+is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from sfa_adapters.saved import folder_beside, read_scalars, write_scalars
+from sfa_adapters.state_fit import fit_scalars, sfa_configs
+from sfa_adapters.state_record import check_same_meaning
+from sfa_adapters.tuner import METHODS, injected_layers
+
+__all__ = ["LoadBoth", "SaveBoth", "cover_both"]
+
+logger = logging.getLogger(__name__)
+
+
+def cover_both(model: nn.Module) -> None:
+    """Makes the PEFT models of other methods in `model` save and load SFA as well."""
+    for part in model.modules():
+        if isinstance(part, PeftModel) and not METHODS & part.__dict__.keys() and injected_layers(part):
+            part.__dict__.update(save_pretrained=SaveBoth(part), load_adapter=LoadBoth(part))
+
+
+def _names(model: nn.Module) -> list[str]:
+    return sorted({name for _, _, layer in injected_layers(model) for name in layer.configs})
+
+
+class SaveBoth:
+    """`save_pretrained` of one PEFT model; takes what PEFT's own takes.
+
+    Args:
+        model: A `PeftModel` whose method is not SFA.
+    """
+
+    belongs_to_sfa = True
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.notified = False
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves as PEFT does, then every SFA adapter in `sfa/`, or `sfa-NAME/` where it is not called `default`."""
+        written = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        names = _names(self.model)
+        for name in names if kwargs.get("is_main_process", True) else []:
+            write_scalars(self.model, folder_beside(save_directory, name), name, kwargs.get("state_dict"))
+        if names and not self.notified:
+            self.notified = True
+            method = self.model.active_peft_config.peft_type
+            logger.warning(
+                "%s holds the SFA adapter. PEFT's loader reads the %s adapter only; load both with: "
+                "load_sfa(PeftModel.from_pretrained(base_model, folder), folder)",
+                folder_beside(save_directory, names[0]),
+                getattr(method, "value", method),
+            )
+        return written
+
+
+class LoadBoth:
+    """`load_adapter` of one PEFT model; takes what PEFT's own takes.
+
+    Args:
+        model: A `PeftModel` whose method is not SFA, with SFA in it.
+    """
+
+    belongs_to_sfa = True
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads as PEFT does, then the values of the SFA adapters that the model has and the folder holds.
+
+        A trainer that resumes takes every folder in a checkpoint for an adapter of PEFT's method, and asks for `sfa/`,
+        too; then only the values of SFA are loaded.
+
+        Raises:
+            AdapterMismatchError: The SFA adapter of the folder is of another tower.
+            WeightsError: It cannot be read.
+        """
+        names = _names(self.model)
+        for name in names:
+            if Path(model_id) == folder_beside(Path(model_id).parent, name):
+                return self._load(name, Path(model_id))
+        loaded = type(self.model).load_adapter(self.model, model_id, adapter_name, *args, **kwargs)
+        for name in names:
+            if folder_beside(model_id, name).is_dir():
+                self._load(name, folder_beside(model_id, name))
+        return loaded
+
+    def _load(self, name: str, folder: Path) -> None:
+        saved = read_scalars(folder)
+        fitted = fit_scalars(self.model, saved.tensors, name, saved.keys, saved.source)
+        check_same_meaning({name: saved.config}, sfa_configs(self.model), saved.source)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for key, value in fitted.items():
+                parameters[key].copy_(value)

@@ -1,0 +1,225 @@
+"""What differs between the supported versions of torch, transformers, peft and timm: one named function each.
+
+Nobody else asks for a version, or knows two names of one thing. What is read by name here is never missing in silence:
+where no name that we know is there although the thing is, that is an `UnknownInterfaceError`.
+
+Nothing heavy is imported here, so that any file can.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from sfa_adapters.errors import UnknownInterfaceError, UntestedVersionWarning
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "TESTED",
+    "cache_of",
+    "cache_of_output",
+    "check_versions",
+    "checkpoint_activations",
+    "encoded_images",
+    "loss_is_scaled",
+    "with_cache",
+]
+
+# From the first version on, and below the second: what the tests run with, and what pyproject.toml asks pip for. Patch
+# releases count as tested with their minor release. The releases of timm are all 1.0.x, so only its first is exact.
+TESTED = {
+    "torch": ("2.11", "2.16"),
+    "transformers": ("5.17", "5.25"),
+    "peft": ("0.19", "0.22"),
+    "timm": ("1.0.26", "1.1"),
+}
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+_checked = False
+
+
+def check_versions() -> None:
+    """Warns, once per process, of installed libraries outside the tested range. Reads metadata only, imports nothing.
+
+    pip keeps to the range; `--no-deps` and environments of others do not. The files that everything else imports call
+    this (`attention`, `registry`, `tower`).
+    """
+    global _checked  # noqa: PLW0603
+    if _checked:
+        return
+    _checked = True
+    for name, (first, end) in TESTED.items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:  # timm is optional
+            continue
+        if not _release(first) <= _release(installed) < _release(end):
+            warnings.warn(
+                f"sfa-adapters was tested with {name} from {first} to below {end}; {name} {installed} is installed. "
+                f"Run its tests before you rely on results, or pip install '{name}>={first},<{end}'.",
+                UntestedVersionWarning,
+                stacklevel=2,
+            )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """(2, 16) of "2.16.0.dev20261101+cu130": what is before a release counts as the release; zeros do not count."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+# -- the cache of keys and values -------------------------------------------------------------------------------------
+
+# transformers 5.24 renamed the argument of models, decoder layers and attention layers, and the field of outputs. Code
+# that comes with a checkpoint keeps its names under any version: the name is asked of the module, not of the version.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_of(module: nn.Module, kwargs: Mapping[str, Any], decodes: bool = True) -> Any:
+    """The cache of keys and values that a module is called with.
+
+    Args:
+        module: A language model, a decoder layer or an attention layer.
+        kwargs: What its forward is called with, by name.
+        decodes: Whether it is a part of a language model; those of a tower get `use_cache` of the host at times.
+
+    Returns:
+        The cache, or None where none is in use.
+
+    Raises:
+        UnknownInterfaceError: A cache is in use, under a name that is not known. Whoever went on as if there were none
+            would compute other tokens.
+    """
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    hidden = _cache_names(kwargs.items())
+    if hidden:
+        raise UnknownInterfaceError(_unknown(module, f"gets a cache as {', '.join(hidden)}="))
+    if decodes and kwargs.get("use_cache") and _name_of(module, kwargs) is None:
+        raise UnknownInterfaceError(_unknown(module, "has use_cache=True and no cache argument"))
+    return None
+
+
+def with_cache(module: nn.Module, kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments of a module with another cache, under the name that the module takes it by.
+
+    Args:
+        module: A model, a decoder layer or an attention layer.
+        kwargs: What its forward is called with, by name.
+        cache: The cache, or None for none.
+
+    Raises:
+        UnknownInterfaceError: The module takes no cache by a name that is known.
+    """
+    name = _name_of(module, kwargs)
+    if name is None:
+        if cache is None:
+            return dict(kwargs)
+        raise UnknownInterfaceError(_unknown(module, "takes no cache by a name that is known"))
+    return {**kwargs, name: cache}
+
+
+def cache_of_output(output: Any) -> Any:
+    """The cache that a model or `generate` has returned.
+
+    Args:
+        output: An output of transformers, or a tuple.
+
+    Returns:
+        The cache, or None where there is none.
+
+    Raises:
+        UnknownInterfaceError: The output holds a cache under a name that is not known.
+    """
+    if isinstance(output, tuple):
+        return next((part for part in output if _is_cache(part)), None)
+    if is_dataclass(output):  # `getattr` by the other name would warn
+        given = {field.name: getattr(output, field.name) for field in fields(output)}
+    else:
+        given = dict(output) if isinstance(output, Mapping) else vars(output)
+    for name in CACHE_NAMES:
+        if given.get(name) is not None:
+            return given[name]
+    hidden = _cache_names(given.items())
+    if hidden:
+        raise UnknownInterfaceError(_unknown(output, f"returns a cache as {', '.join(hidden)}"))
+    return None
+
+
+def _name_of(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
+    """The name by which a module takes its cache: what it was called with, else what its signature says."""
+    for name in CACHE_NAMES:
+        if name in kwargs:
+            return name
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
+    known = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def _cache_names(items: Iterable[tuple[str, Any]]) -> list[str]:
+    return [name for name, value in items if _is_cache(value)]
+
+
+def _unknown(what: Any, seen: str) -> str:
+    return (
+        f"{type(what).__name__} {seen}, and this version of sfa-adapters knows {' and '.join(CACHE_NAMES)}. Going on "
+        "without the cache would give other tokens. Install a tested version of transformers "
+        f"(>={TESTED['transformers'][0]},<{TESTED['transformers'][1]}), or pass use_cache=False."
+    )
+
+
+# -- other names ------------------------------------------------------------------------------------------------------
+
+
+def encoded_images(kwargs: Mapping[str, Any]) -> Any:
+    """The output of the tower for the still images of a prompt where the tower ran before the model; else None.
+
+    Newer versions of transformers run it so inside `generate`; before, the tower runs inside the prefill.
+
+    Args:
+        kwargs: What a vision-language model is called with, by name.
+    """
+    return (kwargs.get("mm_encoder_outputs") or {}).get("image")
+
+
+def checkpoint_activations(model: Any, options: dict[str, Any]) -> None:
+    """Turns activation checkpointing on; the method was renamed and the old one warns.
+
+    Args:
+        model: A model of transformers.
+        options: Of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether the loss that a `Trainer` computes is divided by the batches of a step already.
+
+    Newer ones say so; of older ones it follows from who computes the loss.
+
+    Args:
+        trainer: A `Trainer` inside `compute_loss`.
+        num_items_in_batch: As `compute_loss` got it.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = by_model or trainer.compute_loss_func is not None
+    return bool(scaled)
