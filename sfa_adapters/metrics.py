@@ -6,11 +6,14 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.numerals import numbers_in, parse_number, unprinted_numbers
+from sfa_adapters.quantities import Quantity, fold, quantity_of
+from sfa_adapters.units import LABELS
 
 __all__ = [
     "OCRBenchKind",
@@ -36,7 +39,7 @@ _NOT = re.compile(r"(ai|are|ca|could|did|does|do|had|has|have|is|must|need|shoul
 _SHORT = re.compile(
     r"(he|she|that|there|what|where|who)(s)|(i)(m)|(i|you|they|could|should|would)(ve)|(you|they)(re|ll)"
 )
-_YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!|~^')  # of the published code of VQA, and three more
 
 
 def _reference_float(text: str) -> float | None:
@@ -54,8 +57,8 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
         target: the true answer.
         mode: "reference" gives what the published code gives, bugs included: years may be 5% off, "25%" is 0.25,
             "1,234" and "$12" are not numbers, a zero target is compared as text, and text must match up to case.
-            "strict" understands separators, currency and percent, wants years and zero exactly, and ignores outer space
-            and a final dot.
+            "strict" reads numbers as people write them (`parse_number`), wants years, ranks and zero exactly, wants
+            equal units where both have one, and ignores case, outer space and a final dot. "(12)" may be 12 or -12.
 
     Returns:
         True where it counts as right.
@@ -70,16 +73,27 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
         if said is not None and true:
             return abs(said - true) / abs(true) <= TOLERANCE
         return prediction.lower() == target.lower()
-    said, true = parse_number(prediction), parse_number(target)
-    if said is None or true is None:
+    said, true = quantity_of(prediction), quantity_of(target)
+    if said is None or true is None or not (math.isfinite(said.value) and math.isfinite(true.value)):
         return _plain(prediction) == _plain(target)
-    if true == 0 or _YEAR.fullmatch(target.strip()):
-        return said == true
-    return math.isfinite(said) and abs(said - true) / abs(true) <= TOLERANCE
+    return _same_quantity(said, true)
+
+
+def _same_quantity(said: Quantity, true: Quantity) -> bool:
+    if said.unit and true.unit and said.unit != true.unit:
+        return False
+    exact = true.exact or said.unit in LABELS
+    # Brackets are a minus in accounts, and nothing elsewhere.
+    pairs = [(a, b) for a in _readings(said) for b in _readings(true)]
+    return any(a == b or (not exact and b != 0 and abs(a - b) / abs(b) <= TOLERANCE) for a, b in pairs)
+
+
+def _readings(quantity: Quantity) -> tuple[float, ...]:
+    return (quantity.value, -quantity.value) if quantity.bracketed else (quantity.value,)
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".").strip()
+    return _folded(fold(text)).removesuffix(".").strip()
 
 
 def _accepted(answers: str | Sequence[str]) -> tuple[str, ...]:
@@ -107,15 +121,17 @@ def exact_match(prediction: str, answers: str | Sequence[str]) -> bool:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split())
+    """As people compare texts: composed letters, single spaces, no case. `lower` would keep "ß" from "SS"."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def anls(prediction: str, answers: str | Sequence[str], threshold: float = 0.5) -> float:
     """Average normalized Levenshtein similarity of one answer (Biten et al. 2019, arXiv:1905.13648, eq. 1).
 
     s = 1 - edit distance / length of the longer text, 0 below the threshold, best over the true answers. White space is
-    collapsed first and case does not count. An answer that is exactly half wrong keeps its 0.5, as in the scripts that
-    are in use; by the formula of the paper it gets 0.
+    collapsed first and case does not count; lengths are those of the folded texts, where "ß" is "ss". An answer that is
+    exactly half wrong keeps its 0.5, as in the scripts that are in use; by the formula of the paper it gets 0.
 
     Args:
         prediction: what the model said.
@@ -183,9 +199,19 @@ def _vqa_text(text: str) -> str:
     """Lower case; commas in numbers, full stops, punctuation and articles go, but never the whole answer."""
     text = text.lower().replace("\u2019", "'")
     text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text)
-    words = re.sub(r"[^\w\s.:'$\u20ac\u00a3\u00a5%&#*]|_", " ", text).split()
+    # A typographic dash in front of a number is a minus sign. The ASCII hyphen goes, as in the published code.
+    text = re.sub(r"(?<!\w)[\u2012-\u2015\ufe63\uff0d](?=\.?\d)", "\u2212", text)
+    words = "".join(" " if _is_punctuation(letter) else letter for letter in text).split()
     kept = [word for word in words if word not in ("a", "an", "the")] or words
     return " ".join(_DIGITS.get(word) or _apostrophe(word) for word in kept)
+
+
+def _is_punctuation(letter: str) -> bool:
+    """What the published code takes away, and the punctuation outside ASCII that it does not know.
+
+    Symbols stay, because they say something: "\u22125", "\u20a95" and "5\u00b0" are not "5".
+    """
+    return letter in _PUNCTUATION or (letter > "\x7f" and unicodedata.category(letter).startswith("P"))
 
 
 def _apostrophe(word: str) -> str:
@@ -207,10 +233,10 @@ def ocrbench(prediction: str, answers: str | Sequence[str], kind: OCRBenchKind =
             and drops all spaces, for LaTeX.
 
     Returns:
-        True where it counts as right.
+        True where it counts as right. A blank true answer, which stands in every text, makes none right.
 
     Raises:
-        DataError: there is no true answer, or it is blank: every text would hold it.
+        DataError: there is no true answer.
         ValueError: unknown kind.
     """
     if kind not in get_args(OCRBenchKind):
@@ -220,7 +246,5 @@ def ocrbench(prediction: str, answers: str | Sequence[str], kind: OCRBenchKind =
         text = text.strip().replace("\n", " ")
         return text.lower() if kind == "text" else text.replace(" ", "")
 
-    wanted = [plain(answer) for answer in _accepted(answers)]
-    if not all(wanted):
-        raise DataError(f"answers={answers!r}: a blank answer stands in every text. Remove it.")
-    return any(answer in plain(prediction) for answer in wanted)
+    text = plain(prediction)
+    return any(answer in text for answer in map(plain, _accepted(answers)) if answer)

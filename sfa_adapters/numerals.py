@@ -1,21 +1,18 @@
-"""Numbers in running text: what a person would read as a number, and its value."""
+"""Numbers in texts: what a person would read as a number, and its value."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from sfa_adapters.quantities import Quantity, quantities_in, quantity_of
 
 __all__ = ["numbers_in", "parse_number", "unprinted_numbers"]
-
-# A number as people write it: sign, currency, thousands separators, exponent, percent.
-_NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)[$\u20ac\u00a3\u00a5]?(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?P<power>[eE][-+]?\d+)?"
-    r"\s?(?P<percent>%?)"
-)
 
 
 def parse_number(text: str) -> float | None:
     """The number that a whole text is, or None.
 
-    Understands thousands separators, one currency sign, a percent sign (dropped: "25%" is 25) and a final dot.
+    Understands what people write: thousands separators (a comma or a space), currency signs and names, full-width
+    forms, percent (dropped: "25%" is 25), scales ("12K", "1.5 million", "3만 5천"), one unit behind it ("12 years",
+    "12명"), brackets, number words ("One thousand", "천이백") and a final dot.
 
     Args:
         text: an answer such as "$1,234.5", "45 %" or "-3".
@@ -23,31 +20,30 @@ def parse_number(text: str) -> float | None:
     Returns:
         Its value, None if it is not one number.
     """
-    text = text.strip().removesuffix(".").strip()
-    match = _NUMBER.fullmatch(text) or _NUMBER.fullmatch(re.sub(r"^([$\u20ac\u00a3\u00a5])([-+])", r"\2\1", text))
-    return None if match is None else _value(match)
+    quantity = quantity_of(text)
+    return None if quantity is None else quantity.value
+
+
+def _quantities(text: str) -> list[Quantity]:
+    """Those of a running text; a text that is one quantity as a whole is this one ("One", "천이백 원")."""
+    return list(quantities_in(text)) or [q for q in (quantity_of(text),) if q is not None]
 
 
 def numbers_in(text: str) -> list[float]:
-    """All numbers in a text, from left to right; digits inside a word ("COVID19") do not count.
+    """All numbers in a text, from left to right; digits inside a Latin word ("COVID19") do not count.
 
-    A dash between two numbers ("1952-1957") is no sign.
+    A dash between two numbers ("1952-1957") is no sign. Scales count ("12K" is 12,000), and number words do, but for a
+    "one" in a sentence.
     """
-    found: list[float] = []
-    for match in _NUMBER.finditer(text):
-        before = text[match.start() - 1] if match.start() else " "
-        if not before.isalnum():
-            found.append(_value(match))
-        elif before.isdigit() and match["sign"]:
-            found.append(abs(_value(match)))
-    return found
+    return [quantity.value for quantity in _quantities(text)]
 
 
 def unprinted_numbers(answer: str, printed: Iterable[str], signed: bool = False) -> list[float]:
-    """Numbers of an answer that stand nowhere among printed texts.
+    """Numbers of an answer that stand nowhere among printed texts, however they are written.
 
-    Both sides are read by `numbers_in`, and values must then be equal: "1,234" is on a page that prints "1234", "25" on
-    one that prints "25%", 24.9 on neither.
+    "1,234", "1 234" and "1.234K" are on a page that prints "1234"; "25" is on one that prints "25%", and so is "0.25";
+    "12" and "12K" are on one that prints "12K" or "12": without its scale a number is read wrongly, and not made up.
+    24.9 is not on a page that prints "25".
 
     Args:
         answer: what a model said.
@@ -57,10 +53,34 @@ def unprinted_numbers(answer: str, printed: Iterable[str], signed: bool = False)
     Returns:
         These numbers, from left to right, as the answer gives them.
     """
-    there = {n if signed else abs(n) for text in printed for n in numbers_in(text)}
-    return [n for n in numbers_in(answer) if (n if signed else abs(n)) not in there]
+    plain: set[float] = set()
+    fractions: set[float] = set()  # what percentages are as fractions
+    no_percent: set[float] = set()  # what may be such a fraction
+    for quantity in _with_parts(q for text in printed for q in _quantities(text)):
+        value, digits, hundredth = _unsigned(quantity, signed)
+        plain |= {value, digits}
+        if quantity.unit == "%":
+            fractions.add(hundredth)
+        else:
+            no_percent.add(value)
+
+    def stands(quantity: Quantity) -> bool:
+        value, digits, hundredth = _unsigned(quantity, signed)
+        if value in plain or digits in plain:
+            return True
+        if hundredth in no_percent if quantity.unit == "%" else value in fractions:
+            return True
+        return bool(quantity.parts) and all(stands(part) for part in quantity.parts)
+
+    return [quantity.value for quantity in _quantities(answer) if not stands(quantity)]
 
 
-def _value(match: re.Match[str]) -> float:
-    value = float(match["digits"].replace(",", "") + (match["power"] or ""))
-    return -value if match["sign"] in ("-", "\u2212") and match["sign"] else value
+def _with_parts(quantities: Iterable[Quantity]) -> Iterator[Quantity]:
+    for quantity in quantities:
+        yield quantity
+        yield from quantity.parts
+
+
+def _unsigned(quantity: Quantity, signed: bool) -> tuple[float, float, float]:
+    values = (quantity.value, quantity.digits, quantity.hundredth)
+    return values if signed else (abs(values[0]), abs(values[1]), abs(values[2]))

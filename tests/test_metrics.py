@@ -1,5 +1,7 @@
 """Answer metrics. The reference mode of relaxed accuracy must repeat the published code, bugs included."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,56 @@ def test_reference_mode_repeats_the_published_code(prediction, target, right):
         ("no", "12", False),
         ("", "12", False),
         ("1" * 400, "12", False),  # overflows to infinity
+        ("1" * 400, "1" * 401, False),
+        # A final dot is no part of a year.
+        ("2008", "2010.", False),
+        ("2008.", "2010.", False),
+        ("2010.", "2010", True),
+        ("2008", "2010년", False),
+        ("2010년", "2010", True),
+        ("2,000", "2,010", True),  # a number with a separator is no year
+        # Money, full width and percent.
+        ("₩12,000", "12,000원", True),
+        ("12000", "₩12,000", True),
+        ("\uff11\uff12\uff0c\uff10\uff10\uff10원", "12000", True),
+        ("₩13,000", "₩12,000", False),
+        ("5\uff05", "5%", True),
+        ("5 percent", "5", True),
+        ("$12", "€12", False),
+        ("$12", "12%", False),
+        ("USD 12", "$12", True),
+        # Scales.
+        ("1.5 million", "1,500,000", True),
+        ("$1.5M", "1.5 million dollars", True),
+        ("12K", "12000", True),
+        ("12K", "12", False),
+        ("3만 5천원", "35,000", True),
+        ("One thousand", "1000", True),
+        # Brackets, spaces, units.
+        ("(12)", "12", True),
+        ("(12)", "-12", True),
+        ("($1,234)", "-$1,234", True),
+        ("-12", "12", False),
+        ("(13)", "-12", False),
+        ("(2010)", "2010", True),
+        ("(2008)", "2010", False),
+        ("1 234", "1234", True),
+        ("1\u202f234", "1,234", True),
+        ("1 2", "12", False),
+        ("12 years", "12", True),
+        ("12", "12 years", True),
+        ("12 years", "12년", True),
+        ("12 years", "12 days", False),
+        ("5m", "5 million", False),  # metres
+        ("12명", "12 people", True),
+        ("12명입니다", "12", True),
+        ("20th", "21st", False),  # a rank has no tolerance
+        ("21", "20위", False),
+        ("21일", "20일", False),
+        ("100", "104 countries", True),
+        ("20 may", "21 may", False),  # a date is a text
+        ("STRASSE", "straße", True),
+        ("\uff39\uff25\uff33", "yes.", True),
     ],
 )
 def test_strict_mode_reads_numbers_as_people_write_them(prediction, target, right):
@@ -169,6 +221,13 @@ def test_missing_answers_are_refused(metric, answers):
         ("new  york\n", "new york", 1.0),
         ("", "", 1.0),
         ("", "a", 0.0),
+        ("c", "ß", 0.0),
+        ("STRASSE", "straße", 1.0),  # case does not count, where it changes the length neither
+        ("C", "ß", 0.0),
+        ("s", "ß", 0.5),  # one of two letters, as for "SS"
+        ("s", "SS", 0.5),
+        ("한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8", 1.0),  # composed and decomposed
+        ("cafe\u0301", "CAFÉ", 1.0),
     ],
 )
 def test_anls(prediction, answer, score):
@@ -197,6 +256,16 @@ def _distance(a: str, b: str) -> int:
 def test_anls_is_one_minus_the_normalized_distance(a, b):
     longest = max(len(a), len(b), 1)
     assert anls(a, b, threshold=0) == (longest - _distance(a, b)) / longest
+
+
+@given(st.text("csßSẞéÉ\u0301한K", max_size=5), st.text("csßSẞéÉ\u0301한K", max_size=5), st.sampled_from([0.0, 0.5]))
+def test_case_and_composition_do_not_count_in_anls(a, b, threshold):
+    score = anls(a, b, threshold)
+    assert 0 <= score <= 1
+    assert score == anls(b, a, threshold)
+    for change in (str.upper, str.lower, str.swapcase, lambda text: unicodedata.normalize("NFD", text)):
+        assert anls(change(a), b, threshold) == anls(a, change(b), threshold) == score
+        assert exact_match(change(a), b) == (anls(a, b, 1.0) == 1)
 
 
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=4))
@@ -235,6 +304,11 @@ def test_vqa_accuracy_is_the_mean_over_all_ways_to_leave_one_out(answers):
         ("u.s.", "US"),
         ('"coca_cola"', "coca cola"),
         ("a", "A."),
+        ("-5", "5"),  # as the published code has it: the ASCII hyphen is punctuation
+        ("\u201cstop\u201d", "stop"),
+        ("hip\u2013hop", "hip hop"),
+        ("네\uff01", "네"),
+        ("\u22125", "\u20135"),  # two ways to write a minus sign
     ],
 )
 def test_vqa_texts_that_are_the_same(said, true):
@@ -243,8 +317,9 @@ def test_vqa_texts_that_are_the_same(said, true):
 
 @pytest.mark.parametrize(
     ("said", "true"),
-    [("3.5", "35"), ("a", "the"), ("were", "we're"), ("10:30", "1030"), ("$5", "5"), ("5%", "5"), ("cat", "cats")],
-)
+    [("3.5", "35"), ("a", "the"), ("were", "we're"), ("10:30", "1030"), ("$5", "5"), ("5%", "5"), ("cat", "cats"),
+     ("5", "\u22125"), ("\u22125", "5"), ("5", "\u20135"), ("5", "₩5"), ("5", "5°"), ("5", "≥5"), ("5", "\u2212.5")],
+)  # fmt: skip
 def test_vqa_texts_that_differ(said, true):
     assert vqa_accuracy(said, [true] * 4) == 0
 
@@ -275,8 +350,15 @@ def test_ocrbench(said, true, kind, right):
     assert ocrbench(said, ["no such text", true], kind) is right
 
 
-def test_ocrbench_refuses_what_every_text_holds():
-    with pytest.raises(DataError, match="blank"):
-        ocrbench("yes", ["no", " \n"])
+def test_a_blank_answer_of_ocrbench_makes_nothing_right():
+    for kind in ("text", "handwritten_maths"):
+        assert not ocrbench("yes", " \n", kind)
+        assert not ocrbench("", "", kind)
+        assert not ocrbench("", "stop", kind)
+        assert not ocrbench("yes", ["no", " \n"], kind)
+        assert ocrbench("yes", ["", "yes"], kind)
+
+
+def test_an_unknown_kind_of_ocrbench_is_refused():
     with pytest.raises(ValueError, match="formula"):
         ocrbench("x", "x", "formula")  # pyright: ignore[reportArgumentType]
