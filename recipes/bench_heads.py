@@ -29,6 +29,7 @@ from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.speed import LEAST_ROUNDS
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.data import ChartSample, chart_samples
+from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.heads_figure import plot_bench_heads
 from sfa_adapters.recipes.heads_quality import Asked, ask, chart_batches, quality_of
 from sfa_adapters.recipes.heads_report import HeadArm, HeadBench, write_bench
@@ -94,7 +95,9 @@ class HeadBenchConfig:
                 raise DataError(f"--{name} {' '.join(unknown)} must be one of {', '.join(get_args(known))}.")
         for name, least in (("draws", 1), ("charts", 1), ("questions", 0), ("rounds", LEAST_ROUNDS), ("tokens", 2)):
             if getattr(self, name) < least:
-                raise DataError(f"--{name} {getattr(self, name)} must be at least {least}.")
+                option = "decoded" if name == "tokens" else name
+                raise DataError(f"--{option} {getattr(self, name)} must be at least {least}.")
+        require_device(self.device)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise DataError(f"--dtype {self.dtype} must be float32, bfloat16 or float16.")
 

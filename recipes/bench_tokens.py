@@ -30,6 +30,7 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
 from sfa_adapters.recipes.data import chart_samples
+from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
 from sfa_adapters.recipes.own_host import load_own, own_prompt
@@ -90,7 +91,9 @@ class BenchConfig:
             raise DataError(f"--selector {' '.join(unknown)} must be one of {', '.join(get_args(Selector))}.")
         for name, least in (("questions", 0), ("rounds", 1), ("tokens", 2)):
             if getattr(self, name) < least:
-                raise DataError(f"--{name} {getattr(self, name)} must be at least {least}.")
+                option = "decoded" if name == "tokens" else name
+                raise DataError(f"--{option} {getattr(self, name)} must be at least {least}.")
+        require_device(self.device)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise DataError(f"--dtype {self.dtype} must be float32, bfloat16 or float16.")
 

@@ -12,13 +12,14 @@ import importlib.util
 import logging
 import warnings
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sfa_adapters import describe
+from sfa_adapters import SFAConfig, describe
 from sfa_adapters.errors import SFAError
 from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.heads.kinds import read_geometry
@@ -27,6 +28,9 @@ from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.inject import Description
 from sfa_adapters.registry import find_tower, qualified_name
+
+if TYPE_CHECKING:
+    from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["Inspection", "LayerRow", "ModelNotFoundError", "build_without_weights", "inspect_model"]
 
@@ -81,25 +85,44 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
     """Says what SFA would add to a model.
 
     Args:
-        name: A model id of the Hugging Face hub, a local folder with a `config.json` (also one of `save_pruned`), or a
-            timm model name.
+        name: A model id of the Hugging Face hub, a local folder with a `config.json` (also one of `save_pruned`), a
+            timm model name, a recipe, or the folder of a run or of its checkpoint (of these two, the bias is that
+            of the recipe).
         trust_remote_code: Run modelling code that comes with the model.
 
     Raises:
         ModelNotFoundError: No configuration was found under the name.
-        RecipeError: The heads that the folder's model lost are not told rightly.
+        RecipeError: The record of a run cannot be read, or the heads that the folder's model lost are not told rightly.
         NoMatchingBackboneError: The model has no vision tower that a registered backbone fits.
     """
-    model = build_without_weights(name, trust_remote_code)
+    recipe = _recipe_of(name)
+    model = build_without_weights(name if recipe is None else recipe.model, trust_remote_code)
     if pruned_folder(name):
         _remove_heads(model, Path(name))
+    config = None
+    if recipe is not None:
+        layers = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
+        config = SFAConfig(terms=list(recipe.sfa_terms), layers_to_transform=layers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    found, sfa = find_tower(model), describe(model)
+    found, sfa = find_tower(model), describe(model, config)
     layers = tuple(
         LayerRow(index, path, qualified_name(module), sfa.layer_parameters[index])
         for index, (path, module) in enumerate(found.attentions)
     )
     return Inspection(name, type(model).__name__, total, sfa, layers)
+
+
+def _recipe_of(name: str) -> Recipe | None:
+    """The recipe of that name, or of the run that a folder holds."""
+    from sfa_adapters.evaluation.open_host import find_run
+    from sfa_adapters.recipes.catalog import RECIPES
+    from sfa_adapters.training.checkpoints import saved_recipe
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        run = None if (path / "config.json").is_file() else find_run(path)
+        return None if run is None else saved_recipe(run)
+    return RECIPES.get(name)
 
 
 def _remove_heads(model: nn.Module, folder: Path) -> None:
@@ -130,14 +153,43 @@ def build_without_weights(name: str, trust_remote_code: bool = False) -> nn.Modu
     if path.exists():
         folder = path if path.is_dir() else path.parent
         if not (folder / "config.json").is_file():
-            raise ModelNotFoundError(f"{folder} has no config.json; give the folder of a saved model.")
+            raise ModelNotFoundError(
+                f"{folder} has no config.json and no recipe.json; give the folder of a saved model or of a run."
+            )
         return _from_config(str(folder), trust_remote_code)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFoundError(f"There is no folder {name}.")
-    model = _from_timm(name)
+    model = _from_catalog(name) or _from_timm(name)
     if model is not None:
         return model
     return _from_config(name, trust_remote_code)
+
+
+def _from_catalog(name: str) -> nn.Module | None:
+    """The full-size host of a recipe, whose configuration comes with this library: nothing is downloaded."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import meta_device_safe_creation_ops
+
+    from sfa_adapters.recipes.catalog import RECIPES, architecture
+
+    recipe = next((recipe for recipe in RECIPES.values() if recipe.model == name), None)
+    if recipe is None:
+        return None
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        return AutoModelForImageTextToText.from_config(architecture(recipe))
+
+
+def _near(name: str) -> str:
+    """A hint where a recipe or a timm model has nearly this name."""
+    from sfa_adapters.recipes.catalog import RECIPES
+
+    known = [*RECIPES, *(recipe.model for recipe in RECIPES.values())]
+    if "/" not in name and importlib.util.find_spec("timm") is not None:
+        import timm
+
+        known += timm.list_models()
+    near = get_close_matches(name, known, 1, 0.8)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _from_timm(name: str) -> nn.Module | None:
@@ -193,7 +245,7 @@ def _reason(name: str, error: BaseException) -> str:
         return any(isinstance(entry, kinds) for entry in chain)
 
     needs_timm = "/" not in name and importlib.util.find_spec("timm") is None
-    hint = " For timm names: pip install 'sfa-adapters[timm]'." if needs_timm else ""
+    hint = _near(name) + (" For timm names: pip install 'sfa-adapters[timm]'." if needs_timm else "")
     if "trust_remote_code" in text:
         return f"{name} brings its own modelling code; read it, then allow it with --trust-remote-code."
     if caused_by(errors.GatedRepoError):

@@ -61,7 +61,7 @@ def _group(
 
 @app.command(epilog="Example:  sfa inspect vit_base_patch16_siglip_384")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model id, a local folder, or a timm name.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face model id, a folder, a run, a recipe, or a timm name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the model.")
@@ -74,6 +74,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -86,7 +87,8 @@ def inspect(
         if label != "adapters":
             facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
     console.print(facts)
-    layers = Table("layer", "path in the tower", "attention", "parameters")
+    layers = Table("layer", "path in the tower", "attention", "parameters", box=box.SIMPLE_HEAD)
+    layers.columns[1].overflow = layers.columns[2].overflow = "fold"  # names are never cut
     layers.columns[0].justify = layers.columns[-1].justify = "right"
     for layer in found.layers:
         count = f"{layer.parameters:,}" if layer.parameters else "not read by the host"

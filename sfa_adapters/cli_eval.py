@@ -113,6 +113,7 @@ def ablate(
     from sfa_adapters.recipes.catalog import find_recipe
     from sfa_adapters.recipes.nano_checkpoint import nano_settings
     from sfa_adapters.recipes.run import run
+    from sfa_adapters.training.folders import can_be_made
     from sfa_adapters.training.settings import load_recipe
 
     if rows not in ROWS:
@@ -121,6 +122,7 @@ def ablate(
     base = find_recipe(recipe)
     base = load_recipe(nano_settings(base) if nano else base, config, overrides or [])
     folder = out or Path("runs") / f"{base.name}-{rows}{'-nano' if nano else ''}"
+    can_be_made(folder)  # else every row would fail
     first = _processes().is_main_process
     variants = term_variants() if rows == "terms" else part_variants(base)
     numbers, say = _seeds(seeds), typer.echo if first else _say_nothing

@@ -115,15 +115,17 @@ def plan(
 @app.command(epilog="Example:  sfa recipes")
 def recipes() -> None:
     """List the recipes: their hosts, and what trains how fast."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from sfa_adapters.recipes.catalog import RECIPES
 
-    table = Table("recipe and its host", "trains", "lr", "of SFA", show_lines=True)
+    table = Table("recipe and its host", "trains", "lr", "of SFA", box=box.SIMPLE_HEAD)
+    table.columns[0].no_wrap = True
     for found in RECIPES.values():
         host = f"[bold]{found.name}[/bold]\n{found.model}"
-        table.add_row(host, f"{_trains(found)}\nplan {found.plan}", f"{found.lr:g}", f"{found.sfa_lr:g}")
+        table.add_row(host, f"{_trains(found)}\nplan {found.plan}\n", f"{found.lr:g}", f"{found.sfa_lr:g}")
     console = Console()
     console.print(table)
     console.print("Run one: sfa train NAME. On a CPU in minutes: sfa train NAME --nano", soft_wrap=True)

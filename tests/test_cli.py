@@ -1,5 +1,6 @@
 """The command line: what it prints, and that a mistake of the user is one line and exit code 2."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig, ResNetConfig
 
 from sfa_adapters.cli import main
+from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from tests.remote.modeling_intern_vit import InternVisionConfig
 
 SMALL_LLAVA = LlavaConfig(
@@ -97,6 +99,69 @@ def test_inspect_a_timm_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "24x24 patches, 0 prefix" in out
     assert "2,736" in out
+
+
+def test_inspect_a_host_of_a_recipe_without_the_hub(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    for name in ("internvl3_5_8b", "OpenGVLab/InternVL3_5-8B-HF"):
+        code, out, _ = _run(capsys, "inspect", name, "--json")
+        assert code == 0
+        found = json.loads(out)
+        assert found["model"] == name
+        assert found["model_parameters"] == 8_528_318_464
+        assert found["sfa"]["num_parameters"] == 7296
+
+
+@pytest.mark.parametrize("place", ["", "final"])
+def test_inspect_a_run_shows_the_bias_of_its_recipe(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SMALL_LLAVA.save_pretrained(tmp_path / "host")
+    recipe = find_recipe("llava_1_5_7b").replace(model=str(tmp_path / "host"), sfa_terms=("row", "col"))
+    record = {"format": 1, "host": {}, "tensors": {}, "recipe": dataclasses.asdict(recipe)}
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "recipe.json").write_text(json.dumps(record), encoding="utf-8")
+    code, out, _ = _run(capsys, "inspect", str(tmp_path / "run" / place), "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["model_class"] == "LlavaForConditionalGeneration"
+    assert found["sfa"]["num_parameters"] == 2 * 4 * 2  # layers, heads, terms
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("vit_base_patch16_siglip_38", "vit_base_patch16_siglip_384"),
+        ("internvl3_5_8", "internvl3_5_8b"),
+        ("OpenGVLab/InternVL3_5-8B", "OpenGVLab/InternVL3_5-8B-HF"),
+    ],
+)
+def test_inspect_suggests_the_name_that_is_near(
+    name: str, meant: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    assert f"Did you mean {meant}?" in _mistake(capsys, "inspect", name)
+
+
+def test_names_of_modules_and_models_are_whole_in_eighty_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    SMALL_LLAVA.save_pretrained(tmp_path)
+    for arguments in (["inspect", str(tmp_path)], ["recipes"], ["inspect", "internvl3_5_8b"]):
+        code, out, _ = _run(capsys, *arguments)
+        assert code == 0
+        assert "…" not in out
+    _, out, _ = _run(capsys, "recipes")
+    assert all(f" {recipe.model} " in out for recipe in RECIPES.values())
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -39,9 +40,11 @@ def module_table(host: Host) -> Table:
     Returns:
         A table for `rich`: module, trainable (of all) parameters, dtype, linear layers in 4-bit, adapter, device.
     """
-    table = Table(*COLUMNS, title=f"{type(host.model).__name__}, plan {host.recipe.plan}", title_justify="left")
+    title = f"{type(host.model).__name__}, plan {host.recipe.plan}"
+    table = Table(*COLUMNS, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in table.columns[1:]:
         column.justify = "right"
+    table.columns[0].no_wrap = True  # the other columns give way: a name is never cut
     rows: dict[str, list[nn.Parameter]] = {}
     for name, parameter in host.model.named_parameters():
         rows.setdefault(_row(host, name), []).append(parameter)
@@ -80,7 +83,7 @@ def _base(name: str) -> str:
 def _adapter(host: Host, row: str) -> str:
     if row.endswith(" sfa"):
         layers = [layer for _, _, layer in injected_layers(host.model)]
-        return f"SFA {'+'.join(host.recipe.sfa_terms)}, {len(layers)} layers"
+        return f"SFA {' + '.join(host.recipe.sfa_terms)}, {len(layers)} layers"
     if row.endswith(" lora"):
         return f"LoRA r={host.recipe.lora_llm}"
     if row == host.spec.tower and host.recipe.adat is not None:
