@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TextIO
 
 import typer
 
+from sfa_adapters.errors import SFAWarning
+
 __all__ = ["QuietCommand", "silence_others"]
 
 OURS = "sfa_adapters"
@@ -41,6 +43,8 @@ def silence_others() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        # By class, too: a warning may point at the caller, which is torch or a trainer.
+        warnings.simplefilter("default", SFAWarning)
         warnings.filterwarnings("default", module=rf"{OURS}(\.|$)")
         warnings.showwarning = _show
 

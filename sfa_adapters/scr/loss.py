@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.errors import ObservationError
+from sfa_adapters.errors import ObservationError, SFAWarning
 from sfa_adapters.scr.augment import change_pixels
 from sfa_adapters.scr.config import SCRConfig, Term
 from sfa_adapters.scr.evidence import Evidence, patch_density, required
@@ -152,6 +152,7 @@ class SCRLoss:
             warnings.warn(
                 f"The {term} term has no gradient: every parameter in front of its layers is frozen. Train the vision "
                 f"tower or adapters in it, or set {term}=0.",
+                SFAWarning,
                 stacklevel=3,
             )
 

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from sfa_adapters.errors import RecipeError
+from sfa_adapters.errors import RecipeError, SFAWarning
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
 from sfa_adapters.training.folders import what_is_missing
 from sfa_adapters.training.recipe import Recipe
@@ -62,7 +62,9 @@ def checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool | str) -> Pa
         chosen = whole[-1]
         for path in known[known.index(chosen) + 1 :]:
             missing = ", ".join(what_is_missing(path)[:3])
-            warnings.warn(f"{path.name} is not whole ({missing}); resuming from {chosen.name}.", stacklevel=2)
+            warnings.warn(
+                f"{path.name} is not whole ({missing}); resuming from {chosen.name}.", SFAWarning, stacklevel=2
+            )
     elif known:
         _require_whole(known[-1])
         return None

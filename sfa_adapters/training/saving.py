@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from sfa_adapters.errors import RecipeError, TrainingError
+from sfa_adapters.errors import RecipeError, SFAWarning, TrainingError
 from sfa_adapters.training.checkpoints import load_trained, save_trained, write_trained
 from sfa_adapters.training.folders import seal, writing
 from sfa_adapters.training.runs import checkpoints_of, keep_newest
@@ -162,6 +162,7 @@ class SavingMixin(_Trainer):
             warnings.warn(
                 f"{checkpoint} has no {own}: it was made by another number of processes. Dropout and other chance will "
                 "not go on as they would have; the order of the rows does.",
+                SFAWarning,
                 stacklevel=2,
             )
         if self._scr_file(checkpoint).is_file():

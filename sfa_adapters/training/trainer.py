@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from sfa_adapters.errors import SFAWarning
 from sfa_adapters.training.arguments import training_arguments
 from sfa_adapters.training.callbacks import Interrupted, ProgressBar, StopOnSignal
 from sfa_adapters.training.checkpoints import save_trained
@@ -93,6 +94,7 @@ def train(
     if recipe.warmup_steps >= steps:
         warnings.warn(
             f"warmup_steps={recipe.warmup_steps} of {steps} steps: the learning rate never gets to its peak.",
+            SFAWarning,
             stacklevel=2,
         )
     checkpoint = checkpoint_to_resume(recipe, folder, resume)
