@@ -67,7 +67,8 @@ def _model_class(name: str, family: Family) -> type:
         result: Any = importlib.import_module("lmms_eval.api.instance").GenerationResult
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "lmms_eval is not installed. Run: pip install lmms-eval (best in an environment of its own)",
+            "lmms_eval is not installed. Run: pip install lmms-eval 'filelock<3.20' "
+            "(best in an environment of its own)",
             name=error.name,
         ) from error
 
