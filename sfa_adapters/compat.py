@@ -49,8 +49,8 @@ _checked = False
 def check_versions() -> None:
     """Warns, once per process, of installed libraries outside the tested range. Reads metadata only, imports nothing.
 
-    pip keeps to the range; `--no-deps` and environments of others do not. The files that everything else imports call
-    this (`attention`, `registry`, `tower`).
+    pip keeps to the range; `--no-deps` and environments of others do not. `layout`, which all that works on tensors
+    imports, calls this.
     """
     global _checked  # noqa: PLW0603
     if _checked:

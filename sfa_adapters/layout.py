@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sfa_adapters.compat import check_versions
 from sfa_adapters.errors import LayoutError
 
 __all__ = ["AxisKinds", "TokenLayout", "default_block_map"]
+
+check_versions()
 
 
 def default_block_map(block_grid: tuple[int, int] = (4, 4)) -> Tensor:

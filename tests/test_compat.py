@@ -1,0 +1,268 @@
+"""What differs between versions: one file knows it, its ranges are those that we claim, and unknown names are loud."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from sfa_adapters import compat
+from sfa_adapters.compat import TESTED, cache_of, cache_of_output, check_versions, with_cache
+from sfa_adapters.errors import UnknownInterfaceError, UntestedVersionWarning
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FOLDERS = ("sfa_adapters", "backbones", "recipes", "benchmarks")
+CACHE = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ranges_are_those_of_pyproject_and_the_readme_says_so() -> None:
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["timm"]]
+    for name, (first, end) in TESTED.items():
+        assert f"{name}>={first},<{end}" in wanted
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name in ("torch", "transformers", "peft"):
+        first, end = TESTED[name]
+        major, minor = end.split(".")
+        assert f"{name} {first}-{major}.{int(minor) - 1}" in readme
+    assert f"timm {TESTED['timm'][0]} or a later 1.0 release" in readme
+    assert TESTED["timm"][1] == "1.1"
+
+
+def test_the_lowest_versions_are_the_lower_ends() -> None:
+    lines = (ROOT / "constraints" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pinned.keys() == TESTED.keys()
+    for name, (first, _) in TESTED.items():
+        assert pinned[name].removesuffix(".0") == first.removesuffix(".0"), name
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What is installed, to be changed; None for not at all."""
+    versions: dict[str, str | None] = {name: f"{first}.7" for name, (first, _) in TESTED.items()}
+    versions["timm"] = "1.0.31"
+
+    def version(name: str) -> str:
+        if (value := versions[name]) is None:
+            raise compat.PackageNotFoundError(name)
+        return value
+
+    monkeypatch.setattr(compat, "version", version)
+    monkeypatch.setattr(compat, "_checked", False)
+    return versions
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch", "2.16.0+cu130"), ("torch", "2.16.0.dev20261101"), ("torch", "3.0"), ("transformers", "5.25.0"),
+        ("transformers", "5.16.4"), ("peft", "0.22.0rc1"), ("timm", "1.1.0"), ("timm", "1.0.9"),
+    ],
+)  # fmt: skip
+def test_a_version_outside_the_range_warns_once_by_name(
+    installed: dict[str, str | None], name: str, value: str
+) -> None:
+    installed[name] = value
+    with pytest.warns(UntestedVersionWarning) as seen:
+        check_versions()
+        check_versions()
+    first, end = TESTED[name]
+    assert len(seen) == 1
+    assert f"tested with {name} from {first} to below {end}; {name} {value} is installed" in str(seen[0].message)
+
+
+@pytest.mark.parametrize("torch_version", ["2.11", "2.11.0+cpu", "2.15.9"])
+def test_versions_inside_the_range_and_a_missing_timm_say_nothing(
+    installed: dict[str, str | None], torch_version: str
+) -> None:
+    installed.update(torch=torch_version, timm=None, transformers="5.24.3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions()
+
+
+def test_using_the_library_checks_the_versions_and_importing_it_does_not() -> None:
+    code = (
+        "import sys, importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '9.9' if name == 'peft' else real(name)\n"
+        "import sfa_adapters, warnings\n"
+        "assert 'sfa_adapters.compat' not in sys.modules\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from sfa_adapters import inject_sfa, observe\n"
+        "    import sfa_adapters.heads, sfa_adapters.adat\n"
+        "print([str(w.message) for w in seen if w.category.__name__ == 'UntestedVersionWarning'])\n"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("peft 9.9 is installed") == 1
+
+
+# -- nobody else asks -------------------------------------------------------------------------------------------------
+
+
+def sources() -> Iterator[tuple[Path, str]]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name != "compat.py" and "egg-info" not in str(path):
+                yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
+
+
+LIBRARIES = {"torch", "transformers", "peft", "timm", "accelerate", "trl"}
+# Renamed or added between the supported versions: only compat.py may know them.
+RENAMED = re.compile(
+    r"past_key_values|\.cache\b(?!\()|[\"']cache[\"']\s*[\])]|mm_encoder_outputs|(activation|gradient)_checkpointing_enable"
+    r"|loss_is_scaled_for_ga|is_activation_checkpointing|is_gradient_checkpointing"
+)
+# A benchmark that hands features over is for versions that take them.
+ALLOWED = {("benchmarks/fastv.py", "mm_encoder_outputs")}
+
+
+def branches_on_versions(text: str) -> list[str]:
+    """Where a source branches on what a library is or has: versions in comparisons, guarded imports, hasattr on it."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare | ast.If | ast.IfExp):
+            part = node if isinstance(node, ast.Compare) else node.test
+            if re.search(
+                r"__version__|\bversion\(|parse_version|is_\w+_version|is_\w+_greater_or_equal", ast.unparse(part)
+            ):
+                lines.append(ast.unparse(part))
+        if isinstance(node, ast.Try) and any(isinstance(n, ast.Import | ast.ImportFrom) for n in node.body):
+            names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name
+                     for n in node.body if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
+            caught = ast.unparse(node).split("except", 1)[-1]
+            if {name.split(".")[0] for name in names} & LIBRARIES and "ImportError" in caught:
+                lines.append(", ".join(names))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+            if ast.unparse(node.args[0]).split(".")[0] in LIBRARIES:
+                lines.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            default = len(node.args) == 3 and isinstance(node.args[1], ast.Constant)
+            if default and ast.unparse(node.args[0]).split(".")[0] in LIBRARIES:
+                lines.append(ast.unparse(node))
+    return lines
+
+
+def test_nobody_else_branches_on_a_version_or_knows_two_names() -> None:
+    wrong = []
+    for path, text in sources():
+        wrong += [f"{path}: {line}" for line in branches_on_versions(text)]
+        code = ast.unparse(ast.parse(text))  # comments do not count
+        for match in RENAMED.finditer(code):
+            if (path.as_posix(), match[0]) not in ALLOWED:
+                wrong.append(f"{path}: {match[0]}")
+    assert not wrong, "Move these to sfa_adapters/compat.py:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if torch.__version__ >= '2.12': pass",
+        "new = version('peft') > '0.20'",
+        "try:\n    from transformers.new import x\nexcept ImportError:\n    x = None",
+        "if hasattr(torch.nn, 'RMSNorm'): pass",
+        "getattr(transformers, 'AutoModelForImageTextToText', None)",
+    ],
+)
+def test_the_check_for_branches_can_fail(text: str) -> None:
+    assert branches_on_versions(text)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Takes a cache by the name `cache`."""
+
+    def forward(self, x: Any, cache: Any = None, use_cache: bool = False, **kwargs: Any) -> None: ...
+
+
+class OldLayer(nn.Module):
+    """Takes a cache by the name of before."""
+
+    def forward(self, x: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
+
+
+class ThirdLayer(nn.Module):
+    """Takes a cache by another name."""
+
+    def forward(self, x: Any, kv_store: Any = None, **kwargs: Any) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("layer", [Layer(), OldLayer(), ThirdLayer()])
+def test_a_cache_is_read_and_written_under_the_name_that_it_came_by(layer: nn.Module, name: str) -> None:
+    kwargs = {name: CACHE, "use_cache": True}
+    assert cache_of(layer, kwargs) is CACHE
+    other = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
+    assert with_cache(layer, kwargs, other) == {name: other, "use_cache": True}
+    assert cache_of(layer, {name: None, "use_cache": True}) is None
+
+
+def test_where_none_came_the_signature_names_it() -> None:
+    assert with_cache(Layer(), {"x": 1}, CACHE) == {"x": 1, "cache": CACHE}
+    assert with_cache(OldLayer(), {"x": 1}, CACHE) == {"x": 1, "past_key_values": CACHE}
+    wrapper: Any = nn.Module()
+    wrapper.get_base_model = OldLayer
+    assert with_cache(wrapper, {}, CACHE) == {"past_key_values": CACHE}
+    assert with_cache(ThirdLayer(), {"x": 1}, None) == {"x": 1}
+    with pytest.raises(UnknownInterfaceError, match="ThirdLayer takes no cache by a name that is known"):
+        with_cache(ThirdLayer(), {}, CACHE)
+
+
+def test_no_cache_in_use_is_no_error_and_an_unknown_name_is_one() -> None:
+    for layer in (Layer(), OldLayer()):
+        assert cache_of(layer, {"use_cache": True}) is None  # its signature says that it is not given
+    assert cache_of(ThirdLayer(), {"use_cache": False}) is None
+    assert cache_of(ThirdLayer(), {}) is None
+    assert cache_of(ThirdLayer(), {"use_cache": True}, decodes=False) is None
+    for layer in (Layer(), ThirdLayer()):
+        with pytest.raises(UnknownInterfaceError, match="gets a cache as kv_store=") as caught:
+            cache_of(layer, {"kv_store": CACHE})
+    assert "transformers (>=5.17,<5.25)" in str(caught.value)
+    with pytest.raises(UnknownInterfaceError, match="use_cache=True and no cache argument"):
+        cache_of(ThirdLayer(), {"use_cache": True})
+
+
+@dataclass
+class ThirdOutput:
+    """An output whose cache has another name."""
+
+    last_hidden_state: Any = None
+    kv_store: Any = None
+
+
+def test_the_cache_of_an_output() -> None:
+    states = torch.zeros(1, 1, 1)
+    fields: Mapping[str, Any] = with_cache(Layer() if _has_new_names() else OldLayer(), {}, CACHE)
+    assert cache_of_output(BaseModelOutputWithPast(last_hidden_state=states, **fields)) is CACHE  # pyright: ignore
+    assert cache_of_output((states, CACHE)) is CACHE
+    assert cache_of_output((states,)) is None
+    assert cache_of_output(CausalLMOutputWithPast(logits=states)) is None  # pyright: ignore[reportArgumentType]
+    assert cache_of_output(SimpleNamespace(past_key_values=CACHE)) is CACHE
+    assert cache_of_output({"cache": CACHE}) is CACHE
+    with pytest.raises(UnknownInterfaceError, match="ThirdOutput returns a cache as kv_store"):
+        cache_of_output(ThirdOutput(states, CACHE))
+
+
+def _has_new_names() -> bool:
+    return "cache" in BaseModelOutputWithPast.__dataclass_fields__
