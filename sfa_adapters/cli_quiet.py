@@ -28,7 +28,7 @@ VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-LOGGERS = ("absl", "bitsandbytes", "datasets", "matplotlib", "peft", "PIL", "torch")
+LOGGERS = ("absl", "bitsandbytes", "datasets", "huggingface_hub", "matplotlib", "peft", "PIL", "torch", "transformers")
 
 
 def silence_others() -> None:

@@ -1,11 +1,11 @@
 """The code in the docs runs: each page from top to bottom, in one namespace."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-
-from sfa_adapters.recipes.nano import build_nano
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -20,8 +20,26 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": "docs"}
-    if page.name == "README.md":  # the reader has a model
-        namespace["model"] = build_nano("internvl").model
     for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         line = text[: found.start(1)].count("\n")
         exec(compile("\n" * line + found[1], str(page), "exec"), namespace)
+
+
+def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("## Try it") : text.index("## What it does")]
+    commands = [line.split()[1:] for line in block.splitlines() if line.startswith("sfa inspect ")]
+    assert len(commands) >= 2
+    missing = ["timm", "torchvision", "cv2", "datasets", "bitsandbytes", "tensorboard", "skimage", "rapidocr", "pandas"]
+    code = (
+        f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+        "from huggingface_hub import HfApi\n"
+        "def refuse(*args, **kwargs): raise AssertionError('the hub was asked')\n"
+        "HfApi.model_info = refuse\n"
+        "from sfa_adapters.cli import main\n"
+        f"for command in {commands}:\n"
+        "    try: main(command)\n"
+        "    except SystemExit as left: assert left.code == 0, command\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

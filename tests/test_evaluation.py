@@ -324,9 +324,25 @@ def test_table_3_is_about_all_seeds() -> None:
 def test_tables_are_written_and_fit_a_terminal(tmp_path: Path) -> None:
     table = score_table({"a[b]": said(("1", "1")), "c": said(("0", "1"))}, "exact")
     assert [p.name for p in table.write(tmp_path / "new", "t")] == ["t.md", "t.json"]
-    shown = table.to_terminal()
+    (shown,) = table.to_terminal(100).renderables
+    assert isinstance(shown, RichTable)
     assert len(shown.columns) == 3  # two runs beside each other
     assert shown.row_count == len(table.columns) - 1
+
+
+@pytest.mark.parametrize(("runs", "width"), [(2, 80), (4, 80), (9, 80), (3, 60)])
+def test_names_and_intervals_stay_whole_where_a_table_is_wide(runs: int, width: int) -> None:
+    names = [f"run-{number}-with-a-name" for number in range(runs)]
+    label = ["numeric hallucination", "all"]
+    interval = "56.4 [51.8, 60.9]"
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(terminal_table([["run", *names], *([row, *[interval] * runs] for row in label)], "a title", width))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert all(name in shown for name in (*names, *label))
+    assert shown.count("[51.8, 60.9]") == 2 * runs
+    assert shown.count("56.4") == 2 * runs
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.markup import escape
 
 from sfa_adapters.analysis.hallucination import HallucinationReport, hallucination_report
 from sfa_adapters.analysis.hallucination_compare import paired_change
@@ -20,7 +19,7 @@ from sfa_adapters.evaluation.scores import Metric, compare, compare_scores, row_
 from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
-    from rich.table import Table as Terminal
+    from rich.console import Group
 
 __all__ = ["Table", "ablation_table", "hallucination_of", "hallucination_table", "score_table"]
 
@@ -60,18 +59,18 @@ class Table:
         rows = [{name: _plain(row.get(name)) for name in self.columns} for row in self.rows]
         return {"title": self.title, "columns": list(self.columns), "rows": rows, "notes": list(self.notes)}
 
-    def to_terminal(self) -> Terminal:
-        """For the terminal; few runs with many columns stand beside each other, so that they fit."""
-        from rich.table import Table as Terminal
+    def to_terminal(self, width: int | None = None) -> Group:
+        """For the terminal; few runs with many columns stand beside each other, so that they fit.
+
+        Args:
+            width: In characters; that of the terminal by default.
+        """
+        from sfa_adapters.evaluation.terminal import terminal_table
 
         lines = [list(self.columns), *self.cells()]
         if len(self.rows) < len(self.columns) - 1:
             lines = [list(cells) for cells in zip(*lines, strict=True)]
-        shown = Terminal(*map(escape, lines[0]), title=escape(self.title))
-        shown.columns[0].no_wrap = True
-        for cells in lines[1:]:
-            shown.add_row(*map(escape, cells))
-        return shown
+        return terminal_table(lines, self.title, width)
 
     def write(self, folder: str | Path, name: str) -> list[Path]:
         """Writes `<name>.md` and `<name>.json`.
