@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sfa_adapters.adapter_folder import WEIGHTS_NAME
 from sfa_adapters.config import SFAConfig
@@ -125,7 +126,10 @@ def write_scalars(
                 value = getattr(weights, attribute.removeprefix("sfa_"))
                 if state_dict is not None:
                     value = state_dict.get(parameter_name(name, attribute, adapter_name), value)
-                whole = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
+                assert value is not None
+                whole = value.detach()
+                if isinstance(whole, DTensor):
+                    whole = whole.full_tensor()
                 # Of a model that is wrapped, the file holds the paths of the model itself.
                 tensors[f"{PEFT_PREFIX}{parameter_name(plain_path(name), attribute, '')}"] = whole.cpu().contiguous()
     if config is None:
