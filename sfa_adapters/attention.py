@@ -17,6 +17,7 @@ Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A act
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -166,9 +167,12 @@ def fold_channels(
         queries.append(value.unsqueeze(-1) / scale)
         keys.append(value.unsqueeze(-1))
     if layout.padding is not None:
+        # The root on either side: over the scale of a usual head the logit itself is beyond fp16, and infinity times
+        # the zero of a real key is NaN.
         padded = layout.padding[..., None, :, None].to(dtype)
-        queries.append(torch.full_like(padded, PADDING_LOGIT / scale))
-        keys.append(padded)
+        root = math.sqrt(abs(PADDING_LOGIT / scale))
+        queries.append(torch.full_like(padded, PADDING_LOGIT / scale / root))
+        keys.append(padded * root)
     if layout.batch_size is None:
         queries, keys = [part.unsqueeze(0) for part in queries], [part.unsqueeze(0) for part in keys]
     return queries, keys

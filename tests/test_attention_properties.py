@@ -111,8 +111,23 @@ def test_padding_is_never_attended_to(backend: Literal["dense", "folded", "auto"
     changed_key[padded], changed_value[padded] = 30.0, -30.0
     again = attend(query, changed_key, changed_value, factors, backend=backend)
     real = ~layout.padding
+    assert out.isfinite().all()
     assert torch.equal(out.transpose(1, 2)[real], again.transpose(1, 2)[real])
     assert not torch.equal(key, changed_key)
+
+
+@pytest.mark.parametrize("width", [8, 64, 128])
+def test_padding_fits_fp16_at_every_head_width(width: int):
+    """The logit of padding over the scale, -3e4 * sqrt(width), is beyond fp16: infinity, and NaN beside a real key."""
+    layout = TokenLayout.batch([TokenLayout.regular(3, 4, 1), TokenLayout.regular(2, 2, 1)])
+    factors = StructuralBias(2, init_std=1.0).factors(layout)
+    low = [t.detach().half() for t in states(layout, 0, width=width)]
+    assert layout.padding is not None
+    real = ~layout.padding
+    for scale in (None, 1.0, 0.01):
+        out = attend(*low, factors, backend="folded", scale=scale).transpose(1, 2)[real]  # pyright: ignore[reportCallIssue]
+        exact = attend(*(t.float() for t in low), factors, backend="dense", scale=scale).transpose(1, 2)[real]  # pyright: ignore[reportCallIssue]
+        torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -129,7 +129,7 @@ def sources() -> Iterator[tuple[Path, str]]:
 LIBRARIES = {"torch", "transformers", "peft", "timm", "accelerate", "trl"}
 # Renamed or added between the supported versions: only compat.py may know them.
 RENAMED = re.compile(
-    r"past_key_values|\.cache\b(?!\()|[\"']cache[\"']\s*[\])]|mm_encoder_outputs|(activation|gradient)_checkpointing_enable"
+    r"past_key_values|(\bout(put)?s?|\bgenerated|\))\.cache\b|(\[|\.get\(|\.pop\()[\"']cache[\"']|mm_encoder_outputs|(activation|gradient)_checkpointing_enable"
     r"|loss_is_scaled_for_ga|is_activation_checkpointing|is_gradient_checkpointing"
 )
 # A benchmark that hands features over is for versions that take them.
@@ -162,14 +162,16 @@ def branches_on_versions(text: str) -> list[str]:
     return lines
 
 
+def renamed_names(text: str) -> list[str]:
+    """The names of `RENAMED` that a source uses; comments do not count."""
+    return [match[0] for match in RENAMED.finditer(ast.unparse(ast.parse(text)))]
+
+
 def test_nobody_else_branches_on_a_version_or_knows_two_names() -> None:
     wrong = []
     for path, text in sources():
         wrong += [f"{path}: {line}" for line in branches_on_versions(text)]
-        code = ast.unparse(ast.parse(text))  # comments do not count
-        for match in RENAMED.finditer(code):
-            if (path.as_posix(), match[0]) not in ALLOWED:
-                wrong.append(f"{path}: {match[0]}")
+        wrong += [f"{path}: {name}" for name in renamed_names(text) if (path.as_posix(), name) not in ALLOWED]
     assert not wrong, "Move these to sfa_adapters/compat.py:\n" + "\n".join(wrong)
 
 
@@ -185,6 +187,22 @@ def test_nobody_else_branches_on_a_version_or_knows_two_names() -> None:
 )
 def test_the_check_for_branches_can_fail(text: str) -> None:
     assert branches_on_versions(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kwargs['cache']",
+        "kwargs.get('cache')",
+        "out.cache",
+        "model(**batch).cache",
+        "outputs.past_key_values",
+        "f(past_key_values=x)",
+    ],
+)
+def test_the_check_for_renamed_names_can_fail(text: str) -> None:
+    assert renamed_names(text)
+    assert not renamed_names("speed.cache is None  # past_key_values")
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
