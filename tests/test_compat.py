@@ -79,7 +79,7 @@ def test_a_version_outside_the_range_warns_once_by_name(
     installed: dict[str, str | None], name: str, value: str
 ) -> None:
     installed[name] = value
-    with pytest.warns(UntestedVersionWarning) as seen:
+    with pytest.warns(UntestedVersionWarning) as seen:  # noqa: PT031
         check_versions()
         check_versions()
     first, end = TESTED[name]
@@ -152,7 +152,7 @@ def branches_on_versions(text: str) -> list[str]:
             caught = ast.unparse(node).split("except", 1)[-1]
             if {name.split(".")[0] for name in names} & LIBRARIES and "ImportError" in caught:
                 lines.append(", ".join(names))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":  # noqa: SIM102
             if ast.unparse(node.args[0]).split(".")[0] in LIBRARIES:
                 lines.append(ast.unparse(node))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
