@@ -110,7 +110,7 @@ def quantity_of(text: str) -> Quantity | None:
         return None
     unit, quantity = written or behind, quantities[0]
     plain = match["digits"] and not match["scale"] and not match["power"]
-    year = bool(plain and _YEAR.fullmatch(match["digits"].removesuffix(".")) and unit in ("", YEAR))
+    year = bool(plain and _YEAR.fullmatch(match["digits"]) and unit in ("", YEAR))
     return replace(quantity, unit=unit, exact=year or unit in LABELS)
 
 

@@ -38,6 +38,14 @@ def _report(said, true, printed=PRINTED, **options):
         ("Tea", "Coffee", "other"),
         ("", "Coffee", "other"),
         ("COVID19", "Coffee", "other"),  # digits in a word are no number
+        ("약25", "1234", "misread"),
+        ("총26명", "1234", "fabricated"),  # hidden behind a letter it was no number
+        ("0.25", "1234", "misread"),  # 25% as a fraction
+        ("0.26", "1234", "fabricated"),
+        ("1.234K", "7", "misread"),
+        ("One thousand", "7", "fabricated"),
+        ("1 234", "7", "misread"),
+        ("1 235", "7", "fabricated"),
     ],
 )
 def test_classes(said, true, kind):
