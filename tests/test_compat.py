@@ -167,6 +167,11 @@ def _is_library(name: str) -> bool:
     return name.split(".")[0] in LIBRARIES
 
 
+def renamed_names(text: str) -> list[str]:
+    """The names of `RENAMED` that a source uses; comments do not count."""
+    return [match[0] for match in RENAMED.finditer(ast.unparse(ast.parse(text)))]
+
+
 def test_nobody_else_branches_on_a_version_or_knows_two_names() -> None:
     wrong = []
     for path, text in sources():
