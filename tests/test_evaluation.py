@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from rich.console import Console
+from rich.table import Table as RichTable
 from torch.multiprocessing.spawn import start_processes
 
 from sfa_adapters import inject_sfa
@@ -30,6 +33,7 @@ from sfa_adapters.evaluation.open_host import family_of, find_run, open_host
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile, read_answers
 from sfa_adapters.evaluation.scores import compare, metric_for, row_scores, score, sign_test
 from sfa_adapters.evaluation.tables import ablation_table, hallucination_of, hallucination_table, score_table
+from sfa_adapters.evaluation.terminal import terminal_table
 from sfa_adapters.inject import save_sfa
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
