@@ -41,7 +41,7 @@ def rename_cache(module: nn.Module, opaque: bool) -> None:
 
     def renamed(*args: Any, kv_store: Any = None, **kwargs: Any) -> Any:
         cache = kv_store.value if isinstance(kv_store, Store) else kv_store
-        return forward(*args, **kwargs, **(dict.fromkeys(hidden[-1:], cache)))
+        return forward(*args, **kwargs, **dict.fromkeys(hidden[-1:], cache))
 
     def rename(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
