@@ -93,7 +93,9 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # There is one cycle; acc_events only keeps older releases of torch from warning about further ones.
+    on = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=on, profile_memory=True, acc_events=True) as profiler:
         call()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]

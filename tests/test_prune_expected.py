@@ -117,7 +117,8 @@ def test_operations_are_those_counted_by_hand(attention: str) -> None:
     products = 2 * tokens * 32 * (32 + 16 + 16 + 32) + 3 * 2 * tokens * 32 * 64
     scores = 2 * (2 * 2 * heads * 9 * 9 * 8)
     head = 2 * 2 * 32 * 64  # logits of the last token only
-    assert flops_of(model, PLAIN) == 2 * (products + scores) + head
+    rotary = 2 * 2 * 4 * 9  # the oldest transformers takes positions times frequencies as a product of matrices
+    assert flops_of(model, PLAIN) - (2 * (products + scores) + head) in (0, rotary)
     tower, inputs = BY_NAME["clip"].fresh()
     assert flops_of(tower, inputs) > 0
 
