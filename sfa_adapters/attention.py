@@ -91,7 +91,7 @@ def check_backend(backend: object) -> None:
         InjectionError: There is none of that name; lists those that there are.
     """
     if not isinstance(backend, str) or backend not in get_args(Backend):
-        raise InjectionError(f"backend={backend!r} must be one of {', '.join(get_args(Backend))}.")
+        raise InjectionError(f"backend={backend!r} must be one of {list(get_args(Backend))}.")
 
 
 def choose_backend(

@@ -13,6 +13,7 @@ import warnings
 from typing import Any, ClassVar, TextIO
 
 import typer
+from typer.core import TyperCommand
 
 from sfa_adapters.errors import SFAWarning
 
@@ -61,7 +62,7 @@ def _show(
     typer.echo("note: " + " ".join(str(message).split()), err=True)
 
 
-class QuietCommand(typer.core.TyperCommand):
+class QuietCommand(TyperCommand):
     """A command that turns the bars of transformers off when it starts to work, and so not for `--help`.
 
     Attributes:

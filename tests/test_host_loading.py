@@ -264,16 +264,16 @@ def test_the_table_says_what_trains_where():
     rows: list[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
     by_adapter = {(row[0], row[4]): row for row in rows}
     sfa = by_adapter["model.vision_tower", "SFA row + col + dist + block, 3 layers"]
-    assert sfa[1:3] == ("228 of 228", "float32")
+    assert sfa[1:3] == ("228\nof 228", "float32")
     tower = by_adapter["model.vision_tower", "ADAT 0.5"]
     lora = by_adapter["model.language_model", "LoRA r=2"]
     assert (tower[2], tower[3], tower[5]) == ("float32", "0 of 18", "cpu")
     assert lora[3] == "-"
     model = by_adapter["model.language_model", "-"]
-    assert model[1].startswith("0 of ")
+    assert model[1].startswith("0\nof ")
     assert (model[2], model[3]) == ("bfloat16", "0 of 14")
     trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad)
-    assert rows[-1][:2] == ("all", f"{trained:,} of {sum(p.numel() for p in host.model.parameters()):,}")
+    assert rows[-1][:2] == ("all", f"{trained:,}\nof {sum(p.numel() for p in host.model.parameters()):,}")
     console = Console(width=80, record=True)
     console.print(table)
     shown = console.export_text()

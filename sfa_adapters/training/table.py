@@ -41,10 +41,12 @@ def module_table(host: Host) -> Table:
         A table for `rich`: module, trainable (of all) parameters, dtype, linear layers in 4-bit, adapter, device.
     """
     title = f"{type(host.model).__name__}, plan {host.recipe.plan}"
-    table = Table(*COLUMNS, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        *COLUMNS, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for column in table.columns[1:]:
         column.justify = "right"
-    table.columns[0].no_wrap = True  # the other columns give way: a name is never cut
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True  # the other columns give way: a name is never cut
     rows: dict[str, list[nn.Parameter]] = {}
     for name, parameter in host.model.named_parameters():
         rows.setdefault(_row(host, name), []).append(parameter)
@@ -56,7 +58,7 @@ def module_table(host: Host) -> Table:
         inside = [name for name in linear if _row(host, name) == row]
         table.add_row(
             row.partition(" ")[0],
-            f"{count(trained):,} of {count(parameters):,}",
+            f"{count(trained):,}\nof {count(parameters):,}",
             _kinds(str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()) or "-",
             f"{sum(_base(name) in four_bit for name in inside)} of {len(inside)}" if inside else "-",
             _adapter(host, row),
@@ -64,7 +66,7 @@ def module_table(host: Host) -> Table:
         )
     everything = list(host.model.parameters())
     table.add_section()
-    table.add_row("all", f"{count(p for p in everything if p.requires_grad):,} of {count(everything):,}")
+    table.add_row("all", f"{count(p for p in everything if p.requires_grad):,}\nof {count(everything):,}")
     return table
 
 
