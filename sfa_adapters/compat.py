@@ -20,6 +20,7 @@ from sfa_adapters.errors import UnknownInterfaceError, UntestedVersionWarning
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     "TESTED",
@@ -28,6 +29,7 @@ __all__ = [
     "check_versions",
     "checkpoint_activations",
     "encoded_images",
+    "flop_counter",
     "loss_is_scaled",
     "with_cache",
 ]
@@ -223,3 +225,29 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
         by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         scaled = by_model or trainer.compute_loss_func is not None
     return bool(scaled)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts floating-point operations, attention with fewer key/value heads and on a CPU included.
+
+    Older releases of torch leave the kernel of CPUs out, and stop at grouped-query attention in the others.
+    """
+    import torch
+    from torch.utils import flop_counter as counter
+
+    aten = torch.ops.aten
+    if aten._scaled_dot_product_flash_attention_for_cpu in counter.flop_registry:
+        return counter.FlopCounterMode(display=False)
+
+    def operations(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        """Of shapes: scores and weighted sums, once per query head."""
+        batch, heads, queries, width = query
+        return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+    kernels = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    )
+    return counter.FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, operations))

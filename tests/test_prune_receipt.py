@@ -114,7 +114,7 @@ def test_the_receipt_of_a_host_counts_time_and_bytes() -> None:
     assert speed.weights == (before, size(model))
     # Keys and values of 2 rows of 22 tokens; heads of 8 channels; 2 groups in 2 layers, of which one goes.
     assert speed.cache == (4 * 2 * 2 * 22 * 8 * 4, 4 * 2 * 2 * 22 * 8 * 3)
-    assert speed.peak[0] > speed.peak[1] > 0
+    assert speed.peak[0] >= speed.peak[1] > 0  # equal where no attention layer is what takes most at a time
     for pair, ratio in ((speed.prefill, speed.prefill_ratio), (speed.decode, speed.decode_ratio)):
         assert min(pair) > 0
         assert ratio.low <= ratio.value <= ratio.high

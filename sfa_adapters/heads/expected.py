@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from sfa_adapters.compat import flop_counter
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import plain_model
@@ -91,7 +91,7 @@ def flops_of(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     Counted by `torch.utils.flop_counter` on the forward itself, `scaled_dot_product_attention` included (also on a
     CPU). A causal mask saves nothing in this count.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         if can_answer(model):
             answer(model, inputs, 1)
         else:
