@@ -86,6 +86,7 @@ def inspect(
         label, _, text = line.partition(" ")
         if label != "adapters":
             facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
+    facts.columns[-1].overflow = "fold"  # a folder may be longer than a line
     console.print(facts)
     layers = Table("layer", "path in the tower", "attention", "parameters", box=box.SIMPLE_HEAD)
     layers.columns[1].overflow = layers.columns[2].overflow = "fold"  # names are never cut

@@ -140,7 +140,8 @@ def test_both_runs_see_the_same_charts_and_questions_and_only_sfa_differs(monkey
         changed = {key for key, value in arm.model.state_dict().items() if not torch.equal(value, start[key])}
         assert any("multi_modal_projector" in key for key in changed)
         assert not any("language_model" in key or "lm_head" in key for key in changed)
-    scalars = {key: value for key, value in arms[0].model.state_dict().items() if ".sfa." in key}
+    scalars = {key: value for key, value in arms[0].model.state_dict().items() if ".sfa.sfa_" in key}
+    assert scalars
     assert all(not torch.equal(value, before[0][key]) for key, value in scalars.items())
 
 

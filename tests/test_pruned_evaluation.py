@@ -89,6 +89,8 @@ def same(first: Host, second: Host) -> None:
         (name, one), (other, two) = pairs
         assert name == other
         assert one.dtype == two.dtype
+        if name.endswith("_extra_state"):  # also says how the scalars were drawn, which a loaded host need not know
+            continue
         assert torch.equal(one, two), name
     for (name, one), (_, two) in zip(first.model.named_buffers(), second.model.named_buffers(), strict=True):
         assert torch.equal(one, two), name
