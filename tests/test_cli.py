@@ -315,7 +315,10 @@ def test_other_libraries_are_silent_and_our_own_warnings_are_a_line(tmp_path: Pa
         "sys.argv = ['sfa', 'inspect', 'x']\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    # Who sets PYTHONWARNINGS wants to see warnings; then nothing is silenced.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.stderr.splitlines() == ["note: of ours", "sfa: the end"]
     assert done.returncode == 2
 

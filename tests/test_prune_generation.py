@@ -13,7 +13,7 @@ from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, HostCase, logits_of
+from tests.hosts import HOSTS, IMAGE, HostCase, logits_of
 from tests.pruning import gated, language_model, plan_for, text_inputs, text_plan, with_lora
 from tests.support import assert_close, difference
 
@@ -34,6 +34,8 @@ def answers(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 def left_padded(case: HostCase) -> dict[str, Any]:
     inputs = case.inputs()
     inputs["input_ids"][1, :1], inputs["attention_mask"][1, :1] = 0, 0
+    if case.name == "qwen2_5_vl":  # older releases of transformers count images by the token in front of them
+        inputs["input_ids"][:, 1] = IMAGE + 2
     return inputs
 
 

@@ -139,14 +139,20 @@ class SavingMixin(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        # Older releases of transformers read the files of several CPU processes onto "cpu:0", which torch.load refuses.
+        several_on_cpu = self.args.world_size > 1 and self.args.device.type == "cpu"
         try:
-            if self.is_fsdp_enabled:
-                state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-                load_optimizer(self.host.model, self.optimizer, state)
-                scheduler: Any = self.lr_scheduler
-                scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-            else:
+            if not (self.is_fsdp_enabled or several_on_cpu):
                 super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+            optimizer: Any = self.optimizer
+            scheduler: Any = self.lr_scheduler
+            if self.is_fsdp_enabled:
+                load_optimizer(self.host.model, optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise RecipeError(
                 f"The state of the optimizer in {checkpoint} (optimizer.pt, scheduler.pt) cannot be read: {error} Take "
