@@ -22,6 +22,7 @@ from sfa_adapters.cli_errors import one_line
 from sfa_adapters.cli_eval import app as eval_app
 from sfa_adapters.cli_quiet import silence_others
 from sfa_adapters.cli_share import app as share_app
+from sfa_adapters.cli_study import app as study_app
 from sfa_adapters.cli_train import app as train_app
 
 __all__ = ["app", "main"]
@@ -38,6 +39,7 @@ app.add_typer(density_app)
 app.add_typer(train_app)
 app.add_typer(eval_app)
 app.add_typer(share_app)  # no name: its commands stand beside `demo`
+app.add_typer(study_app)
 # Its base is what every wrong use of the command line is; typer exports only this one by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
 

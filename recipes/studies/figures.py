@@ -1,0 +1,83 @@
+"""The figures of a study: score over steps, and score on every test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfa_adapters.recipes.studies.results_file import Row
+from sfa_adapters.recipes.studies.settings import StudySettings
+from sfa_adapters.recipes.studies.summary import ArmLine
+
+__all__ = ["draw_curves", "draw_tests"]
+
+# Okabe and Ito's palette: told apart by people who do not see all colours.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+STYLES = ("-", "--", ":", "-.")
+
+
+def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> None:
+    """Mean score on validation pictures over steps, one panel per budget; bands go from the worst to the best seed.
+
+    Arms whose settings say `figure: false` are left out; the table has them.
+    """
+    from matplotlib.figure import Figure
+
+    budgets = [budget for budget in settings.budgets if any(row.budget == budget for row in rows)]
+    figure = Figure(figsize=(5.2 * len(budgets) + 1.8, 4.4), dpi=130, layout="constrained")
+    axes: Any = figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
+    for axis, budget in zip(axes, budgets, strict=True):
+        for number, arm in enumerate(_shown(settings)):
+            curves = [row.outcome.curve for row in rows if (row.arm, row.budget) == (arm, budget)]
+            if not curves:
+                continue
+            steps = [step for step, _ in curves[0]]
+            scores = 100 * np.array([[score for _, score in curve] for curve in curves])
+            colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS)]
+            axis.plot(steps, scores.mean(0), style, color=colour, label=arm, linewidth=2.2)
+            if number < 3:
+                axis.fill_between(steps, scores.min(0), scores.max(0), color=colour, alpha=0.12, linewidth=0)
+        axis.set_title(", ".join(f"{value} {name}" for name, value in budget.items()), fontsize=14)
+        axis.set_xlabel("steps", fontsize=14)
+        axis.tick_params(labelsize=12)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(0, 101)
+    axes[0].set_ylabel("right answers, %", fontsize=14)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=12, frameon=False)
+    figure.savefig(path)
+
+
+def draw_tests(settings: StudySettings, lines: Sequence[ArmLine], path: Path) -> None:
+    """Bars: each arm on each test set under the primary budget, with 95% intervals."""
+    from matplotlib.figure import Figure
+
+    shown = _shown(settings)
+    here = [line for line in lines if line.budget == settings.primary.budget and line.arm in shown]
+    if not here:
+        return
+    figure = Figure(figsize=(2.4 * len(settings.tests) + 2.4, 4.4), dpi=130, layout="constrained")
+    axis: Any = figure.subplots()
+    width = 0.84 / len(here)
+    for number, line in enumerate(here):
+        position = shown.index(line.arm)
+        places = np.arange(len(settings.tests)) + (number - (len(here) - 1) / 2) * width
+        intervals = [line.tests[test] for test in settings.tests]
+        heights = np.array([100 * interval.value for interval in intervals])
+        ends = np.array([[100 * i.value - 100 * i.low, 100 * i.high - 100 * i.value] for i in intervals]).T.clip(0)
+        hatch = "//" if position >= len(COLOURS) else None
+        colour = COLOURS[position % len(COLOURS)]
+        axis.bar(places, heights, width, yerr=ends, color=colour, label=line.arm, hatch=hatch, ecolor="#444444")
+    axis.set_xticks(range(len(settings.tests)), settings.tests, fontsize=14)
+    axis.set_ylabel("right answers, %", fontsize=14)
+    axis.tick_params(axis="y", labelsize=12)
+    axis.set_ylim(0, 101)
+    figure.legend(loc="outside right center", fontsize=12, frameon=False)
+    figure.savefig(path)
+
+
+def _shown(settings: StudySettings) -> list[str]:
+    return [arm for arm, options in settings.arms.items() if options.get("figure", True)]

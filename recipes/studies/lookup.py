@@ -1,0 +1,117 @@
+"""Study a: a small vision transformer learns from scratch to look values up in tables.
+
+    sfa study lookup --workers 2        (numbers: docs/studies/lookup/)
+
+Arms of one seed start from the same values of shared weights and see the same pictures in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfa_adapters.recipes.studies.lookup_net import LookupNet
+from sfa_adapters.recipes.studies.lookup_pictures import digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.results_file import Outcome
+from sfa_adapters.recipes.studies.settings import Job
+
+__all__ = ["train"]
+
+READING = 0.5  # weight of the side task: every cell names its own digit
+VALIDATION, TEST = 7, 8  # seeds of the pictures that all runs are measured on
+
+
+def train(job: Job) -> Outcome:
+    """Trains and measures one run.
+
+    Args:
+        job: Its options: `steps`, `batch`, `grid`, `lr`, `sfa_lr`, `warmup`, `every`, `validation`, `test_pictures`
+            and those of `LookupNet`.
+    """
+    began, options = time.process_time(), job.options
+    grid = (options["grid"][0], options["grid"][1])
+    net = LookupNet(grid, options, job.seed)
+    torch.manual_seed(job.seed)
+    for structure in net.structures():
+        if options.get("init", "normal") == "normal":
+            structure.reset_parameters()
+    optimizer, schedule = _optimizer(net, options)
+    weights = [parameter for group in optimizer.param_groups[:1] for parameter in group["params"]]
+    generator = torch.Generator().manual_seed(1000 + job.seed)
+    bank, curve = digit_bank("train"), []
+    for step in range(1, options["steps"] + 1):
+        batch = draw_lookups(bank, options["batch"], grid, generator)
+        answer, read = net(batch.patches, grid)
+        loss = functional.cross_entropy(answer, batch.answers)
+        loss = loss + READING * functional.cross_entropy(read.flatten(0, 1), batch.digits.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % options["every"] == 0:
+            right = _score(net, "val", grid, options["validation"], VALIDATION)
+            curve.append((step, float(right.mean())))
+    tests = {
+        name: _score(net, "test", size, options["test_pictures"][name], TEST)
+        for name, size in test_grids(grid).items()
+        if name in options["test_pictures"]
+    }
+    scalars = _largest(net)
+    extra = sum(p.numel() for block in net.blocks for p in block.position.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+    return Outcome(curve, tests, scalars, time.process_time() - began, {"extra_parameters": extra})
+
+
+def test_grids(grid: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each test set; all but the first are unlike those of the training."""
+    height, width = grid
+    return {
+        "same": grid,
+        "x1.5": (height * 3 // 2, width * 3 // 2),
+        "x2": (2 * height, 2 * width),
+        "wide": (height * 7 // 10, width * 14 // 10),
+        "tall": (height * 14 // 10, width * 7 // 10),
+    }
+
+
+def _optimizer(net: LookupNet, options: Any) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    scalars = [parameter for structure in net.structures() for parameter in structure.parameters()]
+    ids = {id(parameter) for parameter in scalars}
+    weights = [parameter for parameter in net.parameters() if id(parameter) not in ids]
+    groups: list[dict[str, Any]] = [{"params": weights, "lr": options["lr"], "weight_decay": 0.01}]
+    if scalars:
+        rate = options["lr"] if options["sfa_lr"] == "lr" else options["sfa_lr"]
+        groups.append({"params": scalars, "lr": rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    steps, warmup = options["steps"], options["warmup"]
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+@torch.no_grad()
+def _score(net: LookupNet, split: Any, grid: tuple[int, int], count: int, seed: int) -> np.ndarray:
+    """1 for each picture whose answer is right, else 0, `[count]`."""
+    generator, right = torch.Generator().manual_seed(seed), []
+    for start in range(0, count, 50):
+        batch = draw_lookups(digit_bank(split), min(50, count - start), grid, generator)
+        right.append(net(batch.patches, grid)[0].argmax(-1) == batch.answers)
+    return torch.cat(right).numpy().astype(np.float64)
+
+
+def _largest(net: LookupNet) -> dict[str, float]:
+    sizes: dict[str, Tensor] = {}
+    for structure in net.structures():
+        for term in structure.terms:
+            value = getattr(structure, term).detach().abs().max()
+            value = value**2 if term == "block" else value  # e_i * e_j is what is added
+            sizes[term] = torch.maximum(sizes.get(term, value), value)
+    return {term: float(value) for term, value in sizes.items()}

@@ -1,0 +1,165 @@
+"""The settings of a study: one YAML file, committed before the test pictures are drawn.
+
+A study trains each *arm* (a way of telling a model where its tokens lie) for each *budget* (steps, pictures) with each
+seed. Everything that decides a run stands in the file; nothing is chosen while results come in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sfa_adapters.errors import DataError
+
+__all__ = ["Job", "Primary", "StudySettings", "load_settings"]
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The one comparison that decides the claim; everything else is secondary.
+
+    Attributes:
+        arm: Whose gain is asked for.
+        test: Which test set.
+        budget: Which budget.
+    """
+
+    arm: str
+    test: str
+    budget: Options
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        arm: Name of the arm.
+        seed: Of weights, data and order; runs of one seed are paired.
+        budget: Steps, pictures, ...: what the budget names.
+        options: All settings of the run: those of the study, over them those of the arm, over them the budget.
+    """
+
+    arm: str
+    seed: int
+    budget: Options
+    options: Options
+
+    @property
+    def key(self) -> str:
+        """Names the run in the results file."""
+        return " ".join([self.arm, f"seed={self.seed}", *(f"{name}={value}" for name, value in self.budget.items())])
+
+    @property
+    def digest(self) -> str:
+        """Changes with any setting of the run."""
+        text = json.dumps([self.arm, self.seed, self.options], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What a study does.
+
+    Attributes:
+        name: Of the study, as on the command line.
+        title: What it asks, one line.
+        metric: What the scores are, with its unit.
+        primary: The comparison that decides.
+        control: The arm that others are compared with.
+        placebo: The arm that must show nothing.
+        seeds: Of the reported runs.
+        budgets: Each a mapping, e.g. `{steps: 500}`.
+        arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
+        tests: Names of the test sets, the first one the main one.
+        train: Settings of all runs.
+        thresholds: Shares of right answers; the table says after how many steps each is passed.
+        tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
+            result.
+    """
+
+    name: str
+    title: str
+    metric: str
+    primary: Primary
+    control: str
+    placebo: str
+    seeds: Sequence[int]
+    budgets: Sequence[Options]
+    arms: Mapping[str, Options]
+    tests: Sequence[str]
+    train: Options
+    thresholds: Sequence[float] = (0.5, 0.9)
+    tuning: Options = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role in (self.control, self.placebo, self.primary.arm):
+            if role not in self.arms:
+                raise DataError(f"{self.name}: no arm {role!r} in arms ({', '.join(self.arms)}).")
+        if self.primary.test not in self.tests or self.primary.budget not in self.budgets:
+            raise DataError(f"{self.name}: primary names a test set or a budget that the study does not have.")
+        both = set(self.seeds) & set(self.tuning.get("seeds", ()))
+        if both:
+            raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
+
+    def jobs(self) -> list[Job]:
+        """The reported runs; all arms of a seed come before the next seed, so that what is done is always paired."""
+        return [
+            self._job(arm, seed, budget)
+            for seed, budget, arm in product(self.seeds, self.budgets, self.arms)
+            if budget in self.arms[arm].get("budgets", self.budgets) and seed in self.arms[arm].get("seeds", self.seeds)
+        ]
+
+    def tuning_jobs(self) -> list[Job]:
+        """Runs on the seeds of the tuning, over the grid of each arm; the values tried are part of the arm's name."""
+        jobs = []
+        for grid in self.tuning.get("grids", ()):
+            names = [name for name in grid if name != "arms"]
+            for seed, arm, values in product(self.tuning["seeds"], grid["arms"], product(*(grid[n] for n in names))):
+                tried = dict(zip(names, values, strict=True))
+                job = self._job(arm, seed, self.tuning["budget"])
+                name = " ".join([arm, *(f"{key}={value:g}" for key, value in tried.items())])
+                jobs.append(Job(name, seed, job.budget, {**job.options, **tried}))
+        return jobs
+
+    def _job(self, arm: str, seed: int, budget: Options) -> Job:
+        own = {name: value for name, value in self.arms[arm].items() if name not in ("budgets", "seeds", "label")}
+        return Job(arm, seed, budget, {**self.train, **own, **budget})
+
+
+def load_settings(source: str | Path) -> StudySettings:
+    """Reads a study.
+
+    Args:
+        source: Name of a study that comes with the package, or a YAML file.
+
+    Raises:
+        DataError: There is no such file, or it says something that no study has.
+    """
+    path: Any = files("sfa_adapters.recipes.studies") / f"{source}.yaml" if isinstance(source, str) else source
+    if not path.is_file():
+        raise DataError(f"No settings of a study at {path}.")
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as YAML: {error}") from error
+    names = {each.name for each in fields(StudySettings)}
+    if not isinstance(written, dict) or set(written) - names or "primary" not in written:
+        unknown = sorted(set(written) - names) if isinstance(written, dict) else written
+        raise DataError(
+            f"{path}: not the settings of a study; unknown: {unknown}. There are {', '.join(sorted(names))}."
+        )
+    try:
+        return StudySettings(**{**written, "primary": Primary(**written["primary"])})
+    except TypeError as error:
+        raise DataError(f"{path}: {error}") from error

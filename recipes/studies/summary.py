@@ -1,0 +1,122 @@
+"""What the runs of a study say: one line per arm and budget, with paired differences from the control."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sfa_adapters.recipes.studies.results_file import Row
+from sfa_adapters.recipes.studies.settings import StudySettings
+from sfa_adapters.statistics import Interval, seeds_bootstrap, sign_test
+
+__all__ = ["ArmLine", "steps_to", "summarize", "tuning_lines"]
+
+
+@dataclass(frozen=True)
+class ArmLine:
+    """One arm under one budget.
+
+    Attributes:
+        arm: Which.
+        budget: Which.
+        seeds: Those that are done.
+        tests: Score on each test set, over seeds and pictures, in [0, 1].
+        gain: Score on the first test set minus the control's of the same seed and picture; None for the control.
+        gains: The same for every test set.
+        sign: p value of the sign test over seeds, on the first test set.
+        steps: Threshold to (median step at which it was passed or None, how many seeds passed it).
+        scalars: Largest size of each structural term, mean over seeds, logits.
+        seconds: CPU time of a run, mean.
+        numbers: Mean over seeds of each further number.
+    """
+
+    arm: str
+    budget: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    tests: Mapping[str, Interval]
+    gain: Interval | None
+    gains: Mapping[str, Interval]
+    sign: float | None
+    steps: Mapping[float, tuple[float | None, int]]
+    scalars: Mapping[str, float]
+    seconds: float
+    numbers: Mapping[str, float]
+
+
+def summarize(settings: StudySettings, rows: Sequence[Row]) -> list[ArmLine]:
+    """All arms under all budgets that have a finished run, in the order of the settings."""
+    lines = []
+    for budget in settings.budgets:
+        control = _runs(rows, settings.control, budget)
+        for arm in settings.arms:
+            runs = _runs(rows, arm, budget)
+            if runs:
+                lines.append(_line(settings, arm, budget, runs, {} if arm == settings.control else control))
+    return lines
+
+
+def tuning_lines(settings: StudySettings, rows: Sequence[Row]) -> list[tuple[str, int, float]]:
+    """Each tuned setting, how many seeds it has, and its mean score on the validation pictures at the end."""
+    scores: dict[str, list[float]] = {}
+    for job in settings.tuning_jobs():
+        for row in rows:
+            if row.key == job.key:
+                scores.setdefault(job.arm, []).append(row.outcome.curve[-1][1])
+    return [(arm, len(values), statistics.mean(values)) for arm, values in scores.items()]
+
+
+def steps_to(curve: Sequence[tuple[int, float]], threshold: float) -> int | None:
+    """The first measured step from which on the score stays at or above a threshold; None where it does not."""
+    passed = None
+    for step, score in curve:
+        if score < threshold:
+            passed = None
+        elif passed is None:
+            passed = step
+    return passed
+
+
+def _runs(rows: Sequence[Row], arm: str, budget: Mapping[str, Any]) -> dict[int, Row]:
+    return {row.seed: row for row in sorted(rows, key=lambda row: row.seed) if (row.arm, row.budget) == (arm, budget)}
+
+
+def _line(
+    settings: StudySettings, arm: str, budget: Mapping[str, Any], runs: dict[int, Row], control: dict[int, Row]
+) -> ArmLine:
+    outcomes = [row.outcome for row in runs.values()]
+    both = [seed for seed in runs if seed in control]
+    pairs = {
+        test: [runs[seed].outcome.tests[test] - control[seed].outcome.tests[test] for seed in both]
+        for test in settings.tests
+    }
+    gains = {test: seeds_bootstrap(values) for test, values in pairs.items() if values}
+    main = settings.tests[0]
+    return ArmLine(
+        arm=arm,
+        budget=budget,
+        seeds=tuple(runs),
+        tests={test: seeds_bootstrap([outcome.tests[test] for outcome in outcomes]) for test in settings.tests},
+        gain=gains.get(main),
+        gains=gains,
+        sign=sign_test([float(np.mean(values)) for values in pairs[main]]) if both else None,
+        steps={threshold: _median_step(outcomes, threshold) for threshold in settings.thresholds},
+        scalars=_means([outcome.scalars for outcome in outcomes]),
+        seconds=statistics.mean(outcome.seconds for outcome in outcomes),
+        numbers=_means([outcome.numbers for outcome in outcomes]),
+    )
+
+
+def _median_step(outcomes: Sequence[Any], threshold: float) -> tuple[float | None, int]:
+    """The median counts runs that never pass as infinitely slow; None where half of them or more never do."""
+    steps = [steps_to(outcome.curve, threshold) for outcome in outcomes]
+    median = statistics.median(float("inf") if step is None else step for step in steps)
+    return None if median == float("inf") else median, sum(step is not None for step in steps)
+
+
+def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = [name for name, value in records[0].items() if isinstance(value, int | float)] if records else []
+    return {name: statistics.mean(float(record[name]) for record in records if name in record) for name in names}
