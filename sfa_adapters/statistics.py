@@ -87,7 +87,7 @@ def seeds_bootstrap(values: Sequence[np.ndarray], seed: int = 0, rounds: int = 2
 
 
 def sign_test(differences: Sequence[float]) -> float:
-    """Chance that as many or more differences point one way if both ways were equally likely (two-sided; ties left out).
+    """Chance of as many differences of one sign, or more, if both signs were equally likely (two-sided; no ties).
 
     Args:
         differences: one per training run.
