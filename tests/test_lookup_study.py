@@ -11,7 +11,7 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.lookup import test_grids as grids_of
 from sfa_adapters.recipes.studies.lookup import train
 from sfa_adapters.recipes.studies.lookup_net import LookupNet, Position
-from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, DigitBank, digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, NONE, DigitBank, digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.settings import load_settings
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, of the extra [study]")
@@ -47,6 +47,16 @@ def test_the_answer_is_where_the_marked_headers_cross() -> None:
     inside = digits != BLANK
     assert (bright[inside] == digits[inside]).all()
     assert (inside.flatten(1).sum(1) >= 9).all()
+    headers = batch.headers.reshape(64, *GRID, 2)
+    asked = headers[..., 0] != NONE
+    for picture in range(64):
+        rows, columns = inside[picture].nonzero(as_tuple=True)
+        top, left = int(rows.min()), int(columns.min())
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            body = row > top and column > left
+            expected = [digits[picture, row, left], digits[picture, top, column]] if body else [NONE, NONE]
+            assert headers[picture, row, column].tolist() == expected
+    assert not (asked & ~inside).any()
 
 
 def test_equal_seeds_draw_equal_pictures() -> None:
@@ -127,10 +137,10 @@ def test_an_unknown_bias_is_refused() -> None:
         LookupNet(GRID, {"bias": "alibi"}, 0)
 
 
-@pytest.mark.parametrize("arm", load_settings("lookup").arms)
-def test_every_arm_trains(arm: str) -> None:
-    job = next(job for job in load_settings("lookup").jobs() if job.arm == arm)
-    small = {"grid": [4, 4], "batch": 4, "steps": 2, "every": 1, "validation": 4, "warmup": 1, "width": 16}
+@pytest.mark.parametrize(("study", "arm"), [(s, arm) for s in ("lookup", "crossing") for arm in load_settings(s).arms])
+def test_every_arm_trains(study: str, arm: str) -> None:
+    job = next(job for job in load_settings(study).jobs() if job.arm == arm)
+    small = {"grid": [4, 4], "batch": 4, "steps": 2, "measurements": 2, "validation": 4, "warmup": 1, "width": 16}
     job = replace(job, options={**job.options, **small, "test_pictures": {"same": 4, "x2": 2}})
     outcome, again = train(job), train(job)
     assert [step for step, _ in outcome.curve] == [1, 2]

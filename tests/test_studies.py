@@ -66,10 +66,10 @@ def train(job: Job) -> Outcome:
 
 def test_jobs_are_paired_and_arms_may_run_in_fewer_of_them(settings: StudySettings) -> None:
     jobs = settings.jobs()
-    assert [(job.seed, job.budget["steps"], job.arm) for job in jobs[:7]] == [
-        (0, 10, "none"), (0, 10, "good"), (0, 10, "placebo"),
-        (0, 20, "none"), (0, 20, "good"), (0, 20, "placebo"), (0, 20, "few"),
+    assert [(job.budget["steps"], job.seed, job.arm) for job in jobs[:4]] == [
+        (10, 0, "none"), (10, 0, "good"), (10, 0, "placebo"), (10, 1, "none"),
     ]  # fmt: skip
+    assert [job.arm for job in jobs if job.budget["steps"] == 20][:5] == ["none", "good", "placebo", "few", "none"]
     assert len(jobs) == 3 * 6 + 1
     assert jobs[1].options == {"lr": 0.1, "gain": 0.3, "steps": 10}
     assert len({job.key for job in jobs}) == len({job.digest for job in jobs}) == len(jobs)
@@ -112,7 +112,7 @@ def test_the_settings_of_every_study_load(name: str) -> None:
     settings = load_settings(name)
     assert settings.name == name
     assert settings.jobs()
-    assert settings.tuning_jobs()
+    assert settings.tuning_jobs() or name == "crossing"  # which takes what was chosen for `lookup`
     assert len(settings.seeds) >= 3
 
 

@@ -109,7 +109,7 @@ class _Block(nn.Module):
 
 
 class LookupNet(nn.Module):
-    """A ViT of three layers with a CLS token that answers, and a head that reads the digit of every cell.
+    """A ViT of three layers; its CLS token answers, and every cell says what it and its headers show.
 
     Args:
         grid: The training grid.
@@ -131,6 +131,7 @@ class LookupNet(nn.Module):
             self.blocks = nn.ModuleList(_Block(width, heads, none) for _ in range(layers))
             self.norm = nn.LayerNorm(width)
             self.answer, self.read = nn.Linear(width, 10), nn.Linear(width, BLANK + 1)
+            self.header = nn.Linear(width, 20)
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.05)
@@ -138,15 +139,19 @@ class LookupNet(nn.Module):
             for block in self.blocks:  # last, so that what arms share was drawn before they differ
                 block.position = Position(options.get("bias", "none"), heads, width, grid, options)
 
-    def forward(self, patches: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Logits of the answer, `[batch, 10]`, and of each cell's digit, `[batch, cells, 11]`."""
+    def forward(self, patches: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the answer and, for each cell, of its own digit and of those of its headers.
+
+        Returns:
+            `[batch, 10]`, `[batch, cells, 11]` and `[batch, cells, 2, 10]` (row, column).
+        """
         x = self.embed(patches) + (_sincos(grid, self.width) if self.places is None else self._places(grid))
         x = torch.cat((self.cls.expand(len(x), -1, -1), x), 1)
         layout = TokenLayout.regular(*grid, prefix_tokens=1)
         for block in self.blocks:
             x = block(x, layout, grid)
         x = self.norm(x)
-        return self.answer(x[:, 0]), self.read(x[:, 1:])
+        return self.answer(x[:, 0]), self.read(x[:, 1:]), self.header(x[:, 1:]).unflatten(-1, (2, 10))
 
     def _places(self, grid: Grid) -> Tensor:
         assert self.places is not None

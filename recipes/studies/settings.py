@@ -113,10 +113,10 @@ class StudySettings:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
 
     def jobs(self) -> list[Job]:
-        """The reported runs; all arms of a seed come before the next seed, so that what is done is always paired."""
+        """The reported runs, budget by budget; all arms of a seed come before the next seed: what is done is paired."""
         return [
             self._job(arm, seed, budget)
-            for seed, budget, arm in product(self.seeds, self.budgets, self.arms)
+            for budget, seed, arm in product(self.budgets, self.seeds, self.arms)
             if budget in self.arms[arm].get("budgets", self.budgets) and seed in self.arms[arm].get("seeds", self.seeds)
         ]
 
