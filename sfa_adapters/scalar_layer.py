@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sfa_adapters.axial import start_values
 from sfa_adapters.bias import TERMS, StructuralWeights, parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import WeightsError
@@ -48,9 +49,12 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         """Adds the scalars of one adapter, drawn anew in float32, and makes no other adapter inactive."""
         assert config.num_blocks is not None
         self.device = device
-        for term, shape in parameter_shapes(self.num_heads, config.num_blocks, config.terms).items():
-            values = torch.empty(shape, device=device, dtype=torch.float32)
-            getattr(self, f"sfa_{term}")[adapter_name] = nn.Parameter(nn.init.normal_(values, std=config.init_std))
+        shapes = parameter_shapes(self.num_heads, config.num_blocks, config.terms)
+        # With a warm-up the chosen scalars start at zero, and `AxialRamp` brings the strength.
+        strength = 0.0 if config.init_warmup_steps else config.init_strength
+        heads = config.strong_heads(self.index, self.num_heads)
+        for term, values in start_values(shapes, config.init_std, heads, strength, device).items():
+            getattr(self, f"sfa_{term}")[adapter_name] = nn.Parameter(values)
         self.configs[adapter_name] = config
         self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
 
