@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sfa_adapters.adapter_folder import complete_folder
 from sfa_adapters.attention import check_backend
 from sfa_adapters.axial import AXES, LayerHeads, check_start, first_heads, read_heads
 from sfa_adapters.bias import TERMS, check_bias_options
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError, SFAWarning
 from sfa_adapters.layout import check_block_map, default_block_map
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 
@@ -137,6 +138,11 @@ class SFAConfig(PeftConfig):
         blocks = {} if {"num_blocks", "block_grid", "block_map"} & options.keys() else {"block_grid": (4, 4)}
         return cls(**{**as_published, **blocks, **options})
 
+    @property
+    def waits_for_ramp(self) -> bool:
+        """Whether the axial start is to grow from zero and no step of it was taken."""
+        return self.init_warmup_steps > 0 and self.init_warmup_done == 0
+
     def strong_heads(self, layer: int, num_heads: int) -> LayerHeads:
         """Heads of a layer that start strong, by term; only terms that are on.
 
@@ -184,6 +190,14 @@ class SFAConfig(PeftConfig):
             save_directory: The folder of the adapter.
             **kwargs: As PEFT's.
         """
+        if self.waits_for_ramp and self.tower is not None:
+            warnings.warn(
+                f"This adapter is saved with init_warmup_steps={self.init_warmup_steps}, but AxialRamp.step() never "
+                "ran: its axial start is at strength 0. Train with SFATrainerMixin, or step AxialRamp(model) after "
+                "each optimizer.step().",
+                SFAWarning,
+                stacklevel=2,
+            )
         super().save_pretrained(save_directory, **kwargs)
         complete_folder(Path(save_directory))
 

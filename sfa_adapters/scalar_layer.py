@@ -144,13 +144,18 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         return write_record(self.configs)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Checks that the scalars of a state dict mean here what they meant there; takes nothing over.
+        """Checks that the scalars of a state dict mean here what they meant there.
+
+        How far the axial start has grown (`AxialRamp`) comes along with the scalars; nothing else is taken over.
 
         Raises:
             AdapterMismatchError: They do not.
             WeightsError: `state` is not what `get_extra_state` gives.
         """
-        check_same_meaning(read_record(state, self.name), self.configs, self.name)
+        saved = read_record(state, self.name)
+        check_same_meaning(saved, self.configs, self.name)
+        for name in saved.keys() & self.configs.keys():
+            self.configs[name].init_warmup_done = saved[name].init_warmup_done
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
