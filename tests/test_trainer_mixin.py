@@ -97,7 +97,7 @@ def test_the_optimizer_is_that_of_the_arguments(optim: str, tmp_path: Path) -> N
     if optim == "lion_32bit":
         pytest.importorskip("bitsandbytes")
     made = trainer(adapted(), tmp_path, optim=optim)
-    plain = Trainer(model=adapted(), args=made.args)
+    plain: Any = Trainer(model=adapted(), args=made.args)
     assert type(made.create_optimizer()) is type(plain.create_optimizer())
     assert [group["name"] for group in made.optimizer.param_groups] == ["model", "model (no decay)", "sfa"]
     ignored = {"params", "lr", "weight_decay", "name"}
@@ -108,7 +108,7 @@ def test_the_optimizer_is_that_of_the_arguments(optim: str, tmp_path: Path) -> N
 def test_optimizers_with_groups_of_their_own_are_refused(tmp_path: Path) -> None:
     made = trainer(adapted(), tmp_path)
     made.get_optimizer_cls_and_kwargs = lambda *_: (torch.optim.AdamW, {"optimizer_dict": {}})
-    with pytest.raises(InjectionError, match="args.optim=.* makes its own parameter groups"):
+    with pytest.raises(InjectionError, match=r"args\.optim=.* makes its own parameter groups"):
         made.create_optimizer()
     made.get_optimizer_cls_and_kwargs = lambda *_: (object, {})
     with pytest.raises(InjectionError, match="makes its own parameter groups"):
@@ -248,7 +248,7 @@ def test_in_trl(tmp_path: Path) -> None:
         dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, per_device_train_batch_size=2,
         gradient_checkpointing=False,
     )  # fmt: skip
-    made = SFASFTTrainer(
+    made: Any = SFASFTTrainer(
         model=model, args=arguments, train_dataset=Table.from_list(rows), processing_class=host.tokenizer
     )
     made.train()

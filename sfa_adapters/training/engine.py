@@ -32,8 +32,9 @@ FOR_US = ("row_ids", "skipped")  # what a collator tells the Trainer; the model 
 class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     """`transformers.Trainer` for a prepared host.
 
-    What differs: learning rates by part; what `SFATrainerMixin` says about the scalars; whole batches in an order that seed and epoch decide; checks of labels and
-    gradients; NaN stops the run; checkpoints hold what trains, appear whole or not at all, and load strictly.
+    What differs: learning rates by part, and a look at how large the structural scalars become; whole batches in an
+    order that seed and epoch decide; checks of labels and gradients; NaN stops the run; checkpoints hold what trains,
+    appear whole or not at all, and load strictly.
 
     Args:
         host: The host.

@@ -46,7 +46,7 @@ class TrainResult:
         seconds: Wall-clock time of this part of the run.
         skipped: Rows that were passed over, each once.
         history: The log.
-        scalars: The largest structural scalar of each term at the end, in logits (`largest_scalars`); empty without SFA.
+        scalars: The largest structural scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
     """
 
     folder: Path
@@ -135,9 +135,8 @@ def train(
         raise Interrupted(stop.received)
     scalars = largest_scalars(host.model) if has_active_sfa(host.model) else {}
     if scalars:
-        console.print(
-            f"Largest structural scalars, in logits: {', '.join(f'{t} {w:.2g}' for t, w in scalars.items())}."
-        )
+        sizes = ", ".join(f"{term} {size:.2g}" for term, size in scalars.items())
+        console.print(f"Largest structural scalars, in logits: {sizes}.")
     save_trained(host, folder / FINAL)
     trainer.accelerator.wait_for_everyone()
     history = tuple(trainer.state.log_history)
