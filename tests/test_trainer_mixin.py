@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset as Table
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipForImageClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from sfa_adapters import SFAConfig, SFATrainerMixin, inject_sfa, sfa_parameter_groups
 from sfa_adapters.errors import InjectionError, SFAWarning, TrainingError
@@ -30,6 +39,7 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         inputs = HOST.inputs(number)
         row = {name: value[0] for name, value in inputs.items()}
+        row["pixel_values"] = row["pixel_values"].clamp(-1, 1)
         labels = row["input_ids"].clone()
         labels[:-3] = -100
         return {**row, "labels": labels}
@@ -62,8 +72,9 @@ def trainer(model: Any, folder: Path, kind: Any = PlainTrainer, steps: int = 4, 
         "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
         "remove_unused_columns": False, "seed": 1, "optim": "adamw_torch",
     }  # fmt: skip
+    rows = options.pop("rows", None) or Rows()
     arguments = TrainingArguments(str(folder), **{**settings, **options})
-    return kind(model=model, args=arguments, train_dataset=Rows(), **keywords)
+    return kind(model=model, args=arguments, train_dataset=rows, **keywords)
 
 
 def scalars(model: nn.Module) -> dict[str, Tensor]:
@@ -176,22 +187,39 @@ def test_the_ramp_runs_by_itself(accumulation: int, tmp_path: Path) -> None:
     assert injected_layers(model)[0][2].configs["default"].init_warmup_done == 4
 
 
+class Pictures(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        pixels = torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(number))
+        return {"pixel_values": pixels, "labels": number % 2}
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = SiglipConfig(vision_config={**size, "image_size": 56, "patch_size": 14}, text_config=size)
+    return SiglipForImageClassification(config)
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
 def test_a_resumed_run_is_the_run_without_a_break(wrapped: bool, tmp_path: Path) -> None:
     """Bit for bit: ramp, optimizer state and all."""
 
     def build() -> Any:
-        torch.manual_seed(0)
-        model: Any = HOST.build()
+        model = classifier()
         if wrapped:
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-        model = inject_sfa(model, SFAConfig(init="axial", init_warmup_steps=5, init_strength=3.0))
-        if not wrapped:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("vision_tower" in name)
-        return model.train()
+        return inject_sfa(model, SFAConfig(init="axial", init_warmup_steps=5, init_strength=3.0)).train()
 
     options: dict[str, Any] = {"sfa_lr": 0.5, "steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options["rows"] = Pictures()
     whole = build()
     trainer(whole, tmp_path / "a", **options).train()
     again = build()
@@ -231,26 +259,27 @@ def left_half(images: Tensor) -> Tensor:
     return torch.tensor([1.0, 0.0]).expand(len(images), 1, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_in_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
 
-    class SFASFTTrainer(SFATrainerMixin, trl.SFTTrainer): ...
+    class SupervisedTrainer(SFATrainerMixin, trl.SFTTrainer): ...
 
-    from datasets import Dataset as Table
-
-    from sfa_adapters.recipes.nano import build_nano
-
-    host = build_nano("llava")
-    model: Any = inject_sfa(host.model.train(), SFAConfig(init="axial", init_warmup_steps=4))
-    rows = [{"input_ids": list(range(5, 15)), "labels": list(range(5, 15))}] * 4
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     arguments = trl.SFTConfig(
         str(tmp_path), max_steps=2, report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1,
         dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, per_device_train_batch_size=2,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, remove_unused_columns=False, max_length=None,
     )  # fmt: skip
-    made: Any = SFASFTTrainer(
-        model=model, args=arguments, train_dataset=Table.from_list(rows), processing_class=host.tokenizer
-    )
+    model = adapted(init="axial", init_warmup_steps=4)
+    rows = Rows()
+    made: Any = SupervisedTrainer(
+        model=model, args=arguments, train_dataset=Table.from_list([{"number": n} for n in range(4)]),
+        data_collator=lambda picked: default_data_collator([rows[one["number"]] for one in picked]),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
+        sfa_lr=1e-9,
+    )  # fmt: skip
     made.train()
     assert made.optimizer.param_groups[-1]["name"] == "sfa"
-    assert row_of(model) == pytest.approx(1.5, abs=0.3)
+    assert row_of(model) == pytest.approx(1.5, abs=1e-6)
+    assert "sfa/row" in made.state.log_history[0]

@@ -46,7 +46,7 @@ class TrainResult:
         seconds: Wall-clock time of this part of the run.
         skipped: Rows that were passed over, each once.
         history: The log.
-        scalars: The largest structural scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
+        scalars: The largest scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
     """
 
     folder: Path
