@@ -29,7 +29,6 @@ from sfa_adapters.tuner import injected_layers
 from tests.hosts import HOSTS
 
 HOST = next(host for host in HOSTS if host.name == "llava")
-LOW, IDLE = "ignore:The learning rates of the structural scalars", "ignore:The bias hardly acts"
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -103,7 +102,6 @@ def test_groups_rates_and_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd", "lion_32bit"])
-@pytest.mark.filterwarnings(LOW, IDLE)
 def test_the_optimizer_is_that_of_the_arguments(optim: str, tmp_path: Path) -> None:
     if optim == "lion_32bit":
         pytest.importorskip("bitsandbytes")
