@@ -10,44 +10,60 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sfa_adapters.attention import attend
+    from sfa_adapters.axial_ramp import AxialRamp
     from sfa_adapters.bias import StructuralBias
     from sfa_adapters.config import SFAConfig
     from sfa_adapters.errors import SFAError
+    from sfa_adapters.heads.axial_heads import calibrate_axial
     from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
     from sfa_adapters.layout import TokenLayout
     from sfa_adapters.module import SFAAttention
     from sfa_adapters.observe import observe
+    from sfa_adapters.rate_check import check_rates
+    from sfa_adapters.rates import largest_scalars, sfa_parameter_groups
     from sfa_adapters.registry import Backbone, register_backbone
+    from sfa_adapters.trainer import SFATrainerMixin
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxialRamp",
     "Backbone",
     "SFAAttention",
     "SFAConfig",
     "SFAError",
+    "SFATrainerMixin",
     "StructuralBias",
     "TokenLayout",
     "attend",
+    "calibrate_axial",
+    "check_rates",
     "describe",
     "eject_sfa",
     "inject_sfa",
+    "largest_scalars",
     "load_sfa",
     "observe",
     "register_backbone",
     "save_sfa",
+    "sfa_parameter_groups",
 ]
 
 _MODULES = {
     "attention": ("attend",),
+    "axial_ramp": ("AxialRamp",),
     "bias": ("StructuralBias",),
     "config": ("SFAConfig",),
     "errors": ("SFAError",),
+    "heads.axial_heads": ("calibrate_axial",),
     "inject": ("describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"),
     "layout": ("TokenLayout",),
     "module": ("SFAAttention",),
     "observe": ("observe",),
+    "rate_check": ("check_rates",),
+    "rates": ("largest_scalars", "sfa_parameter_groups"),
     "registry": ("Backbone", "register_backbone"),
+    "trainer": ("SFATrainerMixin",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # Registers SFA with PEFT when it is imported.
@@ -61,6 +77,9 @@ def __getattr__(name: str) -> Any:
         import_module(_PEFT_METHOD)
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
+    # What was imported may have imported the module `observe`, which sets this package's attribute to the module.
+    if "sfa_adapters.observe" in sys.modules:
+        globals()["observe"] = sys.modules["sfa_adapters.observe"].observe
     return value
 
 
