@@ -37,10 +37,6 @@ def train(job: Job) -> Outcome:
     began, options = time.process_time(), job.options
     grid = (options["grid"][0], options["grid"][1])
     net = LookupNet(grid, options, job.seed)
-    torch.manual_seed(job.seed)
-    for structure in net.structures():
-        if options.get("init", "normal") == "normal":
-            structure.reset_parameters()
     optimizer, schedule = _optimizer(net, options)
     weights = [parameter for group in optimizer.param_groups[:1] for parameter in group["params"]]
     generator = torch.Generator().manual_seed(1000 + job.seed)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfa_adapters import StructuralBias, TokenLayout
+from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL
 
@@ -47,12 +48,8 @@ class Position(nn.Module):
             raise DataError(f"bias={kind!r} is none of {', '.join(BIASES)}.")
         self.kind, self.heads, self.grid = kind, heads, grid
         if kind in ("sfa", "placebo"):
-            self.structure = StructuralBias(heads, terms=options.get("terms", ("row", "col", "dist", "block")))
-            if options.get("init", "normal") == "axial":
-                part, strength = max(1, heads // 3), float(options["init_strength"])
-                with torch.no_grad():
-                    self.structure.row[:part] = strength
-                    self.structure.col[part : 2 * part] = strength
+            start = {name: options[name] for name in ("init", "init_strength") if name in options}
+            self.structure = StructuralBias(heads, terms=options.get("terms", TERMS), **start)
         if kind == "swin":
             self.offsets = nn.Parameter(torch.randn(heads, 2 * grid[0] - 1, 2 * grid[1] - 1) * 0.02)
         if kind == "extra":
