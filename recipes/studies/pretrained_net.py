@@ -64,15 +64,16 @@ def _parts() -> tuple[nn.Module, nn.Module]:
     lower.layernorm = nn.Identity()
     upper.encoder.layer = upper.encoder.layer[layers - TOP :]
     upper.config.num_hidden_layers = TOP
-    upper.embeddings = _Given()
+    upper.embeddings = _Given(upper.config.patch_size)
     return lower.eval(), upper.eval()
 
 
 class _Given(nn.Module):
     """Stands where the embeddings were: hands on what the lower layers gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch_size: Any) -> None:
         super().__init__()
+        self.patch_size = patch_size  # SFA reads the grid from it and from the size of the (blank) images
         self.features: Tensor | None = None
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
