@@ -18,7 +18,13 @@ from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_setti
 __all__ = ["STUDIES", "StudyOptions", "run_study"]
 
 # Name of the study and of its YAML file -> the module whose `train(job)` makes a run.
-STUDIES: Mapping[str, str] = {"lookup": "sfa_adapters.recipes.studies.lookup"}
+STUDIES: Mapping[str, str] = {
+    "lookup": "sfa_adapters.recipes.studies.lookup",
+    "pretrained": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-frozen": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-colours": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-digits": "sfa_adapters.recipes.studies.pretrained",
+}
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 
 

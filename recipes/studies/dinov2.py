@@ -92,7 +92,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError:
-        raise WeightsError(f"The package onnx, which reads {path.name}, is missing. Run: {DINOV2_FILE.install}") from None
+        raise WeightsError(
+            f"The package onnx, which reads {path.name}, is missing. Run: {DINOV2_FILE.install}"
+        ) from None
 
     graph = onnx.load(str(path)).graph
     arrays = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
@@ -153,7 +155,10 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "cls_token": _take(rest, "embeddings.cls_token"),
         "pos_embed": _take(rest, "embeddings.position_embeddings"),
     }
-    inside = {"attention.output.dense": "attn.proj", **{name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}}
+    inside = {
+        "attention.output.dense": "attn.proj",
+        **{name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
+    }
     pairs = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
     for layer in range(LAYERS):
         old, new = f"encoder.layer.{layer}.", f"blocks.{layer}."

@@ -38,11 +38,12 @@ def train(job: Job) -> Outcome:
     """Trains and measures one run.
 
     Args:
-        job: Its options: `task`, `layers`, `steps`, `pictures`, `pool`, `pool_seed`, `batch`, `lr`, `head_lr`,
-            `sfa_lr`, `warmup`, `every`, `validation`, `test_pictures` and those of `TableReader`.
+        job: Its options: `task`, `layers`, `steps`, `pictures`, `pool` (a run trains on `pictures` of so many, or of
+            all where it wants more), `pool_seed`, `batch`, `lr`, `head_lr`, `sfa_lr`, `warmup`, `every`, `validation`,
+            `test_pictures` and those of `TableReader`.
     """
     began, options = time.process_time(), job.options
-    pool = encoded(options["task"], "train", options["pool_seed"], options["pool"])
+    pool = encoded(options["task"], "train", options["pool_seed"], max(options["pool"], options["pictures"]))
     validation = encoded(options["task"], "val", VALIDATION, options["validation"])
     encoding = time.process_time() - began  # is done once per process and belongs to no run
     net = TableReader(options, job.seed)

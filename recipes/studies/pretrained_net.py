@@ -114,8 +114,8 @@ class TableReader(nn.Module):
     """The last layers of the tower with an adapter, and linear heads on every patch.
 
     Args:
-        options: `layers` (trained or frozen), `adapter`, `places` (own or shuffled), and for SFA `init`,
-            `init_strength`, `heads` (affinity or first), `task`, `pool_seed`.
+        options: `layers` (trained or frozen), `adapter`, `places` (own or shuffled), and for SFA `terms`,
+            `init`, `init_strength`, `heads` (affinity or first), `task`, `pool_seed`.
         seed: Of the new weights; what arms share is equal for equal seeds.
 
     Raises:
@@ -157,9 +157,9 @@ class TableReader(nn.Module):
 def _adapt(tower: Any, adapter: str, options: Mapping[str, Any]) -> int:
     """Brings the adapter into the tower, in place; gives the number of its parameters."""
     if adapter == "sfa":
-        start: dict[str, Any] = {}
+        start: dict[str, Any] = {"terms": list(options["terms"])}
         if options.get("init", "normal") == "axial":
-            start = {"init": "axial", "init_strength": float(options["init_strength"])}
+            start |= {"init": "axial", "init_strength": float(options["init_strength"])}
             if options.get("heads", "affinity") == "affinity":
                 start["init_heads"] = strong_heads(options["task"], options["pool_seed"])
         before = {id(parameter) for parameter in tower.parameters()}
