@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfa_adapters.errors import WeightsError
 from sfa_adapters.recipes.studies.wheels import DINOV2_FILE, wheel_path
@@ -41,7 +41,7 @@ VISION: dict[str, Any] = {
 POSITIONS = {"/backbone/embeddings/Concat_6": "cls", "/backbone/embeddings/Reshape_1": "patches"}
 
 
-def dinov2_tower() -> nn.Module:
+def dinov2_tower() -> Any:
     """DINOv2-small as `InternVLVisionModel`, fp32, in eval mode.
 
     Raises:
@@ -55,7 +55,7 @@ def dinov2_tower() -> nn.Module:
     return tower.eval()
 
 
-def dinov2_timm(size: int = 518) -> nn.Module:
+def dinov2_timm(size: int = 518) -> Any:
     """DINOv2-small as timm's `vit_small_patch14_dinov2`, fp32, in eval mode.
 
     Args:
@@ -69,7 +69,7 @@ def dinov2_timm(size: int = 518) -> nn.Module:
     except ImportError:
         raise WeightsError("timm is missing. Run: pip install 'sfa-adapters[timm]'") from None
 
-    model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518)
+    model: Any = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518)
     model.load_state_dict(timm_state(dinov2_state()))
     if size != 518:
         model.set_input_size((size, size))
@@ -77,7 +77,9 @@ def dinov2_timm(size: int = 518) -> nn.Module:
 
 
 def dinov2_state() -> dict[str, Tensor]:
-    """The weights under the names of transformers' `Dinov2Model`; only its `mask_token`, which nothing reads, is absent.
+    """The weights under the names of the checkpoint facebook/dinov2-small, without `mask_token`, which nothing reads.
+
+    They are 222 tensors: what the file calls a decoder is the package's own and is left out.
 
     Raises:
         WeightsError: The package with the weights, or `onnx`, is missing, or the file is another one.
@@ -116,7 +118,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def internvl_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of `Dinov2Model` to those of `InternVLVisionModel`.
+    """Renames the weights of the published checkpoint to those of `InternVLVisionModel`.
 
     Raises:
         WeightsError: A tensor is left over or missing.
@@ -145,7 +147,7 @@ def internvl_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of `Dinov2Model` to those of timm's `vit_small_patch14_dinov2`; q, k and v become one matrix.
+    """Renames the weights of the published checkpoint to those of timm: q, k and v become one matrix.
 
     Raises:
         WeightsError: A tensor is left over or missing.

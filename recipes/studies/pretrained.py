@@ -1,9 +1,11 @@
 """Study b: a real pretrained tower, DINOv2-small, learns to answer along rows and columns.
 
-    sfa study pretrained                rendered tables, last three layers trained     (docs/studies/pretrained/)
-    sfa study pretrained-frozen         the same, nothing but the adapter trained      (docs/studies/pretrained-frozen/)
-    sfa study pretrained-colours        tables of which a cell is a patch              (docs/studies/pretrained-colours/)
-    sfa study pretrained-digits         real handwritten digits                        (docs/studies/pretrained-digits/)
+    sfa study pretrained                rendered tables, last three layers trained
+    sfa study pretrained-frozen         rendered tables, nothing but the adapter and the heads trained
+    sfa study pretrained-colours        tables of which a cell is a patch
+    sfa study pretrained-digits         real handwritten digits
+
+Their numbers are in docs/studies/, in folders of these names.
 
 The lower nine layers are frozen and run once per picture. Every patch on a body cell answers what the headers of its
 column and of its row show (`pretrained_pictures`). Arms of one seed have the same heads at the beginning and see the

@@ -104,7 +104,7 @@ def encoded(task: Task, split: Split, seed: int, count: int) -> Encoded:
 def strong_heads(task: Task, seed: int) -> dict[int, dict[str, list[int]]]:
     """Row and column heads of the last layers by what the pretrained tower attends to already, on a few pictures."""
     tower = dinov2_tower()
-    total = len(tower.encoder.layer)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    total = len(tower.encoder.layer)
     pages = draw_pictures(task, "train", range(PAGES), seed).pixels
     chosen = calibrate_axial(tower, pages, by="affinity", layers=range(total - TOP, total))
     return {layer - (total - TOP): heads for layer, heads in chosen.items()}  # pyright: ignore[reportReturnType]

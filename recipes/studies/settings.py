@@ -112,9 +112,7 @@ class StudySettings:
             raise DataError(f"{self.name}: primary names a test set or a budget that the study does not have.")
         for entry in self.fewer_seeds:
             if entry["budget"] not in self.budgets or not set(entry["seeds"]) <= set(self.seeds):
-                raise DataError(
-                    f"{self.name}: fewer_seeds names a budget or a seed that the study does not have: {entry}."
-                )
+                raise DataError(f"{self.name}: fewer_seeds names an unknown budget or seed: {entry}.")
         both = set(self.seeds) & set(self.tuning.get("seeds", ()))
         if both:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")

