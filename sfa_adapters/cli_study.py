@@ -35,7 +35,7 @@ def study(
 
     if name == "list":
         for each in STUDIES:
-            typer.echo(f"{each:<12}{load_settings(each).title}")
+            typer.echo(f"{each:<20}{load_settings(each).title}")
         return
     folder = out or Path("sfa-study") / name
     chosen = {"arms": tuple(arm or ()), "seeds": tuple(seed or ()), "budgets": tuple(budget or ())}

@@ -21,6 +21,10 @@ __all__ = ["STUDIES", "StudyOptions", "run_study"]
 STUDIES: Mapping[str, str] = {
     "lookup": "sfa_adapters.recipes.studies.lookup",
     "crossing": "sfa_adapters.recipes.studies.lookup",
+    "pretrained": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-frozen": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-colours": "sfa_adapters.recipes.studies.pretrained",
+    "pretrained-digits": "sfa_adapters.recipes.studies.pretrained",
 }
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 

@@ -81,6 +81,7 @@ class StudySettings:
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
         arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
+        fewer_seeds: Budgets that run with some of the seeds only, each `{budget: ..., seeds: [...]}`.
         tests: Names of the test sets, the first one the main one.
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
@@ -101,6 +102,7 @@ class StudySettings:
     train: Options
     thresholds: Sequence[float] = (0.5, 0.9)
     tuning: Options = field(default_factory=dict)
+    fewer_seeds: Sequence[Options] = ()
 
     def __post_init__(self) -> None:
         for role in (self.control, self.placebo, self.primary.arm):
@@ -108,6 +110,9 @@ class StudySettings:
                 raise DataError(f"{self.name}: no arm {role!r} in arms ({', '.join(self.arms)}).")
         if self.primary.test not in self.tests or self.primary.budget not in self.budgets:
             raise DataError(f"{self.name}: primary names a test set or a budget that the study does not have.")
+        for entry in self.fewer_seeds:
+            if entry["budget"] not in self.budgets or not set(entry["seeds"]) <= set(self.seeds):
+                raise DataError(f"{self.name}: fewer_seeds names an unknown budget or seed: {entry}.")
         both = set(self.seeds) & set(self.tuning.get("seeds", ()))
         if both:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
@@ -117,8 +122,13 @@ class StudySettings:
         return [
             self._job(arm, seed, budget)
             for budget, seed, arm in product(self.budgets, self.seeds, self.arms)
-            if budget in self.arms[arm].get("budgets", self.budgets) and seed in self.arms[arm].get("seeds", self.seeds)
+            if budget in self.arms[arm].get("budgets", self.budgets)
+            and seed in self.arms[arm].get("seeds", self.seeds)
+            and seed in self._seeds_of(budget)
         ]
+
+    def _seeds_of(self, budget: Options) -> Sequence[int]:
+        return next((entry["seeds"] for entry in self.fewer_seeds if entry["budget"] == budget), self.seeds)
 
     def tuning_jobs(self) -> list[Job]:
         """Runs on the seeds of the tuning, over the grid of each arm; the values tried are part of the arm's name."""
