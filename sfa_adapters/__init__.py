@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sfa_adapters.attention import attend
+    from sfa_adapters.axial_ramp import AxialRamp
     from sfa_adapters.bias import StructuralBias
     from sfa_adapters.config import SFAConfig
     from sfa_adapters.errors import SFAError
@@ -17,29 +18,38 @@ if TYPE_CHECKING:
     from sfa_adapters.layout import TokenLayout
     from sfa_adapters.module import SFAAttention
     from sfa_adapters.observe import observe
+    from sfa_adapters.rate_check import check_rates
+    from sfa_adapters.rates import largest_scalars, sfa_parameter_groups
     from sfa_adapters.registry import Backbone, register_backbone
+    from sfa_adapters.trainer import SFATrainerMixin
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxialRamp",
     "Backbone",
     "SFAAttention",
     "SFAConfig",
     "SFAError",
+    "SFATrainerMixin",
     "StructuralBias",
     "TokenLayout",
     "attend",
+    "check_rates",
     "describe",
     "eject_sfa",
     "inject_sfa",
+    "largest_scalars",
     "load_sfa",
     "observe",
     "register_backbone",
     "save_sfa",
+    "sfa_parameter_groups",
 ]
 
 _MODULES = {
     "attention": ("attend",),
+    "axial_ramp": ("AxialRamp",),
     "bias": ("StructuralBias",),
     "config": ("SFAConfig",),
     "errors": ("SFAError",),
@@ -47,7 +57,10 @@ _MODULES = {
     "layout": ("TokenLayout",),
     "module": ("SFAAttention",),
     "observe": ("observe",),
+    "rate_check": ("check_rates",),
+    "rates": ("largest_scalars", "sfa_parameter_groups"),
     "registry": ("Backbone", "register_backbone"),
+    "trainer": ("SFATrainerMixin",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # Registers SFA with PEFT when it is imported.

@@ -104,6 +104,7 @@ class LoadBoth:
         saved = read_scalars(folder)
         fitted = fit_scalars(self.model, saved.tensors, name, saved.keys, saved.source)
         check_same_meaning({name: saved.config}, sfa_configs(self.model), saved.source)
+        sfa_configs(self.model)[name].init_warmup_done = saved.config.init_warmup_done
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for key, value in fitted.items():

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.axial import Init, check_start, first_heads, start_values
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout
 
@@ -140,9 +141,13 @@ class StructuralBias(nn.Module):
         num_blocks: Block scalars per head.
         init_std: Standard deviation of the initial values; the block term has no gradient at exactly zero.
         terms: Which of the four terms are learned; the others are absent.
+        device: Where to.
+        init: `normal`, or `axial`: a third of the heads starts with `w_row = init_strength`, as many others with
+            `w_col = init_strength`; a single head stays normal.
+        init_strength: In logits.
 
     Raises:
-        InjectionError: A size is below 1, `init_std` is negative, or a term is unknown.
+        InjectionError: A size is below 1, `init_std` is negative, a term is unknown, or the start does not fit.
     """
 
     def __init__(
@@ -152,21 +157,29 @@ class StructuralBias(nn.Module):
         init_std: float = 0.02,
         terms: Sequence[Term] = TERMS,
         device: torch.device | str | None = None,
+        init: Init = "normal",
+        init_strength: float = 3.0,
     ) -> None:
         super().__init__()
         check_bias_options(num_blocks=num_blocks, init_std=init_std, terms=terms)
+        check_start(init, init_strength, terms)
         if num_heads < 1:
             raise InjectionError(f"num_heads={num_heads} must be at least 1.")
         self.num_heads, self.num_blocks, self.init_std = num_heads, num_blocks, init_std
+        self.init, self.init_strength = init, init_strength
         self.terms: tuple[Term, ...] = tuple(term for term in TERMS if term in terms)
         for term, shape in parameter_shapes(num_heads, num_blocks, self.terms).items():
             self.register_parameter(term, nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every scalar from a normal distribution with standard deviation `init_std`."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=self.init_std)
+        """Draws every scalar from a normal distribution with standard deviation `init_std`, or as `init` says."""
+        heads = first_heads(self.num_heads) if self.init == "axial" else {}
+        shapes = parameter_shapes(self.num_heads, self.num_blocks, self.terms)
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            for term, values in start_values(shapes, self.init_std, heads, self.init_strength, device).items():
+                getattr(self, term).copy_(values)
 
     @property
     def weights(self) -> StructuralWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from sfa_adapters.adapter_folder import complete_folder
 from sfa_adapters.attention import check_backend
+from sfa_adapters.axial import AXES, LayerHeads, check_start, first_heads, read_heads
 from sfa_adapters.bias import TERMS, check_bias_options
-from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError
+from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError, SFAWarning
 from sfa_adapters.layout import check_block_map, default_block_map
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 
@@ -34,7 +36,15 @@ class SFAConfig(PeftConfig):
         num_blocks: Block scalars per head; by default as many as `block_grid` or `block_map` names (16).
         block_grid: Rows and columns of the partition of the page into blocks; 4x4 by default.
         block_map: Any integer map `[m][n]` instead of `block_grid`; it is stretched over the page.
+        init: How the scalars start: `normal`, all with standard deviation `init_std`, as published; or `axial`: in each
+            layer a third of the heads (at least one) with `w_row = init_strength`, as many others with
+            `w_col = init_strength`, every other scalar as in `normal`. Layers with a single head stay normal.
         init_std: Standard deviation of the initial values.
+        init_strength: Logits that the chosen scalars of `axial` start with.
+        init_warmup_steps: Optimizer steps over which the strength of `axial` rises from 0; `AxialRamp` or
+            `SFATrainerMixin` must step it. 0: it is there from the beginning.
+        init_heads: Which heads `axial` takes, `{layer: {"row": [heads], "col": [heads]}}`, e.g. by `calibrate_axial`;
+            layers that are not named stay normal. By default the first heads of each layer.
         terms: Which of `row`, `col`, `dist`, `block` are on (for ablation).
         backend: `auto`, `folded` or `dense`, see `sfa_adapters.attention`.
         mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
@@ -46,6 +56,7 @@ class SFAConfig(PeftConfig):
             `layers_to_transform`.
         tower_path: Path of the tower in the model, for hosts with several; filled in at injection for those.
         tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
+        init_warmup_done: Filled in by `AxialRamp`: steps of the warm-up that were taken.
         format_version: Version of the file format.
 
     Raises:
@@ -57,7 +68,11 @@ class SFAConfig(PeftConfig):
     num_blocks: int | None = None
     block_grid: tuple[int, int] | None = None
     block_map: list[list[int]] | None = None
+    init: str = "normal"
     init_std: float = 0.02
+    init_strength: float = 3.0
+    init_warmup_steps: int = 0
+    init_heads: dict[int, LayerHeads] | None = None
     terms: list[str] = field(default_factory=lambda: list(TERMS))
     backend: str = "auto"
     mask_cache_mb: float = 256.0
@@ -66,6 +81,7 @@ class SFAConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     tower_path: str | None = None
     tower: dict[str, Any] | None = None
+    init_warmup_done: int = 0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -92,6 +108,53 @@ class SFAConfig(PeftConfig):
         self._check_blocks()
         assert self.num_blocks is not None
         check_bias_options(num_blocks=self.num_blocks, init_std=self.init_std, terms=self.terms)
+        self._check_init()
+
+    def _check_init(self) -> None:
+        check_start(self.init, self.init_strength, self.terms)
+        for name in ("init_warmup_steps", "init_warmup_done"):
+            steps = getattr(self, name)
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+                raise InjectionError(f"{name}={steps!r} must be a whole number of at least 0.")
+        if self.init_heads is not None:
+            self.init_heads = read_heads(self.init_heads)  # JSON gives text as keys
+        for name, default in (("init_warmup_steps", 0), ("init_heads", None)):
+            if self.init != "axial" and getattr(self, name) != default:
+                raise InjectionError(f"{name}={getattr(self, name)!r} belongs to init='axial', but init={self.init!r}.")
+
+    @classmethod
+    def published(cls, **options: Any) -> SFAConfig:
+        """The form in which the method was published, whatever the defaults are.
+
+        All four terms, 4x4 blocks, and scalars that start normal with standard deviation 0.02.
+
+        Args:
+            **options: What is to differ from it.
+
+        Raises:
+            InjectionError: As `SFAConfig`.
+        """
+        as_published = {"terms": list(TERMS), "init": "normal", "init_std": 0.02}
+        blocks = {} if {"num_blocks", "block_grid", "block_map"} & options.keys() else {"block_grid": (4, 4)}
+        return cls(**{**as_published, **blocks, **options})
+
+    @property
+    def waits_for_ramp(self) -> bool:
+        """Whether the axial start is to grow from zero and no step of it was taken."""
+        return self.init_warmup_steps > 0 and self.init_warmup_done == 0
+
+    def strong_heads(self, layer: int, num_heads: int) -> LayerHeads:
+        """Heads of a layer that start strong, by term; only terms that are on.
+
+        Args:
+            layer: Number of the layer in the tower.
+            num_heads: Its heads. Heads of `init_heads` beyond them are left out: a saved adapter keeps the choice that
+                it began with, also for a tower that has lost heads since.
+        """
+        if self.init != "axial":
+            return {}
+        heads = first_heads(num_heads) if self.init_heads is None else self.init_heads.get(layer, {})
+        return {axis: [n for n in heads.get(axis, []) if n < num_heads] for axis in AXES if axis in self.terms}
 
     def _check_blocks(self) -> None:
         if self.block_map is not None and self.block_grid is not None:
@@ -127,6 +190,14 @@ class SFAConfig(PeftConfig):
             save_directory: The folder of the adapter.
             **kwargs: As PEFT's.
         """
+        if self.waits_for_ramp and self.tower is not None:
+            warnings.warn(
+                f"This adapter is saved with init_warmup_steps={self.init_warmup_steps}, but AxialRamp.step() never "
+                "ran: its axial start is at strength 0. Train with SFATrainerMixin, or step AxialRamp(model) after "
+                "each optimizer.step().",
+                SFAWarning,
+                stacklevel=2,
+            )
         super().save_pretrained(save_directory, **kwargs)
         complete_folder(Path(save_directory))
 

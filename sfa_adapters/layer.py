@@ -52,6 +52,9 @@ class SFALayer(ScalarLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for adapter, config in self.configs.items() if not torch.compiler.is_compiling() else ():
+            values = {key.removeprefix("sfa_"): tensor for key, tensor in self.tensors(adapter).items()}
+            self.state.ramp_watch.see_state(config, values, config.strong_heads(self.index, self.num_heads))
         around = prefix.removesuffix(".".join((*filter(None, (self.name, CHILD_NAME)), "")))
         if around.endswith(PEFT_PREFIX) and not (self.saved_by_peft or self.state.warned):
             self.state.warned = True
@@ -84,6 +87,10 @@ class SFALayer(ScalarLayer):
         active = self.active
         if not active:
             return None
+        if not torch.compiler.is_compiling():
+            for name in active:
+                trained = next((tensor for tensor in self.tensors(name).values() if tensor.requires_grad), None)
+                self.state.ramp_watch.see_forward(self.index, name, self.configs[name], trained)
         device = hidden_states.device
         weights = [self.weights(name, device) for name in active]
         config = self.configs[active[0]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sfa_adapters.attention import Backend, attend, check_backend
+from sfa_adapters.axial import Init
 from sfa_adapters.bias import TERMS, StructuralBias, Term
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout, default_block_map
@@ -28,6 +29,8 @@ class SFAAttention(nn.Module):
         terms: Which of the four terms are on.
         dropout: Dropout probability on attention weights in training.
         backend: `auto`, `folded` or `dense`.
+        init: How the structural scalars start, as in `StructuralBias`.
+        init_strength: In logits, for `init="axial"`.
 
     Raises:
         InjectionError: `num_heads` does not divide `dim`, or the backend or a structural option is wrong.
@@ -51,6 +54,8 @@ class SFAAttention(nn.Module):
         terms: Sequence[Term] = TERMS,
         dropout: float = 0.0,
         backend: Backend = "auto",
+        init: Init = "normal",
+        init_strength: float = 3.0,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -62,7 +67,9 @@ class SFAAttention(nn.Module):
         self.layout = None if grid is None else TokenLayout.regular(*grid, prefix_tokens, self.block_map)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.structural_bias = StructuralBias(num_heads, self.block_map.numel(), init_std, terms)
+        self.structural_bias = StructuralBias(
+            num_heads, self.block_map.numel(), init_std, terms, init=init, init_strength=init_strength
+        )
 
     def forward(
         self, hidden_states: Tensor, layout: TokenLayout | None = None, attention_mask: Tensor | None = None

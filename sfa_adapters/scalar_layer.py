@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sfa_adapters.axial import start_values
 from sfa_adapters.bias import TERMS, StructuralWeights, parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import WeightsError
@@ -48,9 +49,12 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         """Adds the scalars of one adapter, drawn anew in float32, and makes no other adapter inactive."""
         assert config.num_blocks is not None
         self.device = device
-        for term, shape in parameter_shapes(self.num_heads, config.num_blocks, config.terms).items():
-            values = torch.empty(shape, device=device, dtype=torch.float32)
-            getattr(self, f"sfa_{term}")[adapter_name] = nn.Parameter(nn.init.normal_(values, std=config.init_std))
+        shapes = parameter_shapes(self.num_heads, config.num_blocks, config.terms)
+        # With a warm-up the chosen scalars start at zero, and `AxialRamp` brings the strength.
+        strength = 0.0 if config.init_warmup_steps else config.init_strength
+        heads = config.strong_heads(self.index, self.num_heads)
+        for term, values in start_values(shapes, config.init_std, heads, strength, device).items():
+            getattr(self, f"sfa_{term}")[adapter_name] = nn.Parameter(values)
         self.configs[adapter_name] = config
         self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
 
@@ -140,13 +144,18 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         return write_record(self.configs)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Checks that the scalars of a state dict mean here what they meant there; takes nothing over.
+        """Checks that the scalars of a state dict mean here what they meant there.
+
+        How far the axial start has grown (`AxialRamp`) comes along with the scalars; nothing else is taken over.
 
         Raises:
             AdapterMismatchError: They do not.
             WeightsError: `state` is not what `get_extra_state` gives.
         """
-        check_same_meaning(read_record(state, self.name), self.configs, self.name)
+        saved = read_record(state, self.name)
+        check_same_meaning(saved, self.configs, self.name)
+        for name in saved.keys() & self.configs.keys():
+            self.configs[name].init_warmup_done = saved[name].init_warmup_done
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

@@ -12,6 +12,7 @@ from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
+from sfa_adapters.ramp_watch import RampWatch
 from sfa_adapters.registry import STATE_NAME, Backbone, Geometry
 
 __all__ = ["STATE_NAME", "TowerState"]
@@ -35,6 +36,7 @@ class TowerState:
         seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
         layouts: Layouts that were built, by arrangement.
         warned: Whether the user was warned that PEFT will not load these adapters.
+        ramp_watch: Notices training without `AxialRamp`.
     """
 
     backbone: Backbone
@@ -45,6 +47,7 @@ class TowerState:
     seen: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
     warned: bool = False
+    ramp_watch: RampWatch = field(default_factory=RampWatch)
 
     # -- the forward under way --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters.axial import check_heads
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.layer import (
@@ -103,6 +104,8 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
     geometry = found.backbone.geometry(found.tower)
     plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    if config.init == "axial" and config.tower is None:  # a saved adapter brings its values
+        check_heads(config.init_heads, config.terms, plan.num_heads, plan.layers)
     for name, _, layer in injected_layers(model):
         elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
         if elsewhere and adapter_name in layer.configs:

@@ -1,0 +1,72 @@
+"""Notices a model whose axial start should grow (`init_warmup_steps`), and never does: nobody steps `AxialRamp`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfa_adapters.config import SFAConfig
+from sfa_adapters.errors import SFAWarning
+
+__all__ = ["RampWatch"]
+
+# Values may change once for another reason (a file is loaded); every optimizer step changes them.
+CHANGES = 2
+
+
+class RampWatch:
+    """Of one tower. It warns once, and looks at one tensor per adapter only.
+
+    Steps are counted by changes of a tensor between forwards, not by forwards: gradient checkpointing runs forwards
+    twice, accumulation several times per step.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+        self.seen: dict[str, tuple[int, int, int]] = {}  # adapter: layer, version of its tensor, changes
+
+    def see_forward(self, layer: int, adapter: str, config: SFAConfig, tensor: Tensor | None) -> None:
+        """A layer is about to run.
+
+        Args:
+            layer: Its number.
+            adapter: An adapter that acts in it.
+            config: Its configuration.
+            tensor: Scalars of it that train, or None.
+        """
+        if self.warned or not config.waits_for_ramp or tensor is None or not torch.is_grad_enabled():
+            return
+        first, version, changes = self.seen.get(adapter, (layer, tensor._version, 0))
+        if first != layer:
+            return
+        changes += tensor._version != version
+        self.seen[adapter] = (layer, tensor._version, changes)
+        if changes >= CHANGES:
+            self._warn(f"training has changed the scalars {changes} times")
+
+    def see_state(self, config: SFAConfig, values: Mapping[str, Tensor], heads: Mapping[str, Any]) -> None:
+        """A state dict is being made: scalars that should wait at zero and are not were trained without the ramp."""
+        if self.warned or not config.waits_for_ramp:
+            return
+        for axis, chosen in heads.items():
+            tensor = values.get(axis)
+            # Sharded and flattened tensors are left alone: a look at them would be a collective, or at other scalars.
+            if not chosen or tensor is None or type(tensor.data) is not Tensor or tensor.is_meta:
+                continue
+            if tensor.ndim == 1 and len(tensor) > max(chosen) and bool(tensor.detach()[chosen].any()):
+                self._warn("the scalars were trained")
+                return
+
+    def _warn(self, what: str) -> None:
+        self.warned = True
+        warnings.warn(
+            f"init_warmup_steps is set and {what}, but AxialRamp.step() never ran, so the axial start is still at "
+            "strength 0. Call ramp = AxialRamp(model) before training and ramp.step() after each optimizer.step(), "
+            "train with SFATrainerMixin, or set init_warmup_steps=0.",
+            SFAWarning,
+            stacklevel=3,
+        )
