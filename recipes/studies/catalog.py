@@ -18,7 +18,10 @@ from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_setti
 __all__ = ["STUDIES", "StudyOptions", "run_study"]
 
 # Name of the study and of its YAML file -> the module whose `train(job)` makes a run.
-STUDIES: Mapping[str, str] = {"lookup": "sfa_adapters.recipes.studies.lookup"}
+STUDIES: Mapping[str, str] = {
+    "lookup": "sfa_adapters.recipes.studies.lookup",
+    "tables": "sfa_adapters.recipes.studies.tables",
+}
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 
 

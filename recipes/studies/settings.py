@@ -82,6 +82,7 @@ class StudySettings:
         budgets: Each a mapping, e.g. `{steps: 500}`.
         arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
         tests: Names of the test sets, the first one the main one.
+        measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
         tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
@@ -99,6 +100,7 @@ class StudySettings:
     arms: Mapping[str, Options]
     tests: Sequence[str]
     train: Options
+    measures: Sequence[str] = ()
     thresholds: Sequence[float] = (0.5, 0.9)
     tuning: Options = field(default_factory=dict)
 
