@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sfa_adapters.bias import StructuralBias
     from sfa_adapters.config import SFAConfig
     from sfa_adapters.errors import SFAError
+    from sfa_adapters.heads.axial_heads import calibrate_axial
     from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
     from sfa_adapters.layout import TokenLayout
     from sfa_adapters.module import SFAAttention
@@ -35,6 +36,7 @@ __all__ = [
     "StructuralBias",
     "TokenLayout",
     "attend",
+    "calibrate_axial",
     "check_rates",
     "describe",
     "eject_sfa",
@@ -53,6 +55,7 @@ _MODULES = {
     "bias": ("StructuralBias",),
     "config": ("SFAConfig",),
     "errors": ("SFAError",),
+    "heads.axial_heads": ("calibrate_axial",),
     "inject": ("describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"),
     "layout": ("TokenLayout",),
     "module": ("SFAAttention",),

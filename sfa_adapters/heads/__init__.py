@@ -1,5 +1,6 @@
 """S4 head calibration: which attention heads matter, a plan which of them go, and weights that are really smaller."""
 
+from sfa_adapters.heads.axial_heads import calibrate_axial
 from sfa_adapters.heads.calibrate import calibrate_heads
 from sfa_adapters.heads.expected import expected_speedup
 from sfa_adapters.heads.plan import HeadPlan, plan_heads
@@ -13,6 +14,7 @@ __all__ = [
     "HeadPlan",
     "HeadScores",
     "PruneReceipt",
+    "calibrate_axial",
     "calibrate_heads",
     "expected_speedup",
     "load_pruned",

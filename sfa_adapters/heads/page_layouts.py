@@ -1,0 +1,95 @@
+"""Where the tokens of a tower lie while it runs, with SFA in it or without: the grid comes from its inputs.
+
+SFA's own layers know their layouts. Before injection nobody does, so the same record of the backbone is asked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sfa_adapters.adat.tokenizer import ADAT_STATE
+from sfa_adapters.attention_call import AttentionCall
+from sfa_adapters.errors import LayoutError
+from sfa_adapters.layout import TokenLayout, default_block_map
+from sfa_adapters.reduction.dymu_tower import DYMU_STATE
+from sfa_adapters.registry import FoundTower
+
+__all__ = ["layouts_of"]
+
+
+@contextmanager
+def layouts_of(found: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLayout]]:
+    """Watches the inputs of a tower for a while.
+
+    Args:
+        found: The tower.
+
+    Yields:
+        A function that gives the layout of the tokens of an attention call of the forward under way.
+
+    Raises:
+        LayoutError: The tower has adaptive or merged tokens; by that function, where tokens are not those of the grid.
+    """
+    if any({ADAT_STATE, DYMU_STATE} & module.__dict__.keys() for module in found.tower.modules()):
+        raise LayoutError(
+            f"The tokens of {found.name or type(found.tower).__name__} are adaptive or merged, so they have no rows "
+            "and columns. Choose heads before inject_adat or inject_dymu, or eject these first."
+        )
+    pages = _Pages(found)
+    module = found.tower.get_submodule(found.backbone.image_module)
+    handle = module.register_forward_pre_hook(pages.see, with_kwargs=True)
+    try:
+        yield pages.layout
+    finally:
+        handle.remove()
+
+
+class _Pages:
+    """The arrangement of the forward under way."""
+
+    def __init__(self, found: FoundTower) -> None:
+        self.backbone = found.backbone
+        self.geometry = found.backbone.geometry(found.tower)
+        self.arrangement: Any = None
+        self.tokens = 0
+        self.known: dict[Any, TokenLayout] = {}
+        self.ends: dict[str, int] = {}
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the image module."""
+        self.ends = {}
+        if self.backbone.describe_input is not None:
+            self.tokens, self.arrangement = self.backbone.describe_input(module, args, kwargs)
+            return
+        assert self.backbone.grid_of_input is not None
+        self.arrangement = self.backbone.grid_of_input(module, args, kwargs) or self.geometry.grid
+        if self.arrangement is not None:
+            self.tokens = self.arrangement[0] * self.arrangement[1] + self.geometry.prefix_tokens
+
+    def layout(self, call: AttentionCall) -> TokenLayout:
+        """The layout of a call; segments come one after the other."""
+        key: Any = self.arrangement
+        start = stop = 0
+        if self.backbone.segment_layouts is not None:
+            start = self.ends.get(call.layer, 0) if call.segment else 0
+            stop = self.ends[call.layer] = start + call.num_queries
+            key = (self.arrangement, start, stop)
+        fits = stop <= self.tokens if self.backbone.segment_layouts is not None else call.num_queries == self.tokens
+        if self.arrangement is None or not fits or call.num_keys != call.num_queries:
+            raise LayoutError(
+                f"{call.layer} attends over {call.num_queries} queries and {call.num_keys} keys, but the images of "
+                f"this forward have {self.tokens} tokens, so their rows and columns are not known."
+            )
+        if key not in self.known:
+            self.known[key] = self._build(start, stop)
+        return self.known[key].to(call.device)
+
+    def _build(self, start: int, stop: int) -> TokenLayout:
+        if self.backbone.segment_layouts is not None:
+            return self.backbone.segment_layouts(self.arrangement, (start, stop), default_block_map())[0]
+        height, width = self.arrangement
+        return TokenLayout.regular(height, width, self.geometry.prefix_tokens)
