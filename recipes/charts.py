@@ -66,7 +66,7 @@ class Chart:
 
 
 class Canvas:
-    """What charts and tables are drawn on. One figure, reused: making a figure and its axes takes longer than drawing a chart."""
+    """What charts and tables are drawn on: one figure, reused, because making one takes longer than drawing a chart."""
 
     def __init__(self) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -52,7 +52,9 @@ def shuffle_places(model: nn.Module, seed: int = 0) -> None:
     """
     states = {id(layer.state): layer.state for _, _, layer in injected_layers(model)}
     if not states:
-        raise InjectionError(f"{type(model).__name__} has no SFA whose places could be shuffled; call inject_sfa first.")
+        raise InjectionError(
+            f"{type(model).__name__} has no SFA whose places could be shuffled; call inject_sfa first."
+        )
     for state in states.values():
         state.rearrange = ShuffledPlaces(seed)
         state.layouts.clear()

@@ -302,7 +302,9 @@ def load_sheets(split: Split) -> list[Sheet]:
     for sheet in _all_sheets():
         cells: dict[str, dict[str, float]] = {}
         for row, values in sheet.cells.items():
-            kept = {c: v for c, v in values.items() if split_of(f"{sheet.source}:{c if sheet.by_column else row}") == split}
+            kept = {
+                c: v for c, v in values.items() if split_of(f"{sheet.source}:{c if sheet.by_column else row}") == split
+            }
             if len(kept) > 1:
                 cells[row] = kept
         if len(cells) > 1:

@@ -18,7 +18,16 @@ from sfa_adapters.recipes.questions import Question, questions_for
 from sfa_adapters.recipes.sources import Sheet, load_sheets
 from sfa_adapters.recipes.tables import Split, Table, make_table
 
-__all__ = ["TablePicture", "TableSize", "ask_all", "cut_tables", "draw_table", "larger_charts", "table_pictures", "value_questions"]
+__all__ = [
+    "TablePicture",
+    "TableSize",
+    "ask_all",
+    "cut_tables",
+    "draw_table",
+    "larger_charts",
+    "table_pictures",
+    "value_questions",
+]
 
 NAMES = 27.0  # px of the column with the names of the rows, and the least of a column with numbers
 LOWEST = 14.0  # px of a row
@@ -71,7 +80,9 @@ def cut_tables(split: Split, count: int, seed: int, size: TableSize) -> list[Tab
         if table is not None:
             tables.append(table)
         elif refused > TRIES:
-            raise DataError(f"The sheets of split {split!r} give no tables of {size.rows} rows, {size.columns} columns.")
+            raise DataError(
+                f"The sheets of split {split!r} give no tables of {size.rows} rows, {size.columns} columns."
+            )
     return tables
 
 

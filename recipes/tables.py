@@ -108,7 +108,12 @@ def make_table(
     names = tuple(_short(r) for r in rows)
     series = tuple(_short(s) for s in columns)
     flat = [v for column in columns.values() for v in column]
-    if not 2 <= len(names) <= most_rows or len(set(names)) < len(names) or len(set(series)) < len(series) or "" in names:
+    if (
+        not 2 <= len(names) <= most_rows
+        or len(set(names)) < len(names)
+        or len(set(series)) < len(series)
+        or "" in names
+    ):
         return None
     if any(not math.isfinite(v) or v < 0 for v in flat) or max(flat) <= 0 or min(flat) > 0.87 * max(flat):
         return None  # nearly equal numbers: with 5% tolerance, reading any mark would count as reading the right one

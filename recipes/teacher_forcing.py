@@ -1,7 +1,7 @@
 """Exact match of greedy answers without generating them: right where every token of the true answer is the argmax.
 
 A greedy decoder says the true answer, and then stops, if and only if each of its tokens, the end token included, is the
-most likely one behind the tokens before it. One forward over packed questions tells that for all questions of a picture.
+most likely one behind the tokens before it. One forward over packed questions tells that for all questions at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def exact_matches(
     training, right = host.model.training, []
     host.model.eval()
     for start in range(0, len(images), batch_size):
-        asked = [[(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]]
+        asked = [
+            [(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]
+        ]
         batch = encode_packed(host, images[start : start + batch_size], asked)
         labels = batch.pop("labels")
         guesses = host.model(**batch, use_cache=False).logits.argmax(-1)

@@ -80,6 +80,7 @@ class StudySettings:
         placebo: The arm that must show nothing.
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
+        fewer_seeds: Budgets that run with some of the seeds only: `{budget: {steps: 1500}, seeds: [0, 1, 2]}`.
         arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
         tests: Names of the test sets, the first one the main one.
         measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
@@ -101,6 +102,7 @@ class StudySettings:
     tests: Sequence[str]
     train: Options
     measures: Sequence[str] = ()
+    fewer_seeds: Sequence[Mapping[str, Any]] = ()
     thresholds: Sequence[float] = (0.5, 0.9)
     tuning: Options = field(default_factory=dict)
 
@@ -110,6 +112,8 @@ class StudySettings:
                 raise DataError(f"{self.name}: no arm {role!r} in arms ({', '.join(self.arms)}).")
         if self.primary.test not in self.tests or self.primary.budget not in self.budgets:
             raise DataError(f"{self.name}: primary names a test set or a budget that the study does not have.")
+        if any(each.get("budget") not in self.budgets or "seeds" not in each for each in self.fewer_seeds):
+            raise DataError(f"{self.name}: fewer_seeds needs a budget of the study and its seeds.")
         both = set(self.seeds) & set(self.tuning.get("seeds", ()))
         if both:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
@@ -119,8 +123,13 @@ class StudySettings:
         return [
             self._job(arm, seed, budget)
             for seed, budget, arm in product(self.seeds, self.budgets, self.arms)
-            if budget in self.arms[arm].get("budgets", self.budgets) and seed in self.arms[arm].get("seeds", self.seeds)
+            if budget in self.arms[arm].get("budgets", self.budgets)
+            and seed in self.arms[arm].get("seeds", self.seeds)
+            and seed in self._seeds_of(budget)
         ]
+
+    def _seeds_of(self, budget: Options) -> Sequence[int]:
+        return next((each["seeds"] for each in self.fewer_seeds if each["budget"] == budget), self.seeds)
 
     def tuning_jobs(self) -> list[Job]:
         """Runs on the seeds of the tuning, over the grid of each arm; the values tried are part of the arm's name."""

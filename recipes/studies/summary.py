@@ -91,8 +91,7 @@ def _line(
     both = [seed for seed in runs if seed in control]
     measured = [*settings.tests, *settings.measures]
     pairs = {
-        test: [runs[seed].outcome.tests[test] - control[seed].outcome.tests[test] for seed in both]
-        for test in measured
+        test: [runs[seed].outcome.tests[test] - control[seed].outcome.tests[test] for seed in both] for test in measured
     }
     gains = {test: seeds_bootstrap(values) for test, values in pairs.items() if values}
     main = settings.tests[0]

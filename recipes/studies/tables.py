@@ -98,7 +98,7 @@ def build_arm(options: Any, seed: int) -> NanoHost:
         raise DataError(f"bias={bias!r} is none of none, sfa, placebo.")
     if "adat" in options:
         policy = PatchPolicy(levels=LEVELS, cell=3 * PATCH, budget=options["adat"])
-        inject_adat(host.model, AdaptiveTokenizer(policy, **STATISTICS))
+        inject_adat(host.model, AdaptiveTokenizer(policy=policy, **STATISTICS))
     if bias != "none":
         start: dict[str, Any] = {}
         if options.get("init", "normal") == "axial":

@@ -42,7 +42,9 @@ def answer_measures(
         share of such numbers among the wrong numeric answers.
     """
     pairs = [(p, q) for p, asked in zip(pictures, questions, strict=True) for q in asked[:each]]
-    answers, _ = generate_answers(host, [picture.image for picture, _ in pairs], [question.text for _, question in pairs])
+    answers, _ = generate_answers(
+        host, [picture.image for picture, _ in pairs], [question.text for _, question in pairs]
+    )
     printed = [[text.text for text in picture.texts] for picture, _ in pairs]
     judged = hallucination_report(answers, [question.answer for _, question in pairs], printed=printed).judged
     owners = np.repeat(np.arange(len(pictures)), [min(each, len(asked)) for asked in questions])
