@@ -46,7 +46,7 @@ class TableSize:
         rows, columns = self.rows, self.columns
         if not (2 <= rows[0] <= rows[1] <= most_rows and 1 <= columns[0] <= columns[1] <= most_columns):
             raise DataError(
-                f"A picture of {SIZE} px has room for 2 to {most_rows} rows and 1 to {most_columns} columns of numbers, "
+                f"A picture of {SIZE} px has room for 2 to {most_rows} rows, 1 to {most_columns} columns of numbers, "
                 f"least before most; got rows={rows}, columns={columns}."
             )
 
