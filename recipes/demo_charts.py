@@ -46,7 +46,7 @@ def run_charts(config: DemoConfig, console: Console) -> Report:
     evaluate(host, samples[:64])  # the first forward of a process is slow and must not count as this model's time
     with console.status("answering before fine-tuning"):
         before = evaluate(host, samples)
-    settings = FinetuneConfig(steps=config.number("steps"), seed=config.seed)
+    settings = FinetuneConfig(steps=config.number("steps"), seed=config.seed, bias_lr=0.01)
     charts = training_charts(config.number("pictures"), config.seed, console)
 
     with_sfa, control = copy.deepcopy(host), copy.deepcopy(host)

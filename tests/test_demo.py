@@ -1,4 +1,4 @@
-"""The demo on charts, end to end, on an untrained host: what it leaves, that it is fair, and that it can be repeated."""
+"""The demo on charts from end to end, on an untrained host: what it leaves, that it is fair and can be repeated."""
 
 import copy
 import io

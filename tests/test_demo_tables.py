@@ -1,4 +1,4 @@
-"""The demo on tables, end to end, on an untrained host: what it leaves, that it is fair, and what it says of an effect."""
+"""The demo on tables from end to end, on an untrained host: what it leaves, that it is fair, and what it claims."""
 
 import dataclasses
 import io
@@ -89,7 +89,8 @@ def test_the_numbers_say_how_they_were_made(finished: Any) -> None:
     assert list(record["models"]) == ["without SFA", "SFA", "placebo"]
     assert record["effect"] == effect(report)
     assert record["command"] == (
-        "sfa demo --task tables --host llava_onevision --steps 2 --seed 0 --questions 14 --weights untrained.safetensors"
+        "sfa demo --task tables --host llava_onevision --steps 2 --seed 0 --questions 14 "
+        "--weights untrained.safetensors"
     )
     assert [step for step, _ in record["models"]["SFA"]["curve"]] == [0, 1, 2]
     text = (out / "results.md").read_text(encoding="utf-8")
