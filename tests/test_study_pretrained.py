@@ -176,7 +176,8 @@ def test_the_axial_start_takes_the_heads_that_look_along_lines_already() -> None
         assert not set(heads["row"]) & set(heads["col"])
     reader = _reader(adapter="sfa", init="axial")
     rows = [
-        (layer.attention.sfa.sfa_row["default"] > 2).nonzero().flatten().tolist() for layer in reader.tower.encoder.layer
+        (layer.attention.sfa.sfa_row["default"] > 2).nonzero().flatten().tolist()
+        for layer in reader.tower.encoder.layer
     ]
     assert rows == [heads["row"] for heads in chosen.values()]
 

@@ -25,6 +25,7 @@ STUDIES: Mapping[str, str] = {
     "pretrained-frozen": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-colours": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-digits": "sfa_adapters.recipes.studies.pretrained",
+    "tables": "sfa_adapters.recipes.studies.tables",
 }
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 

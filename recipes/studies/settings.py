@@ -80,9 +80,10 @@ class StudySettings:
         placebo: The arm that must show nothing.
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
+        fewer_seeds: Budgets that run with some of the seeds only: `{budget: {steps: 1500}, seeds: [0, 1, 2]}`.
         arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
-        fewer_seeds: Budgets that run with some of the seeds only, each `{budget: ..., seeds: [...]}`.
         tests: Names of the test sets, the first one the main one.
+        measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
         tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
@@ -100,9 +101,10 @@ class StudySettings:
     arms: Mapping[str, Options]
     tests: Sequence[str]
     train: Options
+    measures: Sequence[str] = ()
+    fewer_seeds: Sequence[Options] = ()
     thresholds: Sequence[float] = (0.5, 0.9)
     tuning: Options = field(default_factory=dict)
-    fewer_seeds: Sequence[Options] = ()
 
     def __post_init__(self) -> None:
         for role in (self.control, self.placebo, self.primary.arm):
