@@ -26,6 +26,7 @@ STUDIES: Mapping[str, str] = {
     "pretrained-colours": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-digits": "sfa_adapters.recipes.studies.pretrained",
     "tables": "sfa_adapters.recipes.studies.tables",
+    "starts": "sfa_adapters.recipes.studies.starts",
 }
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 
