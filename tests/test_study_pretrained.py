@@ -176,7 +176,8 @@ def test_the_axial_start_takes_the_heads_that_look_along_lines_already() -> None
         assert not set(heads["row"]) & set(heads["col"])
     reader = _reader(adapter="sfa", init="axial")
     rows = [
-        (layer.attention.sfa.sfa_row["default"] > 2).nonzero().flatten().tolist() for layer in reader.tower.encoder.layer
+        (layer.attention.sfa.sfa_row["default"] > 2).nonzero().flatten().tolist()
+        for layer in reader.tower.encoder.layer
     ]
     assert rows == [heads["row"] for heads in chosen.values()]
 
@@ -202,9 +203,11 @@ def test_settings_hold_together(name: str) -> None:
     settings = load_settings(name)
     assert settings.primary.arm == "axial"
     assert {"none", "axial", settings.placebo} <= set(settings.arms)
+    known = {*OPTIONS, *SMALL, "layers", "adapter", "places", "init", "heads", "test_pictures"}
     for job in settings.jobs() + settings.tuning_jobs():
-        assert job.options["pictures"] <= max(job.options["pool"], job.options["pictures"])
-        assert set(job.options["terms"]) == set(TERMS)
+        assert set(job.options) <= known, "an option that nothing reads"
+        assert job.options["task"] == ("rendered" if name in STUDIES[:2] else name.removeprefix("pretrained-"))
+        assert job.options["layers"] == ("frozen" if name.endswith("frozen") else "trained")
 
 
 def test_a_budget_may_run_with_fewer_seeds() -> None:
