@@ -20,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.layer import SFALayer
+from sfa_adapters.rates import DEFAULT_SFA_LR
 from sfa_adapters.recipes.charts import Chart, draw, kinds_for
 from sfa_adapters.recipes.encode import encode_packed
 from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost
@@ -47,8 +48,8 @@ class FinetuneConfig:
         batch_size: Charts per step.
         questions: How many value, difference and largest questions are asked about a chart, on average.
         lr: Peak learning rate of the model's own weights.
-        bias_lr: Peak learning rate of the structural scalars. They start at 0.02 and act as logits, so they need
-            larger steps than weights do.
+        bias_lr: Peak learning rate of the structural scalars. They start near 0 and act in logits, so they need larger
+            steps than weights do.
         warmup: Share of the steps in which the learning rate rises.
         weight_decay: On matrices of the model only.
         seed: Of the order of charts and questions.
@@ -61,7 +62,7 @@ class FinetuneConfig:
     batch_size: int = 16
     questions: tuple[float, float, float] = (3.0, 1.0, 1.0)
     lr: float = 3e-4
-    bias_lr: float = 1e-2
+    bias_lr: float = DEFAULT_SFA_LR
     warmup: float = 0.1
     weight_decay: float = 0.01
     seed: int = 0

@@ -31,7 +31,14 @@ def published() -> Recipe:
     How many tiles it cut an image into was not told; one is what its baseline was evaluated with.
     """
     return recipe().replace(
-        name="internvl3_5_8b_published", lr=2e-5, sfa_lr=2e-5, batch_size=32, epochs=3, warmup_steps=100, max_tiles=1
+        name="internvl3_5_8b_published",
+        init="normal",
+        lr=2e-5,
+        sfa_lr=2e-5,
+        batch_size=32,
+        epochs=3,
+        warmup_steps=100,
+        max_tiles=1,
     )
 
 

@@ -211,8 +211,9 @@ def _train(
     questions = Questions(rows) if isinstance(rows, Sequence) else StreamedQuestions(rows, seed=recipe.seed)
     found = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
     if processes.is_main_process:
+        scalars = dict(found.scalars) or None
         counts = {"steps": found.steps, "examples": found.steps * recipe.batch_size, "skipped": len(found.skipped)}
-        write_facts(folder / FINAL, RunFacts.here(seconds=found.seconds, loss=found.loss, **counts))
+        write_facts(folder / FINAL, RunFacts.here(seconds=found.seconds, loss=found.loss, scalars=scalars, **counts))
     processes.wait_for_everyone()
     if recipe.plan != "fsdp2":  # there no process has the whole host
         _picture(recipe, host.model)

@@ -77,6 +77,9 @@ def __getattr__(name: str) -> Any:
         import_module(_PEFT_METHOD)
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
+    # What was imported may have imported the module `observe`, which sets this package's attribute to the module.
+    if "sfa_adapters.observe" in sys.modules:
+        globals()["observe"] = sys.modules["sfa_adapters.observe"].observe
     return value
 
 

@@ -44,6 +44,13 @@ def train(
     lora_llm: Annotated[int | None, typer.Option(help="Rank of a LoRA on the language model; 0 is none.")] = None,
     sfa: Annotated[bool | None, typer.Option("--sfa/--no-sfa", help="A structural bias in the tower.")] = None,
     sfa_terms: Annotated[str | None, typer.Option(help="Its terms, out of row,col,dist,block.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="How its scalars start: normal, or axial (heads for rows and for columns).")
+    ] = None,
+    init_strength: Annotated[float | None, typer.Option(help="Logits that heads of axial start with.")] = None,
+    init_warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps in which that strength rises from 0; 0 is at once.")
+    ] = None,
     adat: Annotated[float | None, typer.Option(help="Share of tokens that adaptive tokenization keeps.")] = None,
     scr_entropy: Annotated[float | None, typer.Option(help="Weight of the entropy term of SCR.")] = None,
     scr_grounding: Annotated[float | None, typer.Option(help="Weight of its grounding term.")] = None,
@@ -82,7 +89,8 @@ def train(
 
 # The flags of `train` that are settings of the recipe under the same name.
 FLAGS = (
-    "plan", "freeze_vision", "freeze_projector", "freeze_llm", "lora_llm", "sfa", "sfa_terms", "adat", "scr_entropy",
+    "plan", "freeze_vision", "freeze_projector", "freeze_llm", "lora_llm", "sfa", "sfa_terms", "init",
+    "init_strength", "init_warmup_steps", "adat", "scr_entropy",
     "scr_grounding", "scr_stability", "lr", "vision_lr", "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_steps",
     "batch_size", "micro_batch", "data", "limit", "output", "seed",
 )  # fmt: skip

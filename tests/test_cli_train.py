@@ -42,6 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]
 def test_every_flag_sets_its_field(asked: list[Any], capsys: pytest.CaptureFixture[str]):
     arguments = (
         "--plan bf16 --freeze-vision --freeze-projector --train-llm --lora-llm 8 --sfa-terms row,col --adat 0.5 "
+        "--init axial --init-strength 2 --init-warmup-steps 50 "
         "--scr-entropy 0.1 --scr-grounding 0.2 --scr-stability 0.3 --lr 1e-4 --vision-lr 1e-5 --projector-lr 2e-4 "
         "--llm-lr 3e-4 --sfa-lr 0.02 --epochs 2 --max-steps 7 --batch-size 16 --micro-batch 4 --data my.jsonl "
         "--limit 10 --output out --seed 5"
@@ -49,6 +50,7 @@ def test_every_flag_sets_its_field(asked: list[Any], capsys: pytest.CaptureFixtu
     assert _run(capsys, "train", INTERNVL, *arguments.split())[0] == 0
     wanted = find_recipe(INTERNVL).replace(
         plan="bf16", freeze_vision=True, freeze_projector=True, freeze_llm=False, lora_llm=8, sfa_terms=("row", "col"),
+        init="axial", init_strength=2.0, init_warmup_steps=50,
         adat=0.5, scr_entropy=0.1, scr_grounding=0.2, scr_stability=0.3, lr=1e-4, vision_lr=1e-5, projector_lr=2e-4,
         llm_lr=3e-4, sfa_lr=0.02, epochs=2.0, max_steps=7, batch_size=16, micro_batch=4, data="my.jsonl", limit=10,
         output="out", seed=5,

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLCon
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.rates import DEFAULT_SFA_LR
 from sfa_adapters.recipes import internvl3_5_8b
 from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe, training_rows
 from sfa_adapters.recipes.nano import load_nano
@@ -93,7 +94,7 @@ def test_every_recipe_has_the_settings_of_the_published_run_but_faster_scalars(n
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.warmup_steps) == (2e-5, 32, 3, 100)
     assert (recipe.plan, recipe.dtype, recipe.gradient_checkpointing) == ("nf4", "bfloat16", True)
     assert (recipe.freeze_vision, recipe.freeze_projector, recipe.freeze_llm) == (False, False, True)
-    assert recipe.sfa_lr == 1e-2
+    assert (recipe.sfa_lr, recipe.init) == (DEFAULT_SFA_LR, "normal")
     assert recipe == importlib.import_module(f"sfa_adapters.recipes.{name}").recipe()
 
 

@@ -162,6 +162,7 @@ RECIPES = st.builds(
     st.integers(1, 4),
     lr=st.floats(1e-12, 1e3),
     sfa_lr=st.floats(1e-12, 1e3),
+    init_strength=st.floats(0.01, 100.0),
     vision_lr=st.none() | st.floats(1e-12, 1.0),
     adat=st.none() | st.floats(0.01, 1.0),
     revision=st.none() | st.sampled_from(["main", "0123456", "1e10", "0x1F", "true", "2026-01-02", "~"]),

@@ -150,7 +150,7 @@ def test_a_card_of_little_invents_nothing_and_names_no_folder_of_this_machine(ho
     assert str(tmp_path) not in str(card)
     assert "my charts" in card.text
     assert not {"base_model", "base_model_relation", "datasets", "license", "model-index"} & set(card.data.to_dict())
-    assert card.text.count("not recorded") == 7
+    assert card.text.count("not recorded") == 8
     assert "It was not evaluated." in card.text
     assert "The revision of the base model was not pinned" in card.text
 

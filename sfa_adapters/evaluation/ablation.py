@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sfa_adapters.axial import AXES
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError, SFAError
 from sfa_adapters.evaluation.predictions import Prediction, read_answers, write_atomically
@@ -67,7 +68,10 @@ def term_variants() -> tuple[Variant, ...]:
     for term in TERMS:
         others = tuple(t for t in TERMS if t != term)
         made.append(Variant(f"without {term}", f"no-{term}", {"sfa": True, "sfa_terms": others}))
-    made += [Variant(f"only {term}", f"only-{term}", {"sfa": True, "sfa_terms": (term,)}) for term in TERMS]
+    for term in TERMS:
+        # Without rows and columns there is nothing that the axial start could be.
+        start = {} if term in AXES else {"init": "normal", "init_warmup_steps": 0}
+        made.append(Variant(f"only {term}", f"only-{term}", {"sfa": True, "sfa_terms": (term,), **start}))
     return (*made, Variant(CONTROL, "control", {"sfa": False}))
 
 

@@ -123,6 +123,7 @@ def _adapter(recipe: Recipe, sfa: Mapping[str, Any] | None, sizes: Mapping[str, 
             ("layers with a bias", f"{layers} of {tower.get('num_layers', UNKNOWN)}"),
             ("heads per layer", str(tower.get("num_heads", UNKNOWN))),
             ("terms", ", ".join(sfa.get("terms", ()))),
+            ("start", _start(recipe)),
             ("grid", f"{grid} patches, {tower.get('prefix_tokens', 0)} prefix tokens"),
         ]
     rows += [(f"parameters: {label}", f"{count:,}") for label, count in sizes.items()]
@@ -163,11 +164,28 @@ def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> s
         ("hardware", facts.hardware or UNKNOWN),
         ("processes", str(facts.processes or UNKNOWN)),
         ("training time", UNKNOWN if facts.seconds is None else _duration(facts.seconds)),
+        ("largest SFA scalars at the end", _scalars(recipe, facts)),
         ("training loss at the end", UNKNOWN if facts.loss is None else f"{facts.loss:.4g}"),
         ("command", f"`{facts.command}`" if facts.command else UNKNOWN),
         ("versions", ", ".join(f"{name} {found}" for name, found in versions.items())),
     ]
     return "## How it was trained\n\n" + _table(rows) + f"\n\nAll settings: `{RECORD}`."
+
+
+def _scalars(recipe: Recipe, facts: RunFacts) -> str:
+    """Below about 1 logit a bias hardly acts, so a reader of scores wants to know."""
+    if not recipe.sfa:
+        return "no SFA"
+    if not facts.scalars:
+        return UNKNOWN
+    return ", ".join(f"{term} {size:.2g}" for term, size in facts.scalars.items()) + " logits"
+
+
+def _start(recipe: Recipe) -> str:
+    if recipe.init == "normal":
+        return "normal"
+    ramp = f", from 0 over {recipe.init_warmup_steps:,} steps" if recipe.init_warmup_steps else ""
+    return f"{recipe.init}, {recipe.init_strength:g} logits{ramp}"
 
 
 def _duration(seconds: float) -> str:

@@ -38,6 +38,7 @@ class RunFacts:
         loss: Training loss at the end.
         scores: One mapping per evaluation, as `ScoreTable.to_dict` gives it; `data` and `split` may be added, else
             those of the recipe count. `host` names what was asked where it is not the trained host, e.g. `untrained`.
+        scalars: The largest structural scalar of each term after training, in logits.
     """
 
     command: str | None = None
@@ -49,6 +50,7 @@ class RunFacts:
     skipped: int | None = None
     loss: float | None = None
     scores: tuple[Mapping[str, Any], ...] = ()
+    scalars: Mapping[str, float] | None = None
 
     @classmethod
     def here(cls, **known: Any) -> RunFacts:

@@ -145,6 +145,8 @@ def load_trained(host: Host, folder: str | Path, resume: bool = False) -> None:
             if isinstance(data, DTensor):
                 tensor = distribute_tensor(tensor.to(data.device, data.dtype), data.device_mesh, data.placements)
             parameter.copy_(tensor)
+    if SFA_FILE in own:
+        _take_warmup(host.model, folder)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -182,6 +184,15 @@ def _lora_config(model: nn.Module) -> LoraConfig:
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _take_warmup(model: nn.Module, folder: Path) -> None:
+    """How far the axial start has grown belongs to the values; checkpoints of before say nothing of it."""
+    saved = folder / "adapter_config.json"
+    done = json.loads(saved.read_text(encoding="utf-8")).get("init_warmup_done", 0) if saved.is_file() else 0
+    for _, _, layer in injected_layers(model):
+        if ADAPTER in layer.configs:
+            layer.configs[ADAPTER].init_warmup_done = int(done)
 
 
 def _same_keys(file: Path, where: str, expected: set[str], found: set[str]) -> None:

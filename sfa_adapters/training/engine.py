@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from sfa_adapters.errors import TrainingError
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
+from sfa_adapters.trainer import SFATrainerMixin
 from sfa_adapters.training.callbacks import ignore_signals
 from sfa_adapters.training.checks import GradientCheck, check_labels, save_batch
 from sfa_adapters.training.hosts import Host
@@ -28,11 +29,12 @@ __all__ = ["SFATrainer"]
 FOR_US = ("row_ids", "skipped")  # what a collator tells the Trainer; the model never gets it
 
 
-class SFATrainer(SavingMixin, SCRTrainerMixin, Trainer):
+class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     """`transformers.Trainer` for a prepared host.
 
-    What differs: learning rates by part; whole batches in an order that seed and epoch decide; checks of labels and
-    gradients; NaN stops the run; checkpoints hold what trains, appear whole or not at all, and load strictly.
+    What differs: learning rates by part, and a look at how large the structural scalars become; whole batches in an
+    order that seed and epoch decide; checks of labels and gradients; NaN stops the run; checkpoints hold what trains,
+    appear whole or not at all, and load strictly.
 
     Args:
         host: The host.
@@ -58,7 +60,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, Trainer):
             **_statistics(host),
         )
         with _trainable_although_quantized(host.model):
-            super().__init__(model=host.model, scr_config=scr, **kwargs)
+            super().__init__(model=host.model, scr_config=scr, sfa_lr=recipe.sfa_lr, **kwargs)
         if self.args.n_gpu > 1:
             raise TrainingError(
                 f"{self.args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them "

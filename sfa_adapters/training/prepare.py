@@ -76,8 +76,7 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
         if recipe.lora_llm:
             _inject_lora(model, spec, recipe)
         if recipe.sfa:
-            layers = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
-            inject_sfa(model, SFAConfig(terms=list(recipe.sfa_terms), layers_to_transform=layers))
+            inject_sfa(model, _sfa_config(recipe))
     if recipe.adat is not None:
         inject_adat(model, PatchPolicy(budget=float(recipe.adat)))
     if not train:
@@ -89,6 +88,16 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
             _checkpoint(model)
     model.train(train)
     return Host(model, processor, spec, recipe)
+
+
+def _sfa_config(recipe: Recipe) -> SFAConfig:
+    return SFAConfig(
+        terms=list(recipe.sfa_terms),
+        layers_to_transform=None if recipe.sfa_layers is None else list(recipe.sfa_layers),
+        init=recipe.init,
+        init_strength=recipe.init_strength,
+        init_warmup_steps=recipe.init_warmup_steps,
+    )
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -9,8 +9,10 @@ from typing import Any, Literal, Self, get_args
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from sfa_adapters.axial import AXES, Init
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.rates import DEFAULT_SFA_LR
 
 __all__ = ["DEFAULT_PROMPT", "Family", "PlanName", "Recipe"]
 
@@ -38,6 +40,9 @@ class Recipe:
         sfa: Whether the tower gets a structural bias.
         sfa_terms: Its terms, out of row, col, dist, block.
         sfa_layers: Layers of the tower that get it; None is all that the host reads.
+        init: How its scalars start, `normal` or `axial`, see `SFAConfig`.
+        init_strength: Logits that row and column heads of `axial` start with.
+        init_warmup_steps: Steps over which this strength rises from 0; 0 is there from the beginning.
         adat: Share of the tower's tokens that adaptive tokenization keeps, in (0, 1]; None is off.
         scr_entropy: Weight of the entropy term of SCR; 0 is off, here and below.
         scr_grounding: Weight of the grounding term.
@@ -46,7 +51,8 @@ class Recipe:
         vision_lr: Of the tower.
         projector_lr: Of the projector.
         llm_lr: Of the language model or of its LoRA.
-        sfa_lr: Of the structural scalars. They act as logits and start at 0.02, so at 2e-5 they stay where they are.
+        sfa_lr: Of the structural scalars. They act in logits, and AdamW moves a scalar by about its rate per step: the
+            rates of the run should add up to 3 or more.
         weight_decay: On matrices only.
         max_grad_norm: Gradients are clipped to it.
         warmup_steps: Steps in which the rate rises; a cosine to zero follows.
@@ -92,6 +98,9 @@ class Recipe:
     sfa: bool = True
     sfa_terms: tuple[str, ...] = TERMS
     sfa_layers: tuple[int, ...] | None = None
+    init: Init = "normal"
+    init_strength: float = 3.0
+    init_warmup_steps: int = 0
     adat: float | None = None
     scr_entropy: float = 0.0
     scr_grounding: float = 0.0
@@ -100,7 +109,7 @@ class Recipe:
     vision_lr: float | None = None
     projector_lr: float | None = None
     llm_lr: float | None = None
-    sfa_lr: float = 1e-2
+    sfa_lr: float = DEFAULT_SFA_LR
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     warmup_steps: int = 100
@@ -130,7 +139,7 @@ class Recipe:
     log: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType)):
+        for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType), ("init", Init)):
             known = get_args(kind)
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         loggers = (*INTEGRATION_TO_CALLBACK, "none")
@@ -139,12 +148,12 @@ class Recipe:
             self._whole(name, 1)
         for name in ("save_steps", "save_total_limit", "logging_steps"):
             self._whole(name, 1)
-        for name in ("lora_llm", "warmup_steps", "seed", "num_workers"):
+        for name in ("lora_llm", "warmup_steps", "seed", "num_workers", "init_warmup_steps"):
             self._whole(name, 0)
         for name in ("max_steps", "limit", "eval_limit"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
-        for name in ("lr", "vision_lr", "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_grad_norm"):
+        for name in ("lr", "vision_lr", "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_grad_norm", "init_strength"):
             value = getattr(self, name)
             self._require(name, value is None or (_is_number(value) and value > 0), "a number above 0")
         for name in ("weight_decay", "scr_entropy", "scr_grounding", "scr_stability"):
@@ -155,6 +164,10 @@ class Recipe:
             object.__setattr__(self, "sfa_layers", tuple(self.sfa_layers))
         known = bool(self.sfa_terms) and set(self.sfa_terms) <= set(TERMS)
         self._require("sfa_terms", known, f"some of {', '.join(TERMS)}")
+        ramps = self.init == "axial" or not self.init_warmup_steps
+        self._require("init_warmup_steps", ramps, f"0 with init={self.init}: only init=axial has a strength that rises")
+        starts = self.init == "normal" or not self.sfa or bool({*AXES} & {*self.sfa_terms})
+        self._require("init", starts, f"normal with sfa_terms={','.join(self.sfa_terms)}: axial needs row or col")
         self._require("prompt", "{question}" in self.prompt, "a text with {question} in it")
         self._require(
             "freeze_llm", self.freeze_llm or self.plan != "nf4", "true with plan=nf4: 4-bit weights cannot train"

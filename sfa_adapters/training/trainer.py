@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sfa_adapters.errors import SFAWarning
+from sfa_adapters.rates import has_active_sfa, largest_scalars
 from sfa_adapters.training.arguments import training_arguments
 from sfa_adapters.training.callbacks import Interrupted, ProgressBar, StopOnSignal
 from sfa_adapters.training.checkpoints import save_trained
@@ -45,6 +46,7 @@ class TrainResult:
         seconds: Wall-clock time of this part of the run.
         skipped: Rows that were passed over, each once.
         history: The log.
+        scalars: The largest scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class TrainResult:
     seconds: float
     skipped: tuple[Skipped, ...]
     history: tuple[Mapping[str, Any], ...]
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -130,6 +133,10 @@ def train(
         step = trainer.state.global_step
         console.print(f"Stopped after step {step} of {steps}; checkpoint-{step} is in {folder}. Go on with --resume.")
         raise Interrupted(stop.received)
+    scalars = largest_scalars(host.model) if has_active_sfa(host.model) else {}
+    if scalars:
+        sizes = ", ".join(f"{term} {size:.2g}" for term, size in scalars.items())
+        console.print(f"Largest structural scalars, in logits: {sizes}.")
     save_trained(host, folder / FINAL)
     trainer.accelerator.wait_for_everyone()
     history = tuple(trainer.state.log_history)
@@ -142,6 +149,7 @@ def train(
         seconds=time.perf_counter() - began,
         skipped=skipped,
         history=history,
+        scalars=scalars,
     )
 
 
