@@ -203,9 +203,11 @@ def test_settings_hold_together(name: str) -> None:
     settings = load_settings(name)
     assert settings.primary.arm == "axial"
     assert {"none", "axial", settings.placebo} <= set(settings.arms)
+    known = {*OPTIONS, *SMALL, "layers", "adapter", "places", "init", "heads", "test_pictures"}
     for job in settings.jobs() + settings.tuning_jobs():
-        assert job.options["pictures"] <= max(job.options["pool"], job.options["pictures"])
-        assert set(job.options["terms"]) == set(TERMS)
+        assert set(job.options) <= known, "an option that nothing reads"
+        assert job.options["task"] == ("rendered" if name in STUDIES[:2] else name.removeprefix("pretrained-"))
+        assert job.options["layers"] == ("frozen" if name.endswith("frozen") else "trained")
 
 
 def test_a_budget_may_run_with_fewer_seeds() -> None:
