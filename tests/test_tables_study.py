@@ -219,7 +219,7 @@ def test_measures_are_in_the_table_with_their_difference(tmp_path: Path) -> None
     write_report(settings, rows, tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| arm | relaxed | minus none | fabricated | minus none |" in text
-    assert text.count("| sfa | 50.0 [50.0, 50.0] | 50.0 [50.0, 50.0] | 50.0") == 3
+    assert text.count("| sfa | 50.0 [50.0, 50.0] | 50.0 [50.0, 50.0] | 50.0") == 2
     assert (tmp_path / "tests.png").is_file()
     print_report(settings, rows, Console(quiet=True))
 
