@@ -229,3 +229,13 @@ def test_the_pictures_are_what_the_tower_gets() -> None:
     (picture,) = table_pictures("train", 1, 1, SIZE)
     pixels = pixel_values([picture.image], 144)
     assert torch.equal(pixels[0, 0], torch.from_numpy(picture.image[..., 0]).float().sub(255).div(127.5))
+
+
+def test_a_choice_does_not_change_what_was_tuned() -> None:
+    """Else the rows of the tuning would be refused, once its choice is written into the settings."""
+    settings = load_settings("tables")
+    chosen = {name: {**options, "lr": 1.0, "sfa_lr": 2.0} for name, options in settings.arms.items()}
+    before, after = settings.tuning_jobs(), replace(settings, arms=chosen).tuning_jobs()
+    assert [job.digest for job in before] == [job.digest for job in after]
+    assert len({job.digest for job in before}) == len(before) == 28
+    assert {job.options["lr"] for job in before} == {0.0003, 0.0006, 0.0012}
