@@ -153,6 +153,8 @@ def test_numbers_of_each_task_have_their_own_defaults() -> None:
 def test_the_same_seed_gives_the_same_model(finished: Any, weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
     first, _, _, _ = finished
     monkeypatch.setattr(module, "VALIDATION", 2)
+    for name in ("draw_curve", "draw_tables", "plot_bias"):  # figures take longer than the rest
+        monkeypatch.setattr(module, name, lambda *arguments: None)
     run_demo(DemoConfig(steps=2, questions=14, pictures=8, weights=weights, out=tmp_path), Console(quiet=True))
     for name in ("adapter/adapter_model.safetensors", "base.safetensors"):
         here, there = load_file(first / name), load_file(tmp_path / name)
