@@ -54,10 +54,9 @@ def run_tables(config: DemoConfig, console: Console) -> TablesReport:
     prepare_folder(config)
     host, steps = load_host(config), config.number("steps")
     console.print(f"host {config.host}: {type(host.model).__name__}, {host.parameters:,} parameters")
-    with console.status("drawing tables of real countries"):
-        test = table_pictures("test", -(-config.number("questions") // EACH), 8, SIZE)
-        validation = table_pictures("val", VALIDATION, 7, SIZE)
-        training = table_pictures("train", config.number("pictures"), 10_000 + config.seed, SIZE)
+    test = table_pictures("test", -(-config.number("questions") // EACH), 8, SIZE)
+    validation = table_pictures("val", VALIDATION, 7, SIZE)
+    training = table_pictures("train", config.number("pictures"), 10_000 + config.seed, SIZE, console)
     settings = FinetuneConfig(
         steps=steps, batch_size=BATCH, questions=(5.0, 0.0, 0.0), lr=LR, bias_lr=SFA_LR, seed=config.seed
     )

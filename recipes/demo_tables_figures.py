@@ -53,7 +53,7 @@ def draw_tables(
     from matplotlib.figure import Figure
 
     rows, columns = PAGE
-    figure = Figure(figsize=(3.6 * columns, 5.2 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.9 * columns, 5.9 * rows), dpi=110, layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
     for number, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[])

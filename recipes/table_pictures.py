@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.charts import SIZE, Canvas, Chart, TextBox, draw, shared_canvas
@@ -151,9 +153,13 @@ def _rules(page: Canvas, at: tuple[float, float, float, float], rows: int, style
         page.rule([left, left + width], [top - height] * 2, "#333333", 1.0)
 
 
-def table_pictures(split: Split, count: int, seed: int, size: TableSize) -> list[TablePicture]:
-    """Tables of one split, drawn; arguments as in `cut_tables`."""
-    tables = cut_tables(split, count, seed, size)
+def table_pictures(
+    split: Split, count: int, seed: int, size: TableSize, console: Console | None = None
+) -> list[TablePicture]:
+    """Tables of one split, drawn; arguments as in `cut_tables`, and where the progress bar goes, if anywhere."""
+    tables = track(
+        cut_tables(split, count, seed, size), f"{'drawing tables':<24}", console=console, disable=not console
+    )
     return [draw_table(table, seed * 100_003 + number) for number, table in enumerate(tables)]
 
 
@@ -161,7 +167,7 @@ def larger_charts(split: Split, count: int, seed: int) -> list[Chart]:
     """Charts of larger tables than the host was pretrained on: 6 to 8 bars, or 4 to 5 rows in two series, in turns."""
     single = cut_tables(split, (count + 1) // 2, seed, TableSize((6, 8), (1, 1)))
     double = cut_tables(split, count // 2, seed + 1, TableSize((4, 5), (2, 2)))
-    drawn = [[draw(table, kind) for table in tables] for tables, kind in ((single, "hbar"), (double, "grouped"))]
+    drawn = [[draw(table, "hbar") for table in single], [draw(table, "grouped") for table in double]]
     return [drawn[number % 2][number // 2] for number in range(count)]
 
 

@@ -23,7 +23,7 @@ from sfa_adapters.recipes.tables import SPLITS, split_of
 SMALL, LARGE = TableSize((3, 5), (2, 3)), TableSize((6, 8), (4, 4))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([SMALL, LARGE, TableSize((2, 9), (1, 4))]))
 def test_texts_are_inside_and_apart_and_say_the_table(seed: int, size: TableSize) -> None:
     (table,) = cut_tables("test", 1, seed, size)

@@ -87,7 +87,7 @@ class StudySettings:
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
         tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
-            result.
+            result. `before`: options of arms while they were tuned, where the choice has changed them since.
     """
 
     name: str
@@ -141,7 +141,8 @@ class StudySettings:
                 tried = dict(zip(names, values, strict=True))
                 job = self._job(arm, seed, self.tuning["budget"])
                 name = " ".join([arm, *(f"{key}={value:g}" for key, value in tried.items())])
-                jobs.append(Job(name, seed, job.budget, {**job.options, **tried}))
+                before = self.tuning.get("before", {}).get(arm, {})
+                jobs.append(Job(name, seed, job.budget, {**job.options, **before, **tried}))
         return jobs
 
     def _job(self, arm: str, seed: int, budget: Options) -> Job:
