@@ -14,6 +14,7 @@ from sfa_adapters.errors import RecipeError, SFAWarning
 from sfa_adapters.evaluation.ablation import term_variants
 from sfa_adapters.rates import DEFAULT_SFA_LR, largest_scalars
 from sfa_adapters.recipes.catalog import find_recipe
+from sfa_adapters.recipes.finetune import FinetuneConfig
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.training.checkpoints import load_trained, saved_recipe
@@ -80,9 +81,16 @@ def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
         recipe(**settings)
 
 
-def test_records_of_before_load(tmp_path: Path) -> None:
-    """A saved recipe without the new settings; its own rate stays."""
-    _, result = run(tmp_path, recipe(sfa_lr=0.02, max_steps=1, warmup_steps=0))
+def test_the_card_and_records_of_before(tmp_path: Path) -> None:
+    _, result = run(tmp_path, recipe(**AXIAL, sfa_lr=0.02, max_steps=1, warmup_steps=0))
+    write_facts(result.trained, RunFacts(scalars=dict(result.scalars)))
+    facts = read_facts(result.trained)
+    assert facts.scalars == result.scalars
+    card = str(model_card(result.trained, facts=facts))
+    assert "| start | axial, 2 logits, from 0 over 5 steps |" in card
+    assert "| largest SFA scalars at the end | row " in card
+
+    # A saved recipe without the new settings loads; its own rate stays.
     record = json.loads((result.trained / "recipe.json").read_text())
     record["recipe"] = {k: v for k, v in record["recipe"].items() if not k.startswith("init")}
     (result.trained / "recipe.json").write_text(json.dumps(record))
@@ -102,12 +110,6 @@ def test_ablations_without_rows_and_columns_start_normal() -> None:
         assert (changed.init == "axial") == (starts or not changed.sfa), variant.name
 
 
-def test_defaults_and_the_card(tmp_path: Path) -> None:
+def test_one_constant_is_the_default() -> None:
     assert {field.name: field.default for field in dataclasses.fields(Recipe)}["sfa_lr"] == DEFAULT_SFA_LR == 0.1
-    _, result = run(tmp_path, recipe(**AXIAL, sfa_lr=1.0, max_steps=1, warmup_steps=0))
-    write_facts(result.trained, RunFacts(scalars=dict(result.scalars)))
-    facts = read_facts(result.trained)
-    assert facts.scalars == result.scalars
-    card = str(model_card(result.trained, facts=facts))
-    assert "| start | axial, 2 logits, from 0 over 5 steps |" in card
-    assert "| largest SFA scalars at the end | row " in card
+    assert FinetuneConfig(steps=1).bias_lr == DEFAULT_SFA_LR

@@ -101,6 +101,7 @@ def sequential(optimizer: torch.optim.Optimizer) -> lr_scheduler.SequentialLR:
 SCHEDULES: dict[str, Build] = {
     "cosine": lambda o: get_cosine_schedule_with_warmup(o, 10, STEPS),
     "linear": lambda o: get_scheduler("linear", o, 4, STEPS),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "step": lambda o: lr_scheduler.StepLR(o, 7, 0.5),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, [0.01, 0.01, 0.3], total_steps=STEPS),
     "sequential": sequential,

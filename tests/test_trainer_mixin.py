@@ -206,15 +206,18 @@ def classifier() -> Any:
     return SiglipForImageClassification(config)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
-def test_a_resumed_run_is_the_run_without_a_break(wrapped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["inject_sfa", "beside LoRA", "get_peft_model"])
+def test_a_resumed_run_is_the_run_without_a_break(way: str, tmp_path: Path) -> None:
     """Bit for bit: ramp, optimizer state and all."""
 
     def build() -> Any:
         model = classifier()
-        if wrapped:
+        config = SFAConfig(init="axial", init_warmup_steps=5, init_strength=3.0)
+        if way == "get_peft_model":
+            return get_peft_model(model, config).train()
+        if way == "beside LoRA":
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-        return inject_sfa(model, SFAConfig(init="axial", init_warmup_steps=5, init_strength=3.0)).train()
+        return inject_sfa(model, config).train()
 
     options: dict[str, Any] = {"sfa_lr": 0.5, "steps": 6, "save_strategy": "steps", "save_steps": 3}
     options["rows"] = Pictures()
@@ -223,7 +226,7 @@ def test_a_resumed_run_is_the_run_without_a_break(wrapped: bool, tmp_path: Path)
     again = build()
     trainer(again, tmp_path / "a", **options).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     expected = {name: p for name, p in whole.named_parameters() if p.requires_grad}
-    assert len(expected) > 8
+    assert len(expected) >= 8
     for name, parameter in again.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, expected[name]), name
