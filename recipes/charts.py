@@ -15,7 +15,7 @@ import numpy as np
 
 from sfa_adapters.recipes.tables import Table
 
-__all__ = ["SIZE", "Chart", "Kind", "TextBox", "draw", "kinds_for", "measure"]
+__all__ = ["SIZE", "Canvas", "Chart", "Kind", "TextBox", "draw", "kinds_for", "measure", "shared_canvas"]
 
 SIZE = 144
 Kind = Literal["bar", "hbar", "grouped", "line", "pie"]
@@ -65,8 +65,8 @@ class Chart:
         return tuple(t for t in self.texts if t.is_number)
 
 
-class _Canvas:
-    """One figure, reused: making a figure and its axes takes longer than drawing a chart."""
+class Canvas:
+    """What charts and tables are drawn on: one figure, reused, because making one takes longer than drawing a chart."""
 
     def __init__(self) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,6 +78,7 @@ class _Canvas:
         self.reset()
 
     def reset(self) -> None:
+        """Takes everything off it."""
         for artist in (*self.axes.patches, *self.axes.lines, *self.axes.texts):
             artist.remove()
         self.tags: list[tuple[Literal["value", "row", "series"], int, int]] = []
@@ -87,6 +88,7 @@ class _Canvas:
     def name(
         self, table: Table, row: int, x: float, y: float, size: float, ha: str = "center", va: str = "baseline"
     ) -> None:
+        """Writes the name of a row at (x, y) in pixels from the bottom left corner, and notes whose name it is."""
         self._write(x, y, table.rows[row], size, ha, va)
         self.tags.append(("row", 0, row))
 
@@ -100,27 +102,34 @@ class _Canvas:
         ha: str = "center",
         va: str = "baseline",
     ) -> None:
+        """Writes the number at (series, row), with its tag."""
         self._write(x, y, table.text(*at), size, ha, va)
         self.tags.append(("value", *at))
 
-    def legend(self, table: Table, series: int, x: float, y: float, size: float) -> None:
-        self._write(x, y, table.series[series], size, "left", "baseline")
+    def legend(
+        self, table: Table, series: int, x: float, y: float, size: float, ha: str = "left", va: str = "baseline"
+    ) -> None:
+        """Writes the name of a series, with its tag."""
+        self._write(x, y, table.series[series], size, ha, va)
         self.tags.append(("series", series, 0))
 
     def _write(self, x: float, y: float, text: str, size: float, ha: str, va: str) -> None:
         self.axes.text(x, y, text, fontsize=size, ha=ha, va=va, parse_math=False)
 
     def rectangle(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        """Fills a rectangle with its lower left corner at (x, y)."""
         from matplotlib.patches import Rectangle
 
         self.axes.add_artist(Rectangle((x, y), width, height, facecolor=color, edgecolor="#555555", linewidth=0.6))
 
     def rule(self, xs: list[float], ys: list[float], color: str, width: float, marker: str = "") -> None:
+        """Draws a line from point to point."""
         from matplotlib.lines import Line2D
 
         self.axes.add_artist(Line2D(xs, ys, color=color, linewidth=width, marker=marker, markersize=4))
 
     def texts(self) -> tuple[TextBox, ...]:
+        """All that was written, with boxes in pixels from the top left corner."""
         renderer = self.canvas.get_renderer()
         found = []
         for artist, tag in zip(self.axes.texts, self.tags, strict=True):
@@ -129,13 +138,15 @@ class _Canvas:
         return tuple(found)
 
     def image(self) -> np.ndarray:
+        """The picture, uint8 [144, 144, 3]."""
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 
 @cache
-def _canvas() -> _Canvas:
-    return _Canvas()
+def shared_canvas() -> Canvas:
+    """The canvas of this process; `reset` it before drawing."""
+    return Canvas()
 
 
 def kinds_for(table: Table) -> tuple[Kind, ...]:
@@ -149,7 +160,7 @@ def kinds_for(table: Table) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def _bars(c: _Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
+def _bars(c: Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
     n, top = len(table.rows), max(map(max, table.values))
     many = len(table.series)
     ceiling = SIZE - (28 if many > 1 else 14)
@@ -167,7 +178,7 @@ def _bars(c: _Canvas, table: Table, colors: tuple[str, ...], size: float, rng: n
     _legend(c, table, colors, size)
 
 
-def _bars_across(c: _Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
+def _bars_across(c: Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
     n, top = len(table.rows), max(map(max, table.values))
     many = len(table.series)
     slot = (SIZE - (16 if many > 1 else 2)) / n
@@ -184,14 +195,14 @@ def _bars_across(c: _Canvas, table: Table, colors: tuple[str, ...], size: float,
     _legend(c, table, colors, size)
 
 
-def _legend(c: _Canvas, table: Table, colors: tuple[str, ...], size: float) -> None:
+def _legend(c: Canvas, table: Table, colors: tuple[str, ...], size: float) -> None:
     if len(table.series) > 1:
         for s in range(len(table.series)):
             c.rectangle(26 + 58 * s, SIZE - 11, 8, 8, colors[s])
             c.legend(table, s, 38 + 58 * s, SIZE - 10, size)
 
 
-def _line(c: _Canvas, table: Table, colors: tuple[str, ...], size: float) -> None:
+def _line(c: Canvas, table: Table, colors: tuple[str, ...], size: float) -> None:
     values = table.values[0]
     low, high = min(values), max(values)
     slot = (SIZE - 4) / len(values)
@@ -205,7 +216,7 @@ def _line(c: _Canvas, table: Table, colors: tuple[str, ...], size: float) -> Non
         c.value(table, (0, i), xs[i], ys[i] + (-4 if dip else 4), size, va="top" if dip else "bottom")
 
 
-def _pie(c: _Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
+def _pie(c: Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.random.Generator) -> None:
     from matplotlib.patches import Wedge
 
     values, centre, radius = table.values[0], SIZE / 2, 45
@@ -245,7 +256,7 @@ def measure(table: Table, kind: Kind, seed: int | None = None) -> tuple[TextBox,
     return _compose(table, kind, seed).texts()
 
 
-def _compose(table: Table, kind: Kind, seed: int | None) -> _Canvas:
+def _compose(table: Table, kind: Kind, seed: int | None) -> Canvas:
     if kind not in kinds_for(table):
         raise ValueError(f"A {kind} chart cannot show table {table.id!r}. Use one of {', '.join(kinds_for(table))}.")
     if seed is None:
@@ -254,7 +265,7 @@ def _compose(table: Table, kind: Kind, seed: int | None) -> _Canvas:
     palette = PALETTES[int(rng.integers(len(PALETTES)))]
     turn = int(rng.integers(len(palette)))
     colors = palette[turn:] + palette[:turn]
-    canvas = _canvas()
+    canvas = shared_canvas()
     canvas.reset()
     size = float(rng.uniform(8.4, 9.2))
     if kind == "line":

@@ -7,9 +7,9 @@ makes a run without SFA an honest control.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,22 +21,43 @@ from transformers import get_cosine_schedule_with_warmup
 from sfa_adapters.errors import DataError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.rates import DEFAULT_SFA_LR
-from sfa_adapters.recipes.charts import Chart, draw, kinds_for
+from sfa_adapters.recipes.charts import Chart, TextBox, draw, kinds_for
 from sfa_adapters.recipes.encode import encode_packed
 from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost
 from sfa_adapters.recipes.questions import Question, pick_questions
 from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.tables import Table
 from sfa_adapters.scr import SCRConfig, SCRLoss
 from sfa_adapters.scr.targets import Box, packed_evidence
 
 __all__ = [
     "FinetuneConfig",
     "FinetuneResult",
+    "Printed",
     "evidence_mask",
     "finetune",
     "train_tower_and_projector",
     "training_charts",
 ]
+
+
+class Printed(Protocol):
+    """What can be trained on: a chart, or a picture of a table."""
+
+    @property
+    def table(self) -> Table:
+        """What is asked about."""
+        ...
+
+    @property
+    def image(self) -> np.ndarray:
+        """uint8 [144, 144, 3]."""
+        ...
+
+    @property
+    def texts(self) -> tuple[TextBox, ...]:
+        """All that is printed on it."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +145,24 @@ def train_tower_and_projector(model: nn.Module) -> int:
 
 def finetune(
     host: NanoHost,
-    charts: Sequence[Chart],
+    charts: Sequence[Printed],
     config: FinetuneConfig,
     label: str,
     console: Console | None = None,
     scr: SCRConfig | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
     """Trains what `requires_grad` says, in place; the host is in eval mode afterwards.
 
     Args:
         host: The model with its tokenizer.
-        charts: What to train on; passed over as often as the steps need, in a new order each time.
+        charts: What to train on, charts or tables; passed over as often as the steps need, in a new order each time.
         config: Settings.
         label: Stands before the progress bar.
         console: Where the progress bar goes; none by default.
         scr: Terms that join the loss. Evidence is the boxes of the marks that a question rests on.
+        after_step: Called with the number of the step behind each one; it may measure the host, and must leave it in
+            training mode.
 
     Raises:
         DataError: There is no chart, or nothing to train.
@@ -155,7 +179,7 @@ def finetune(
     began = time.perf_counter()
     with _progress(console, TextColumn("loss {task.fields[loss]:.3f}")) as bar:
         task = bar.add_task(label, total=config.steps, loss=float("nan"))
-        for _ in range(config.steps):
+        for step in range(1, config.steps + 1):
             drawn, picked = next(batches)
             loss = _loss(host, drawn, picked, regularizer)
             loss.backward()
@@ -165,13 +189,15 @@ def finetune(
             optimizer.zero_grad()
             losses.append(loss.item())
             bar.update(task, advance=1, loss=float(np.mean(losses[-20:])))
+            if after_step is not None:
+                after_step(step)
     host.model.eval()
     count = sum(parameter.numel() for parameter in trained)
     return FinetuneResult(tuple(losses), time.perf_counter() - began, count)
 
 
 def _loss(
-    host: NanoHost, charts: Sequence[Chart], questions: Sequence[Sequence[Question]], scr: SCRLoss | None
+    host: NanoHost, charts: Sequence[Printed], questions: Sequence[Sequence[Question]], scr: SCRLoss | None
 ) -> Tensor:
     asked = [[(question.text, question.answer) for question in own] for own in questions]
     batch = encode_packed(host, [chart.image for chart in charts], asked)
@@ -183,14 +209,14 @@ def _loss(
     return outputs.loss + penalty
 
 
-def evidence_mask(labels: Tensor, charts: Sequence[Chart], questions: Sequence[Sequence[Question]]) -> Tensor:
+def evidence_mask(labels: Tensor, charts: Sequence[Printed], questions: Sequence[Sequence[Question]]) -> Tensor:
     """Where the marks are printed that each answer rests on, `[B, L, patches]`, for `SCRLoss`."""
     boxes = [[_evidence(chart, question) for question in own] for chart, own in zip(charts, questions, strict=True)]
     side = PIXELS // PATCH
     return packed_evidence(labels, boxes, (PIXELS, PIXELS), (side, side))
 
 
-def _evidence(chart: Chart, question: Question) -> list[Box]:
+def _evidence(chart: Printed, question: Question) -> list[Box]:
     """The numbers of the marks, or their names where a name is asked for."""
     role = "row" if question.type == "largest" else "value"
     marks = {(0, row) for _, row in question.marks} if role == "row" else set(question.marks)
@@ -214,12 +240,12 @@ def _groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
 class _Batches:
     """Endless batches of pictures and their questions, the same for every run with the same settings."""
 
-    def __init__(self, charts: Sequence[Chart], config: FinetuneConfig) -> None:
+    def __init__(self, charts: Sequence[Printed], config: FinetuneConfig) -> None:
         self.charts, self.config = charts, config
         self.rng = np.random.default_rng(config.seed)
         self.order: list[int] = []
 
-    def __next__(self) -> tuple[list[Chart], list[list[Question]]]:
+    def __next__(self) -> tuple[list[Printed], list[list[Question]]]:
         while len(self.order) < self.config.batch_size:
             self.order += self.rng.permutation(len(self.charts)).tolist()
         chosen = [self.charts[self.order.pop(0)] for _ in range(self.config.batch_size)]

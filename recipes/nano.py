@@ -67,6 +67,11 @@ class NanoHost:
     image_tokens: int
     pixels: int = PIXELS
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 def _vision() -> dict[str, Any]:
     return {

@@ -8,7 +8,8 @@ import csv
 import importlib.util
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.tables import SPLITS, Split, Table, chunks, make_table, split_of, windows
 
-__all__ = ["MONTHS", "load_tables"]
+__all__ = ["MONTHS", "Sheet", "load_sheets", "load_tables"]
 
 SECTORS = (  # no totals: a total of the training split would give away a part of the test split
     "mining_and_logging",
@@ -38,6 +39,23 @@ SECTORS = (  # no totals: a total of the training split would give away a part o
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """Many rows and columns of numbers of one kind, from which tables are cut.
+
+    Attributes:
+        source: The file.
+        title: What the numbers are.
+        cells: Full name of the row to name of the column to value; every row has every column.
+        by_column: What the split is made on are the columns (`source:column`); else the rows (`source:row`).
+    """
+
+    source: str
+    title: str
+    cells: Mapping[str, Mapping[str, float]]
+    by_column: bool = False
+
+
 def _file(package: str, name: str) -> Path:
     spec = importlib.util.find_spec(package)  # finds a top-level package without running its __init__
     if spec is None or not spec.submodule_search_locations:
@@ -54,17 +72,25 @@ def _rows(name: str) -> list[dict[str, Any]]:
     return json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
 
 
-def _gapminder() -> Iterator[Table | None]:
-    metrics = {"lifeExp": "Life expectancy in years", "pop": "Population", "gdpPercap": "GDP per person in dollars"}
+METRICS = {"lifeExp": "Life expectancy in years", "pop": "Population", "gdpPercap": "GDP per person in dollars"}
+
+
+def _countries() -> dict[str, dict[str, dict[str, float]]]:
+    """Metric to country to year to value."""
     data: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in _rows("gapminder.csv"):
-        for metric in metrics:
+        for metric in METRICS:
             data[metric][r["country"]][r["year"]] = float(r[metric])
+    return data
+
+
+def _gapminder() -> Iterator[Table | None]:
+    data = _countries()
     countries = sorted(data["pop"])
     years = sorted(data["pop"][countries[0]])
     for split in SPLITS:
         mine = [c for c in countries if split_of(f"gapminder:{c}") == split]
-        for metric, title in metrics.items():
+        for metric, title in METRICS.items():
             values = data[metric]
             for i, year in enumerate(years):
                 for group in chunks(mine, f"{metric}{year}{split}"):
@@ -243,3 +269,44 @@ def load_tables(split: Split) -> list[Table]:
     if split not in SPLITS:
         raise DataError(f"Unknown split {split!r}. Use one of {', '.join(SPLITS)}.")
     return [t for t in _all_tables() if split_of(t.entities[0]) == split]
+
+
+@cache
+def _all_sheets() -> tuple[Sheet, ...]:
+    countries = _countries()
+    sheets = [Sheet("gapminder", title, countries[metric]) for metric, title in METRICS.items()]
+    for year in ("1931", "1932"):
+        barley: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in _rows("barley.json"):
+            if str(r["year"]) == year:
+                barley[r["variety"].replace("No. ", "N")][r["site"]] = float(r["yield"])
+        sheets.append(Sheet("barley", f"Barley yield, {year}", barley, by_column=True))
+    return tuple(sheets)
+
+
+def load_sheets(split: Split) -> list[Sheet]:
+    """What larger tables can be cut from: all sheets, with the entities of one split only.
+
+    Args:
+        split: "train", "val" or "test".
+
+    Returns:
+        Sheets with at least two rows and two columns.
+
+    Raises:
+        DataError: unknown split, or one of the two packages is not installed.
+    """
+    if split not in SPLITS:
+        raise DataError(f"Unknown split {split!r}. Use one of {', '.join(SPLITS)}.")
+    sheets = []
+    for sheet in _all_sheets():
+        cells: dict[str, dict[str, float]] = {}
+        for row, values in sheet.cells.items():
+            kept = {
+                c: v for c, v in values.items() if split_of(f"{sheet.source}:{c if sheet.by_column else row}") == split
+            }
+            if len(kept) > 1:
+                cells[row] = kept
+        if len(cells) > 1:
+            sheets.append(Sheet(sheet.source, sheet.title, cells, sheet.by_column))
+    return sheets

@@ -88,6 +88,7 @@ def make_table(
     rows: Sequence[str],
     columns: Mapping[str, Sequence[float]],
     ordered: bool = False,
+    most_rows: int = 5,
 ) -> Table | None:
     """Round and check one table.
 
@@ -99,6 +100,7 @@ def make_table(
         rows: full names of the rows.
         columns: full name of each series (empty where there is only one) and its values.
         ordered: the rows are points in time.
+        most_rows: tables with more rows are refused.
 
     Returns:
         The table, or None where it cannot be a fair chart: equal names, negative or nearly equal values.
@@ -106,7 +108,12 @@ def make_table(
     names = tuple(_short(r) for r in rows)
     series = tuple(_short(s) for s in columns)
     flat = [v for column in columns.values() for v in column]
-    if not 2 <= len(names) <= 5 or len(set(names)) < len(names) or len(set(series)) < len(series) or "" in names:
+    if (
+        not 2 <= len(names) <= most_rows
+        or len(set(names)) < len(names)
+        or len(set(series)) < len(series)
+        or "" in names
+    ):
         return None
     if any(not math.isfinite(v) or v < 0 for v in flat) or max(flat) <= 0 or min(flat) > 0.87 * max(flat):
         return None  # nearly equal numbers: with 5% tolerance, reading any mark would count as reading the right one

@@ -102,21 +102,21 @@ def inspect(
     console.print(layers)
 
 
-@app.command(epilog="Example:  sfa demo --steps 100 --out my-demo")
+@app.command(epilog="Examples:  sfa demo   |   sfa demo --task charts   |   sfa demo --steps 100 --out my-demo")
 def demo(
+    task: Annotated[str, typer.Option(help="tables, new to the host, or charts, which it knows.")] = "tables",
     host: Annotated[str, typer.Option(help="Nano host: llava_onevision, internvl or llava.")] = "llava_onevision",
-    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps of each run.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps of each model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the initial bias.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the table and the figures.")] = Path("sfa-demo"),
     weights: Annotated[Path | None, typer.Option(help="Weights of the host, for one that is not shipped.")] = None,
     questions: Annotated[int | None, typer.Option(help="Number of test questions.")] = None,
 ) -> None:
-    """Fine-tune a small pretrained model on real charts, with SFA and without, and compare the two."""
+    """Teach a small pretrained model to read real tables, with SFA and without, and compare."""
     from sfa_adapters.recipes.demo import DemoConfig, run_demo
 
-    numbers = {"steps": steps, "questions": questions}
-    given = {key: value for key, value in numbers.items() if value is not None}
-    run_demo(DemoConfig(host=host, seed=seed, out=out, weights=weights, **given))
+    options = {"host": host, "seed": seed, "out": out, "weights": weights, "steps": steps, "questions": questions}
+    run_demo(DemoConfig(task=task, **options))  # pyright: ignore[reportArgumentType]
 
 
 def main(arguments: list[str] | None = None) -> None:

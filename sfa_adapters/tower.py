@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class TowerState:
         seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
         layouts: Layouts that were built, by arrangement.
         warned: Whether the user was warned that PEFT will not load these adapters.
+        rearrange: Changes every layout of one grid as it is built; the placebo of the studies gives tokens the places
+            of others. Set it before the first forward.
         ramp_watch: Notices training without `AxialRamp`.
     """
 
@@ -47,6 +50,7 @@ class TowerState:
     seen: dict[int, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
     warned: bool = False
+    rearrange: Callable[[TokenLayout], TokenLayout] | None = None
     ramp_watch: RampWatch = field(default_factory=RampWatch)
 
     # -- the forward under way --------------------------------------------------------------------------------------
@@ -177,7 +181,12 @@ class TowerState:
     def layout(self, grid: tuple[int, int], block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
         """The layout of the tokens on a grid, prefix in front."""
         prefix = self.geometry.prefix_tokens
-        return self._cached((grid, key, device), lambda: TokenLayout.regular(*grid, prefix, block_map, device))
+
+        def build() -> TokenLayout:
+            layout = TokenLayout.regular(*grid, prefix, block_map, device)
+            return layout if self.rearrange is None else self.rearrange(layout)
+
+        return self._cached((grid, key, device), build)
 
     def segments(
         self, description: Any, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device

@@ -236,6 +236,7 @@ def test_a_hub_that_does_not_answer(
         (["demo", "--steps", "-3"], "--steps -3"),
         (["demo", "--seed", "-1"], "--seed -1"),
         (["demo", "--questions", "0"], "--questions 0"),
+        (["demo", "--task", "poems"], "There are tables, charts"),
         (["demo", "--host", "gpt"], "llava_onevision, internvl, llava"),
     ],
 )

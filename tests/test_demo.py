@@ -1,4 +1,4 @@
-"""The demo, end to end, on an untrained host: what it leaves, that it is fair, and that it can be repeated."""
+"""The demo on charts from end to end, on an untrained host: what it leaves, that it is fair and can be repeated."""
 
 import copy
 import io
@@ -30,7 +30,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(weights: Path, out: Path, **changes: Any) -> DemoConfig:
-    options: dict[str, Any] = {"steps": 2, "questions": 6, "charts": 16, "weights": weights, "out": out}
+    options: dict[str, Any] = {
+        "task": "charts",
+        "steps": 2,
+        "questions": 6,
+        "pictures": 16,
+        "weights": weights,
+        "out": out,
+    }
     return DemoConfig(**(options | changes))
 
 
@@ -45,7 +52,7 @@ def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_it_leaves_what_it_says(finished: tuple[Path, str]) -> None:
     out, screen = finished
-    assert {entry.name for entry in out.iterdir()} == set(FILES)
+    assert {entry.name for entry in out.iterdir()} == set(FILES["charts"])
     for name in ("learned_bias.png", "test_charts.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "SFA minus control" in screen
@@ -101,9 +108,9 @@ def test_a_folder_that_cannot_be_made(weights: Path, tmp_path: Path) -> None:
 
 def test_a_host_without_weights_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"(?s)recipes\.pretrain --host llava.*--weights FILE"):
-        run_demo(DemoConfig(host="llava", out=tmp_path / "out"), Console(quiet=True))
+        run_demo(DemoConfig(task="charts", host="llava", out=tmp_path / "out"), Console(quiet=True))
     with pytest.raises(WeightsError, match="nowhere"):
-        run_demo(DemoConfig(weights=tmp_path / "nowhere", out=tmp_path / "out"), Console(quiet=True))
+        run_demo(DemoConfig(task="charts", weights=tmp_path / "nowhere", out=tmp_path / "out"), Console(quiet=True))
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava"])

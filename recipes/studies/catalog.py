@@ -20,10 +20,13 @@ __all__ = ["STUDIES", "StudyOptions", "run_study"]
 # Name of the study and of its YAML file -> the module whose `train(job)` makes a run.
 STUDIES: Mapping[str, str] = {
     "lookup": "sfa_adapters.recipes.studies.lookup",
+    "crossing": "sfa_adapters.recipes.studies.lookup",
     "pretrained": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-frozen": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-colours": "sfa_adapters.recipes.studies.pretrained",
     "pretrained-digits": "sfa_adapters.recipes.studies.pretrained",
+    "tables": "sfa_adapters.recipes.studies.tables",
+    "starts": "sfa_adapters.recipes.studies.starts",
 }
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfa_adapters.recipes.studies.lookup_net import LookupNet
-from sfa_adapters.recipes.studies.lookup_pictures import digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.lookup_pictures import NONE, digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
 
@@ -31,35 +31,35 @@ def train(job: Job) -> Outcome:
     """Trains and measures one run.
 
     Args:
-        job: Its options: `steps`, `batch`, `grid`, `lr`, `sfa_lr`, `warmup`, `every`, `validation`, `test_pictures`
-            and those of `LookupNet`.
+        job: Its options: `task` (headers or crossing), `steps`, `batch`, `grid`, `lr`, `sfa_lr`, `warmup`,
+            `measurements`, `validation`, `test_pictures`, and those of `LookupNet`.
     """
     began, options = time.process_time(), job.options
     grid = (options["grid"][0], options["grid"][1])
     net = LookupNet(grid, options, job.seed)
-    torch.manual_seed(job.seed)
-    for structure in net.structures():
-        if options.get("init", "normal") == "normal":
-            structure.reset_parameters()
     optimizer, schedule = _optimizer(net, options)
     weights = [parameter for group in optimizer.param_groups[:1] for parameter in group["params"]]
     generator = torch.Generator().manual_seed(1000 + job.seed)
     bank, curve = digit_bank("train"), []
+    every = max(1, options["steps"] // options["measurements"])
     for step in range(1, options["steps"] + 1):
         batch = draw_lookups(bank, options["batch"], grid, generator)
-        answer, read = net(batch.patches, grid)
-        loss = functional.cross_entropy(answer, batch.answers)
+        answer, read, header = net(batch.patches, grid)
+        if options["task"] == "crossing":
+            loss = functional.cross_entropy(answer, batch.answers)
+        else:
+            loss = functional.cross_entropy(header.flatten(0, 2), batch.headers.flatten(), ignore_index=NONE)
         loss = loss + READING * functional.cross_entropy(read.flatten(0, 1), batch.digits.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % options["every"] == 0:
-            right = _score(net, "val", grid, options["validation"], VALIDATION)
+        if step % every == 0 or step == options["steps"]:
+            right = _score(net, "val", options["task"], grid, options["validation"], VALIDATION)
             curve.append((step, float(right.mean())))
     tests = {
-        name: _score(net, "test", size, options["test_pictures"][name], TEST)
+        name: _score(net, "test", options["task"], size, options["test_pictures"][name], TEST)
         for name, size in test_grids(grid).items()
         if name in options["test_pictures"]
     }
@@ -98,13 +98,19 @@ def _optimizer(net: LookupNet, options: Any) -> tuple[torch.optim.Optimizer, tor
 
 
 @torch.no_grad()
-def _score(net: LookupNet, split: Any, grid: tuple[int, int], count: int, seed: int) -> np.ndarray:
-    """1 for each picture whose answer is right, else 0, `[count]`."""
-    generator, right = torch.Generator().manual_seed(seed), []
+def _score(net: LookupNet, split: Any, task: str, grid: tuple[int, int], count: int, seed: int) -> np.ndarray:
+    """Share of right answers of each picture, `[count]`; in `crossing` a picture has one question."""
+    generator, scores = torch.Generator().manual_seed(seed), []
     for start in range(0, count, 50):
         batch = draw_lookups(digit_bank(split), min(50, count - start), grid, generator)
-        right.append(net(batch.patches, grid)[0].argmax(-1) == batch.answers)
-    return torch.cat(right).numpy().astype(np.float64)
+        answer, _, header = net(batch.patches, grid)
+        if task == "crossing":
+            scores.append((answer.argmax(-1) == batch.answers).double())
+        else:
+            asked = (batch.headers != NONE).flatten(1)
+            right = (header.argmax(-1) == batch.headers).flatten(1) & asked
+            scores.append(right.sum(1).double() / asked.sum(1))
+    return torch.cat(scores).numpy()
 
 
 def _largest(net: LookupNet) -> dict[str, float]:

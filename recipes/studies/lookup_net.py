@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfa_adapters import StructuralBias, TokenLayout
+from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL
 
@@ -47,12 +48,8 @@ class Position(nn.Module):
             raise DataError(f"bias={kind!r} is none of {', '.join(BIASES)}.")
         self.kind, self.heads, self.grid = kind, heads, grid
         if kind in ("sfa", "placebo"):
-            self.structure = StructuralBias(heads, terms=options.get("terms", ("row", "col", "dist", "block")))
-            if options.get("init", "normal") == "axial":
-                part, strength = max(1, heads // 3), float(options["init_strength"])
-                with torch.no_grad():
-                    self.structure.row[:part] = strength
-                    self.structure.col[part : 2 * part] = strength
+            start = {name: options[name] for name in ("init", "init_strength") if name in options}
+            self.structure = StructuralBias(heads, terms=options.get("terms", TERMS), **start)
         if kind == "swin":
             self.offsets = nn.Parameter(torch.randn(heads, 2 * grid[0] - 1, 2 * grid[1] - 1) * 0.02)
         if kind == "extra":
@@ -109,7 +106,7 @@ class _Block(nn.Module):
 
 
 class LookupNet(nn.Module):
-    """A ViT of three layers with a CLS token that answers, and a head that reads the digit of every cell.
+    """A ViT of three layers; its CLS token answers, and every cell says what it and its headers show.
 
     Args:
         grid: The training grid.
@@ -131,6 +128,7 @@ class LookupNet(nn.Module):
             self.blocks = nn.ModuleList(_Block(width, heads, none) for _ in range(layers))
             self.norm = nn.LayerNorm(width)
             self.answer, self.read = nn.Linear(width, 10), nn.Linear(width, BLANK + 1)
+            self.header = nn.Linear(width, 20)
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.05)
@@ -138,15 +136,19 @@ class LookupNet(nn.Module):
             for block in self.blocks:  # last, so that what arms share was drawn before they differ
                 block.position = Position(options.get("bias", "none"), heads, width, grid, options)
 
-    def forward(self, patches: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Logits of the answer, `[batch, 10]`, and of each cell's digit, `[batch, cells, 11]`."""
+    def forward(self, patches: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the answer and, for each cell, of its own digit and of those of its headers.
+
+        Returns:
+            `[batch, 10]`, `[batch, cells, 11]` and `[batch, cells, 2, 10]` (row, column).
+        """
         x = self.embed(patches) + (_sincos(grid, self.width) if self.places is None else self._places(grid))
         x = torch.cat((self.cls.expand(len(x), -1, -1), x), 1)
         layout = TokenLayout.regular(*grid, prefix_tokens=1)
         for block in self.blocks:
             x = block(x, layout, grid)
         x = self.norm(x)
-        return self.answer(x[:, 0]), self.read(x[:, 1:])
+        return self.answer(x[:, 0]), self.read(x[:, 1:]), self.header(x[:, 1:]).unflatten(-1, (2, 10))
 
     def _places(self, grid: Grid) -> Tensor:
         assert self.places is not None

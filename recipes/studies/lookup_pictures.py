@@ -1,8 +1,11 @@
-"""Pictures for a model from scratch: a table of real handwritten digits, and the cell where two marked headers cross.
+"""Pictures for a model from scratch: a table of real handwritten digits with headers, and what to look up in it.
 
 A picture is a grid of cells of 8x8 pixels. A table of random size stands at a random place; each of its cells shows a
-digit. One row header has a red ground and one column header a blue one. The answer is the digit where that row and that
-column cross. To know it, a model must combine three places of the picture, two of them by their row and their column.
+digit. The first row and the first column are headers. There are two tasks:
+
+    headers      every cell of the body names the digit of its row's header and that of its column's header
+    crossing     one row header has a red ground and one column header a blue one; the CLS token names the digit where
+                 that row and that column cross
 
 The digits are the 1,797 of the UCI test set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), as
 scikit-learn ships them.
@@ -19,10 +22,11 @@ from torch import Tensor
 
 from sfa_adapters.errors import DataError
 
-__all__ = ["BLANK", "CELL", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
+__all__ = ["BLANK", "CELL", "NONE", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
 
 CELL = 8  # pixels
 BLANK = 10  # what the label of a cell outside of the table says
+NONE = -100  # target of a cell without a question; what cross_entropy leaves out
 NOISE = 0.05
 Split = Literal["train", "val", "test"]
 BOUNDS: dict[Split, tuple[int, int]] = {"train": (0, 1200), "val": (1200, 1400), "test": (1400, 1797)}
@@ -49,11 +53,14 @@ class Lookups:
         patches: Pixels of each cell, `[batch, rows * columns, 3 * 8 * 8]`, -0.2 to 1.
         answers: The digit where the marked row and column cross, `[batch]`.
         digits: The digit of each cell, `BLANK` outside of the table, `[batch, rows * columns]`.
+        headers: Digits of the headers of each cell's row and column, `NONE` outside of the body,
+            `[batch, rows * columns, 2]`.
     """
 
     patches: Tensor
     answers: Tensor
     digits: Tensor
+    headers: Tensor
 
 
 @cache
@@ -109,9 +116,14 @@ def draw_lookups(bank: DigitBank, batch: int, grid: tuple[int, int], generator: 
     ground[each, top, target_column] = torch.tensor([0.0, 0.0, 0.7])
     # The same noise in all three colours: it makes no cell equal to another, and drawing it is half of the work.
     noise = NOISE * torch.randn(batch, height, width, 1, CELL, CELL, generator=generator)
+    body = inside & ~header
+    of_row = digits[each[:, None], torch.arange(height), left[:, None]][:, :, None].expand(-1, -1, width)
+    of_column = digits[each[:, None], top[:, None], torch.arange(width)][:, None, :].expand(-1, height, -1)
+    headers = torch.where(body[..., None], torch.stack((of_row, of_column), -1), NONE)
     pixels = ground[..., None, None] + 0.8 * ink[:, :, :, None] + noise - 0.2
     return Lookups(
         pixels.reshape(batch, height * width, 3 * CELL * CELL),
         digits[each, target_row, target_column],
         torch.where(inside, digits, BLANK).reshape(batch, height * width),
+        headers.reshape(batch, height * width, 2),
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from sfa_adapters.recipes.studies.pretrained_pictures import NONE
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
 
-__all__ = ["picture_scores", "train"]
+__all__ = ["Run", "picture_scores", "train"]
 
 READING = 0.5  # weight of the side task: every patch names the content of its own cell
 VALIDATION, TEST = 7, 8  # seeds of the pictures that all runs are measured on
@@ -45,31 +45,66 @@ def train(job: Job) -> Outcome:
             `test_pictures` and those of `TableReader`.
     """
     began, options = time.process_time(), job.options
-    pool = encoded(options["task"], "train", options["pool_seed"], max(options["pool"], options["pictures"]))
-    validation = encoded(options["task"], "val", VALIDATION, options["validation"])
-    encoding = time.process_time() - began  # is done once per process and belongs to no run
-    net = TableReader(options, job.seed)
-    optimizer, schedule, weights = _optimizer(net, options)
-    generator = torch.Generator().manual_seed(1000 + job.seed)
-    chosen = torch.randperm(len(pool), generator=generator)[: options["pictures"]]
-    order, curve = torch.empty(0, dtype=torch.long), []
-    for step in range(1, options["steps"] + 1):
-        while len(order) < options["batch"]:
-            order = torch.cat((order, chosen[torch.randperm(len(chosen), generator=generator)]))
-        batch, order = order[: options["batch"]], order[options["batch"] :]
-        _loss(net, pool, batch).backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    run, curve = Run(options, job.seed), []
+    seconds = time.process_time() - began - run.encoding
+
+    def after_step(step: int) -> None:
         if step % options["every"] == 0 or step == options["steps"]:
-            curve.append((step, float(_measure(net, validation)[0].mean())))
-    seconds = time.process_time() - began - encoding
-    test = encoded(options["task"], "test", TEST, options["test_pictures"])
-    scores, reading = _measure(net, test)
+            curve.append((step, float(run.scores("val")[0].mean())))
+
+    began = time.process_time()
+    run.learn(after_step)
+    seconds += time.process_time() - began
+    scores, reading = run.scores("test")
+    numbers = {"reading": round(float(reading.mean()), 4), "adapter_parameters": run.net.adapter_parameters}
     sfa = options.get("adapter") == "sfa"
-    numbers = {"reading": round(float(reading.mean()), 4), "adapter_parameters": net.adapter_parameters}
-    return Outcome(curve, {"same": scores}, largest_scalars(net) if sfa else {}, seconds, numbers)
+    return Outcome(curve, {"same": scores}, largest_scalars(run.net) if sfa else {}, seconds, numbers)
+
+
+class Run:
+    """One run: the last layers with an arm's adapter, its pictures and its optimizer.
+
+    Args:
+        options: As for `train`.
+        seed: Of heads, scalars, pictures and order.
+
+    Attributes:
+        net: The last layers with the heads.
+        encoding: CPU time for pictures through the lower layers; it is spent once per process and belongs to no run.
+    """
+
+    def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        began = time.process_time()
+        self.options, self.seed = options, seed
+        count = max(options["pool"], options["pictures"])
+        self.pool = encoded(options["task"], "train", options["pool_seed"], count)
+        self.validation = encoded(options["task"], "val", VALIDATION, options["validation"])
+        self.encoding = time.process_time() - began
+        self.net = TableReader(options, seed)
+
+    def learn(self, after_step: Callable[[int], None]) -> None:
+        """Trains for the steps of the options; calls back behind each step."""
+        options = self.options
+        optimizer, schedule, weights = _optimizer(self.net, options)
+        generator = torch.Generator().manual_seed(1000 + self.seed)
+        chosen = torch.randperm(len(self.pool), generator=generator)[: options["pictures"]]
+        order = torch.empty(0, dtype=torch.long)
+        for step in range(1, options["steps"] + 1):
+            while len(order) < options["batch"]:
+                order = torch.cat((order, chosen[torch.randperm(len(chosen), generator=generator)]))
+            batch, order = order[: options["batch"]], order[options["batch"] :]
+            _loss(self.net, self.pool, batch).backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            after_step(step)
+
+    def scores(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the headers and of the side task for each picture of val or test."""
+        if split == "val":
+            return _measure(self.net, self.validation)
+        return _measure(self.net, encoded(self.options["task"], "test", TEST, self.options["test_pictures"]))
 
 
 def picture_scores(answers: Tensor, targets: Tensor) -> np.ndarray:

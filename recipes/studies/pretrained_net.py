@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.errors import DataError
 from sfa_adapters.heads import calibrate_axial
+from sfa_adapters.heads.axial_heads import By
 from sfa_adapters.recipes.studies.dinov2 import dinov2_tower
 from sfa_adapters.recipes.studies.lookup_pictures import Split
 from sfa_adapters.recipes.studies.pretrained_pictures import GRID, KINDS, SIDE, Pictures, Task, draw_pictures
@@ -101,12 +102,12 @@ def encoded(task: Task, split: Split, seed: int, count: int) -> Encoded:
 
 
 @cache
-def strong_heads(task: Task, seed: int) -> dict[int, dict[str, list[int]]]:
-    """Row and column heads of the last layers by what the pretrained tower attends to already, on a few pictures."""
+def strong_heads(task: Task, seed: int, by: By = "affinity") -> dict[int, dict[str, list[int]]]:
+    """Row and column heads of the last layers, chosen by `calibrate_axial` on a few pictures in the whole tower."""
     tower = dinov2_tower()
     total = len(tower.encoder.layer)
     pages = draw_pictures(task, "train", range(PAGES), seed).pixels
-    chosen = calibrate_axial(tower, pages, by="affinity", layers=range(total - TOP, total))
+    chosen = calibrate_axial(tower, pages, by=by, layers=range(total - TOP, total))
     return {layer - (total - TOP): heads for layer, heads in chosen.items()}  # pyright: ignore[reportReturnType]
 
 
@@ -115,7 +116,7 @@ class TableReader(nn.Module):
 
     Args:
         options: `layers` (trained or frozen), `adapter`, `places` (own or shuffled), and for SFA `terms`,
-            `init`, `init_strength`, `heads` (affinity or first), `task`, `pool_seed`.
+            `init`, `init_strength`, `init_warmup_steps`, `heads` (affinity, gate or first), `task`, `pool_seed`.
         seed: Of the new weights; what arms share is equal for equal seeds.
 
     Raises:
@@ -160,8 +161,10 @@ def _adapt(tower: Any, adapter: str, options: Mapping[str, Any]) -> int:
         start: dict[str, Any] = {"terms": list(options["terms"])}
         if options.get("init", "normal") == "axial":
             start |= {"init": "axial", "init_strength": float(options["init_strength"])}
-            if options.get("heads", "affinity") == "affinity":
-                start["init_heads"] = strong_heads(options["task"], options["pool_seed"])
+            start["init_warmup_steps"] = options.get("init_warmup_steps", 0)
+            by = options.get("heads", "affinity")
+            if by != "first":
+                start["init_heads"] = strong_heads(options["task"], options["pool_seed"], by)
         before = {id(parameter) for parameter in tower.parameters()}
         inject_sfa(tower, SFAConfig(**start))
         return sum(p.numel() for p in tower.parameters() if id(p) not in before)

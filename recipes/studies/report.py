@@ -104,8 +104,9 @@ def _page(settings: StudySettings, lines: Sequence[ArmLine], tuning: Sequence[Ro
         here = [line for line in lines if line.budget == budget]
         if here:
             text += [f"## {_budget(budget)}", "", *_main_table(settings, here), ""]
-            if len(settings.tests) > 1:
-                text += ["Other test sets:", "", *_tests_table(settings, here), ""]
+            for title, names in (("Other test sets", settings.tests[1:]), ("Other measures, %", settings.measures)):
+                if names:
+                    text += [f"{title}, and minus {settings.control}:", "", *_tests_table(settings, here, names), ""]
             text += ["Largest scalars (logits) and other numbers, means over seeds:", "", *_scalars_table(here), ""]
     if tuning:
         text += ["## Tuning", "", "On seeds and pictures that are not reported, score on validation pictures:", ""]
@@ -130,9 +131,13 @@ def _main_table(settings: StudySettings, lines: Sequence[ArmLine]) -> list[str]:
     return _markdown((*head, *map(_threshold, settings.thresholds)), rows)
 
 
-def _tests_table(settings: StudySettings, lines: Sequence[ArmLine]) -> list[str]:
-    rows = [(line.arm, *(percent(line.tests[test]) for test in settings.tests[1:])) for line in lines]
-    return _markdown(("arm", *settings.tests[1:]), rows)
+def _tests_table(settings: StudySettings, lines: Sequence[ArmLine], names: Sequence[str]) -> list[str]:
+    head = ["arm", *(column for name in names for column in (name, f"minus {settings.control}"))]
+    rows = [
+        (line.arm, *(percent(value) for name in names for value in (line.tests[name], line.gains.get(name))))
+        for line in lines
+    ]
+    return _markdown(head, rows)
 
 
 def _scalars_table(lines: Sequence[ArmLine]) -> list[str]:

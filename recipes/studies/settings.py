@@ -80,13 +80,14 @@ class StudySettings:
         placebo: The arm that must show nothing.
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
+        fewer_seeds: Budgets that run with some of the seeds only: `{budget: {steps: 1500}, seeds: [0, 1, 2]}`.
         arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
-        fewer_seeds: Budgets that run with some of the seeds only, each `{budget: ..., seeds: [...]}`.
         tests: Names of the test sets, the first one the main one.
+        measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
         tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
-            result.
+            result. `before`: options of arms while they were tuned, where the choice has changed them since.
     """
 
     name: str
@@ -100,9 +101,10 @@ class StudySettings:
     arms: Mapping[str, Options]
     tests: Sequence[str]
     train: Options
+    measures: Sequence[str] = ()
+    fewer_seeds: Sequence[Options] = ()
     thresholds: Sequence[float] = (0.5, 0.9)
     tuning: Options = field(default_factory=dict)
-    fewer_seeds: Sequence[Options] = ()
 
     def __post_init__(self) -> None:
         for role in (self.control, self.placebo, self.primary.arm):
@@ -118,10 +120,10 @@ class StudySettings:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
 
     def jobs(self) -> list[Job]:
-        """The reported runs; all arms of a seed come before the next seed, so that what is done is always paired."""
+        """The reported runs, budget by budget; all arms of a seed come before the next seed: what is done is paired."""
         return [
             self._job(arm, seed, budget)
-            for seed, budget, arm in product(self.seeds, self.budgets, self.arms)
+            for budget, seed, arm in product(self.budgets, self.seeds, self.arms)
             if budget in self.arms[arm].get("budgets", self.budgets)
             and seed in self.arms[arm].get("seeds", self.seeds)
             and seed in self._seeds_of(budget)
@@ -139,7 +141,8 @@ class StudySettings:
                 tried = dict(zip(names, values, strict=True))
                 job = self._job(arm, seed, self.tuning["budget"])
                 name = " ".join([arm, *(f"{key}={value:g}" for key, value in tried.items())])
-                jobs.append(Job(name, seed, job.budget, {**job.options, **tried}))
+                before = self.tuning.get("before", {}).get(arm, {})
+                jobs.append(Job(name, seed, job.budget, {**job.options, **before, **tried}))
         return jobs
 
     def _job(self, arm: str, seed: int, budget: Options) -> Job:

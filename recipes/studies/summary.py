@@ -24,9 +24,9 @@ class ArmLine:
         arm: Which.
         budget: Which.
         seeds: Those that are done.
-        tests: Score on each test set, over seeds and pictures, in [0, 1].
+        tests: Score on each test set and value of each measure, over seeds and pictures, in [0, 1].
         gain: Score on the first test set minus the control's of the same seed and picture; None for the control.
-        gains: The same for every test set.
+        gains: The same for every test set and measure.
         sign: p value of the sign test over seeds, on the first test set.
         steps: Threshold to (median step at which it was passed or None, how many seeds passed it).
         scalars: Largest size of each structural term, mean over seeds, logits.
@@ -89,9 +89,9 @@ def _line(
 ) -> ArmLine:
     outcomes = [row.outcome for row in runs.values()]
     both = [seed for seed in runs if seed in control]
+    measured = [*settings.tests, *settings.measures]
     pairs = {
-        test: [runs[seed].outcome.tests[test] - control[seed].outcome.tests[test] for seed in both]
-        for test in settings.tests
+        test: [runs[seed].outcome.tests[test] - control[seed].outcome.tests[test] for seed in both] for test in measured
     }
     gains = {test: seeds_bootstrap(values) for test, values in pairs.items() if values}
     main = settings.tests[0]
@@ -99,7 +99,7 @@ def _line(
         arm=arm,
         budget=budget,
         seeds=tuple(runs),
-        tests={test: seeds_bootstrap([outcome.tests[test] for outcome in outcomes]) for test in settings.tests},
+        tests={test: seeds_bootstrap([outcome.tests[test] for outcome in outcomes]) for test in measured},
         gain=gains.get(main),
         gains=gains,
         sign=sign_test([float(np.mean(values)) for values in pairs[main]]) if both else None,

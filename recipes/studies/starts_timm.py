@@ -1,0 +1,146 @@
+"""A small ViT of timm: it was trained to read digits, and learns to look headers up (`starts`).
+
+It is trained here, once per seed, on the pictures of the lookup study, with the reading loss alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sfa_adapters import calibrate_axial, sfa_parameter_groups
+from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, NONE, Lookups, digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.starts import attach
+
+__all__ = ["TimmStart", "build", "to_images"]
+
+GRID = (8, 8)
+READING = 0.5
+CALIBRATION, VALIDATION, TEST = 6, 17, 18  # seeds of pictures
+
+
+class _Reader(nn.Module):
+    """timm's VisionTransformer; every cell names its own digit and those of its headers."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        try:
+            from timm.models.vision_transformer import VisionTransformer
+        except ImportError:
+            raise DataError("timm is missing. Run: pip install 'sfa-adapters[timm]'") from None
+        size = (GRID[0] * CELL, GRID[1] * CELL)
+        self.tower = VisionTransformer(
+            img_size=size, patch_size=CELL, embed_dim=width, depth=3, num_heads=4, num_classes=0, global_pool=""
+        )
+        self.read, self.header = nn.Linear(width, BLANK + 1), nn.Linear(width, 20)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[batch, cells, 11]` and `[batch, cells, 2, 10]`."""
+        states = self.tower(images)[:, 1:]
+        return self.read(states), self.header(states).unflatten(-1, (2, 10))
+
+
+class TimmStart:
+    """A host of `starts`.
+
+    Args:
+        options: `pretraining` (steps), `steps`, `batch`, `lr`, `sfa_lr`, `warmup`, `validation`, `pictures`, `pages`,
+            and the arm's.
+        seed: Of weights, pictures and scalars.
+    """
+
+    def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        self.options, self.seed = options, seed
+        self.model = copy.deepcopy(_pretrained(seed, options["pretraining"], options["batch"], options["lr"]))
+        generator = torch.Generator().manual_seed(CALIBRATION)
+        pages = to_images(draw_lookups(digit_bank("train"), options["pages"], GRID, generator))
+        attach(self.model, options, seed, lambda by: calibrate_axial(self.model, pages, by=by))
+
+    def known(self) -> np.ndarray:
+        """Share of cells of the table whose digit is read right, by picture."""
+        return self._scores("test", self.options["pictures"], TEST)[0]
+
+    def new(self, split: str) -> np.ndarray:
+        """Share of right answers about headers, by picture."""
+        if split == "val":
+            return self._scores("val", self.options["validation"], VALIDATION)[1]
+        return self._scores("test", self.options["pictures"], TEST)[1]
+
+    def learn(self, after_step: Callable[[int], None]) -> None:
+        """Trains everything on headers, with reading beside it."""
+        options = self.options
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters()), "lr": options["lr"]}]
+        if options["bias"] != "none":
+            groups = sfa_parameter_groups(self.model, options["lr"], options["sfa_lr"])
+        _learn(self.model, groups, options, 3000 + self.seed, headers=True, after_step=after_step)
+
+    @torch.no_grad()
+    def _scores(self, split: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = draw_lookups(digit_bank(split), count, GRID, torch.Generator().manual_seed(seed))
+        read, header = self.model(to_images(batch))
+        inside, asked = batch.digits != BLANK, (batch.headers != NONE).flatten(1)
+        reading = ((read.argmax(-1) == batch.digits) & inside).sum(1) / inside.sum(1)
+        answers = ((header.argmax(-1) == batch.headers).flatten(1) & asked).sum(1) / asked.sum(1)
+        return reading.double().numpy(), answers.double().numpy()
+
+
+def build(options: Mapping[str, Any], seed: int) -> TimmStart:
+    """The trained reader with the arm's bias."""
+    return TimmStart(options, seed)
+
+
+@lru_cache(maxsize=1)
+def _pretrained(seed: int, steps: int, batch: int, lr: float) -> _Reader:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _Reader()
+    groups = [{"params": list(model.parameters()), "lr": lr}]
+    _learn(model, groups, {"steps": steps, "batch": batch, "warmup": 50}, 2000 + seed, headers=False)
+    return model
+
+
+def _learn(
+    model: _Reader,
+    groups: list[dict[str, Any]],
+    options: Mapping[str, Any],
+    seed: int,
+    headers: bool,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    steps, warmup = options["steps"], options["warmup"]
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    weights = [p for group in groups if group.get("name") != "sfa" for p in group["params"]]
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        batch = draw_lookups(digit_bank("train"), options["batch"], GRID, generator)
+        read, header = model(to_images(batch))
+        loss = READING * functional.cross_entropy(read.flatten(0, 1), batch.digits.flatten())
+        if headers:
+            loss = loss + functional.cross_entropy(header.flatten(0, 2), batch.headers.flatten(), ignore_index=NONE)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if after_step is not None:
+            after_step(step)
+
+
+def to_images(batch: Lookups) -> Tensor:
+    """Cells put together to pictures, `[batch, 3, 64, 64]`."""
+    cells = batch.patches.unflatten(-1, (3, CELL, CELL)).unflatten(1, GRID)  # [B, rows, columns, 3, 8, 8]
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,59 @@
+"""Exact match of greedy answers without generating them: right where every token of the true answer is the argmax.
+
+A greedy decoder says the true answer, and then stops, if and only if each of its tokens, the end token included, is the
+most likely one behind the tokens before it. One forward over packed questions tells that for all questions at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfa_adapters.recipes.encode import EOS, IGNORE, Picture, encode_packed
+from sfa_adapters.recipes.questions import Question
+
+if TYPE_CHECKING:
+    from sfa_adapters.recipes.nano import NanoHost
+
+__all__ = ["exact_matches"]
+
+
+@torch.no_grad()
+def exact_matches(
+    host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[Question]], batch_size: int = 16
+) -> list[np.ndarray]:
+    """Whether the greedy answer to each question is the true one, to the letter.
+
+    Args:
+        host: The model; it is in eval mode for the time of the call.
+        images: N pictures.
+        questions: For each, at least one question.
+        batch_size: Pictures per forward.
+
+    Returns:
+        For each picture, 1.0 or 0.0 per question, fp64.
+    """
+    training, right = host.model.training, []
+    host.model.eval()
+    for start in range(0, len(images), batch_size):
+        asked = [
+            [(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]
+        ]
+        batch = encode_packed(host, images[start : start + batch_size], asked)
+        labels = batch.pop("labels")
+        guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
+        right += [_of_picture(guess[:-1], label[1:]) for guess, label in zip(guesses, labels, strict=True)]
+    host.model.train(training)
+    return right
+
+
+def _of_picture(guess: Tensor, label: Tensor) -> np.ndarray:
+    """One number per answer; answers end with the end token."""
+    good = (guess == label) | (label == IGNORE)
+    ends = [-1, *(label == EOS).nonzero().flatten().tolist()]
+    return np.array([float(good[begin + 1 : end + 1].all()) for begin, end in pairwise(ends)])
