@@ -17,6 +17,7 @@ __all__ = ["draw_curves", "draw_tests"]
 # Okabe and Ito's palette: told apart by people who do not see all colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 STYLES = ("-", "--", ":", "-.")
+PANELS = 2  # beside each other, so that a figure can be read at half its width
 
 
 def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> None:
@@ -27,9 +28,14 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
     from matplotlib.figure import Figure
 
     budgets = [budget for budget in settings.budgets if any(row.budget == budget for row in rows)]
-    figure = Figure(figsize=(5.2 * len(budgets) + 1.8, 4.4), dpi=130, layout="constrained")
-    axes: Any = figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
-    for axis, budget in zip(axes, budgets, strict=True):
+    columns = min(len(budgets), PANELS)
+    lines = -(-len(budgets) // columns)
+    figure = Figure(figsize=(5.2 * columns + 1.8, 4.0 * lines + 0.4), dpi=130, layout="constrained")
+    grid: Any = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    axes: Any = grid.flatten()
+    for empty in axes[len(budgets) :]:
+        empty.set_axis_off()
+    for axis, budget in zip(axes, budgets, strict=False):
         for number, arm in enumerate(_shown(settings)):
             curves = [row.outcome.curve for row in rows if (row.arm, row.budget) == (arm, budget)]
             if not curves:
@@ -45,7 +51,8 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
         axis.tick_params(labelsize=12)
         axis.grid(alpha=0.3)
         axis.set_ylim(0, 101)
-    axes[0].set_ylabel("right answers, %", fontsize=14)
+    for axis in grid[:, 0]:
+        axis.set_ylabel("right answers, %", fontsize=14)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=12, frameon=False)
     figure.savefig(path)
