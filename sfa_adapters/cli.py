@@ -102,7 +102,7 @@ def inspect(
     console.print(layers)
 
 
-@app.command(epilog="Examples:  sfa demo   |   sfa demo --task charts   |   sfa demo --steps 100 --out my-demo")
+@app.command(epilog="Example:  sfa demo --steps 100 --out my-demo   |   sfa demo --task charts")
 def demo(
     task: Annotated[str, typer.Option(help="tables, new to the host, or charts, which it knows.")] = "tables",
     host: Annotated[str, typer.Option(help="Nano host: llava_onevision, internvl or llava.")] = "llava_onevision",

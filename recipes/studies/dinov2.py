@@ -10,6 +10,7 @@ timm's output differs from that of transformers, because timm resamples position
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,9 @@ def dinov2_timm(size: int = 518) -> Any:
     Raises:
         WeightsError: The package with the weights, or timm, is missing.
     """
-    try:
-        import timm
-    except ImportError:
-        raise WeightsError("timm is missing. Run: pip install 'sfa-adapters[timm]'") from None
+    if find_spec("timm") is None:
+        raise WeightsError("timm is missing. Run: pip install 'sfa-adapters[timm]'")
+    import timm
 
     model: Any = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518)
     model.load_state_dict(timm_state(dinov2_state()))

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,10 @@ class _Reader(nn.Module):
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
-        try:
-            from timm.models.vision_transformer import VisionTransformer
-        except ImportError:
-            raise DataError("timm is missing. Run: pip install 'sfa-adapters[timm]'") from None
+        if find_spec("timm") is None:
+            raise DataError("timm is missing. Run: pip install 'sfa-adapters[timm]'")
+        from timm.models.vision_transformer import VisionTransformer
+
         size = (GRID[0] * CELL, GRID[1] * CELL)
         self.tower = VisionTransformer(
             img_size=size, patch_size=CELL, embed_dim=width, depth=3, num_heads=4, num_classes=0, global_pool=""
