@@ -38,7 +38,7 @@ from sfa_adapters.recipes.teacher_forcing import exact_matches
 
 __all__ = ["run_tables"]
 
-# Chosen on the validation countries, see the tuning in docs/studies/tables/.
+# As recipes/studies/tables.yaml begins with.
 LR, SFA_LR, BATCH = 6e-4, 0.1, 8
 ARMS = ("without SFA", "SFA", "placebo")
 SIZE = TableSize((3, 5), (2, 3))
