@@ -214,7 +214,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ({"budgets": ["x"]}, "--budget x"),
     ):
         with pytest.raises(DataError, match=message):
-            run_study(StudyOptions(**options, **wrong))
+            run_study(StudyOptions(**{**options, **wrong}))  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="has no runs yet"):
         run_study(StudyOptions(**{**options, "out": tmp_path / "empty"}, report=True))
 

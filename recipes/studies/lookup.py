@@ -119,5 +119,5 @@ def _largest(net: LookupNet) -> dict[str, float]:
         for term in structure.terms:
             value = getattr(structure, term).detach().abs().max()
             value = value**2 if term == "block" else value  # e_i * e_j is what is added
-            sizes[term] = torch.maximum(sizes.get(term, value), value)
+            sizes[term] = torch.maximum(sizes[term], value) if term in sizes else value
     return {term: float(value) for term, value in sizes.items()}
