@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from rich.table import Table
 
+from sfa_adapters.recipes.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.evaluate import Evaluation, Interval
+from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
 
-__all__ = ["Arm", "Report", "draw_answers", "percent", "results_table", "write_results"]
+__all__ = ["Arm", "Report", "draw_answers", "results_table", "write_results"]
 
 COLUMNS = ("model", "relaxed accuracy %", "not on the chart %", "trained", "ms/image")
-PAGE = (4, 3)  # rows and columns of the page of test charts
+SHOWN = 12  # test charts on the page of answers
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,6 @@ class Report:
     seconds: float
 
 
-def percent(interval: Interval) -> str:
-    """`62.3 [58.1, 66.4]`, or a dash where there was nothing to measure."""
-    if math.isnan(interval.value):
-        return "-"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
 def _rows(report: Report) -> list[tuple[str, ...]]:
     return [
         (
@@ -87,47 +78,25 @@ def results_table(report: Report) -> Table:
     return table
 
 
-def hardware() -> str:
-    """Processor and threads, or the graphics card."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():  # Linux leaves platform.processor() empty
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
-
-
 def write_results(report: Report, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`."""
-    packages = ("sfa-adapters", "torch", "transformers", "peft")
-    facts = {
-        "command": command,
-        **settings,
-        "hardware": hardware(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "seconds": round(report.seconds, 1),
-    }
+    facts = run_facts(command, settings, report.seconds)
     arms = {arm.name: _numbers(arm) for arm in report.arms}
     record = {**facts, "models": arms, "sfa_minus_control": _plain(report.difference)}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["# sfa demo", "", f"`{command}`", ""]
-    lines += _markdown(COLUMNS, _rows(report))
+    lines += markdown_table(COLUMNS, _rows(report))
     lines += ["", f"SFA minus control: {percent(report.difference)} points of relaxed accuracy (paired bootstrap).", ""]
     types = list(report.arms[0].evaluation.by_type())
     by_type = [(arm.name, *(percent(value) for value in arm.evaluation.by_type().values())) for arm in report.arms]
-    lines += ["Relaxed accuracy by type of question:", "", *_markdown(("model", *types), by_type), ""]
+    lines += ["Relaxed accuracy by type of question:", "", *markdown_table(("model", *types), by_type), ""]
     count = len(report.arms[0].evaluation.samples)
     lines += [
         f"{count} questions; in brackets 95% bootstrap intervals. *Not on the chart*: share of the numeric answers to "
         "questions about one mark whose number is printed nowhere on the chart. *Trained*: parameters.",
         "",
     ]
-    told = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    lines += [
-        f"Seed {settings['seed']}, {settings['steps']} steps. {facts['hardware']}. {told}. {report.seconds:.0f} s."
-    ]
+    lines += [facts_line(facts)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -149,32 +118,15 @@ def _plain(interval: Interval) -> dict[str, float] | None:
     return None if math.isnan(interval.value) else asdict(interval)
 
 
-def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
-
-
 def draw_answers(report: Report, path: Path) -> None:
-    """Draws the first test charts, as they come, with the question, the true answer and what each model said."""
-    from matplotlib.figure import Figure
-
-    rows, columns = PAGE
-    samples = report.arms[0].evaluation.samples[: rows * columns]
-    figure = Figure(figsize=(3.9 * columns, 5.9 * rows), dpi=110, layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
-    for number, axis in enumerate(axes):
-        axis.set(xticks=[], yticks=[])
-        if number >= len(samples):
-            axis.set_axis_off()
-            continue
-        axis.imshow(samples[number].image, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(samples[number].question, 34)), fontsize=13)
-        lines = [("true", " or ".join(samples[number].answers), "black")]
-        for arm in report.arms:
-            right = bool(arm.evaluation.correct[number])
-            said = f"{arm.evaluation.answers[number] or '(nothing)'}  {'right' if right else 'wrong'}"
-            lines.append((arm.name, said, "#1a7f37" if right else "#b3261e"))
-        for line, (name, said, color) in enumerate(lines):
-            text = f"{name}: {said}"
-            axis.text(0.02, -0.07 - 0.085 * line, text, color=color, fontsize=13, transform=axis.transAxes)
-    figure.suptitle("Test charts, the first of the list, and the answers", fontsize=17)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.2)
+    """Draws the first test charts, as they come, with the question, the true answer and what each model says."""
+    pictures = [
+        AnsweredPicture(
+            np.asarray(sample.image),
+            sample.question,
+            " or ".join(sample.answers),
+            [(a.name, a.evaluation.answers[number], bool(a.evaluation.correct[number])) for a in report.arms],
+        )
+        for number, sample in enumerate(report.arms[0].evaluation.samples[:SHOWN])
+    ]
+    draw_answer_page(pictures, "Test charts, the first of the list, and the answers", path)

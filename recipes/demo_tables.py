@@ -82,7 +82,7 @@ def run_tables(config: DemoConfig, console: Console) -> TablesReport:
         write_bias_table(trained[1].model, config.out / "learned_bias.csv")
         report = TablesReport(tuple(arms), _scores(host, test), EACH, steps, time.perf_counter() - began)
         draw_curve(report, config.out / "curve.png")
-        first = [asked[0] for asked in ask_all(test[:SHOWN], 1, 0)]
+        first = [about[0] for about in ask_all(test[:SHOWN], 1, 0)]
         draw_tables(report, test[:SHOWN], first, config.out / "test_tables.png")
         write_results(report, config.out, command_of(config), {"host": config.host, "seed": config.seed})
     console.print(effect(report), style="bold")
@@ -121,5 +121,5 @@ def _scores(host: NanoHost, pictures: Sequence[TablePicture]) -> np.ndarray:
 
 def _answers(host: NanoHost, pictures: Sequence[TablePicture]) -> tuple[str, ...]:
     """What the model says to one question about each table."""
-    questions = [asked[0].text for asked in ask_all(pictures, 1, 0)]
+    questions = [about[0].text for about in ask_all(pictures, 1, 0)]
     return tuple(generate_answers(host, [picture.image for picture in pictures], questions)[0])

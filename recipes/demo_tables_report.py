@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from sfa_adapters.recipes.demo_report import hardware, percent
+from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["TablesArm", "TablesReport", "effect", "results_table", "write_results"]
@@ -111,15 +109,8 @@ def results_table(report: TablesReport) -> Table:
 
 def write_results(report: TablesReport, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`."""
-    packages = ("sfa-adapters", "torch", "transformers", "peft")
     record: dict[str, Any] = {
-        "command": command,
-        **settings,
-        "steps": report.steps,
-        "hardware": hardware(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "seconds": round(report.seconds, 1),
+        **run_facts(command, {**settings, "steps": report.steps}, report.seconds),
         "questions": report.each * len(report.before),
         "before_training": asdict(bootstrap(report.before)),
         "models": {arm.name: _numbers(arm, report.arms[0]) for arm in report.arms},
@@ -128,12 +119,11 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
     }
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["# sfa demo", "", f"`{command}`", "", effect(report), ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *_rows(report))]
+    lines += markdown_table(COLUMNS, _rows(report))
     steps = [str(step) for step, _ in report.arms[0].curve]
     lines += ["", "Right answers about validation tables, %, after so many steps:", ""]
-    lines += ["| model | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|"]
-    for arm in report.arms:
-        lines.append(f"| {arm.name} | " + " | ".join(f"{100 * score:.1f}" for _, score in arm.curve) + " |")
+    curves = [(arm.name, *(f"{100 * score:.1f}" for _, score in arm.curve)) for arm in report.arms]
+    lines += markdown_table(("model", *steps), curves)
     lines += [
         "",
         f"{record['questions']} questions, {report.each} about each table; an answer is right when it is the true "
@@ -141,10 +131,7 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
         "whose places are shuffled. *trained*: parameters. *largest w*: the largest structural scalar, logits.",
         "",
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    lines += [
-        f"Seed {settings['seed']}, {report.steps} steps. {record['hardware']}. {versions}. {report.seconds:.0f} s."
-    ]
+    lines += [facts_line(record)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -41,10 +41,10 @@ def exact_matches(
     training, right = host.model.training, []
     host.model.eval()
     for start in range(0, len(images), batch_size):
-        asked = [
+        pairs = [
             [(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]
         ]
-        batch = encode_packed(host, images[start : start + batch_size], asked)
+        batch = encode_packed(host, images[start : start + batch_size], pairs)
         labels = batch.pop("labels")
         guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
         right += [_of_picture(guess[:-1], label[1:]) for guess, label in zip(guesses, labels, strict=True)]

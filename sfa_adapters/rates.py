@@ -7,12 +7,13 @@ the rate of the weights around it (1e-5 to 1e-3) it stays where it started, in s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sfa_adapters.bias import TERMS
+from sfa_adapters.bias import TERMS, StructuralWeights
 from sfa_adapters.errors import InjectionError, TrainingError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.tuner import injected_layers
@@ -22,6 +23,7 @@ __all__ = [
     "SFA_GROUP",
     "has_active_sfa",
     "largest_scalars",
+    "largest_weights",
     "sfa_parameter_groups",
     "structural_layers",
 ]
@@ -94,16 +96,20 @@ def largest_scalars(model: nn.Module) -> dict[str, float]:
     Raises:
         InjectionError: The model has no SFA, or none of its adapters is active.
     """
-    largest: dict[str, float] = {}
-    for layer in structural_layers(model):
-        for name in layer.active:
-            weights = layer.weights(name)
-            for term in TERMS:
-                values = getattr(weights, term)
-                if values is not None and values.numel():
-                    largest[term] = max(largest.get(term, 0.0), _size(values.detach(), term))
+    largest = largest_weights(layer.weights(name) for layer in structural_layers(model) for name in layer.active)
     if not largest:
         raise InjectionError(f"No SFA adapter of {type(model).__name__} is active, so no scalar acts.")
+    return largest
+
+
+def largest_weights(weights: Iterable[StructuralWeights]) -> dict[str, float]:
+    """As `largest_scalars`, of weights at hand, e.g. those of `StructuralBias.weights`; empty where there are none."""
+    largest: dict[str, float] = {}
+    for each in weights:
+        for term in TERMS:
+            values = getattr(each, term)
+            if values is not None and values.numel():
+                largest[term] = max(largest.get(term, 0.0), _size(values.detach(), term))
     return {term: largest[term] for term in TERMS if term in largest}
 
 

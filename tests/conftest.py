@@ -1,5 +1,7 @@
 """Settings of the whole suite."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,3 +13,16 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     # peft 0.21 itself reads the name that transformers 5.23 has deprecated.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the weights of a nano host that was never trained, for demos that need no good answers."""
+    from safetensors.torch import save_file
+
+    from sfa_adapters.recipes.nano import build_nano
+
+    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
+    model = build_nano("llava_onevision").model
+    save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, path)
+    return path

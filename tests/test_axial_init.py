@@ -265,10 +265,10 @@ def test_configurations_of_before_load(tmp_path: Path) -> None:
     again = load_sfa(SIGLIP.build(), tmp_path)
     assert all(torch.equal(a[t], b[t]) for a, b in zip(scalars(again), scalars(model), strict=True) for t in TERMS)
     record = next(value for key, value in model.state_dict().items() if key.endswith("sfa._extra_state"))
-    told = json.loads(bytes(record.tolist()).decode())
-    adapter = told["adapters"]["default"]
-    told["adapters"]["default"] = {k: v for k, v in adapter.items() if k in content}
-    old = read_record(torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8), "old")["default"]
+    record_of_before = json.loads(bytes(record.tolist()).decode())
+    adapter = record_of_before["adapters"]["default"]
+    record_of_before["adapters"]["default"] = {k: v for k, v in adapter.items() if k in content}
+    old = read_record(torch.tensor(list(json.dumps(record_of_before).encode()), dtype=torch.uint8), "old")["default"]
     assert (old.init, old.init_warmup_steps, old.init_heads) == ("normal", 0, None)
 
 

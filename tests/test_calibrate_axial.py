@@ -88,11 +88,11 @@ def kwargs_of(case: TowerCase, inputs: Inputs) -> Inputs:
 @pytest.mark.parametrize("adapted", [False, True], ids=["before", "with SFA"])
 def test_affinity_is_that_of_the_dense_matrix(case: TowerCase, adapted: bool) -> None:
     tower, inputs = support.injected(case) if adapted else case.fresh()
-    found = find_tower(tower)
+    vision = find_tower(tower)
     with torch.no_grad():
-        measured = axis_affinity(found, [kwargs_of(case, inputs)], LAYERS)
+        measured = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
     for layer in LAYERS:
-        name = found.attentions[layer][0]
+        name = vision.attentions[layer][0]
         expected = reference(case, tower, inputs, name)
         assert measured[layer].shape == expected.shape == (2, 4)
         support.assert_close(measured[layer], expected, 1e-5, name)
@@ -103,13 +103,13 @@ def test_other_grids_and_eager_attention(name: str) -> None:
     case = BY_NAME[name]
     assert case.resized is not None
     tower, inputs = case.build(), case.resized(1)
-    found = find_tower(tower)
+    vision = find_tower(tower)
     with torch.no_grad():
-        fused = axis_affinity(found, [kwargs_of(case, inputs)], LAYERS)
-    support.assert_close(fused[1], reference(case, tower, inputs, found.attentions[1][0]), 1e-5)
+        fused = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
+    support.assert_close(fused[1], reference(case, tower, inputs, vision.attentions[1][0]), 1e-5)
     set_eager(case, tower)
     with torch.no_grad():
-        eager = axis_affinity(found, [kwargs_of(case, inputs)], LAYERS)
+        eager = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
     support.assert_close(eager[2], fused[2], 1e-4)
 
 
@@ -120,11 +120,11 @@ def test_uniform_attention_has_affinity_one_and_rows_go_in_blocks() -> None:
     for name, parameter in tower.named_parameters():
         if "qkv" in name:
             nn.init.zeros_(parameter)
-    found = find_tower(tower)
+    vision = find_tower(tower)
     with torch.no_grad():
-        uniform = axis_affinity(found, [kwargs_of(case, inputs)], LAYERS)
+        uniform = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
     assert all(torch.allclose(ratios, torch.ones_like(ratios)) for ratios in uniform.values())
-    tower, name = case.build(), found.attentions[0][0]
+    tower, name = case.build(), vision.attentions[0][0]
     sums: list[Tensor] = []
     for size in (1, 2**23):
         with layouts_of(find_tower(tower)) as layout_of:
@@ -176,10 +176,10 @@ def test_gate_energy_is_the_diagonal_of_the_gauss_newton_matrix() -> None:
     """Against differences of outputs: exactly for one direction, and on average for the sum of squares."""
     tower, inputs = SIGLIP.fresh()
     tower, inputs = tower.double(), {"pixel_values": inputs["pixel_values"][:1].double()}
-    found, step = find_tower(tower), 1e-4
+    vision, step = find_tower(tower), 1e-4
     with torch.no_grad():
-        estimate = gate_energy(found, [inputs], LAYERS, 300, seed=0)
-        single = gate_energy(found, [inputs], LAYERS, 1, seed=3)
+        estimate = gate_energy(vision, [inputs], LAYERS, 300, seed=0)
+        single = gate_energy(vision, [inputs], LAYERS, 1, seed=3)
     direction = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(3)).double()
     for layer in LAYERS:
         for head in range(4):

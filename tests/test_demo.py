@@ -9,44 +9,36 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sfa_adapters import describe, inject_sfa, load_sfa
 from sfa_adapters.errors import DataError, WeightsError
 from sfa_adapters.recipes.demo import FILES, DemoConfig, DemoError, run_demo
-from sfa_adapters.recipes.demo_report import percent
 from sfa_adapters.recipes.evaluate import Interval
 from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.report_parts import percent
 from sfa_adapters.recipes.sources import load_tables
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    model = build_nano("llava_onevision").model
-    save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, path)
-    return path
-
-
-def _config(weights: Path, out: Path, **changes: Any) -> DemoConfig:
+def _config(untrained: Path, out: Path, **changes: Any) -> DemoConfig:
     options: dict[str, Any] = {
         "task": "charts",
         "steps": 2,
         "questions": 6,
         "pictures": 16,
-        "weights": weights,
+        "weights": untrained,
         "out": out,
     }
     return DemoConfig(**(options | changes))
 
 
 @pytest.fixture(scope="module")
-def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One run: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "made-by-the-demo"
     screen = io.StringIO()
-    run_demo(_config(weights, out), Console(file=screen, width=80))
+    run_demo(_config(untrained, out), Console(file=screen, width=80))
     return out, screen.getvalue()
 
 
@@ -74,10 +66,10 @@ def test_the_numbers_say_how_they_were_made(finished: tuple[Path, str]) -> None:
     assert "nan" not in text.lower()
 
 
-def test_the_adapter_and_the_base_build_the_trained_model_again(finished: tuple[Path, str], weights: Path) -> None:
+def test_the_adapter_and_the_base_build_the_trained_model_again(finished: tuple[Path, str], untrained: Path) -> None:
     out, _ = finished
     host = build_nano("llava_onevision")
-    host.model.load_state_dict(load_file(weights), strict=False)
+    host.model.load_state_dict(load_file(untrained), strict=False)
     trained = load_file(out / "base.safetensors")
     missing = host.model.load_state_dict(trained, strict=False)
     assert not missing.unexpected_keys
@@ -85,25 +77,25 @@ def test_the_adapter_and_the_base_build_the_trained_model_again(finished: tuple[
     assert describe(load_sfa(host.model, out / "adapter")).num_parameters == 304
 
 
-def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, str], weights: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, str], untrained: Path, tmp_path: Path) -> None:
     first, _ = finished
-    run_demo(_config(weights, tmp_path), Console(quiet=True))
+    run_demo(_config(untrained, tmp_path), Console(quiet=True))
     for name in ("adapter/adapter_model.safetensors", "base.safetensors"):
         here, there = load_file(first / name), load_file(tmp_path / name)
         assert all(torch.equal(here[key], there[key]) for key in here)
 
 
-def test_a_second_run_writes_over_its_own_folder_only(weights: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_over_its_own_folder_only(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(DemoError, match=r"thesis\.tex"):
-        run_demo(_config(weights, tmp_path), Console(quiet=True))
+        run_demo(_config(untrained, tmp_path), Console(quiet=True))
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_folder_that_cannot_be_made(weights: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DemoError, match="--out"):
-        run_demo(_config(weights, tmp_path / "file" / "below"), Console(quiet=True))
+        run_demo(_config(untrained, tmp_path / "file" / "below"), Console(quiet=True))
 
 
 def test_a_host_without_weights_says_how_to_get_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sfa_adapters.recipes.demo_tables as module
 from sfa_adapters import describe, load_sfa
@@ -21,15 +21,7 @@ from sfa_adapters.recipes.nano import build_nano
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    model = build_nano("llava_onevision").model
-    save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def finished(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run: its folder, what it printed, its report, and the pictures and questions of every training step."""
     import sfa_adapters.recipes.finetune as training
 
@@ -42,7 +34,7 @@ def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     patch.setattr(training, "encode_packed", spy)
     patch.setattr(module, "VALIDATION", 2)
-    config = DemoConfig(steps=2, questions=14, pictures=8, weights=weights, out=out)
+    config = DemoConfig(steps=2, questions=14, pictures=8, weights=untrained, out=out)
     report = run_demo(config, Console(file=screen, width=80))
     patch.undo()
     return out, screen.getvalue(), report, batches
@@ -98,29 +90,29 @@ def test_the_numbers_say_how_they_were_made(finished: Any) -> None:
     assert record["effect"] in text
 
 
-def test_the_adapter_and_the_base_build_the_trained_model_again(finished: Any, weights: Path) -> None:
+def test_the_adapter_and_the_base_build_the_trained_model_again(finished: Any, untrained: Path) -> None:
     out, _, _, _ = finished
     host = build_nano("llava_onevision")
-    host.model.load_state_dict(load_file(weights), strict=False)
+    host.model.load_state_dict(load_file(untrained), strict=False)
     missing = host.model.load_state_dict(load_file(out / "base.safetensors"), strict=False)
     assert not missing.unexpected_keys
     assert describe(load_sfa(host.model, out / "adapter")).num_parameters == 304
 
 
 def test_a_saved_adapter_that_answers_otherwise_is_an_error(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([("1",), ("2",), ("3",), ("4",)])
     monkeypatch.setattr(module, "_answers", lambda host, pictures: next(answers))
     monkeypatch.setattr(module, "VALIDATION", 1)
     with pytest.raises(DemoError, match="does not reproduce"):
-        run_demo(DemoConfig(steps=1, questions=1, pictures=8, weights=weights, out=tmp_path), Console(quiet=True))
+        run_demo(DemoConfig(steps=1, questions=1, pictures=8, weights=untrained, out=tmp_path), Console(quiet=True))
 
 
-def test_a_folder_of_the_other_task_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_other_task_is_refused(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "test_charts.png").write_bytes(b"")
     with pytest.raises(DemoError, match=r"test_charts\.png"):
-        run_demo(DemoConfig(weights=weights, out=tmp_path), Console(quiet=True))
+        run_demo(DemoConfig(weights=untrained, out=tmp_path), Console(quiet=True))
 
 
 def _report(sfa: list[float], none: list[float]) -> TablesReport:
@@ -150,12 +142,12 @@ def test_numbers_of_each_task_have_their_own_defaults() -> None:
         DemoConfig(task="poems")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_same_seed_gives_the_same_model(finished: Any, weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_same_seed_gives_the_same_model(finished: Any, untrained: Path, tmp_path: Path, monkeypatch: Any) -> None:
     first, _, _, _ = finished
     monkeypatch.setattr(module, "VALIDATION", 2)
     for name in ("draw_curve", "draw_tables", "plot_bias"):  # figures take longer than the rest
         monkeypatch.setattr(module, name, lambda *arguments: None)
-    run_demo(DemoConfig(steps=2, questions=14, pictures=8, weights=weights, out=tmp_path), Console(quiet=True))
+    run_demo(DemoConfig(steps=2, questions=14, pictures=8, weights=untrained, out=tmp_path), Console(quiet=True))
     for name in ("adapter/adapter_model.safetensors", "base.safetensors"):
         here, there = load_file(first / name), load_file(tmp_path / name)
         assert all(torch.equal(here[key], there[key]) for key in here)

@@ -11,8 +11,9 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.lookup import test_grids as grids_of
 from sfa_adapters.recipes.studies.lookup import train
 from sfa_adapters.recipes.studies.lookup_net import LookupNet, Position
-from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, NONE, DigitBank, digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, DigitBank, digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.settings import load_settings
+from sfa_adapters.recipes.studies.training import NONE
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, of the extra [study]")
 GRID = (6, 5)
@@ -48,7 +49,7 @@ def test_the_answer_is_where_the_marked_headers_cross() -> None:
     assert (bright[inside] == digits[inside]).all()
     assert (inside.flatten(1).sum(1) >= 9).all()
     headers = batch.headers.reshape(64, *GRID, 2)
-    asked = headers[..., 0] != NONE
+    body_cells = headers[..., 0] != NONE
     for picture in range(64):
         rows, columns = inside[picture].nonzero(as_tuple=True)
         top, left = int(rows.min()), int(columns.min())
@@ -56,7 +57,7 @@ def test_the_answer_is_where_the_marked_headers_cross() -> None:
             body = row > top and column > left
             expected = [digits[picture, row, left], digits[picture, top, column]] if body else [NONE, NONE]
             assert headers[picture, row, column].tolist() == expected
-    assert not (asked & ~inside).any()
+    assert not (body_cells & ~inside).any()
 
 
 def test_equal_seeds_draw_equal_pictures() -> None:
@@ -98,6 +99,8 @@ def test_the_placebo_is_the_same_bias_at_shuffled_places() -> None:
 def test_the_axial_start_makes_row_and_column_heads() -> None:
     position = Position("sfa", 6, 12, GRID, {"init": "axial", "init_strength": 3.0})
     row, col = position.structure.weights.row, position.structure.weights.col  # pyright: ignore[reportAttributeAccessIssue]
+    assert row is not None
+    assert col is not None
     assert (row[:2] == 3).all()
     assert (col[2:4] == 3).all()
     assert row[2:].abs().max() < 0.2

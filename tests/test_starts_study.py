@@ -46,6 +46,29 @@ def test_a_start_is_measured_before_and_after(host: str) -> None:
     assert len({len(outcome.tests["known"]) for outcome in outcomes.values()}) == 1
 
 
+def test_what_is_known_is_measured_before_training_and_what_is_kept_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Host:
+        model, trained = torch.nn.Linear(1, 1), 0
+
+        def known(self) -> np.ndarray:
+            return np.array([0.9 - 0.1 * self.trained])
+
+        def new(self, split: str) -> np.ndarray:
+            return np.array([0.1 * self.trained + (split == "test")])
+
+        def learn(self, after_step: Any) -> None:
+            for step in (1, 2, 3, 4):
+                self.trained = step
+                after_step(step)
+
+    monkeypatch.setattr(starts_timm, "build", lambda options, seed: Host())
+    outcome = train(job_of("timm", "none"))
+    assert {name: scores.tolist() for name, scores in outcome.tests.items()} == {
+        "known": [0.9], "kept": [0.5], "new": [1.4],
+    }  # fmt: skip
+    assert outcome.curve == [(2, 0.2), (4, 0.4)]
+
+
 @pytest.mark.parametrize("arm", [arm for arm in load_settings("starts").arms if arm not in ("none", "affinity")])
 def test_every_arm_trains(arm: str) -> None:
     job = job_of("timm", arm)

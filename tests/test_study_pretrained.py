@@ -12,10 +12,11 @@ import torch
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.dinov2 import dinov2_tower
-from sfa_adapters.recipes.studies.pretrained import _optimizer, picture_scores, train
+from sfa_adapters.recipes.studies.pretrained import _groups, train
 from sfa_adapters.recipes.studies.pretrained_net import TOP, TableReader, encoded, strong_heads
-from sfa_adapters.recipes.studies.pretrained_pictures import MEAN, NONE, PALETTE, STD, Task, draw_pictures
+from sfa_adapters.recipes.studies.pretrained_pictures import MEAN, PALETTE, STD, Task, draw_pictures
 from sfa_adapters.recipes.studies.settings import Job, load_settings
+from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
 STUDIES = ("pretrained", "pretrained-frozen", "pretrained-colours", "pretrained-digits")
 TASKS: tuple[Task, ...] = ("colours", "digits", "rendered")
@@ -47,9 +48,9 @@ def test_targets_are_what_the_pixels_show(task: Task) -> None:
         for patch in range(64):
             y, x = 14 * (patch // 8) + 7, 14 * (patch % 8) + 7
             line, pillar = np.flatnonzero(picture[y] < 10), np.flatnonzero(picture[:, x] < 10)
-            own = picture[y, x] if picture[y, x] < 10 else NONE
-            assert int(content[patch]) == own
-            if own == NONE:
+            shown = picture[y, x] if picture[y, x] < 10 else NONE
+            assert int(content[patch]) == shown
+            if shown == NONE:
                 assert (headers[patch] == NONE).all()
                 continue
             left, top = picture[y, line[0] + 2], picture[pillar[0] + 2, x]
@@ -157,14 +158,27 @@ def test_arms_train_what_they_say() -> None:
 @needs_weights
 def test_scalars_learn_at_their_rate_and_are_not_clipped() -> None:
     reader = _reader(adapter="sfa", layers="frozen")
-    optimizer, _, weights = _optimizer(reader, {**OPTIONS, "adapter": "sfa"})
-    rates = {group.get("name", "heads"): group["initial_lr"] for group in optimizer.param_groups}
+    stepper = Stepper(_groups(reader, {**OPTIONS, "adapter": "sfa"}), 4, 1)
+    rates = {group.get("name", "heads"): group["initial_lr"] for group in stepper.optimizer.param_groups}
     assert rates == {"sfa": 0.1, "heads": 0.01}
-    assert {id(p) for p in weights} == {id(p) for head in (reader.header, reader.content) for p in head.parameters()}
-    optimizer, _, weights = _optimizer(_reader(), OPTIONS)
-    decays = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    heads = [*reader.header.parameters(), *reader.content.parameters()]
+    assert {id(p) for p in stepper.weights} == {id(p) for p in heads}
+    stepper = Stepper(_groups(_reader(), OPTIONS), 4, 1)
+    decays = {(group["lr"], group["weight_decay"]) for group in stepper.optimizer.param_groups}
     assert {decay for _, decay in decays} == {0.0, 0.01}
-    assert len(weights) == len(list(_reader().tower.parameters())) + 4
+    assert len(stepper.weights) == len(list(_reader().tower.parameters())) + 4
+
+
+@needs_weights
+def test_a_seed_decides_the_scalars_whatever_ran_before() -> None:
+    readers = []
+    for _ in range(2):
+        strong_heads.cache_clear()
+        readers.append([_reader(adapter="sfa", init="axial") for _ in range(2)])
+    states = [reader.tower.state_dict() for pair in readers for reader in pair]
+    names = [name for name in states[0] if ".sfa." in name]
+    assert len(names) >= 4 * TOP
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in names)
 
 
 @needs_weights

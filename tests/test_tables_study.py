@@ -47,13 +47,13 @@ def host() -> NanoHost:
 def test_exact_match_is_what_generating_gives(host: NanoHost) -> None:
     pictures: list[TablePicture | Chart] = [*larger_charts("val", 4, 1), *table_pictures("val", 2, 1, SIZE)]
     questions = ask_all(pictures, 4, 0)
-    pairs = [(p, q) for p, asked in zip(pictures, questions, strict=True) for q in asked]
+    pairs = [(p, q) for p, about in zip(pictures, questions, strict=True) for q in about]
     answers, _ = generate_answers(host, [p.image for p, _ in pairs], [q.text for _, q in pairs], max_new_tokens=12)
     expected = [float(answer == question.answer) for answer, (_, question) in zip(answers, pairs, strict=True)]
     right = exact_matches(host, [p.image for p in pictures], questions, batch_size=4)  # two forwards
     assert np.concatenate(right).tolist() == expected
     assert 0.1 < np.mean(expected) < 0.9  # both kinds are there
-    assert [len(each) for each in right] == [len(asked) for asked in questions]
+    assert [len(each) for each in right] == [len(about) for about in questions]
 
 
 def test_measuring_leaves_the_host_in_its_mode(host: NanoHost) -> None:

@@ -7,19 +7,19 @@ Arms of one seed start from the same values of shared weights and see the same p
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
 
+from sfa_adapters.rates import SFA_GROUP, largest_weights
 from sfa_adapters.recipes.studies.lookup_net import LookupNet
-from sfa_adapters.recipes.studies.lookup_pictures import NONE, digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.lookup_pictures import digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
 __all__ = ["train"]
 
@@ -37,8 +37,7 @@ def train(job: Job) -> Outcome:
     began, options = time.process_time(), job.options
     grid = (options["grid"][0], options["grid"][1])
     net = LookupNet(grid, options, job.seed)
-    optimizer, schedule = _optimizer(net, options)
-    weights = [parameter for group in optimizer.param_groups[:1] for parameter in group["params"]]
+    stepper = Stepper(_groups(net, options), options["steps"], options["warmup"])
     generator = torch.Generator().manual_seed(1000 + job.seed)
     bank, curve = digit_bank("train"), []
     every = max(1, options["steps"] // options["measurements"])
@@ -50,11 +49,7 @@ def train(job: Job) -> Outcome:
         else:
             loss = functional.cross_entropy(header.flatten(0, 2), batch.headers.flatten(), ignore_index=NONE)
         loss = loss + READING * functional.cross_entropy(read.flatten(0, 1), batch.digits.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        stepper.step(loss)
         if step % every == 0 or step == options["steps"]:
             right = _score(net, "val", options["task"], grid, options["validation"], VALIDATION)
             curve.append((step, float(right.mean())))
@@ -63,7 +58,7 @@ def train(job: Job) -> Outcome:
         for name, size in test_grids(grid).items()
         if name in options["test_pictures"]
     }
-    scalars = _largest(net)
+    scalars = largest_weights(structure.weights for structure in net.structures())
     extra = sum(p.numel() for block in net.blocks for p in block.position.parameters())  # pyright: ignore[reportAttributeAccessIssue]
     return Outcome(curve, tests, scalars, time.process_time() - began, {"extra_parameters": extra})
 
@@ -80,21 +75,15 @@ def test_grids(grid: tuple[int, int]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _optimizer(net: LookupNet, options: Any) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _groups(net: LookupNet, options: Any) -> list[dict[str, Any]]:
     scalars = [parameter for structure in net.structures() for parameter in structure.parameters()]
     ids = {id(parameter) for parameter in scalars}
     weights = [parameter for parameter in net.parameters() if id(parameter) not in ids]
-    groups: list[dict[str, Any]] = [{"params": weights, "lr": options["lr"], "weight_decay": 0.01}]
-    if scalars:
-        rate = options["lr"] if options["sfa_lr"] == "lr" else options["sfa_lr"]
-        groups.append({"params": scalars, "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    steps, warmup = options["steps"], options["warmup"]
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    rate = options["lr"] if options["sfa_lr"] == "lr" else options["sfa_lr"]
+    return [
+        {"params": weights, "lr": options["lr"]},
+        {"name": SFA_GROUP, "params": scalars, "lr": rate, "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()
@@ -105,19 +94,7 @@ def _score(net: LookupNet, split: Any, task: str, grid: tuple[int, int], count: 
         batch = draw_lookups(digit_bank(split), min(50, count - start), grid, generator)
         answer, _, header = net(batch.patches, grid)
         if task == "crossing":
-            scores.append((answer.argmax(-1) == batch.answers).double())
+            scores.append(picture_scores(answer.argmax(-1)[:, None], batch.answers[:, None]))
         else:
-            asked = (batch.headers != NONE).flatten(1)
-            right = (header.argmax(-1) == batch.headers).flatten(1) & asked
-            scores.append(right.sum(1).double() / asked.sum(1))
-    return torch.cat(scores).numpy()
-
-
-def _largest(net: LookupNet) -> dict[str, float]:
-    sizes: dict[str, Tensor] = {}
-    for structure in net.structures():
-        for term in structure.terms:
-            value = getattr(structure, term).detach().abs().max()
-            value = value**2 if term == "block" else value  # e_i * e_j is what is added
-            sizes[term] = torch.maximum(sizes[term], value) if term in sizes else value
-    return {term: float(value) for term, value in sizes.items()}
+            scores.append(picture_scores(header.argmax(-1), batch.headers))
+    return np.concatenate(scores)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.studies.training import NONE
 
-__all__ = ["BLANK", "CELL", "NONE", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
+__all__ = ["BLANK", "CELL", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
 
 CELL = 8  # pixels
 BLANK = 10  # what the label of a cell outside of the table says
-NONE = -100  # target of a cell without a question; what cross_entropy leaves out
 NOISE = 0.05
 Split = Literal["train", "val", "test"]
 BOUNDS: dict[Split, tuple[int, int]] = {"train": (0, 1200), "val": (1200, 1400), "test": (1400, 1797)}

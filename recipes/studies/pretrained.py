@@ -14,23 +14,22 @@ same pictures in the same order.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sfa_adapters import largest_scalars, sfa_parameter_groups
 from sfa_adapters.recipes.studies.pretrained_net import Encoded, TableReader, encoded
-from sfa_adapters.recipes.studies.pretrained_pictures import NONE
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
-__all__ = ["Run", "picture_scores", "train"]
+__all__ = ["Run", "train"]
 
 READING = 0.5  # weight of the side task: every patch names the content of its own cell
 VALIDATION, TEST = 7, 8  # seeds of the pictures that all runs are measured on
@@ -85,7 +84,7 @@ class Run:
     def learn(self, after_step: Callable[[int], None]) -> None:
         """Trains for the steps of the options; calls back behind each step."""
         options = self.options
-        optimizer, schedule, weights = _optimizer(self.net, options)
+        stepper = Stepper(_groups(self.net, options), options["steps"], options["warmup"])
         generator = torch.Generator().manual_seed(1000 + self.seed)
         chosen = torch.randperm(len(self.pool), generator=generator)[: options["pictures"]]
         order = torch.empty(0, dtype=torch.long)
@@ -93,11 +92,7 @@ class Run:
             while len(order) < options["batch"]:
                 order = torch.cat((order, chosen[torch.randperm(len(chosen), generator=generator)]))
             batch, order = order[: options["batch"]], order[options["batch"] :]
-            _loss(self.net, self.pool, batch).backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            stepper.step(_loss(self.net, self.pool, batch))
             after_step(step)
 
     def scores(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,18 +102,6 @@ class Run:
         return _measure(self.net, encoded(self.options["task"], "test", TEST, self.options["test_pictures"]))
 
 
-def picture_scores(answers: Tensor, targets: Tensor) -> np.ndarray:
-    """Share of right answers of each picture, `[pictures]`.
-
-    Args:
-        answers: `[pictures, ...]`.
-        targets: The same shape, `NONE` where there is no question; every picture has one.
-    """
-    asked = (targets != NONE).flatten(1)
-    right = (answers == targets).flatten(1)  # no answer is NONE
-    return (right.sum(1) / asked.sum(1)).numpy().astype(np.float64)
-
-
 def _loss(net: TableReader, pool: Encoded, batch: Tensor) -> Tensor:
     header, content = net(pool.features[batch])
     loss = functional.cross_entropy(header.flatten(0, 2), pool.headers[batch].flatten(), ignore_index=NONE)
@@ -126,30 +109,17 @@ def _loss(net: TableReader, pool: Encoded, batch: Tensor) -> Tensor:
     return loss + READING * read
 
 
-def _optimizer(
-    net: TableReader, options: Mapping[str, Any]
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, list[nn.Parameter]]:
-    """Optimizer, schedule, and all weights but the structural scalars: those whose gradient is clipped."""
-    lr, decay = options["lr"], 0.01
+def _groups(net: TableReader, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lr = options["lr"]
+    heads = {"params": [*net.header.parameters(), *net.content.parameters()], "lr": options["head_lr"]}
     if options.get("adapter") == "sfa":
-        groups = sfa_parameter_groups(net.tower, lr, options["sfa_lr"], decay)
-    else:
-        trained = [parameter for parameter in net.tower.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "lr": lr, "weight_decay": decay},
-            {"params": [p for p in trained if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        ]
-    heads = [*net.header.parameters(), *net.content.parameters()]
-    weights = [p for group in groups if group.get("name") != "sfa" for p in group["params"]] + heads
-    groups = [group for group in groups if group["params"]]
-    groups.append({"params": heads, "lr": options["head_lr"], "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    steps, warmup = options["steps"], options["warmup"]
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share), weights
+        return [*sfa_parameter_groups(net.tower, lr, options["sfa_lr"]), heads]
+    trained = [parameter for parameter in net.tower.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "lr": lr},
+        {"params": [p for p in trained if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        heads,
+    ]
 
 
 @torch.no_grad()

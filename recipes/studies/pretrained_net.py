@@ -134,8 +134,7 @@ class TableReader(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.header, self.content = nn.Linear(384, 2 * KINDS), nn.Linear(384, KINDS)
-            torch.manual_seed(seed)
-            self.adapter_parameters = _adapt(self.tower, adapter, options)
+            self.adapter_parameters = _adapt(self.tower, adapter, options, seed)
         self.given = next(module for module in self.tower.modules() if isinstance(module, _Given))
         order = torch.arange(1 + GRID * GRID)
         if places == "shuffled":
@@ -155,7 +154,7 @@ class TableReader(nn.Module):
         return self.header(states).unflatten(-1, (2, KINDS)), self.content(states)
 
 
-def _adapt(tower: Any, adapter: str, options: Mapping[str, Any]) -> int:
+def _adapt(tower: Any, adapter: str, options: Mapping[str, Any], seed: int) -> int:
     """Brings the adapter into the tower, in place; gives the number of its parameters."""
     if adapter == "sfa":
         start: dict[str, Any] = {"terms": list(options["terms"])}
@@ -166,6 +165,7 @@ def _adapt(tower: Any, adapter: str, options: Mapping[str, Any]) -> int:
             if by != "first":
                 start["init_heads"] = strong_heads(options["task"], options["pool_seed"], by)
         before = {id(parameter) for parameter in tower.parameters()}
+        torch.manual_seed(seed)  # last: choosing heads builds a tower, the first time in a process
         inject_sfa(tower, SFAConfig(**start))
         return sum(p.numel() for p in tower.parameters() if id(p) not in before)
     if adapter == "bitfit":
@@ -176,6 +176,7 @@ def _adapt(tower: Any, adapter: str, options: Mapping[str, Any]) -> int:
     if adapter == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
+        torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "k_proj"]), tower)
         added = [parameter for name, parameter in tower.named_parameters() if "lora_" in name]
         return sum(parameter.numel() for parameter in added)

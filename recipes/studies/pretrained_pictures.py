@@ -27,14 +27,14 @@ from torch.nn import functional
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies.lookup_pictures import Split, digit_bank
+from sfa_adapters.recipes.studies.training import NONE
 
-__all__ = ["GRID", "KINDS", "NONE", "Pictures", "Task", "draw_pictures"]
+__all__ = ["GRID", "KINDS", "Pictures", "Task", "draw_pictures"]
 
 Task = Literal["colours", "digits", "rendered"]
 PATCH, GRID = 14, 8  # pixels of a patch; patches on each side
 SIDE = PATCH * GRID
 KINDS = 10  # colours, or digits
-NONE = -100  # target of a patch without a question; what cross_entropy leaves out
 SPLITS: dict[Split, int] = {"train": 1, "val": 2, "test": 3}
 NOISE = 0.03
 RENDERED_CELL, RENDERED_GAP = (9, 22), (1, 3)  # pixels, both ends included

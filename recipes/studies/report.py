@@ -11,11 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sfa_adapters.recipes.report_parts import markdown_table, percent
 from sfa_adapters.recipes.studies.figures import draw_curves, draw_tests
 from sfa_adapters.recipes.studies.results_file import Row
 from sfa_adapters.recipes.studies.settings import StudySettings
 from sfa_adapters.recipes.studies.summary import ArmLine, summarize, tuning_lines
-from sfa_adapters.statistics import Interval
 
 __all__ = ["print_report", "print_tuning", "verdict", "write_report"]
 
@@ -85,13 +85,6 @@ def verdict(settings: StudySettings, lines: Sequence[ArmLine]) -> str:
     )
 
 
-def percent(interval: Interval | None) -> str:
-    """`62.3 [58.1, 66.4]`."""
-    if interval is None:
-        return ""
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
 def _page(settings: StudySettings, lines: Sequence[ArmLine], tuning: Sequence[Row]) -> str:
     text = [
         f"# {settings.title}",
@@ -111,7 +104,7 @@ def _page(settings: StudySettings, lines: Sequence[ArmLine], tuning: Sequence[Ro
     if tuning:
         text += ["## Tuning", "", "On seeds and pictures that are not reported, score on validation pictures:", ""]
         chosen = [(name, str(seeds), f"{100 * score:.1f}") for name, seeds, score in tuning_lines(settings, tuning)]
-        text += _markdown(("arm and setting", "seeds", "score %"), chosen)
+        text += markdown_table(("arm and setting", "seeds", "score %"), chosen)
     return "\n".join(text).rstrip() + "\n"
 
 
@@ -128,7 +121,7 @@ def _main_table(settings: StudySettings, lines: Sequence[ArmLine]) -> list[str]:
         )
         for line in lines
     ]
-    return _markdown((*head, *map(_threshold, settings.thresholds)), rows)
+    return markdown_table((*head, *map(_threshold, settings.thresholds)), rows)
 
 
 def _tests_table(settings: StudySettings, lines: Sequence[ArmLine], names: Sequence[str]) -> list[str]:
@@ -137,7 +130,7 @@ def _tests_table(settings: StudySettings, lines: Sequence[ArmLine], names: Seque
         (line.arm, *(percent(value) for name in names for value in (line.tests[name], line.gains.get(name))))
         for line in lines
     ]
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _scalars_table(lines: Sequence[ArmLine]) -> list[str]:
@@ -148,7 +141,7 @@ def _scalars_table(lines: Sequence[ArmLine]) -> list[str]:
         scalars = [f"{line.scalars[term]:.2f}" if term in line.scalars else "" for term in terms]
         others = [f"{line.numbers[name]:.4g}" if name in line.numbers else "" for name in numbers]
         rows.append((line.arm, *scalars, *others, f"{line.seconds:.0f}"))
-    return _markdown(("arm", *terms, *(name.replace("_", " ") for name in numbers), "CPU s per run"), rows)
+    return markdown_table(("arm", *terms, *(name.replace("_", " ") for name in numbers), "CPU s per run"), rows)
 
 
 def _record(line: ArmLine) -> dict[str, Any]:
@@ -178,7 +171,3 @@ def _threshold(value: float) -> str:
 def _steps(line: ArmLine, threshold: float) -> str:
     median, count = line.steps[threshold]
     return f"{'never' if median is None else f'{median:.0f}'} ({count} of {len(line.seeds)})"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

@@ -146,8 +146,8 @@ class StudySettings:
         return jobs
 
     def _job(self, arm: str, seed: int, budget: Options) -> Job:
-        own = {name: value for name, value in self.arms[arm].items() if name not in ("budgets", "seeds", "label")}
-        return Job(arm, seed, budget, {**self.train, **own, **budget})
+        of_arm = {name: value for name, value in self.arms[arm].items() if name not in ("budgets", "seeds", "label")}
+        return Job(arm, seed, budget, {**self.train, **of_arm, **budget})
 
 
 def load_settings(source: str | Path) -> StudySettings:

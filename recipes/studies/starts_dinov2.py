@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sfa_adapters.recipes.studies.pretrained import Run
 from sfa_adapters.recipes.studies.pretrained_net import TableReader, encoded
-from sfa_adapters.recipes.studies.pretrained_pictures import KINDS, NONE
+from sfa_adapters.recipes.studies.pretrained_pictures import KINDS
+from sfa_adapters.recipes.studies.training import NONE
 
 __all__ = ["DinoStart", "build"]
 

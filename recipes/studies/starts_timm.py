@@ -6,7 +6,6 @@ It is trained here, once per seed, on the pictures of the lookup study, with the
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,8 +18,9 @@ from torch.nn import functional
 
 from sfa_adapters import calibrate_axial, sfa_parameter_groups
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, NONE, Lookups, digit_bank, draw_lookups
+from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, Lookups, digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.starts import attach
+from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
 __all__ = ["TimmStart", "build", "to_images"]
 
@@ -88,10 +88,8 @@ class TimmStart:
     def _scores(self, split: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         batch = draw_lookups(digit_bank(split), count, GRID, torch.Generator().manual_seed(seed))
         read, header = self.model(to_images(batch))
-        inside, asked = batch.digits != BLANK, (batch.headers != NONE).flatten(1)
-        reading = ((read.argmax(-1) == batch.digits) & inside).sum(1) / inside.sum(1)
-        answers = ((header.argmax(-1) == batch.headers).flatten(1) & asked).sum(1) / asked.sum(1)
-        return reading.double().numpy(), answers.double().numpy()
+        digits = torch.where(batch.digits == BLANK, NONE, batch.digits)
+        return picture_scores(read.argmax(-1), digits), picture_scores(header.argmax(-1), batch.headers)
 
 
 def build(options: Mapping[str, Any], seed: int) -> TimmStart:
@@ -117,26 +115,15 @@ def _learn(
     headers: bool,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    steps, warmup = options["steps"], options["warmup"]
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    weights = [p for group in groups if group.get("name") != "sfa" for p in group["params"]]
+    stepper = Stepper(groups, options["steps"], options["warmup"])
     generator = torch.Generator().manual_seed(seed)
-    for step in range(1, steps + 1):
+    for step in range(1, options["steps"] + 1):
         batch = draw_lookups(digit_bank("train"), options["batch"], GRID, generator)
         read, header = model(to_images(batch))
         loss = READING * functional.cross_entropy(read.flatten(0, 1), batch.digits.flatten())
         if headers:
             loss = loss + functional.cross_entropy(header.flatten(0, 2), batch.headers.flatten(), ignore_index=NONE)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        stepper.step(loss)
         if after_step is not None:
             after_step(step)
 

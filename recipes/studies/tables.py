@@ -39,7 +39,7 @@ TRAINING, VALIDATION, TEST = 10_000, 7, 8  # seeds of pictures; a run adds its o
 # Cells of 3 x 3 of the tower's patches with 9, 4 or 1 tokens: no patch is finer than those the tower was trained on.
 LEVELS = ((0.4, 12), (0.2, 18), (0.0, 36))
 Pictures = tuple[TablePicture | Chart, ...]
-Asked = tuple[Pictures, tuple[list[Question], ...]]
+TestSet = tuple[Pictures, tuple[list[Question], ...]]
 
 
 def train(job: Job) -> Outcome:
@@ -61,7 +61,7 @@ def train(job: Job) -> Outcome:
         bias_lr=options["sfa_lr"],
         seed=job.seed,
     )
-    validation, curve = _asked("validation", options["validation"], options["test_questions"], _size(options)), []
+    validation, curve = _test_set("validation", options["validation"], options["test_questions"], _size(options)), []
 
     def measure(step: int) -> None:
         if step % options["every"] == 0 or step == options["steps"]:
@@ -73,8 +73,8 @@ def train(job: Job) -> Outcome:
     numbers: dict[str, Any] = {"last_loss": round(float(np.mean(result.losses[-25:])), 4)}
     if options.get("measure", True):
         for name, count in options["test_pictures"].items():
-            tests[name] = _exact(host, _asked(name, count, options["test_questions"], _size(options)))
-        same = _asked("same", options["test_pictures"]["same"], options["test_questions"], _size(options))
+            tests[name] = _exact(host, _test_set(name, count, options["test_questions"], _size(options)))
+        same = _test_set("same", options["test_pictures"]["same"], options["test_questions"], _size(options))
         answered, further = answer_measures(host, *same, options["generated"])
         tests |= answered
         numbers |= further | attention_measures(host, *same, options["pages"], adaptive="adat" in options)
@@ -117,9 +117,9 @@ def _size(options: Any) -> TableSize:
     return TableSize(tuple(options["rows"]), tuple(options["columns"]))
 
 
-def _exact(host: NanoHost, asked: Asked) -> np.ndarray:
+def _exact(host: NanoHost, test: TestSet) -> np.ndarray:
     """Share of right answers of each picture."""
-    pictures, questions = asked
+    pictures, questions = test
     right = exact_matches(host, [picture.image for picture in pictures], questions)
     return np.array([answers.mean() for answers in right])
 
@@ -130,7 +130,7 @@ def _training_tables(count: int, seed: int, size: TableSize) -> tuple[TablePictu
 
 
 @lru_cache(maxsize=8)
-def _asked(name: str, count: int, most: int, size: TableSize) -> Asked:
+def _test_set(name: str, count: int, most: int, size: TableSize) -> TestSet:
     """Pictures and questions that all runs are measured on."""
     if name == "validation":
         pictures: Pictures = tuple(table_pictures("val", count, VALIDATION, size))

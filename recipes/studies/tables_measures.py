@@ -41,13 +41,13 @@ def answer_measures(
         number which stands nowhere on the picture (`fabricated`); and over all pictures `fabricated_of_wrong`, the
         share of such numbers among the wrong numeric answers.
     """
-    pairs = [(p, q) for p, asked in zip(pictures, questions, strict=True) for q in asked[:each]]
+    pairs = [(p, q) for p, about in zip(pictures, questions, strict=True) for q in about[:each]]
     answers, _ = generate_answers(
         host, [picture.image for picture, _ in pairs], [question.text for _, question in pairs]
     )
     printed = [[text.text for text in picture.texts] for picture, _ in pairs]
     judged = hallucination_report(answers, [question.answer for _, question in pairs], printed=printed).judged
-    owners = np.repeat(np.arange(len(pictures)), [min(each, len(asked)) for asked in questions])
+    owners = np.repeat(np.arange(len(pictures)), [min(each, len(about)) for about in questions])
 
     def by_picture(kind: str) -> np.ndarray:
         values = np.array([judgement.kind == kind for judgement in judged], dtype=np.float64)

@@ -75,23 +75,23 @@ def calibrate_axial(
         raise InjectionError(f"by={by!r} must be one of {list(get_args(By))}.")
     if isinstance(projections, bool) or projections < 1:
         raise InjectionError(f"projections={projections!r} must be at least 1.")
-    found = find_tower(model, tower)
-    chosen = _layers(found, layers)
-    batches = _pages(found, pages)
-    with evaluating(found.tower), _state_kept(found.tower):
+    vision = find_tower(model, tower)
+    chosen = _layers(vision, layers)
+    batches = _pages(vision, pages)
+    with evaluating(vision.tower), _state_kept(vision.tower):
         if by == "affinity":
-            return {layer: _strongest(ratios) for layer, ratios in axis_affinity(found, batches, chosen).items()}
-        energies = gate_energy(found, batches, chosen, projections, seed)
+            return {layer: _strongest(ratios) for layer, ratios in axis_affinity(vision, batches, chosen).items()}
+        energies = gate_energy(vision, batches, chosen, projections, seed)
     return {layer: _weakest(energy) for layer, energy in energies.items()}
 
 
-def _layers(found: FoundTower, wanted: Sequence[int] | None) -> list[int]:
-    total = len(found.attentions)
-    numbers = range(found.used_layers) if wanted is None else sorted(set(wanted))
+def _layers(vision: FoundTower, wanted: Sequence[int] | None) -> list[int]:
+    total = len(vision.attentions)
+    numbers = range(vision.used_layers) if wanted is None else sorted(set(wanted))
     wrong = [layer for layer in numbers if isinstance(layer, bool) or not 0 <= layer < total]
     if wrong:
         raise InjectionError(f"layers={wanted} names layer {wrong[0]}; the tower has layers 0..{total - 1}.")
-    several = [n for n in numbers if int(getattr(found.attentions[n][1], "num_heads", 0)) > 1]
+    several = [n for n in numbers if int(getattr(vision.attentions[n][1], "num_heads", 0)) > 1]
     if not several:
         raise InjectionError(
             f"No layer of {list(numbers)} has two heads, so none can be shared between rows and columns."
@@ -99,19 +99,19 @@ def _layers(found: FoundTower, wanted: Sequence[int] | None) -> list[int]:
     return several
 
 
-def _pages(found: FoundTower, pages: Tensor | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _pages(vision: FoundTower, pages: Tensor | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Keyword arguments for one page each, on the device and in the dtype of the tower."""
     if isinstance(pages, Tensor):
-        if found.backbone.segment_layouts is not None or pages.ndim != 4:
+        if vision.backbone.segment_layouts is not None or pages.ndim != 4:
             raise DataError(
-                f"pages {tuple(pages.shape)} must be images [pages, 3, height, width]; a {found.backbone.name} tower "
+                f"pages {tuple(pages.shape)} must be images [pages, 3, height, width]; a {vision.backbone.name} tower "
                 "takes a list with the keyword arguments of its forward."
             )
-        name = next(iter(inspect.signature(found.tower.forward).parameters))  # pixel_values; x in timm
+        name = next(iter(inspect.signature(vision.tower.forward).parameters))  # pixel_values; x in timm
         pages = [{name: page[None]} for page in pages]
     if not len(pages) or not all(isinstance(page, Mapping) for page in pages):
         raise DataError("pages must be images [pages, 3, height, width] or a list of keyword arguments, at least one.")
-    like = next(parameter for parameter in found.tower.parameters() if parameter.is_floating_point())
+    like = next(parameter for parameter in vision.tower.parameters() if parameter.is_floating_point())
     return [{name: _placed(value, like) for name, value in page.items()} for page in pages]
 
 

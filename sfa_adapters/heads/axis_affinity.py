@@ -58,11 +58,11 @@ class AxisMass(Reader):
         return state[1]
 
 
-def axis_affinity(found: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> dict[int, Tensor]:
+def axis_affinity(vision: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> dict[int, Tensor]:
     """Mean attention of spatial tokens to their own row and column, over that of uniform attention.
 
     Args:
-        found: The tower; run it in eval mode.
+        vision: The tower; run it in eval mode.
         pages: Keyword arguments of its forward.
         layers: Numbers of attention layers.
 
@@ -74,14 +74,14 @@ def axis_affinity(found: FoundTower, pages: Sequence[Mapping[str, Any]], layers:
         ObservationError: The attention cannot be read.
         LayoutError: The tokens are not those of a grid.
     """
-    prefix = len(found.name) + 1 if found.name else 0
-    names = {layer: found.attentions[layer][0][prefix:] for layer in layers}
+    prefix = len(vision.name) + 1 if vision.name else 0
+    names = {layer: vision.attentions[layer][0][prefix:] for layer in layers}
     sums: dict[int, Tensor] = {}
-    with layouts_of(found) as layout_of:
+    with layouts_of(vision) as layout_of:
         for page in pages:
             reader = AxisMass(layout_of)
-            with observe(found.tower, reader, list(names.values())):
-                found.tower(**page)
+            with observe(vision.tower, reader, list(names.values())):
+                vision.tower(**page)
             for layer, name in names.items():
                 sums[layer] = sums.get(layer, 0) + torch.stack(reader.results[name]).sum(0).cpu()
     if not all(bool((chance > 0).all()) for _, chance in sums.values()):

@@ -16,7 +16,7 @@ __all__ = ["gate_energy"]
 
 
 def gate_energy(
-    found: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int], projections: int, seed: int
+    vision: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int], projections: int, seed: int
 ) -> dict[int, Tensor]:
     """Estimates, for a factor g = 1 on each head in front of its output projection, sum |d output / d g|^2.
 
@@ -24,7 +24,7 @@ def gate_energy(
     estimate it. No parameter gets a gradient.
 
     Args:
-        found: The tower; run it in eval mode.
+        vision: The tower; run it in eval mode.
         pages: Keyword arguments of its forward.
         layers: Numbers of attention layers.
         projections: Random v per page.
@@ -37,7 +37,7 @@ def gate_energy(
         RecipeError: An attention module has no output projection that is known.
         ObservationError: An output projection did not run once, or the tower gives no tensor with gradients.
     """
-    heads = {str(layer): head_layer(*found.attentions[layer]) for layer in layers}
+    heads = {str(layer): head_layer(*vision.attentions[layer]) for layer in layers}
     outputs = {name: layer.output for name, layer in heads.items()}
     energy = {layer: torch.zeros(heads[str(layer)].num_heads, dtype=torch.float64) for layer in layers}
     generator = torch.Generator().manual_seed(seed)
@@ -48,15 +48,15 @@ def gate_energy(
             layer = heads[name]
             gate = torch.ones(layer.num_heads, device=states.device, dtype=torch.float32, requires_grad=True)
             if gates.setdefault(name, gate) is not gate:
-                raise ObservationError(f"{found.attentions[int(name)][0]} ran twice in one forward of the tower.")
+                raise ObservationError(f"{vision.attentions[int(name)][0]} ran twice in one forward of the tower.")
             split = states.unflatten(-1, (layer.num_heads, layer.head_dim))
             return (split * gate[:, None].to(states.dtype)).flatten(-2)
 
         with torch.enable_grad(), entering(outputs, gated):
-            output = _tensor(found.tower(**page))
+            output = _tensor(vision.tower(**page))
             if len(gates) < len(layers) or not output.requires_grad:
                 raise ObservationError(
-                    f"{type(found.tower).__name__} ran {len(gates)} of {len(layers)} attention layers with gradients; "
+                    f"{type(vision.tower).__name__} ran {len(gates)} of {len(layers)} attention layers with gradients; "
                     "call this outside of torch.inference_mode, with pages that pass all of them."
                 )
             for number in range(projections):

@@ -22,11 +22,11 @@ __all__ = ["layouts_of"]
 
 
 @contextmanager
-def layouts_of(found: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLayout]]:
+def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLayout]]:
     """Watches the inputs of a tower for a while.
 
     Args:
-        found: The tower.
+        vision: The tower.
 
     Yields:
         A function that gives the layout of the tokens of an attention call of the forward under way.
@@ -34,13 +34,13 @@ def layouts_of(found: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLay
     Raises:
         LayoutError: The tower has adaptive or merged tokens; by that function, where tokens are not those of the grid.
     """
-    if any({ADAT_STATE, DYMU_STATE} & module.__dict__.keys() for module in found.tower.modules()):
+    if any({ADAT_STATE, DYMU_STATE} & module.__dict__.keys() for module in vision.tower.modules()):
         raise LayoutError(
-            f"The tokens of {found.name or type(found.tower).__name__} are adaptive or merged, so they have no rows "
+            f"The tokens of {vision.name or type(vision.tower).__name__} are adaptive or merged, so they have no rows "
             "and columns. Choose heads before inject_adat or inject_dymu, or eject these first."
         )
-    pages = _Pages(found)
-    module = found.tower.get_submodule(found.backbone.image_module)
+    pages = _Pages(vision)
+    module = vision.tower.get_submodule(vision.backbone.image_module)
     handle = module.register_forward_pre_hook(pages.see, with_kwargs=True)
     try:
         yield pages.layout
@@ -51,9 +51,9 @@ def layouts_of(found: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLay
 class _Pages:
     """The arrangement of the forward under way."""
 
-    def __init__(self, found: FoundTower) -> None:
-        self.backbone = found.backbone
-        self.geometry = found.backbone.geometry(found.tower)
+    def __init__(self, vision: FoundTower) -> None:
+        self.backbone = vision.backbone
+        self.geometry = vision.backbone.geometry(vision.tower)
         self.arrangement: Any = None
         self.tokens = 0
         self.known: dict[Any, TokenLayout] = {}

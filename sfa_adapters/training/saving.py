@@ -49,13 +49,15 @@ class SavingMixin(_Trainer):
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
 
-    def largest(self, number: int) -> int:
-        """The largest of a number over all processes."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the Trainer that this is mixed into has
 
-    def all_skipped(self) -> list[Skipped]:
-        """The rows that were passed over so far, in all processes."""
-        raise NotImplementedError
+        def largest(self, number: int) -> int:
+            """The largest of a number over all processes."""
+            ...
+
+        def all_skipped(self) -> list[Skipped]:
+            """The rows that were passed over so far, in all processes."""
+            ...
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)

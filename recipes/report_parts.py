@@ -1,0 +1,68 @@
+"""What reports of runs have in common: intervals and tables as text, and the facts of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfa_adapters.statistics import Interval
+
+__all__ = ["facts_line", "hardware", "markdown_table", "percent", "run_facts"]
+
+PACKAGES = ("sfa-adapters", "torch", "transformers", "peft")
+
+
+def percent(interval: Interval | None) -> str:
+    """`62.3 [58.1, 66.4]`; a dash where there was nothing to measure; empty for None, a comparison with nothing."""
+    if interval is None:
+        return ""
+    if math.isnan(interval.value):
+        return "-"
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def hardware() -> str:
+    """Processor and threads, or the graphics card."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():  # Linux leaves platform.processor() empty
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+
+
+def run_facts(command: str, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What a result needs beside its numbers, for JSON.
+
+    Args:
+        command: Makes it again.
+        settings: Host, seed, steps, ...
+        seconds: Wall-clock time.
+    """
+    return {
+        "command": command,
+        **settings,
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "seconds": round(seconds, 1),
+    }
+
+
+def facts_line(facts: Mapping[str, Any]) -> str:
+    """The same in one line; `run_facts` with `seed` and `steps`."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return f"Seed {facts['seed']}, {facts['steps']} steps. {facts['hardware']}. {versions}. {facts['seconds']:.0f} s."
