@@ -39,7 +39,7 @@ FILES: Mapping[Task, tuple[str, ...]] = {
 }
 # Tables: so that three models train and answer in less than five minutes on two cores.
 DEFAULTS: Mapping[Task, Mapping[Number, int]] = {
-    "tables": {"steps": 200, "questions": 480, "pictures": 600},
+    "tables": {"steps": 140, "questions": 480, "pictures": 480},
     "charts": {"steps": 160, "questions": 450, "pictures": 1200},
 }
 RELOADED = 32  # test questions that the reloaded adapter must answer in the same words
