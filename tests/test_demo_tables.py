@@ -133,7 +133,7 @@ def test_the_effect_is_claimed_only_where_its_interval_is_clear_of_zero() -> Non
 
 
 def test_numbers_of_each_task_have_their_own_defaults() -> None:
-    assert DemoConfig().number("steps") == 200
+    assert DemoConfig().number("steps") == 140
     assert DemoConfig(task="charts").number("steps") == 160
     assert DemoConfig(steps=7).number("steps") == 7
     with pytest.raises(DemoError, match="--pictures 0"):
