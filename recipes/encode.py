@@ -3,8 +3,7 @@
 The tokenizer knows single characters, and the fixed parts of the questions as one token each. A prompt is the image
 tokens, the question and a line break; the answer and an end token follow.
 
-`encode_packed` puts many questions about one picture into one sequence. Each of them sees the picture and itself only,
-at the same positions as if it stood alone: it is trained as it will be asked, and the tower is paid for once.
+`encode_packed` puts many questions about one picture into one sequence, see `packing`.
 """
 
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from sfa_adapters.recipes.packing import IGNORE, pack
 from sfa_adapters.recipes.questions import PHRASES
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = ["EOS", "IGNORE", "IMAGE", "PAD", "VIDEO", "encode", "encode_packed", 
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<image>", "<video>")
 PAD, EOS, UNKNOWN, IMAGE, VIDEO = range(len(SPECIAL))
-IGNORE = -100  # the label that transformers leaves out of the loss
 Picture = np.ndarray | Image.Image
 
 
@@ -126,27 +125,7 @@ def encode_packed(
         `input_ids`, `labels` and `position_ids` [B, L], an additive `attention_mask` [B, 1, L, L], `pixel_values`, and
         what else the host needs.
     """
-    start = host.image_tokens
-    rows: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "position_ids": [], "segment": []}
-    asked = iter(_ids(host.tokenizer, [f"{q}\n" for pairs in questions for q, _ in pairs]))
+    questioned = iter(_ids(host.tokenizer, [f"{q}\n" for pairs in questions for q, _ in pairs]))
     answered = iter(_ids(host.tokenizer, [a for pairs in questions for _, a in pairs]))
-    for pairs in questions:
-        ids, labels = [IMAGE] * start, [IGNORE] * start
-        positions, segment = list(range(start)), [0] * start
-        for number in range(1, len(pairs) + 1):
-            prompt, target = next(asked), [*next(answered), EOS]
-            ids += prompt + target
-            labels += [IGNORE] * len(prompt) + target
-            positions += range(start, start + len(prompt) + len(target))
-            segment += [number] * (len(prompt) + len(target))
-        for key, value in zip(rows, (ids, labels, positions, segment), strict=True):
-            rows[key].append(torch.tensor(value))
-    blank = {"input_ids": PAD, "labels": IGNORE, "position_ids": 0, "segment": -1}
-    pad = torch.nn.utils.rnn.pad_sequence
-    batch: dict[str, Any] = {k: pad(v, batch_first=True, padding_value=blank[k]) for k, v in rows.items()}
-    segment = batch.pop("segment")
-    length = segment.shape[1]
-    same = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
-    seen = same & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
-    return {**_picture_inputs(host, images), **batch, "attention_mask": mask[:, None]}
+    tokens = [[(next(questioned), [*next(answered), EOS]) for _ in pairs] for pairs in questions]
+    return {**_picture_inputs(host, images), **pack([IMAGE] * host.image_tokens, tokens, PAD)}

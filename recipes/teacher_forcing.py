@@ -1,20 +1,18 @@
 """Exact match of greedy answers without generating them: right where every token of the true answer is the argmax.
 
-A greedy decoder says the true answer, and then stops, if and only if each of its tokens, the end token included, is the
-most likely one behind the tokens before it. One forward over packed questions tells that for all questions at once.
+One forward over packed questions tells it for all questions at once, see `packing.right_answers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sfa_adapters.recipes.encode import EOS, IGNORE, Picture, encode_packed
+from sfa_adapters.recipes.encode import EOS, Picture, encode_packed
+from sfa_adapters.recipes.packing import right_answers
 from sfa_adapters.recipes.questions import Question
 
 if TYPE_CHECKING:
@@ -47,13 +45,6 @@ def exact_matches(
         batch = encode_packed(host, images[start : start + batch_size], pairs)
         labels = batch.pop("labels")
         guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
-        right += [_of_picture(guess[:-1], label[1:]) for guess, label in zip(guesses, labels, strict=True)]
+        right += right_answers(guesses, labels, EOS)
     host.model.train(training)
     return right
-
-
-def _of_picture(guess: Tensor, label: Tensor) -> np.ndarray:
-    """One number per answer; answers end with the end token."""
-    good = (guess == label) | (label == IGNORE)
-    ends = [-1, *(label == EOS).nonzero().flatten().tolist()]
-    return np.array([float(good[begin + 1 : end + 1].all()) for begin, end in pairwise(ends)])

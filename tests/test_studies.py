@@ -22,7 +22,7 @@ from sfa_adapters.recipes.studies.report import verdict, write_report
 from sfa_adapters.recipes.studies.results_file import Outcome, append_row, read_rows, source_commit, todo
 from sfa_adapters.recipes.studies.runner import run_jobs
 from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_settings
-from sfa_adapters.recipes.studies.summary import steps_to, summarize, tuning_lines
+from sfa_adapters.recipes.studies.summary import TuningLine, by_pictures, steps_to, summarize, tuning_lines
 from sfa_adapters.statistics import seeds_bootstrap, sign_test
 from tests.study_toy import train
 
@@ -184,7 +184,7 @@ def test_the_report_is_complete_and_its_figures_are_pictures(settings: StudySett
     run_jobs(train, settings.jobs(), tmp_path / "rows")
     run_jobs(train, settings.tuning_jobs(), tmp_path / "tuning")
     tuning = read_rows(tmp_path / "tuning")
-    assert tuning_lines(settings, tuning) == [(job.arm, 1, 0.6) for job in settings.tuning_jobs()]
+    assert tuning_lines(settings, tuning) == [TuningLine(job.arm, 1, 0.6, None) for job in settings.tuning_jobs()]
     write_report(settings, read_rows(tmp_path / "rows"), tmp_path / "out", tuning)
     page = (tmp_path / "out" / "table.md").read_text()
     for part in ("# A toy", "## 10 steps", "## 20 steps", "| good | 3 |", "| few | 1 |", "Primary:", "| none lr=0.2 |"):
@@ -192,6 +192,34 @@ def test_the_report_is_complete_and_its_figures_are_pictures(settings: StudySett
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 7
     for name in ("curves.png", "tests.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_few_and_many_pictures_are_set_side_by_side(tmp_path: Path) -> None:
+    budgets = [{"steps": 5, "pictures": 100}, {"steps": 10, "pictures": 9}, {"steps": 10, "pictures": 100}]
+    settings = load_settings(
+        written(
+            tmp_path,
+            budgets=budgets,
+            primary={"arm": "good", "test": "same", "budget": budgets[1]},
+            arms={"none": {}, "good": {"gain": 0.4}, "placebo": {"budgets": budgets[:2]}},
+            thresholds=[0.5, 0.55],
+        )
+    )
+    outcomes = {9: Outcome([(1, 0.5)], {"same": np.array([0.0, 1.0]), "large": np.zeros(1)}, {}, 1.0, {})}
+    outcomes[100] = Outcome([(1, 0.5)], {"same": np.array([1.0, 1.0]), "large": np.zeros(1)}, {}, 1.0, {})
+    for job in settings.jobs():
+        append_row(tmp_path / "rows", job, outcomes[job.budget["pictures"] if job.arm != "none" else 9], "")
+    rows = read_rows(tmp_path / "rows")
+    found = {line.arm: line for line in by_pictures(settings, summarize(settings, rows))}
+    assert list(found) == ["none", "good"]  # the placebo has one number of pictures under equal steps
+    assert found["good"].rest == {"steps": 10}
+    assert {count: score.value for count, score in found["good"].scores.items()} == {9: 0.5, 100: 1.0}
+    assert found["good"].fewest == {0.5: 9, 0.55: 100}
+    assert found["none"].fewest == {0.5: 9, 0.55: None}
+    write_report(settings, rows, tmp_path / "out")
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "| none | 10 steps | 50.0 [" in page
+    assert "| 100.0 [100.0, 100.0] | 9 | 100 |" in page
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from sfa_adapters.recipes.report_parts import markdown_table, percent
 from sfa_adapters.recipes.studies.figures import draw_curves, draw_tests
 from sfa_adapters.recipes.studies.results_file import Row
 from sfa_adapters.recipes.studies.settings import StudySettings
-from sfa_adapters.recipes.studies.summary import ArmLine, summarize, tuning_lines
+from sfa_adapters.recipes.studies.summary import ArmLine, PicturesLine, by_pictures, summarize, tuning_lines
 
 __all__ = ["print_report", "print_tuning", "verdict", "write_report"]
 
@@ -42,10 +42,10 @@ def print_report(settings: StudySettings, rows: Sequence[Row], console: Console)
 def print_tuning(settings: StudySettings, rows: Sequence[Row], console: Console) -> None:
     """What the tuning found; the choice is written into the settings by hand and committed."""
     table = Table(title=f"{settings.name}: tuning, score on validation pictures", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(("arm and setting", "seeds", "score %")):
+    for number, column in enumerate(_tuning_head(settings)):
         table.add_column(column, justify="right" if number else "left")
-    for name, seeds, score in tuning_lines(settings, rows):
-        table.add_row(name, str(seeds), f"{100 * score:.1f}")
+    for row in _tuning_rows(settings, rows):
+        table.add_row(*row)
     console.print(table)
 
 
@@ -101,10 +101,12 @@ def _page(settings: StudySettings, lines: Sequence[ArmLine], tuning: Sequence[Ro
                 if names:
                     text += [f"{title}, and minus {settings.control}:", "", *_tests_table(settings, here, names), ""]
             text += ["Largest scalars (logits) and other numbers, means over seeds:", "", *_scalars_table(here), ""]
+    fewest = by_pictures(settings, lines)
+    if fewest:
+        text += ["## Few and many pictures", "", *_pictures_table(settings, fewest), ""]
     if tuning:
         text += ["## Tuning", "", "On seeds and pictures that are not reported, score on validation pictures:", ""]
-        chosen = [(name, str(seeds), f"{100 * score:.1f}") for name, seeds, score in tuning_lines(settings, tuning)]
-        text += markdown_table(("arm and setting", "seeds", "score %"), chosen)
+        text += markdown_table(_tuning_head(settings), _tuning_rows(settings, tuning))
     return "\n".join(text).rstrip() + "\n"
 
 
@@ -131,6 +133,34 @@ def _tests_table(settings: StudySettings, lines: Sequence[ArmLine], names: Seque
         for line in lines
     ]
     return markdown_table(head, rows)
+
+
+def _pictures_table(settings: StudySettings, lines: Sequence[PicturesLine]) -> list[str]:
+    counts = sorted({count for line in lines for count in line.scores})
+    columns = [f"{count} pictures" for count in counts]
+    rows = [
+        (
+            line.arm,
+            _budget(line.rest),
+            *(percent(line.scores.get(count)) for count in counts),
+            *("more" if line.fewest[t] is None else str(line.fewest[t]) for t in settings.thresholds),
+        )
+        for line in lines
+    ]
+    return markdown_table(
+        ("arm", "budget", *columns, *(f"pictures to {100 * t:.0f}%" for t in settings.thresholds)), rows
+    )
+
+
+def _tuning_head(settings: StudySettings) -> tuple[str, ...]:
+    return "arm and setting", "seeds", "score %", _threshold(max(settings.thresholds))
+
+
+def _tuning_rows(settings: StudySettings, rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    return [
+        (line.name, str(line.seeds), f"{100 * line.score:.1f}", "never" if line.steps is None else f"{line.steps:g}")
+        for line in tuning_lines(settings, rows)
+    ]
 
 
 def _scalars_table(lines: Sequence[ArmLine]) -> list[str]:

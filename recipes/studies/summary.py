@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from sfa_adapters.recipes.studies.results_file import Row
+from sfa_adapters.recipes.studies.results_file import Outcome, Row
 from sfa_adapters.recipes.studies.settings import StudySettings
 from sfa_adapters.statistics import Interval, seeds_bootstrap, sign_test
 
-__all__ = ["ArmLine", "steps_to", "summarize", "tuning_lines"]
+__all__ = ["ArmLine", "PicturesLine", "TuningLine", "by_pictures", "steps_to", "summarize", "tuning_lines"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,71 @@ def summarize(settings: StudySettings, rows: Sequence[Row]) -> list[ArmLine]:
     return lines
 
 
-def tuning_lines(settings: StudySettings, rows: Sequence[Row]) -> list[tuple[str, int, float]]:
-    """Each tuned setting, how many seeds it has, and its mean score on the validation pictures at the end."""
-    scores: dict[str, list[float]] = {}
+@dataclass(frozen=True)
+class TuningLine:
+    """A setting that was tried.
+
+    Attributes:
+        name: The arm and its setting.
+        seeds: How many runs.
+        score: On the validation pictures at the end, mean over seeds, in [0, 1].
+        steps: Median step from which on the highest threshold of the study is passed; None where it is not.
+    """
+
+    name: str
+    seeds: int
+    score: float
+    steps: float | None
+
+
+def tuning_lines(settings: StudySettings, rows: Sequence[Row]) -> list[TuningLine]:
+    """All settings that were tried and have a run."""
+    outcomes: dict[str, list[Outcome]] = {}
     for job in settings.tuning_jobs():
         for row in rows:
             if row.key == job.key:
-                scores.setdefault(job.arm, []).append(row.outcome.curve[-1][1])
-    return [(arm, len(values), statistics.mean(values)) for arm, values in scores.items()]
+                outcomes.setdefault(job.arm, []).append(row.outcome)
+    highest = max(settings.thresholds)
+    return [
+        TuningLine(arm, len(runs), statistics.mean(run.curve[-1][1] for run in runs), _median_step(runs, highest)[0])
+        for arm, runs in outcomes.items()
+    ]
+
+
+@dataclass(frozen=True)
+class PicturesLine:
+    """What an arm learns from few and from many pictures, everything else being equal.
+
+    Attributes:
+        arm: Which.
+        rest: The budget without `pictures`.
+        scores: Number of training pictures to the score on the first test set.
+        fewest: Threshold to the fewest pictures whose mean score passes it; None where none does.
+    """
+
+    arm: str
+    rest: Mapping[str, Any]
+    scores: Mapping[int, Interval]
+    fewest: Mapping[float, int | None]
+
+
+def by_pictures(settings: StudySettings, lines: Sequence[ArmLine]) -> list[PicturesLine]:
+    """Arms that ran with several numbers of pictures and equal budgets otherwise; empty where a study has none."""
+    groups: dict[str, tuple[str, dict[str, Any], dict[int, Interval]]] = {}
+    for line in lines:
+        if "pictures" in line.budget:
+            rest = {name: value for name, value in line.budget.items() if name != "pictures"}
+            group = groups.setdefault(f"{line.arm} {rest}", (line.arm, rest, {}))
+            group[2][line.budget["pictures"]] = line.tests[settings.tests[0]]
+    found = []
+    for arm, rest, scores in groups.values():
+        if len(scores) > 1:
+            ordered = dict(sorted(scores.items()))
+            fewest = {
+                t: next((n for n, score in ordered.items() if score.value >= t), None) for t in settings.thresholds
+            }
+            found.append(PicturesLine(arm, rest, ordered, fewest))
+    return found
 
 
 def steps_to(curve: Sequence[tuple[int, float]], threshold: float) -> int | None:
@@ -110,7 +167,7 @@ def _line(
     )
 
 
-def _median_step(outcomes: Sequence[Any], threshold: float) -> tuple[float | None, int]:
+def _median_step(outcomes: Sequence[Outcome], threshold: float) -> tuple[float | None, int]:
     """The median counts runs that never pass as infinitely slow; None where half of them or more never do."""
     steps = [steps_to(outcome.curve, threshold) for outcome in outcomes]
     median = statistics.median(float("inf") if step is None else step for step in steps)
