@@ -235,3 +235,18 @@ def test_a_budget_may_run_with_fewer_seeds() -> None:
     broken = {**vars(settings), "fewer_seeds": [{"budget": {"steps": 160, "pictures": 800}, "seeds": [9]}]}
     with pytest.raises(DataError, match="fewer_seeds names an unknown budget or seed"):
         type(settings)(**broken)
+
+
+def test_a_loop_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfa_adapters.recipes.studies import own_loop as module
+
+    rates: list[list[float]] = []
+    groups = module.sfa_parameter_groups
+    monkeypatch.setattr(
+        module, "sfa_parameter_groups",
+        lambda model, lr: rates.append([group["lr"] for group in groups(model, lr)]) or groups(model, lr),
+    )  # fmt: skip
+    score, scalars = module.own_loop(steps=2, pictures=16, tests=4)
+    assert 0 <= score <= 1
+    assert rates == [[2e-4, 2e-4, 0.1]]
+    assert 2.8 < scalars["row"] < 3.5  # the axial start, two steps of at most 0.1 later
