@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ def test_jobs_are_paired_and_arms_may_run_in_fewer_of_them(settings: StudySettin
     assert [job.arm for job in tried] == ["none lr=0.1", "none lr=0.2", "good lr=0.1", "good lr=0.2"]
     assert tried[-1].options == {"lr": 0.2, "gain": 0.3, "steps": 10}
     assert tried[-1].seed == 100
+
+
+def test_what_was_tried_stands_over_what_an_arm_had_before(tmp_path: Path) -> None:
+    tuning = {**WRITTEN["tuning"], "before": {"good": {"lr": 0.7, "gain": 0.1}}}
+    tried = load_settings(written(tmp_path, tuning=tuning)).tuning_jobs()
+    assert [job.options["lr"] for job in tried] == [0.1, 0.2, 0.1, 0.2]
+    assert [job.options.get("gain") for job in tried] == [None, None, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,9 @@ def test_the_summary_pairs_by_seed_and_picture(settings: StudySettings, tmp_path
     assert (good.sign, placebo.sign, few.seeds) == (0.25, 1.0, (0,))
     assert good.steps == {0.5: (10, 3), 0.9: (None, 0)}
     assert (good.scalars, good.numbers, good.seconds) == ({"row": 2.0}, {"loss": 0.25}, 1.5)
-    assert "clear of zero" in verdict(settings, summarize(settings, rows))
+    assert verdict(settings, summarize(settings, rows)).endswith("; clear of zero.")
+    nothing = replace(settings, primary=replace(settings.primary, arm="placebo"))
+    assert verdict(nothing, summarize(nothing, rows)).endswith("; not clear of zero.")
     assert "no runs yet" in verdict(settings, [])
 
 
