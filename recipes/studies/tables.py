@@ -46,8 +46,8 @@ def train(job: Job) -> Outcome:
     """Trains and measures one run.
 
     Args:
-        job: Its options: `bias` (none, sfa or placebo), `init`, `init_strength`, `scr` (weights of terms), `adat`
-            (budget in tokens); `steps`, `batch`, `questions`, `lr`, `sfa_lr`, `every`; `rows` and `columns` of the
+        job: Its options: `bias` (none, sfa or placebo), `terms`, `init`, `init_strength`, `scr` (weights of terms),
+            `adat` (budget in tokens); `steps`, `batch`, `questions`, `lr`, `sfa_lr`, `every`; `rows` and `columns` of the
             training, `training_tables`, `validation`, `test_pictures`, `test_questions`; `measure`.
     """
     began, options = time.process_time(), job.options
@@ -100,7 +100,7 @@ def build_arm(options: Any, seed: int) -> NanoHost:
         policy = PatchPolicy(levels=LEVELS, cell=3 * PATCH, budget=options["adat"])
         inject_adat(host.model, AdaptiveTokenizer(policy=policy, **STATISTICS))
     if bias != "none":
-        start: dict[str, Any] = {}
+        start: dict[str, Any] = {"terms": list(options["terms"])} if "terms" in options else {}
         if options.get("init", "normal") == "axial":
             pages = _training_tables(options["training_tables"], seed, _size(options))[: options["calibration_pages"]]
             heads = calibrate_axial(host.model, pixel_values([page.image for page in pages], PIXELS))
