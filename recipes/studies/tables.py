@@ -47,8 +47,8 @@ def train(job: Job) -> Outcome:
 
     Args:
         job: Its options: `bias` (none, sfa or placebo), `terms`, `init`, `init_strength`, `scr` (weights of terms),
-            `adat` (budget in tokens); `steps`, `batch`, `questions`, `lr`, `sfa_lr`, `every`; `rows` and `columns` of the
-            training, `training_tables`, `validation`, `test_pictures`, `test_questions`; `measure`.
+            `adat` (budget in tokens); `steps`, `batch`, `questions`, `lr`, `sfa_lr`, `every`; `rows` and `columns` of
+            the training, `training_tables`, `validation`, `test_pictures`, `test_questions`; `measure`.
     """
     began, options = time.process_time(), job.options
     host = build_arm(options, job.seed)
