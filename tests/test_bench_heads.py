@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sfa_adapters.cli_bench import app
+from sfa_adapters.cli.bench import app
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads import calibrate_heads, plan_heads, prune_heads
 from sfa_adapters.recipes.bench_heads import HeadBenchConfig, run_bench_heads

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from sfa_adapters.analysis import modality_dominance
-from sfa_adapters.cli_bench import app
+from sfa_adapters.cli.bench import app
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.bench_quality import _dominance
 from sfa_adapters.recipes.bench_tokens import UNTOUCHED, BenchConfig, run_bench

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.plan import plan_heads

@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from safetensors import SafetensorError
 from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig, ResNetConfig
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from tests.remote.modeling_intern_vit import InternVisionConfig
 
@@ -301,7 +301,7 @@ def test_other_libraries_are_silent_and_our_own_warnings_are_a_line(tmp_path: Pa
         "import sys, warnings, logging\n"
         "from pathlib import Path\n"
         "import sfa_adapters.recipes.inspect_model as module\n"
-        "from sfa_adapters.cli import main\n"
+        "from sfa_adapters.cli.main import main\n"
         "def loud(*args):\n"
         "    import transformers\n"
         "    from transformers.utils import logging as bars\n"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.training.recipe import Family

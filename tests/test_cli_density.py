@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters.adat.density import DensityEstimator
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import WeightsError
 from sfa_adapters.recipes import density_data, train_density
 from sfa_adapters.recipes.pages import text_page

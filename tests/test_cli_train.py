@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.recipes import run as run_module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_settings

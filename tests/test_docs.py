@@ -36,7 +36,7 @@ def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> 
         "from huggingface_hub import HfApi\n"
         "def refuse(*args, **kwargs): raise AssertionError('the hub was asked')\n"
         "HfApi.model_info = refuse\n"
-        "from sfa_adapters.cli import main\n"
+        "from sfa_adapters.cli.main import main\n"
         f"for command in {commands}:\n"
         "    try: main(command)\n"
         "    except SystemExit as left: assert left.code == 0, command\n"

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from sfa_adapters import eject_sfa, inject_sfa, observe
 from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
-from sfa_adapters.cli_calibrate import app
+from sfa_adapters.cli.calibrate import app
 from sfa_adapters.errors import (
     AdapterMismatchError,
     BiasNotAppliedError,

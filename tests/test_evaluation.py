@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from sfa_adapters import inject_sfa
 from sfa_adapters.bias import TERMS
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import DataError, RecipeError, SFAError
 from sfa_adapters.evaluation import predictions as predictions_file
 from sfa_adapters.evaluation.ablation import Variant, part_variants, run_ablation, term_variants
@@ -724,7 +724,7 @@ def test_sfa_ablate(
 ) -> None:
     runs = Runs()
     monkeypatch.setattr("sfa_adapters.recipes.run.run", runs)
-    monkeypatch.setattr("sfa_adapters.cli_eval._untrained", runs.untrained)
+    monkeypatch.setattr("sfa_adapters.cli.evaluate._untrained", runs.untrained)
     monkeypatch.chdir(tmp_path)
     assert call("ablate", "llava_1_5_7b", "lr=0.5", "--rows", rows, "--seeds", "3,4", "--out", "o") == 0
     assert {r.lr for r in runs.seen} == {0.5}

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, SiglipVisionConfig, Siglip
 
 from sfa_adapters import inject_sfa, save_sfa
 from sfa_adapters.adat import PatchPolicy, inject_adat
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, RecipeError
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.sharing import baked, export, export_baked

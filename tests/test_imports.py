@@ -20,7 +20,8 @@ def test_importing_the_library_needs_no_extra_and_touches_no_gpu() -> None:
     done = _python(
         f"import sys\nfor name in {optional}: sys.modules[name] = None\n"
         "import sfa_adapters, torch\n"
-        "from sfa_adapters import cli, figures, metrics\n"
+        "from sfa_adapters import figures, metrics\n"
+        "from sfa_adapters.cli import main\n"
         "from sfa_adapters.registry import registered_backbones\n"
         "assert len(registered_backbones()) >= 6\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -60,7 +61,7 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "timm", "PIL", "huggingface_h
 
 @pytest.mark.parametrize("arguments", [None, ["--help"], ["train", "--help"], ["calibrate", "heads", "--help"]])
 def test_importing_and_help_wait_for_no_heavy_package(arguments: list[str] | None) -> None:
-    call = f"from sfa_adapters.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+    call = f"from sfa_adapters.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
     use = "" if arguments is None else call
     done = _python(f"import sys\nimport sfa_adapters\n{use}print(sorted(sys.modules.keys() & set({HEAVY})))")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from sfa_adapters import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, RecipeError
 from sfa_adapters.figures import bias_table, plot_bias
 from sfa_adapters.heads import HeadPlan, load_pruned, prune_heads, save_pruned

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters import inject_sfa, lmms_plugin, save_sfa
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import AdapterMismatchError, DataError, InjectionError, RecipeError
 from sfa_adapters.evaluation import open_host as module
 from sfa_adapters.evaluation.answers import answer_rows, fingerprint

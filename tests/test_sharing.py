@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters import SFAConfig
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import MergeError, RecipeError
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.sharing import RunFacts, fetch, model_card, push_to_hub, read_facts, share, write_card, write_facts

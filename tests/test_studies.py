@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies import catalog
 from sfa_adapters.recipes.studies.catalog import STUDIES, StudyOptions, run_study

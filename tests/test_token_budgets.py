@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfa_adapters.cli import main
+from sfa_adapters.cli.main import main
 from sfa_adapters.recipes import token_budgets
 from sfa_adapters.recipes.encode import pixel_values
 from sfa_adapters.recipes.nano import PIXELS, build_nano

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfa_adapters.cli_app import CommandApp
+from sfa_adapters.cli.app import CommandApp
 from sfa_adapters.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sfa_adapters.cli_app import CommandApp
+from sfa_adapters.cli.app import CommandApp
 
 __all__ = ["app"]
 

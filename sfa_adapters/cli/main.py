@@ -13,17 +13,17 @@ from typing import Annotated, Any
 
 import typer
 
-from sfa_adapters.cli_analyze import app as analyze_app
-from sfa_adapters.cli_app import CommandApp
-from sfa_adapters.cli_bench import app as bench_app
-from sfa_adapters.cli_calibrate import app as calibrate_app
-from sfa_adapters.cli_density import app as density_app
-from sfa_adapters.cli_errors import one_line
-from sfa_adapters.cli_eval import app as eval_app
-from sfa_adapters.cli_quiet import silence_others
-from sfa_adapters.cli_share import app as share_app
-from sfa_adapters.cli_study import app as study_app
-from sfa_adapters.cli_train import app as train_app
+from sfa_adapters.cli.analyze import app as analyze_app
+from sfa_adapters.cli.app import CommandApp
+from sfa_adapters.cli.bench import app as bench_app
+from sfa_adapters.cli.calibrate import app as calibrate_app
+from sfa_adapters.cli.density import app as density_app
+from sfa_adapters.cli.errors import one_line
+from sfa_adapters.cli.evaluate import app as eval_app
+from sfa_adapters.cli.quiet import silence_others
+from sfa_adapters.cli.share import app as share_app
+from sfa_adapters.cli.study import app as study_app
+from sfa_adapters.cli.train import app as train_app
 
 __all__ = ["app", "main"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfa_adapters.cli_app import CommandApp
+from sfa_adapters.cli.app import CommandApp
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from sfa_adapters.cli_quiet import QuietCommand
+from sfa_adapters.cli.quiet import QuietCommand
 
 __all__ = ["CommandApp"]
 
