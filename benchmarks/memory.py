@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import write_result
+from sfa_adapters.hosts.load import HOSTS, Host, prepare
+from sfa_adapters.hosts.placement import dispatch, skeleton, split_map
+from sfa_adapters.hosts.quantization import check_loaded, quantization
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.training.four_bit import check_loaded, quantization
-from sfa_adapters.training.hosts import HOSTS, Host, prepare
 from sfa_adapters.training.memory import WORKSPACE, predict_memory
 from sfa_adapters.training.optimizer import build_optimizer
-from sfa_adapters.training.plans import dispatch, skeleton, split_map
-from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.training.sizes import Lengths, lengths_of
 
 PLANS = ("nf4", "split", "bf16")

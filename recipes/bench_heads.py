@@ -27,6 +27,7 @@ from sfa_adapters.heads.plan import HeadPlan, Kind, plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.speed import LEAST_ROUNDS
+from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.devices import require_device
@@ -35,7 +36,6 @@ from sfa_adapters.recipes.heads_quality import Asked, ask, chart_batches, qualit
 from sfa_adapters.recipes.heads_report import HeadArm, HeadBench, write_bench
 from sfa_adapters.recipes.many_heads import load_many_heads
 from sfa_adapters.recipes.nano import NanoHost
-from sfa_adapters.recipes.own_host import load_own, own_prompt
 
 __all__ = ["HeadBenchConfig", "run_bench_heads"]
 

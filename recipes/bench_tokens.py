@@ -27,13 +27,13 @@ from rich.table import Table
 
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import DataError
+from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.recipes.own_host import load_own, own_prompt
 from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
 from sfa_adapters.reduction.selectors import Selector

@@ -117,7 +117,7 @@ def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
 
 
 def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, Sequence[Any]]:
-    from sfa_adapters.recipes.own_host import load_own, own_prompt
+    from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 
     for path in images:  # a bad one is told before a model is loaded
         as_image(path)

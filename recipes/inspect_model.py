@@ -30,7 +30,7 @@ from sfa_adapters.inject import Description
 from sfa_adapters.registry import find_tower, qualified_name
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.recipe import Recipe
+    from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["Inspection", "LayerRow", "ModelNotFoundError", "build_without_weights", "inspect_model"]
 

@@ -16,9 +16,9 @@ from typing import Any, get_args
 from safetensors import SafetensorError
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.files import is_disk_error
+from sfa_adapters.hosts.recipe import DEFAULT_PROMPT, Family, Recipe
 from sfa_adapters.recipes.nano_hosts import FAMILIES, build_host
-from sfa_adapters.training.folders import is_disk_error
-from sfa_adapters.training.recipe import DEFAULT_PROMPT, Family, Recipe
 
 __all__ = ["NANO", "nano", "nano_checkpoint", "nano_settings"]
 

@@ -37,10 +37,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.encode import IMAGE, VIDEO
 from sfa_adapters.recipes.nano import PATCH, PIXELS, load_nano
 from sfa_adapters.recipes.nano_words import CHATML, PLAIN, VICUNA, host_tokenizer, token_id
-from sfa_adapters.training.recipe import Family
 
 __all__ = ["FAMILIES", "build_host"]
 

@@ -30,7 +30,11 @@ from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
+from sfa_adapters.files import can_be_made, require_writable
 from sfa_adapters.heads.facts import folder_facts
+from sfa_adapters.hosts.load import load_host
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.settings import write_recipe
 from sfa_adapters.recipes.catalog import architecture
 from sfa_adapters.recipes.nano_checkpoint import NANO, nano_settings
 from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
@@ -41,13 +45,9 @@ from sfa_adapters.sharing.hub import write_card
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
 from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.folders import can_be_made, require_writable
-from sfa_adapters.training.hosts import load_host
 from sfa_adapters.training.questions import Questions, StreamedQuestions
-from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.training.rows import open_rows
 from sfa_adapters.training.runs import checkpoint_to_resume
-from sfa_adapters.training.settings import write_recipe
 from sfa_adapters.training.trainer import FINAL, train
 
 if TYPE_CHECKING:

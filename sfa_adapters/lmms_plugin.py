@@ -25,7 +25,7 @@ from sfa_adapters.training.checkpoints import saved_recipe
 if TYPE_CHECKING:
     import torch
 
-    from sfa_adapters.training.recipe import Family
+    from sfa_adapters.hosts.recipe import Family
 
 __all__ = ["MODELS", "manifests"]
 

@@ -12,13 +12,13 @@ import pytest
 
 from sfa_adapters.errors import RecipeError, SFAWarning
 from sfa_adapters.evaluation.ablation import term_variants
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.rates import DEFAULT_SFA_LR, largest_scalars
 from sfa_adapters.recipes.catalog import find_recipe
 from sfa_adapters.recipes.finetune import FinetuneConfig
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.training.checkpoints import load_trained, saved_recipe
-from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.tuner import injected_layers
 from tests.tiny_training import assert_equal, recipe, run, tiny_host, trained
 

@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from sfa_adapters import files
 from sfa_adapters.errors import RecipeError, TrainingError
+from sfa_adapters.files import what_is_missing, whole_folder
 from sfa_adapters.inject import load_sfa, save_sfa
-from sfa_adapters.training import folders
 from sfa_adapters.training.checkpoints import RECORD, load_trained, save_trained, saved_recipe
-from sfa_adapters.training.folders import what_is_missing, whole_folder
 from sfa_adapters.training.runs import checkpoint_to_resume
 from tests.tiny_training import BY_NAME, At, assert_equal, recipe, run, tiny_host, trained
 
@@ -141,7 +141,7 @@ NAME = "model.multi_modal_projector.linear_1.bias"
 )  # fmt: skip
 def test_what_does_not_fit_is_named_and_changes_nothing(change: Any, told: str, tmp_path: Path) -> None:
     folder = save_trained(moved(), tmp_path / "saved")
-    (folder / folders.MANIFEST).unlink()  # so that it is the content that is checked
+    (folder / files.MANIFEST).unlink()  # so that it is the content that is checked
     change(folder)
     host = tiny_host()
     before = everything(host)
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_host_is_refused(tmp_path: Path) -> None:
 
 def test_a_setting_of_a_newer_version_is_named(tmp_path: Path) -> None:
     folder = save_trained(moved(), tmp_path / "saved")
-    (folder / folders.MANIFEST).unlink()
+    (folder / files.MANIFEST).unlink()
     record = json.loads((folder / RECORD).read_text())
     rewrite(folder / RECORD, recipe={**record["recipe"], "colour": "red"})
     with pytest.raises(RecipeError, match="does not know: colour"):
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     target = {
         "tensors": "sfa_adapters.training.checkpoints.save_file",
         "optimizer": "torch.save",
-        "rename": "sfa_adapters.training.folders._flush",
+        "rename": "sfa_adapters.files._flush",
     }[place]
     with pytest.raises(TrainingError) as found:
         run(tmp_path, callbacks=[At(3, lambda: monkeypatch.setattr(target, full))])
@@ -245,14 +245,14 @@ def test_a_kill_while_a_folder_is_written_leaves_the_old_one(call: int, tmp_path
     write(folder, b"old")
     child = os.fork()
     if child == 0:
-        flush, calls = folders._flush, iter(range(1, 100))
+        flush, calls = files._flush, iter(range(1, 100))
 
         def killing(path: Path) -> None:
             if next(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 
-        folders._flush = killing
+        files._flush = killing
         write(folder, b"newer")
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -344,8 +344,8 @@ def test_nothing_in_a_checkpoint_is_executed(file: str, copied: Path, tmp_path: 
     torch.save(Malicious(tmp_path / "pwned"), newest / file)
     with pytest.raises(RecipeError, match=rf"{file} \(cut off\) missing"):
         checkpoint_to_resume(recipe(**SAME), copied, str(newest))
-    manifest = json.loads((newest / folders.MANIFEST).read_text())
-    (newest / folders.MANIFEST).write_text(json.dumps(manifest | {file: (newest / file).stat().st_size}))
+    manifest = json.loads((newest / files.MANIFEST).read_text())
+    (newest / files.MANIFEST).write_text(json.dumps(manifest | {file: (newest / file).stat().st_size}))
     with pytest.raises(RecipeError, match=r"optimizer.pt, scheduler.pt\) cannot be read"):
         run(copied, recipe(**SAME), resume=str(newest))
     assert not (tmp_path / "pwned").exists()

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters.cli.main import main
+from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.recipe import Family
 
 
 def run(*arguments: str) -> int:

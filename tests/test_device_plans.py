@@ -17,13 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.recipes.catalog import RECIPES, architecture
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.four_bit import check_loaded, four_bit_modules
-from sfa_adapters.training.hosts import HOSTS, Host, load_host, module_table, prepare
-from sfa_adapters.training.plans import (
+from sfa_adapters.hosts.load import HOSTS, Host, load_host, module_table, prepare
+from sfa_adapters.hosts.placement import (
     accelerate_config,
     check_covered,
     layer_classes,
@@ -32,7 +27,12 @@ from sfa_adapters.training.plans import (
     skeleton,
     split_map,
 )
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.quantization import check_loaded, four_bit_modules
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.catalog import RECIPES, architecture
+from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.training.collate import Collator
+from sfa_adapters.training.columns import Row
 from tests.hosts import HOSTS as CASES
 
 every_family = pytest.mark.parametrize("family", list(HOSTS))

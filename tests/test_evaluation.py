@@ -34,14 +34,14 @@ from sfa_adapters.evaluation.predictions import Prediction, PredictionFile, read
 from sfa_adapters.evaluation.scores import compare, metric_for, row_scores, score, sign_test
 from sfa_adapters.evaluation.tables import ablation_table, hallucination_of, hallucination_table, score_table
 from sfa_adapters.evaluation.terminal import terminal_table
+from sfa_adapters.hosts.load import Host
+from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import save_sfa
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.recipes.predictions import read_predictions
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.training.columns import Row
-from sfa_adapters.training.hosts import Host
-from sfa_adapters.training.recipe import Family, Recipe
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

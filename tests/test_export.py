@@ -23,12 +23,12 @@ from sfa_adapters import inject_sfa, save_sfa
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.cli.main import main
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, RecipeError
+from sfa_adapters.hosts.load import load_host
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
 from sfa_adapters.training.checkpoints import save_trained
-from sfa_adapters.training.hosts import load_host
-from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.tuner import injected_layers
 from tests.hosts import HOSTS, HostCase, logits_of
 from tests.support import Snapshot, assert_close, difference, strong_config

@@ -13,11 +13,11 @@ from transformers import AutoModelForImageTextToText
 
 from sfa_adapters.adat import eject_adat
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.load import HOSTS, Host, load_host, module_table, prepare
+from sfa_adapters.hosts.placement import skeleton
+from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.recipes.catalog import architecture, find_recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.hosts import HOSTS, Host, load_host, module_table, prepare
-from sfa_adapters.training.plans import skeleton
-from sfa_adapters.training.recipe import Family, Recipe
 from tests.hosts import HOSTS as CASES
 from tests.support import structural
 

@@ -20,11 +20,11 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
 from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.prompts import HostAnswers
+from sfa_adapters.hosts.load import Host
+from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.training.columns import Row
-from sfa_adapters.training.hosts import Host
-from sfa_adapters.training.recipe import Family
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

@@ -23,6 +23,8 @@ from sfa_adapters.evaluation.predictions import facts_of_answers
 from sfa_adapters.heads import HeadPlan, prune_heads, save_pruned
 from sfa_adapters.heads.facts import PrunedFacts, folder_facts, plan_facts, pruned_facts, pruned_folder
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.hosts.load import Host
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint, nano_settings
@@ -30,8 +32,6 @@ from sfa_adapters.recipes.run import run
 from sfa_adapters.sharing.facts import read_facts
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.training.columns import Row
-from sfa_adapters.training.hosts import Host
-from sfa_adapters.training.recipe import Recipe
 from tests.support import strong_config
 
 SETTINGS: dict[str, Any] = {

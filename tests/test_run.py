@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from sfa_adapters.errors import DataError, RecipeError, TrainingError
 from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.predictions import read_answers
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.settings import load_recipe
 from sfa_adapters.recipes import run as module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.settings import load_recipe
 
 NAMES = ["internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b"]
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.errors import RecipeError, TrainingError
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.settings import PEERS, load_recipe, write_recipe
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.settings import PEERS, load_recipe, write_recipe
 
 BASE = Recipe(name="base", model="some/host", family="llava", adat=0.5, revision="main", sfa_layers=(1,))
 

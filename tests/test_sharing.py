@@ -17,12 +17,12 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from sfa_adapters import SFAConfig
 from sfa_adapters.cli.main import main
 from sfa_adapters.errors import MergeError, RecipeError
+from sfa_adapters.hosts.load import Host, load_host
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.sharing import RunFacts, fetch, model_card, push_to_hub, read_facts, share, write_card, write_facts
 from sfa_adapters.sharing.metadata import hub_id
 from sfa_adapters.training.checkpoints import load_trained, save_trained
-from sfa_adapters.training.hosts import Host, load_host
-from sfa_adapters.training.recipe import Recipe
 
 SCORES: dict[str, Any] = {
     "metric": "relaxed", "rows": 40, "truncated": 3, "failed": 1, "unscored": 0,

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from sfa_adapters.errors import RecipeError, TrainingError
+from sfa_adapters.hosts.placement import shard
 from sfa_adapters.training.callbacks import Interrupted
 from sfa_adapters.training.checkpoints import load_trained, save_trained
 from sfa_adapters.training.checks import GradientCheck
 from sfa_adapters.training.optimizer import build_optimizer
-from sfa_adapters.training.plans import shard
 from sfa_adapters.training.sharded import load_optimizer, optimizer_state
 from tests.tiny_training import At, Rows, assert_equal, collate, recipe, run, tiny_host, trained
 

@@ -60,6 +60,6 @@ def _of_system(error: OSError) -> str:
 
 
 def _is_disk(error: BaseException) -> bool:
-    from sfa_adapters.training.folders import is_disk_error
+    from sfa_adapters.files import is_disk_error
 
     return isinstance(error, Exception) and is_disk_error(error)

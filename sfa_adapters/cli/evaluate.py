@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sfa_adapters.evaluation.tables import Table
     from sfa_adapters.heads.facts import PrunedFacts
-    from sfa_adapters.training.recipe import Recipe
+    from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["app"]
 
@@ -110,11 +110,11 @@ def ablate(
     from sfa_adapters.evaluation.ablation import part_variants, run_ablation, term_variants
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import ablation_table, hallucination_table, score_table
+    from sfa_adapters.files import can_be_made
+    from sfa_adapters.hosts.settings import load_recipe
     from sfa_adapters.recipes.catalog import find_recipe
     from sfa_adapters.recipes.nano_checkpoint import nano_settings
     from sfa_adapters.recipes.run import run
-    from sfa_adapters.training.folders import can_be_made
-    from sfa_adapters.training.settings import load_recipe
 
     if rows not in ROWS:
         raise RecipeError(f"--rows {rows} must be one of {', '.join(ROWS)}.")

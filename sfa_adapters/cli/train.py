@@ -13,8 +13,8 @@ from sfa_adapters.cli.app import CommandApp
 from sfa_adapters.errors import RecipeError
 
 if TYPE_CHECKING:
+    from sfa_adapters.hosts.recipe import Recipe
     from sfa_adapters.training.memory import MemoryPlan
-    from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["app"]
 
@@ -140,9 +140,9 @@ def recipes() -> None:
 
 
 def _resolve(name: str, config: Path | None, flags: dict[str, Any], settings: list[str] | None, nano: bool) -> Recipe:
+    from sfa_adapters.hosts.settings import load_recipe
     from sfa_adapters.recipes.catalog import find_recipe
     from sfa_adapters.recipes.nano_checkpoint import nano_settings
-    from sfa_adapters.training.settings import load_recipe
 
     base = find_recipe(name)
     overrides = [f"{key}={value}" for key, value in flags.items()]

@@ -13,7 +13,7 @@ from sfa_adapters.axial import AXES
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError, SFAError
 from sfa_adapters.evaluation.predictions import Prediction, read_answers, write_atomically
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["Ablation", "Outcome", "Run", "Variant", "part_variants", "run_ablation", "term_variants"]
 

@@ -20,8 +20,8 @@ from sfa_adapters.heads.facts import pruned_facts
 from sfa_adapters.training.collate import Collator
 
 if TYPE_CHECKING:
+    from sfa_adapters.hosts.load import Host
     from sfa_adapters.training.columns import Row
-    from sfa_adapters.training.hosts import Host
 
 __all__ = ["answer_rows", "fingerprint", "generate"]
 

@@ -17,10 +17,10 @@ from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.prune import plain_model, prune_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of
+from sfa_adapters.hosts.load import HOSTS, Host, load_host
+from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
-from sfa_adapters.training.hosts import HOSTS, Host, load_host
-from sfa_adapters.training.recipe import Family, Recipe
 from sfa_adapters.training.trainer import FINAL
 
 __all__ = ["family_of", "find_run", "open_host", "read_head_plan"]

@@ -25,7 +25,7 @@ from sfa_adapters.training.prompt import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["HostAnswers", "Images", "ManyImages"]
 

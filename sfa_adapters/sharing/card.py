@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.sharing.facts import RunFacts, read_facts
 from sfa_adapters.sharing.metadata import card_metadata, hub_id, plain_name
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["MARK", "model_card"]
 
@@ -96,7 +96,7 @@ def _loading(recipe: Recipe, sizes: Mapping[str, int], repo_id: str | None) -> s
     text = (
         "## Load it\n\n```python\nfrom sfa_adapters.sharing import fetch\n"
         "from sfa_adapters.training.checkpoints import load_trained, saved_recipe\n"
-        "from sfa_adapters.training.hosts import load_host\n\n"
+        "from sfa_adapters.hosts.load import load_host\n\n"
         f'folder = fetch("{where}")\nhost = load_host(saved_recipe(folder), train=False)  # the base model and its '
         "processor\nload_trained(host, folder)  # host.model, host.processor\n```"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.folders import MANIFEST, what_is_missing
+from sfa_adapters.files import MANIFEST, what_is_missing
 
 __all__ = ["CARD", "SHARED_FILES", "adapter_files", "file_errors", "new_folder", "result_files"]
 

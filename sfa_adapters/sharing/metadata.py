@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.sharing.facts import RunFacts
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["card_metadata", "hub_id", "plain_name"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.sizes import Lengths, Widths, text_widths, vision_widths
 
 __all__ = ["Activations", "activations_of"]

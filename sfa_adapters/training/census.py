@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from sfa_adapters.config import SFAConfig
+from sfa_adapters.hosts.placement import layer_classes, skeleton
+from sfa_adapters.hosts.prepare import unread_prefixes
+from sfa_adapters.hosts.quantization import kept_modules
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.spec import HOSTS, Part
 from sfa_adapters.inject import describe
-from sfa_adapters.training.four_bit import kept_modules
-from sfa_adapters.training.plans import layer_classes, skeleton
-from sfa_adapters.training.prepare import unread_prefixes
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.specs import HOSTS, Part
 
 __all__ = ["Census", "Weights", "four_bit_bytes", "take_census", "weights_of"]
 

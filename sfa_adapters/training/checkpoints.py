@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.files import whole_folder
 from sfa_adapters.inject import PEFT_PREFIX, WEIGHTS_NAME
-from sfa_adapters.training.folders import whole_folder
 from sfa_adapters.training.record import RECORD, check_host, read_record, record_of, saved_recipe
 from sfa_adapters.tuner import injected_layers
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["RECORD", "load_trained", "save_trained", "saved_recipe", "trained_tensors", "write_trained"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfa_adapters.errors import TrainingError
-from sfa_adapters.training.folders import whole_folder
+from sfa_adapters.files import whole_folder
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["GradientCheck", "check_labels", "save_batch"]
 

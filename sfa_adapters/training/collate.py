@@ -25,8 +25,8 @@ from sfa_adapters.training.prompt import Prompt
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from sfa_adapters.training.hosts import HostSpec
-    from sfa_adapters.training.recipe import Family, Recipe
+    from sfa_adapters.hosts.load import HostSpec
+    from sfa_adapters.hosts.recipe import Family, Recipe
 
 __all__ = ["IGNORE", "NOT_FOR_MODEL", "Collator"]
 

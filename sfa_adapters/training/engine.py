@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from sfa_adapters.errors import TrainingError
+from sfa_adapters.hosts.load import Host
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.trainer import SFATrainerMixin
 from sfa_adapters.training.callbacks import ignore_signals
 from sfa_adapters.training.checks import GradientCheck, check_labels, save_batch
-from sfa_adapters.training.hosts import Host
 from sfa_adapters.training.optimizer import EpochOrder, build_optimizer
 from sfa_adapters.training.questions import Skipped
 from sfa_adapters.training.saving import SavingMixin

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.activations import Activations, activations_of
 from sfa_adapters.training.census import Census, Weights, take_census, weights_of
 from sfa_adapters.training.memory_plan import DeviceMemory, MemoryPlan
-from sfa_adapters.training.recipe import Recipe
 from sfa_adapters.training.sizes import lengths_of
 
 __all__ = ["WORKSPACE", "DeviceMemory", "MemoryPlan", "predict_memory"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.sizes import Lengths
 
 __all__ = ["DeviceMemory", "MemoryPlan"]

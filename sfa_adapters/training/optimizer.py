@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import IterableDataset, Sampler
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["EpochOrder", "Repeated", "accumulation", "build_optimizer", "parameter_groups", "total_steps"]
 

@@ -15,7 +15,7 @@ from sfa_adapters.training.columns import Box
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from sfa_adapters.training.recipe import Family, Recipe
+    from sfa_adapters.hosts.recipe import Family, Recipe
 
 __all__ = ["Page", "page_of", "processor_options"]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.folders import MANIFEST, what_is_missing
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.files import MANIFEST, what_is_missing
+from sfa_adapters.hosts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["RECORD", "check_host", "read_record", "record_of", "saved_recipe", "signature"]
 

@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 
 from sfa_adapters.errors import RecipeError, SFAWarning
+from sfa_adapters.files import what_is_missing
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
-from sfa_adapters.training.folders import what_is_missing
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["checkpoint_to_resume", "checkpoints_of", "keep_newest"]
 

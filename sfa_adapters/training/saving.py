@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from sfa_adapters.errors import RecipeError, SFAWarning, TrainingError
+from sfa_adapters.files import seal, writing
 from sfa_adapters.training.checkpoints import load_trained, save_trained, write_trained
-from sfa_adapters.training.folders import seal, writing
 from sfa_adapters.training.runs import checkpoints_of, keep_newest
 from sfa_adapters.training.sharded import load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 
+    from sfa_adapters.hosts.load import Host
     from sfa_adapters.scr import SCRLoss
-    from sfa_adapters.training.hosts import Host
     from sfa_adapters.training.questions import Skipped
 else:
     _Trainer = object

@@ -7,8 +7,8 @@ from typing import Any
 
 from sfa_adapters.attention import HEAD_WIDTHS
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.registry import pair
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["TEXT_TOKENS", "Lengths", "Widths", "lengths_of", "text_widths", "vision_widths"]
 

@@ -16,18 +16,18 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sfa_adapters.errors import SFAWarning
+from sfa_adapters.files import require_writable
+from sfa_adapters.hosts.load import Host
+from sfa_adapters.hosts.summary import module_table
 from sfa_adapters.rates import has_active_sfa, largest_scalars
 from sfa_adapters.training.arguments import training_arguments
 from sfa_adapters.training.callbacks import Interrupted, ProgressBar, StopOnSignal
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.training.curves import plot_training, write_log
 from sfa_adapters.training.engine import SFATrainer
-from sfa_adapters.training.folders import require_writable
-from sfa_adapters.training.hosts import Host
 from sfa_adapters.training.optimizer import Repeated, total_steps
 from sfa_adapters.training.questions import Skipped
 from sfa_adapters.training.runs import checkpoint_to_resume
-from sfa_adapters.training.table import module_table
 
 __all__ = ["FINAL", "SFATrainer", "TrainResult", "train"]
 

@@ -15,10 +15,10 @@ from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.compat import checkpoint_activations
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part, check_spec
 from sfa_adapters.inject import inject_sfa
 from sfa_adapters.registry import find_tower
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.specs import HOSTS, HostSpec, Part, check_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -10,11 +10,11 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from sfa_adapters.training.four_bit import four_bit_modules
+from sfa_adapters.hosts.quantization import four_bit_modules
 from sfa_adapters.tuner import injected_layers
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.prepare import Host
 
 __all__ = ["count", "module_table"]
 

@@ -9,7 +9,7 @@ import torch
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.pruned_files import load_pruned
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["load_pruned_host"]
 

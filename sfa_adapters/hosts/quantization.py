@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.recipe import PlanName, Recipe
-from sfa_adapters.training.specs import HostSpec
+from sfa_adapters.hosts.recipe import PlanName, Recipe
+from sfa_adapters.hosts.spec import HostSpec
 
 __all__ = ["check_loaded", "four_bit_modules", "keep_format", "kept_modules", "quantization", "some"]
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.four_bit import four_bit_modules, some
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.specs import HostSpec, check_spec
+from sfa_adapters.hosts.quantization import four_bit_modules, some
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.spec import HostSpec, check_spec
 
 __all__ = [
     "accelerate_config",

@@ -9,13 +9,13 @@ import torch
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.facts import pruned_folder
-from sfa_adapters.training.four_bit import check_loaded, keep_format, quantization
-from sfa_adapters.training.plans import dispatch, placement, skeleton
-from sfa_adapters.training.prepare import Host, check_recipe, prepare, set_trainable
-from sfa_adapters.training.pruned import load_pruned_host
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.specs import HOSTS, HostSpec, Part
-from sfa_adapters.training.table import module_table
+from sfa_adapters.hosts.placement import dispatch, placement, skeleton
+from sfa_adapters.hosts.prepare import Host, check_recipe, prepare, set_trainable
+from sfa_adapters.hosts.pruned import load_pruned_host
+from sfa_adapters.hosts.quantization import check_loaded, keep_format, quantization
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part
+from sfa_adapters.hosts.summary import module_table
 
 __all__ = ["HOSTS", "Host", "HostSpec", "Part", "load_host", "module_table", "prepare", "read_config", "set_trainable"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.layer import CHILD_NAME
-from sfa_adapters.training.recipe import Family
 
 __all__ = ["HOSTS", "HostSpec", "Part", "check_spec"]
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.folders import writing
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.files import writing
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["load_recipe", "write_recipe"]
 
