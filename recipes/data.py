@@ -1,6 +1,6 @@
 """One loader for chart questions: rendered charts, or ChartQA from the hub or a local folder.
 
-Columns, files and images are read by `sfa_adapters.training.rows`; here all of them are opened at once, for sets that
+Columns, files and images are read by `sfa_adapters.data.open_rows`; here all of them are opened at once, for sets that
 fit into memory, and a row that cannot be used is an error. Images are never decoded before the size in their header is
 known to be sane, and no code that comes with data is run.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sfa_adapters.data.open_rows import open_rows
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import MAX_BYTES, MAX_PIXELS, as_image, read_image
 from sfa_adapters.recipes.charts import Kind, TextBox, draw, kinds_for
 from sfa_adapters.recipes.questions import QUESTION_TYPES, Question, QuestionType, questions_for
 from sfa_adapters.recipes.sources import load_tables
 from sfa_adapters.recipes.tables import SPLITS, Split, Table
-from sfa_adapters.training.rows import open_rows
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Asked", "ChartSample", "ask", "chart_samples", "load_charts", "read_image"]
 

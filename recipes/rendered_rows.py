@@ -13,6 +13,7 @@ from typing import Literal, get_args, overload
 
 import numpy as np
 
+from sfa_adapters.data.open_rows import Row
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.charts import SIZE as CHART
 from sfa_adapters.recipes.charts import TextBox, draw
@@ -22,7 +23,6 @@ from sfa_adapters.recipes.korean import WORDS, in_korean, korean_question
 from sfa_adapters.recipes.table_pages import SIZE as PAGE
 from sfa_adapters.recipes.table_pages import draw_page
 from sfa_adapters.recipes.tables import SPLITS, Split
-from sfa_adapters.training.rows import Row
 
 __all__ = ["RENDERED", "Language", "RenderedRows", "rendered_rows"]
 

@@ -24,6 +24,9 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.datasets import Questions, StreamedQuestions
+from sfa_adapters.data.open_rows import open_rows
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
 from sfa_adapters.evaluation.open_host import open_host
@@ -44,14 +47,11 @@ from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.questions import Questions, StreamedQuestions
-from sfa_adapters.training.rows import open_rows
 from sfa_adapters.training.runs import checkpoint_to_resume
 from sfa_adapters.training.trainer import FINAL, train
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.columns import Row
+    from sfa_adapters.data.rows import Row
 
 __all__ = ["RunResult", "recipe_rows", "run"]
 

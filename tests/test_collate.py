@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from sfa_adapters.data.collator import IGNORE, NOT_FOR_MODEL, Collator
+from sfa_adapters.data.datasets import Questions
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.spec import HOSTS
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.scr import SCRConfig, SCRLoss
 from sfa_adapters.scr.targets import boxes_to_tokens
-from sfa_adapters.training.collate import IGNORE, NOT_FOR_MODEL, Collator
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.questions import Questions
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchvision")

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, Host, load_host, module_table, prepare
 from sfa_adapters.hosts.placement import (
@@ -31,8 +33,6 @@ from sfa_adapters.hosts.quantization import check_loaded, four_bit_modules
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.catalog import RECIPES, architecture
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.columns import Row
 from tests.hosts import HOSTS as CASES
 
 every_family = pytest.mark.parametrize("family", list(HOSTS))

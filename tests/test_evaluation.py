@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import start_processes
 from sfa_adapters import inject_sfa
 from sfa_adapters.bias import TERMS
 from sfa_adapters.cli.main import main
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError, SFAError
 from sfa_adapters.evaluation import predictions as predictions_file
 from sfa_adapters.evaluation.ablation import Variant, part_variants, run_ablation, term_variants
@@ -41,7 +42,6 @@ from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.recipes.predictions import read_predictions
 from sfa_adapters.training.checkpoints import save_trained
-from sfa_adapters.training.columns import Row
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters import lmms_plugin
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
 from sfa_adapters.evaluation.open_host import open_host
@@ -24,7 +25,6 @@ from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.columns import Row
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

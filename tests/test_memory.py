@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, Host, load_host, prepare
 from sfa_adapters.hosts.quantization import four_bit_modules
@@ -24,8 +26,6 @@ from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
 from sfa_adapters.training.activations import activations_of
 from sfa_adapters.training.census import four_bit_bytes, take_census, weights_of
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.columns import Row
 from sfa_adapters.training.memory import WORKSPACE, predict_memory
 from sfa_adapters.training.sizes import TEXT_TOKENS, Lengths, lengths_of
 

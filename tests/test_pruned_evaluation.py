@@ -15,6 +15,7 @@ from PIL import Image
 
 from sfa_adapters import inject_sfa, lmms_plugin, save_sfa
 from sfa_adapters.cli.main import main
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import AdapterMismatchError, DataError, InjectionError, RecipeError
 from sfa_adapters.evaluation import open_host as module
 from sfa_adapters.evaluation.answers import answer_rows, fingerprint
@@ -31,7 +32,6 @@ from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint, nano_settings
 from sfa_adapters.recipes.run import run
 from sfa_adapters.sharing.facts import read_facts
 from sfa_adapters.training.checkpoints import save_trained
-from sfa_adapters.training.columns import Row
 from tests.support import strong_config
 
 SETTINGS: dict[str, Any] = {

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from sfa_adapters.data import open_rows as module
+from sfa_adapters.data.datasets import Questions, StreamedQuestions
+from sfa_adapters.data.local_files import find_split
+from sfa_adapters.data.open_rows import open_rows
+from sfa_adapters.data.rows import Columns, Row
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.training import rows as module
-from sfa_adapters.training.columns import Columns, Row
-from sfa_adapters.training.local import find_split
-from sfa_adapters.training.questions import Questions, StreamedQuestions
-from sfa_adapters.training.rows import open_rows
 
 datasets = pytest.importorskip("datasets")
 
@@ -382,7 +382,7 @@ def test_without_any_usable_row_it_stops(tmp_path, monkeypatch):
     questions = Questions(open_rows(tmp_path, "train"))
     with pytest.raises(DataError, match="5 rows in succession cannot be used; the first is q3"):
         questions[3]
-    monkeypatch.setattr("sfa_adapters.training.questions.MOST_SKIPPED", 2)
+    monkeypatch.setattr("sfa_adapters.data.datasets.MOST_SKIPPED", 2)
     for source in (questions, StreamedQuestions(open_rows(tmp_path, "train", streaming=True))):
         with pytest.raises(DataError, match="2 rows in succession"):
             next(iter(source)) if source is not questions else questions[0]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
 
+from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.hosts.load import Host, prepare
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.training.questions import Skipped
 from sfa_adapters.training.trainer import TrainResult, train
 from tests.hosts import HOSTS, IMAGE
 

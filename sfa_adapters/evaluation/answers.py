@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
 from sfa_adapters.heads.facts import pruned_facts
-from sfa_adapters.training.collate import Collator
 
 if TYPE_CHECKING:
+    from sfa_adapters.data.rows import Row
     from sfa_adapters.hosts.load import Host
-    from sfa_adapters.training.columns import Row
 
 __all__ = ["answer_rows", "fingerprint", "generate"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.columns import Row
 
 __all__ = ["Asked", "Batches", "Images", "row_at"]
 

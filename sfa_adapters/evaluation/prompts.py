@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sfa_adapters.data.chat_template import Prompt
+from sfa_adapters.data.collator import IGNORE, PICTURES, Collator
+from sfa_adapters.data.preprocess import Page, page_of
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.answers import generate
 from sfa_adapters.evaluation.asked import Asked, Batches
 from sfa_adapters.images import as_image
-from sfa_adapters.training.collate import IGNORE, PICTURES, Collator
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.pages import Page, page_of
-from sfa_adapters.training.prompt import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor

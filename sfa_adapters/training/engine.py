@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.errors import TrainingError
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
@@ -21,7 +22,6 @@ from sfa_adapters.trainer import SFATrainerMixin
 from sfa_adapters.training.callbacks import ignore_signals
 from sfa_adapters.training.checks import GradientCheck, check_labels, save_batch
 from sfa_adapters.training.optimizer import EpochOrder, build_optimizer
-from sfa_adapters.training.questions import Skipped
 from sfa_adapters.training.saving import SavingMixin
 
 __all__ = ["SFATrainer"]

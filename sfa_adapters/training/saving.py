@@ -22,9 +22,9 @@ from sfa_adapters.training.sharded import load_optimizer, optimizer_state
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 
+    from sfa_adapters.data.datasets import Skipped
     from sfa_adapters.hosts.load import Host
     from sfa_adapters.scr import SCRLoss
-    from sfa_adapters.training.questions import Skipped
 else:
     _Trainer = object
 

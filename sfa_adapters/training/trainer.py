@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.errors import SFAWarning
 from sfa_adapters.files import require_writable
 from sfa_adapters.hosts.load import Host
@@ -26,7 +27,6 @@ from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.training.curves import plot_training, write_log
 from sfa_adapters.training.engine import SFATrainer
 from sfa_adapters.training.optimizer import Repeated, total_steps
-from sfa_adapters.training.questions import Skipped
 from sfa_adapters.training.runs import checkpoint_to_resume
 
 __all__ = ["FINAL", "SFATrainer", "TrainResult", "train"]

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sfa_adapters.data.chat_template import Prompt
+from sfa_adapters.data.evidence import evidence_of
+from sfa_adapters.data.preprocess import Page, page_of, processor_options
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.evidence import evidence_of
-from sfa_adapters.training.pages import Page, page_of, processor_options
-from sfa_adapters.training.prompt import Prompt
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any, overload
 
+from sfa_adapters.data.datasets import Skipped
+from sfa_adapters.data.local_files import FileImages
+from sfa_adapters.data.rows import Columns, Row
 from sfa_adapters.errors import DataError
-from sfa_adapters.training.columns import Columns, Row
-from sfa_adapters.training.local import FileImages
-from sfa_adapters.training.questions import Skipped
 
 __all__ = ["Part", "StreamedRows", "TableRows"]
 

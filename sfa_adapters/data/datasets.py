@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.training.columns import Row
 
 __all__ = ["Questions", "Skipped", "StreamedQuestions"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from sfa_adapters.data.preprocess import Page
+from sfa_adapters.data.rows import Row
 from sfa_adapters.scr.targets import boxes_to_tokens, image_tokens
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.pages import Page
 
 __all__ = ["evidence_of"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from sfa_adapters.data.rows import Box
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.columns import Box
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

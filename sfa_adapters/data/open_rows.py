@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from sfa_adapters.data.datasets import Questions, Skipped, StreamedQuestions
+from sfa_adapters.data.local_files import FileImages, LocalFiles, find_split
+from sfa_adapters.data.rows import Columns, Row
+from sfa_adapters.data.sources import Part, StreamedRows, TableRows
 from sfa_adapters.errors import DataError
-from sfa_adapters.training.columns import Columns, Row
-from sfa_adapters.training.local import FileImages, LocalFiles, find_split
-from sfa_adapters.training.questions import Questions, Skipped, StreamedQuestions
-from sfa_adapters.training.tables import Part, StreamedRows, TableRows
 
 __all__ = ["Questions", "Row", "Skipped", "StreamedQuestions", "StreamedRows", "TableRows", "open_rows"]
 
