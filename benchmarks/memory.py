@@ -26,10 +26,10 @@ from sfa_adapters.hosts.load import HOSTS, Host, prepare
 from sfa_adapters.hosts.placement import dispatch, skeleton, split_map
 from sfa_adapters.hosts.quantization import check_loaded, quantization
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.memory.predict import WORKSPACE, predict_memory
+from sfa_adapters.memory.shapes import Lengths, lengths_of
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.training.memory import WORKSPACE, predict_memory
 from sfa_adapters.training.optimizer import build_optimizer
-from sfa_adapters.training.sizes import Lengths, lengths_of
 
 PLANS = ("nf4", "split", "bf16")
 STEPS = 10

@@ -195,7 +195,7 @@ def _require_memory(recipe: Recipe) -> None:
     """Before anything is loaded; on a CPU nobody knows how much there is."""
     if not torch.cuda.is_available():
         return
-    from sfa_adapters.training.memory import predict_memory
+    from sfa_adapters.memory.predict import predict_memory
 
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     gpus = int(os.environ.get("WORLD_SIZE", "1")) if recipe.plan != "split" else torch.cuda.device_count()

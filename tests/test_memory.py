@@ -22,12 +22,12 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, Host, load_host, prepare
 from sfa_adapters.hosts.quantization import four_bit_modules
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.memory.activations import activations_of
+from sfa_adapters.memory.predict import WORKSPACE, predict_memory
+from sfa_adapters.memory.shapes import TEXT_TOKENS, Lengths, lengths_of
+from sfa_adapters.memory.weights import four_bit_bytes, take_census, weights_of
 from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.training.activations import activations_of
-from sfa_adapters.training.census import four_bit_bytes, take_census, weights_of
-from sfa_adapters.training.memory import WORKSPACE, predict_memory
-from sfa_adapters.training.sizes import TEXT_TOKENS, Lengths, lengths_of
 
 every_family = pytest.mark.parametrize("family", list(HOSTS))
 INTERNVL = find_recipe("internvl3_5_8b")

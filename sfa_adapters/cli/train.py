@@ -14,7 +14,7 @@ from sfa_adapters.errors import RecipeError
 
 if TYPE_CHECKING:
     from sfa_adapters.hosts.recipe import Recipe
-    from sfa_adapters.training.memory import MemoryPlan
+    from sfa_adapters.memory.predict import MemoryPlan
 
 __all__ = ["app"]
 
@@ -181,8 +181,8 @@ def _dry_run(recipe: Recipe) -> None:
 
 
 def _predict(recipe: Recipe, gpus: int, memory: float, batch: int | None, tiles: int | None) -> MemoryPlan:
+    from sfa_adapters.memory.predict import predict_memory
     from sfa_adapters.recipes.catalog import architecture
-    from sfa_adapters.training.memory import predict_memory
 
     return predict_memory(recipe, architecture(recipe), gpus=gpus, memory=memory, batch=batch, tiles=tiles)
 

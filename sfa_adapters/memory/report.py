@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.training.sizes import Lengths
+from sfa_adapters.memory.shapes import Lengths
 
 __all__ = ["DeviceMemory", "MemoryPlan"]
 

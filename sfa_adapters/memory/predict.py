@@ -8,10 +8,10 @@ from typing import Any
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.training.activations import Activations, activations_of
-from sfa_adapters.training.census import Census, Weights, take_census, weights_of
-from sfa_adapters.training.memory_plan import DeviceMemory, MemoryPlan
-from sfa_adapters.training.sizes import lengths_of
+from sfa_adapters.memory.activations import Activations, activations_of
+from sfa_adapters.memory.report import DeviceMemory, MemoryPlan
+from sfa_adapters.memory.shapes import lengths_of
+from sfa_adapters.memory.weights import Census, Weights, take_census, weights_of
 
 __all__ = ["WORKSPACE", "DeviceMemory", "MemoryPlan", "predict_memory"]
 

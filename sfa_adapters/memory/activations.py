@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.training.sizes import Lengths, Widths, text_widths, vision_widths
+from sfa_adapters.memory.shapes import Lengths, Widths, text_widths, vision_widths
 
 __all__ = ["Activations", "activations_of"]
 
