@@ -48,7 +48,7 @@ from sfa_adapters.sharing.hub import write_card
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
 from sfa_adapters.training.runs import checkpoint_to_resume
-from sfa_adapters.training.trainer import FINAL, train
+from sfa_adapters.training.train import FINAL, train
 
 if TYPE_CHECKING:
     from sfa_adapters.data.rows import Row

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.hosts.load import Host, prepare
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.training.trainer import TrainResult, train
+from sfa_adapters.training.train import TrainResult, train
 from tests.hosts import HOSTS, IMAGE
 
 BY_NAME = {host.name: host for host in HOSTS}

@@ -21,7 +21,7 @@ from sfa_adapters.hosts.load import HOSTS, Host, load_host
 from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
-from sfa_adapters.training.trainer import FINAL
+from sfa_adapters.training.train import FINAL
 
 __all__ = ["family_of", "find_run", "open_host", "read_head_plan"]
 
