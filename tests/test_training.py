@@ -25,8 +25,8 @@ from sfa_adapters.errors import DataError, RecipeError, TrainingError
 from sfa_adapters.training.arguments import require_logger, training_arguments
 from sfa_adapters.training.checks import GradientCheck, check_labels
 from sfa_adapters.training.curves import plot_training, write_log
-from sfa_adapters.training.engine import SFATrainer
 from sfa_adapters.training.optimizer import EpochOrder, accumulation, parameter_groups, total_steps
+from sfa_adapters.training.trainer import SFATrainer
 from tests.tiny_training import BY_NAME, At, Rows, Stream, assert_equal, collate, recipe, run, tiny_host, trained
 
 FAMILIES = ("llava", "llava_onevision", "internvl")

@@ -25,9 +25,9 @@ from sfa_adapters.training.arguments import training_arguments
 from sfa_adapters.training.callbacks import Interrupted, ProgressBar, StopOnSignal
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.training.curves import plot_training, write_log
-from sfa_adapters.training.engine import SFATrainer
 from sfa_adapters.training.optimizer import Repeated, total_steps
 from sfa_adapters.training.runs import checkpoint_to_resume
+from sfa_adapters.training.trainer import SFATrainer
 
 __all__ = ["FINAL", "SFATrainer", "TrainResult", "train"]
 
