@@ -25,9 +25,9 @@ from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.evaluate import evaluate, paired_difference
 from sfa_adapters.recipes.nano import load_nano
 from sfa_adapters.recipes.pages import text_page
-from sfa_adapters.reduction.calibrate import calibrate_dymu
-from sfa_adapters.reduction.dymu import dymu_state, eject_dymu, inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
+from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu
 
 LAYERS = 6
 

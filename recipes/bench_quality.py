@@ -21,9 +21,9 @@ from sfa_adapters.recipes.data import ChartSample
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.evaluate import evaluate
 from sfa_adapters.recipes.nano import NanoHost
-from sfa_adapters.reduction.fastv import FastVConfig
+from sfa_adapters.reduction.fastv.inject import FastVConfig
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
-from sfa_adapters.reduction.kept import KEPT
+from sfa_adapters.reduction.kept_tokens import KEPT
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["Quality", "answer_quality"]

@@ -34,9 +34,9 @@ from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.reduction.fastv.selectors import Selector
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
-from sfa_adapters.reduction.selectors import Selector
 from sfa_adapters.timing import answer_seconds, cache_bytes, peak_bytes
 
 __all__ = ["Arm", "BenchConfig", "run_bench"]

@@ -17,9 +17,9 @@ from torch import nn
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.reduction.calibrate import calibrate_dymu, see_images
-from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu, token_counts
-from sfa_adapters.reduction.dymu_config import DyMUConfig, save_dymu
+from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu, see_images
+from sfa_adapters.reduction.dymu.config import DyMUConfig, save_dymu
+from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu, token_counts
 from sfa_adapters.registry import find_tower
 
 __all__ = ["run_calibrate_dymu"]

@@ -20,7 +20,7 @@ from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
 from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
-from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 
 
 def test_nano_host_every_arm_and_its_files(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from sfa_adapters.errors import (
 )
 from sfa_adapters.readers import RowEntropy
 from sfa_adapters.recipes.calibrate_dymu import run_calibrate_dymu
-from sfa_adapters.reduction.calibrate import calibrate_dymu, threshold_of
-from sfa_adapters.reduction.dymu import dymu_state, eject_dymu, inject_dymu, token_counts
-from sfa_adapters.reduction.dymu_config import DyMUConfig, load_dymu, save_dymu
-from sfa_adapters.reduction.size_attention import SizedPackedMask, sized_attention
+from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu, threshold_of
+from sfa_adapters.reduction.dymu.config import DyMUConfig, load_dymu, save_dymu
+from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, token_counts
+from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, sized_attention
 from tests.dymu_support import BY_NAME, NAMES, THRESHOLD, slow_tower
 from tests.hosts import HOSTS, lm_loss, logits_of
 from tests.reference import regular_places

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, LayoutError
-from sfa_adapters.reduction.cache_record import KeptOfPrompt, choose_kept
-from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
-from sfa_adapters.reduction.host_tokens import ImageKeys
-from sfa_adapters.reduction.kept import keep_positions, keep_states
-from sfa_adapters.reduction.logical_rope import latest_kept
+from sfa_adapters.reduction.dymu.cache_record import KeptOfPrompt, choose_kept
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.host_tokens import ImageKeys
+from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu
+from sfa_adapters.reduction.dymu.logical_rope import latest_kept
+from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.reduction.kept_tokens import keep_positions, keep_states
 from tests.dymu_support import BY_NAME, GENERATE, NAMES, PAD, THRESHOLD, padded, single
 from tests.hosts import IMAGE, logits_of
 from tests.support import Snapshot, assert_close, passing

@@ -18,10 +18,10 @@ from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
 from sfa_adapters.recipes.encode import encode
 from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
-from sfa_adapters.reduction.fastv_hooks import FASTV_STATE
+from sfa_adapters.reduction.fastv.hooks import FASTV_STATE
+from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
-from sfa_adapters.reduction.kept import KEPT
+from sfa_adapters.reduction.kept_tokens import KEPT
 from tests.fastv_prompts import FAMILIES, Ask, Family, batched, prompt
 from tests.hosts import IMAGE, HostCase, every_host, logits_of
 from tests.support import Snapshot, assert_close, passing

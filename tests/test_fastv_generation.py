@@ -12,9 +12,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import PlanError
-from sfa_adapters.reduction.dymu import inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import inject_dymu
+from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
 from tests.fastv_prompts import DEEP, FAMILIES, Ask, Family, batched, prompt
 from tests.hosts import IMAGE

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfa_adapters.errors import PlanError
-from sfa_adapters.reduction.fastv import FastVConfig
-from sfa_adapters.reduction.selectors import ImageTokens, Selector, select
+from sfa_adapters.reduction.fastv.inject import FastVConfig
+from sfa_adapters.reduction.fastv.selectors import ImageTokens, Selector, select
 
 SELECTORS = get_args(Selector)
 

@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 from sfa_adapters import compat, observe
 from sfa_adapters.errors import UnknownInterfaceError
 from sfa_adapters.readers import MeanPerKey
-from sfa_adapters.reduction.dymu import inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import inject_dymu
+from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
 from tests.dymu_support import BY_NAME, THRESHOLD
 from tests.fastv_prompts import FAMILIES, Ask, prompt

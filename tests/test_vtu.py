@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, UnsupportedAttentionError
-from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.logical_rope import latest_kept
-from sfa_adapters.reduction.vtu import Unmerged, UnmergedMask, rotate, unmerged_logits
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu
+from sfa_adapters.reduction.dymu.logical_rope import latest_kept
+from sfa_adapters.reduction.dymu.vtu import Unmerged, UnmergedMask, rotate, unmerged_logits
 from tests.dymu_support import BY_NAME, GENERATE, NAMES, THRESHOLD, padded, single
 from tests.support import Snapshot, assert_close
 

@@ -15,7 +15,7 @@ from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout, default_block_map
-from sfa_adapters.reduction.dymu_tower import DYMU_STATE
+from sfa_adapters.reduction.dymu.tower import DYMU_STATE
 from sfa_adapters.registry import FoundTower
 
 __all__ = ["layouts_of"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.errors import LayoutError
-from sfa_adapters.reduction.host_tokens import ImageKeys
+from sfa_adapters.reduction.dymu.host_tokens import ImageKeys
 
 __all__ = ["CacheRecord", "KeptOfPrompt", "choose_kept", "chosen_rows", "visible_tokens"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
-from sfa_adapters.reduction.merging import Merged, weighted_mean
+from sfa_adapters.reduction.dymu.merging import Merged, weighted_mean
 
 __all__ = ["TowerTokens", "group_order", "packed_rows"]
 

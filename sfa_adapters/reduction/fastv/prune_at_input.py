@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from sfa_adapters.compat import cache_of, with_cache
 from sfa_adapters.errors import PlanError
-from sfa_adapters.reduction.fastv_hooks import FastVState, Scored
+from sfa_adapters.reduction.fastv.hooks import FastVState, Scored
+from sfa_adapters.reduction.fastv.selectors import needs_attention
 from sfa_adapters.reduction.image_tokens import Counts, arguments
-from sfa_adapters.reduction.kept import KeptTokens, keep_positions, keep_states, pruned_mask
-from sfa_adapters.reduction.selectors import needs_attention
+from sfa_adapters.reduction.kept_tokens import KeptTokens, keep_positions, keep_states, pruned_mask
 
 __all__ = ["enter_decoder"]
 

@@ -18,12 +18,19 @@ from transformers.cache_utils import StaticLayer
 
 from sfa_adapters.compat import cache_of
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.reduction.asking import AttentionReader
+from sfa_adapters.reduction.fastv.prompt import NOTED, Prompt, placeholders, prompt_of
+from sfa_adapters.reduction.fastv.query_rows import AttentionReader
+from sfa_adapters.reduction.fastv.selectors import needs_attention
+from sfa_adapters.reduction.fastv.token_density import TowerImages, pack_density, token_density
 from sfa_adapters.reduction.image_tokens import arguments
-from sfa_adapters.reduction.kept import KEPT, KeptTokens, keep_positions, keep_states, nothing_before, pruned_mask
-from sfa_adapters.reduction.prompt import NOTED, Prompt, placeholders, prompt_of
-from sfa_adapters.reduction.selectors import needs_attention
-from sfa_adapters.reduction.token_density import TowerImages, pack_density, token_density
+from sfa_adapters.reduction.kept_tokens import (
+    KEPT,
+    KeptTokens,
+    keep_positions,
+    keep_states,
+    nothing_before,
+    pruned_mask,
+)
 
 __all__ = ["FASTV_STATE", "FastVState"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
-from sfa_adapters.reduction.dymu_tokens import TowerTokens, adaptive_lengths, group_order
-from sfa_adapters.reduction.merging import Merged, Pairs, merge_above, pair_scores
+from sfa_adapters.reduction.dymu.merging import Merged, Pairs, merge_above, pair_scores
+from sfa_adapters.reduction.dymu.tokens import TowerTokens, adaptive_lengths, group_order
 from sfa_adapters.registry import Backbone
 from sfa_adapters.tower import STATE_NAME
 

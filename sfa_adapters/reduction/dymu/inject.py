@@ -13,8 +13,8 @@ from torch import nn
 
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.layer import remove_hooks
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.dymu_hooks import (
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.hooks import (
     MASK,
     attended_hook,
     attention_hook,
@@ -25,9 +25,8 @@ from sfa_adapters.reduction.dymu_hooks import (
     merger_hook,
     tower_hook,
 )
-from sfa_adapters.reduction.dymu_tower import DYMU_STATE, INDEX, TowerState
-from sfa_adapters.reduction.host_tokens import HostTokens, PackRecorder, find_host
-from sfa_adapters.reduction.logical_rope import (
+from sfa_adapters.reduction.dymu.host_tokens import HostTokens, PackRecorder, find_host
+from sfa_adapters.reduction.dymu.logical_rope import (
     LanguageState,
     core_hook,
     expand_hook,
@@ -35,7 +34,8 @@ from sfa_adapters.reduction.logical_rope import (
     pictures_hook,
     shorten_hook,
 )
-from sfa_adapters.reduction.vtu import LANGUAGE_STATE, check_language_model, rotary_hook, rotated_hook
+from sfa_adapters.reduction.dymu.tower import DYMU_STATE, INDEX, TowerState
+from sfa_adapters.reduction.dymu.vtu import LANGUAGE_STATE, check_language_model, rotary_hook, rotated_hook
 from sfa_adapters.registry import FoundTower, find_tower
 
 __all__ = ["TokenCounts", "dymu_state", "eject_dymu", "inject_dymu", "token_counts", "tower_signature"]

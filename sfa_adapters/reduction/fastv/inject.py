@@ -14,11 +14,11 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
 from sfa_adapters.layer import remove_hooks
-from sfa_adapters.reduction.fastv_hooks import FASTV_STATE, FastVState
-from sfa_adapters.reduction.fastv_input import enter_decoder
+from sfa_adapters.reduction.fastv.hooks import FASTV_STATE, FastVState
+from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
+from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
+from sfa_adapters.reduction.fastv.token_density import PACK, DensityPacker, see_images
 from sfa_adapters.reduction.image_tokens import Decoder, arguments, find_decoder, image_token_ids
-from sfa_adapters.reduction.selectors import Selector, check_selector, needs_attention
-from sfa_adapters.reduction.token_density import PACK, DensityPacker, see_images
 from sfa_adapters.registry import FoundTower, find_tower
 
 __all__ = ["FastVConfig", "eject_fastv", "inject_fastv"]
@@ -37,7 +37,7 @@ class FastVConfig:
         ratio: Share of a prompt's image tokens that goes, in [0, 1); round(n * (1 - ratio)) of n stay, at least one.
             0.5 where `k` is not given.
         query: Whose attention counts: the last token of the question, or the mean of all text tokens.
-        selector: By what tokens are chosen, see `sfa_adapters.reduction.selectors`.
+        selector: By what tokens are chosen, see `sfa_adapters.reduction.fastv.selectors`.
         prune_at: "layer" prunes in front of layer K. "input" prunes in front of layer 0, so that all layers hold
             equally many tokens; scores of layer K - 1 then cost a first pass over K layers.
         balance: Of `importance+diversity`: 1 counts importance only, 0 diversity only.

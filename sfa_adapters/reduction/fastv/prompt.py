@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.errors import PlanError
-from sfa_adapters.reduction.asking import asking_rows
+from sfa_adapters.reduction.fastv.query_rows import asking_rows
+from sfa_adapters.reduction.fastv.selectors import ImageTokens, Selector, select
 from sfa_adapters.reduction.image_tokens import Counts, image_places
-from sfa_adapters.reduction.kept import keep_states, visible_tokens
-from sfa_adapters.reduction.selectors import ImageTokens, Selector, select
+from sfa_adapters.reduction.kept_tokens import keep_states, visible_tokens
 
 __all__ = ["NOTED", "Prompt", "placeholders", "prompt_of"]
 

@@ -22,10 +22,10 @@ from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, LayoutError
 from sfa_adapters.mask import SegmentedMask
 from sfa_adapters.packing import PackedMask
-from sfa_adapters.reduction.dymu_tokens import TowerTokens
-from sfa_adapters.reduction.dymu_tower import DYMU_STATE, INDEX, TowerState, follow_flat, follow_packed
-from sfa_adapters.reduction.merging import Merged
-from sfa_adapters.reduction.size_attention import SizedPackedMask, SizedSegmentedMask
+from sfa_adapters.reduction.dymu.merging import Merged
+from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, SizedSegmentedMask
+from sfa_adapters.reduction.dymu.tokens import TowerTokens
+from sfa_adapters.reduction.dymu.tower import DYMU_STATE, INDEX, TowerState, follow_flat, follow_packed
 from sfa_adapters.tower import STATE_NAME
 
 __all__ = ["MASK"]

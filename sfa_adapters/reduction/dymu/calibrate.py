@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.reduction.dymu import dymu_state, eject_dymu, inject_dymu, tower_signature
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.merging import Pairs
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, tower_signature
+from sfa_adapters.reduction.dymu.merging import Pairs
 from sfa_adapters.registry import find_tower
 
 __all__ = ["calibrate_dymu", "see_images", "threshold_of"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.compat import cache_of, cache_of_output, encoded_images
 from sfa_adapters.errors import LayoutError, UnsupportedAttentionError
-from sfa_adapters.reduction.cache_record import (
+from sfa_adapters.reduction.dymu.cache_record import (
     CacheRecord,
     KeptOfPrompt,
     choose_kept,
@@ -29,12 +29,12 @@ from sfa_adapters.reduction.cache_record import (
     grown,
     visible_tokens,
 )
-from sfa_adapters.reduction.dymu_tower import TowerState
-from sfa_adapters.reduction.fastv_hooks import FASTV_STATE, FastVState
-from sfa_adapters.reduction.host_tokens import HostTokens, ImageKeys
+from sfa_adapters.reduction.dymu.host_tokens import HostTokens, ImageKeys
+from sfa_adapters.reduction.dymu.tower import TowerState
+from sfa_adapters.reduction.dymu.vtu import LANGUAGE_STATE, Unmerged, full_rotation
+from sfa_adapters.reduction.fastv.hooks import FASTV_STATE, FastVState
 from sfa_adapters.reduction.image_tokens import arguments
-from sfa_adapters.reduction.kept import KEPT, keep_positions, keep_states
-from sfa_adapters.reduction.vtu import LANGUAGE_STATE, Unmerged, full_rotation
+from sfa_adapters.reduction.kept_tokens import KEPT, keep_positions, keep_states
 
 __all__ = ["LanguageState", "latest_kept"]
 

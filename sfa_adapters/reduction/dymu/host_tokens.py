@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import InjectionError, LayoutError
-from sfa_adapters.reduction.dymu_tower import TowerState
+from sfa_adapters.reduction.dymu.tower import TowerState
 from sfa_adapters.registry import FoundTower, matches
 
 __all__ = ["HostTokens", "ImageKeys", "PackRecorder", "find_host"]
