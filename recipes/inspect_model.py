@@ -21,8 +21,8 @@ from torch import nn
 
 from sfa_adapters import SFAConfig, describe
 from sfa_adapters.errors import SFAError
-from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.metadata import pruned_folder
 from sfa_adapters.heads.prune import Target, slice_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits

@@ -34,7 +34,7 @@ from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
 from sfa_adapters.files import can_be_made, require_writable
-from sfa_adapters.heads.facts import folder_facts
+from sfa_adapters.heads.metadata import folder_facts
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.settings import write_recipe

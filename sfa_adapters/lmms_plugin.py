@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_plan
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
-from sfa_adapters.heads.facts import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts
 from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:

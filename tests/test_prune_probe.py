@@ -15,10 +15,10 @@ from sfa_adapters import inject_sfa
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads import prune_receipt, take_probe
 from sfa_adapters.heads.head_plan import HeadPlan
-from sfa_adapters.heads.probe import NUMBERS
 from sfa_adapters.heads.prune import find_targets, prune_heads, slice_heads
 from sfa_adapters.heads.pruned_files import pruned_of
 from sfa_adapters.heads.slicing import Edits
+from sfa_adapters.heads.snapshot import NUMBERS
 from sfa_adapters.heads.speed import whole
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.tuner import injected_layers

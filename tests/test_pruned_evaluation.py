@@ -22,8 +22,8 @@ from sfa_adapters.evaluation.answers import answer_rows, fingerprint
 from sfa_adapters.evaluation.open_host import open_host, read_head_plan
 from sfa_adapters.evaluation.predictions import facts_of_answers
 from sfa_adapters.heads import HeadPlan, prune_heads, save_pruned
-from sfa_adapters.heads.facts import PrunedFacts, folder_facts, plan_facts, pruned_facts, pruned_folder
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts, pruned_folder
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.observe import attention_modules

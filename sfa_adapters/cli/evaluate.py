@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from sfa_adapters.evaluation.tables import Table
-    from sfa_adapters.heads.facts import PrunedFacts
+    from sfa_adapters.heads.metadata import PrunedFacts
     from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["app"]
@@ -55,7 +55,7 @@ def evaluate(
     from sfa_adapters.evaluation.predictions import facts_of_answers, read_answers
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import hallucination_table, score_table
-    from sfa_adapters.heads.facts import pruned_facts
+    from sfa_adapters.heads.metadata import pruned_facts
     from sfa_adapters.recipes.run import recipe_rows
 
     first = _processes().is_main_process

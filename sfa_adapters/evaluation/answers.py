@@ -17,7 +17,7 @@ from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
-from sfa_adapters.heads.facts import pruned_facts
+from sfa_adapters.heads.metadata import pruned_facts
 
 if TYPE_CHECKING:
     from sfa_adapters.data.rows import Row

@@ -12,9 +12,9 @@ from typing import Any
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.compensation import Compensation, check_compensation
-from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.metadata import pruned_folder
 from sfa_adapters.heads.prune import plain_model, prune_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of
 from sfa_adapters.hosts.load import HOSTS, Host, load_host

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.facts import PrunedFacts
+from sfa_adapters.heads.metadata import PrunedFacts
 
 __all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
 

@@ -14,7 +14,7 @@ from sfa_adapters.axial import AXES, LayerHeads
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.heads.axis_affinity import axis_affinity
 from sfa_adapters.heads.gate_energy import gate_energy
-from sfa_adapters.heads.probe import evaluating
+from sfa_adapters.heads.snapshot import evaluating
 from sfa_adapters.registry import STATE_NAME, FoundTower, find_tower
 
 __all__ = ["By", "calibrate_axial"]

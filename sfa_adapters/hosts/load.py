@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.heads.facts import pruned_folder
+from sfa_adapters.heads.metadata import pruned_folder
 from sfa_adapters.hosts.placement import dispatch, placement, skeleton
 from sfa_adapters.hosts.prepare import Host, check_recipe, prepare, set_trainable
 from sfa_adapters.hosts.pruned import load_pruned_host

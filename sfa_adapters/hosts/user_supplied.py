@@ -23,7 +23,7 @@ def load_own(model: str, **options: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from sfa_adapters.heads.facts import pruned_folder
+    from sfa_adapters.heads.metadata import pruned_folder
 
     if pruned_folder(model):
         raise DataError(

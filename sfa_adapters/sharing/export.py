@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.bias import BiasFactors, bias_factors
 from sfa_adapters.errors import InjectionError, RecipeError
-from sfa_adapters.heads.facts import pruned_facts
+from sfa_adapters.heads.metadata import pruned_facts
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower, find_tower, pair
