@@ -22,7 +22,7 @@ from rich.progress import track
 from benchmarks.common import compare, write_result
 from sfa_adapters.adat import DensityEstimator, density_labels
 from sfa_adapters.adat.labels import box_density
-from sfa_adapters.recipes.evaluate import Interval, bootstrap
+from sfa_adapters.recipes.nano.evaluate import Interval, bootstrap
 from sfa_adapters.recipes.pages import KINDS, SIZE, Page, mixture, render_page, text_page
 from sfa_adapters.recipes.scans import PHOTOGRAPHS, photograph
 

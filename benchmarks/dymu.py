@@ -21,9 +21,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.common import compare, write_result
 from sfa_adapters.recipes.data import chart_samples
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.evaluate import evaluate, paired_difference
-from sfa_adapters.recipes.nano import load_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.evaluate import evaluate, paired_difference
+from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.recipes.pages import text_page
 from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu
 from sfa_adapters.reduction.dymu.config import DyMUConfig

@@ -31,16 +31,16 @@ from sfa_adapters.analysis.hallucination_compare import compare as compare_hallu
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.charts import Chart, draw, kinds_for
 from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.encode import encode, encode_packed, pixel_values
-from sfa_adapters.recipes.evaluate import Evaluation, evaluate
-from sfa_adapters.recipes.finetune import (
+from sfa_adapters.recipes.nano.encode import encode, encode_packed, pixel_values
+from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate
+from sfa_adapters.recipes.nano.finetune import (
     FinetuneConfig,
     evidence_mask,
     finetune,
     train_tower_and_projector,
     training_charts,
 )
-from sfa_adapters.recipes.nano import PIXELS, NanoHost, load_nano
+from sfa_adapters.recipes.nano.models import PIXELS, NanoHost, load_nano
 from sfa_adapters.recipes.questions import questions_for
 from sfa_adapters.recipes.sources import load_tables
 from sfa_adapters.scr import SCRConfig, SCRLoss

@@ -34,8 +34,8 @@ from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.heads_figure import plot_bench_heads
 from sfa_adapters.recipes.heads_quality import Asked, ask, chart_batches, quality_of
 from sfa_adapters.recipes.heads_report import HeadArm, HeadBench, write_bench
-from sfa_adapters.recipes.many_heads import load_many_heads
-from sfa_adapters.recipes.nano import NanoHost
+from sfa_adapters.recipes.nano.many_heads import load_many_heads
+from sfa_adapters.recipes.nano.models import NanoHost
 
 __all__ = ["HeadBenchConfig", "run_bench_heads"]
 

@@ -32,8 +32,8 @@ from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
 from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.devices import require_device
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.nano import load_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.fastv.selectors import Selector
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids

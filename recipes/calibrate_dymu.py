@@ -68,8 +68,8 @@ def run_calibrate_dymu(
 
 def _charts(charts: int, batch: int) -> tuple[nn.Module, Iterator[Any]]:
     from sfa_adapters.recipes.data import chart_samples
-    from sfa_adapters.recipes.encode import encode
-    from sfa_adapters.recipes.nano import load_nano
+    from sfa_adapters.recipes.nano.encode import encode
+    from sfa_adapters.recipes.nano.models import load_nano
 
     host = load_nano("llava_onevision")
     samples = chart_samples("train", charts)

@@ -110,7 +110,7 @@ def _planned(scores: HeadScores, out: Path, rate: float | None, kind: str) -> He
 
 def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
     from sfa_adapters.recipes.heads_quality import chart_batches
-    from sfa_adapters.recipes.nano import load_nano
+    from sfa_adapters.recipes.nano.models import load_nano
 
     host = load_nano()
     return host.model, chart_batches(host, charts, labelled), f"{charts} training charts"

@@ -12,8 +12,8 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import read_config
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes import internvl3_5_8b, llava_1_5_7b, llava_onevision_7b, qwen2_5_vl_7b
-from sfa_adapters.recipes.nano_checkpoint import NANO
-from sfa_adapters.recipes.nano_hosts import build_host
+from sfa_adapters.recipes.nano.checkpoint import NANO
+from sfa_adapters.recipes.nano.hosts import build_host
 
 __all__ = ["RECIPES", "architecture", "find_recipe", "training_rows"]
 

@@ -28,9 +28,9 @@ from sfa_adapters.recipes.demo_options import (
     save_trained,
 )
 from sfa_adapters.recipes.demo_report import Arm, Report, draw_answers, results_table, write_results
-from sfa_adapters.recipes.evaluate import Evaluation, evaluate, paired_difference
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
-from sfa_adapters.recipes.nano import NanoHost
+from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate, paired_difference
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
+from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.report_parts import percent
 
 __all__ = ["run_charts"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfa_adapters import load_sfa, save_sfa
 from sfa_adapters.errors import SFAError, WeightsError
-from sfa_adapters.recipes.nano import HostName, NanoHost, load_nano
+from sfa_adapters.recipes.nano.models import HostName, NanoHost, load_nano
 
 __all__ = [
     "FILES",
@@ -55,7 +55,7 @@ class DemoConfig:
 
     Attributes:
         task: `tables`, which the host does not know yet, or `charts`, which it knows.
-        host: A nano host, see `recipes/nano.py`.
+        host: A nano host, see `recipes/nano/models.py`.
         steps: Fine-tuning steps of each model; by default what the task says, see `number`.
         seed: Of the training pictures, their order and the initial bias. The test questions stay the same.
         out: Folder for what is left behind.

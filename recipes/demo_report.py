@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from sfa_adapters.recipes.answer_page import AnsweredPicture, draw_answer_page
-from sfa_adapters.recipes.evaluate import Evaluation, Interval
+from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval
 from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
 
 __all__ = ["Arm", "Report", "draw_answers", "results_table", "write_results"]

@@ -29,12 +29,12 @@ from sfa_adapters.recipes.demo_options import (
 )
 from sfa_adapters.recipes.demo_tables_figures import draw_curve, draw_tables
 from sfa_adapters.recipes.demo_tables_report import TablesArm, TablesReport, effect, results_table, write_results
-from sfa_adapters.recipes.evaluate import generate_answers
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector
-from sfa_adapters.recipes.nano import NanoHost
+from sfa_adapters.recipes.nano.evaluate import generate_answers
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
+from sfa_adapters.recipes.nano.models import NanoHost
+from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
 from sfa_adapters.recipes.shuffled_places import shuffle_places
 from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, table_pictures
-from sfa_adapters.recipes.teacher_forcing import exact_matches
 
 __all__ = ["run_tables"]
 

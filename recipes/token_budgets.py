@@ -36,10 +36,10 @@ from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.charts import Chart
 from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.encode import pixel_values
-from sfa_adapters.recipes.evaluate import Evaluation, Interval, bootstrap, evaluate
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
-from sfa_adapters.recipes.nano import PIXELS, NanoHost, load_nano
+from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval, bootstrap, evaluate
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
+from sfa_adapters.recipes.nano.models import PIXELS, NanoHost, load_nano
 from sfa_adapters.recipes.pages import PageKind, render_page
 from sfa_adapters.recipes.tokens_report import Measured, ScoredPage, plot_efficiency, plot_gallery, plot_plan
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.evaluate import Interval
+from sfa_adapters.recipes.nano.evaluate import Interval
 
 __all__ = ["Measured", "ScoredPage", "plot_efficiency", "plot_gallery", "plot_plan"]
 

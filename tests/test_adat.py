@@ -20,8 +20,8 @@ from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, eject_adat, inject
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.adat.tokenizer import AdatState
 from sfa_adapters.errors import InjectionError, LayoutError, NoMatchingBackboneError, PlanError
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.nano import HOSTS, HostName, build_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.models import HOSTS, HostName, build_nano
 from sfa_adapters.registry import find_tower
 from tests.support import assert_close, assert_same_gradients, difference, gradients, read, strong_config, structural
 from tests.towers import CASES, SMALL, TowerCase, set_checkpointing, set_eager

@@ -21,7 +21,7 @@ from sfa_adapters.analysis.entropy import attention_entropy
 from sfa_adapters.analysis.entropy_report import EntropyReport, compare_entropy, entropy_change
 from sfa_adapters.analysis.report import Skips
 from sfa_adapters.errors import DataError, ObservationError
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.models import build_nano
 from tests.hosts import HOSTS
 from tests.support import Snapshot, strong_config
 from tests.towers import CASES, Inputs, TowerCase, set_eager

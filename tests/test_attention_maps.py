@@ -17,8 +17,8 @@ from sfa_adapters import inject_sfa
 from sfa_adapters.analysis.map_figures import plot_maps
 from sfa_adapters.analysis.maps import AttentionMap, attention_map, attention_rollout
 from sfa_adapters.errors import DataError, ObservationError
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.models import build_nano
 from tests.hosts import HOSTS, IMAGE
 from tests.support import strong_config
 from tests.towers import CASES, TowerCase, set_eager

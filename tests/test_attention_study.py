@@ -13,9 +13,9 @@ import torch
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.attention_study import BASE, StudyConfig, run_study, unseen_charts
-from sfa_adapters.recipes.encode import IGNORE, encode_packed
-from sfa_adapters.recipes.finetune import evidence_mask
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.encode import IGNORE, encode_packed
+from sfa_adapters.recipes.nano.finetune import evidence_mask
+from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.recipes.questions import questions_for
 
 

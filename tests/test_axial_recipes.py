@@ -15,7 +15,7 @@ from sfa_adapters.evaluation.ablation import term_variants
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.rates import DEFAULT_SFA_LR, largest_scalars
 from sfa_adapters.recipes.catalog import find_recipe
-from sfa_adapters.recipes.finetune import FinetuneConfig
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.training.checkpoints import load_trained, saved_recipe

@@ -20,7 +20,7 @@ from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
 from sfa_adapters.recipes.calibrate_heads import _tell, run_calibrate_heads
 from sfa_adapters.recipes.data import chart_samples
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
 QUESTION = ["--question", "What is the value of WY?"]
 

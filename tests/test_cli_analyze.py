@@ -14,7 +14,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 from sfa_adapters.cli.main import main
 from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.data import chart_samples
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
 
 def run(*arguments: str) -> int:

@@ -10,7 +10,7 @@ from sfa_adapters.cli.main import main
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes import run as run_module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_settings
+from sfa_adapters.recipes.nano.checkpoint import nano_settings
 
 INTERNVL = "internvl3_5_8b"
 

@@ -15,7 +15,7 @@ from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.spec import HOSTS
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.scr import SCRConfig, SCRLoss
 from sfa_adapters.scr.targets import boxes_to_tokens
 

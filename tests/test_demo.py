@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from sfa_adapters import describe, inject_sfa, load_sfa
 from sfa_adapters.errors import DataError, WeightsError
 from sfa_adapters.recipes.demo import FILES, DemoConfig, DemoError, run_demo
-from sfa_adapters.recipes.evaluate import Interval
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.evaluate import Interval
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
+from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.recipes.report_parts import percent
 from sfa_adapters.recipes.sources import load_tables
 
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_made(untrained: Path, tmp_path: Path) -> None:
 
 
 def test_a_host_without_weights_says_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"(?s)recipes\.pretrain --host llava.*--weights FILE"):
+    with pytest.raises(WeightsError, match=r"(?s)recipes\.nano\.pretrain --host llava.*--weights FILE"):
         run_demo(DemoConfig(task="charts", host="llava", out=tmp_path / "out"), Console(quiet=True))
     with pytest.raises(WeightsError, match="nowhere"):
         run_demo(DemoConfig(task="charts", weights=tmp_path / "nowhere", out=tmp_path / "out"), Console(quiet=True))
@@ -115,7 +115,7 @@ def test_the_other_hosts_can_be_fine_tuned(name: str) -> None:
 
 
 def test_both_runs_see_the_same_charts_and_questions_and_only_sfa_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sfa_adapters.recipes.finetune as module
+    import sfa_adapters.recipes.nano.finetune as module
 
     seen: list[list[object]] = []
     original = module.encode_packed

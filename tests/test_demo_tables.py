@@ -17,13 +17,13 @@ from sfa_adapters import describe, load_sfa
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.recipes.demo import FILES, DemoConfig, DemoError, run_demo
 from sfa_adapters.recipes.demo_tables_report import TablesArm, TablesReport, effect
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.models import build_nano
 
 
 @pytest.fixture(scope="module")
 def finished(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run: its folder, what it printed, its report, and the pictures and questions of every training step."""
-    import sfa_adapters.recipes.finetune as training
+    import sfa_adapters.recipes.nano.finetune as training
 
     out, screen, batches = tmp_path_factory.mktemp("run") / "made-by-the-demo", io.StringIO(), []
     original, patch = training.encode_packed, pytest.MonkeyPatch()

@@ -21,8 +21,8 @@ from sfa_adapters.analysis.dominance import modality_dominance, stage_layers
 from sfa_adapters.analysis.dominance_report import DominanceReport, attention_efficiency, dominance_index
 from sfa_adapters.errors import DataError
 from sfa_adapters.readers import KeyMass
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.models import build_nano
 from tests.hosts import HOSTS, IMAGE, IMAGE_ID, TEXT, HostCase, logits_of
 from tests.support import Snapshot
 from tests.towers import lively

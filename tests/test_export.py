@@ -25,7 +25,7 @@ from sfa_adapters.cli.main import main
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, RecipeError
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
 from sfa_adapters.training.checkpoints import save_trained

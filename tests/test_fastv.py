@@ -16,8 +16,8 @@ from sfa_adapters import eject_sfa, inject_sfa
 from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.nano import load_nano
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.reduction.fastv.hooks import FASTV_STATE
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder

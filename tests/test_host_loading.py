@@ -17,7 +17,7 @@ from sfa_adapters.hosts.load import HOSTS, Host, load_host, module_table, prepar
 from sfa_adapters.hosts.placement import skeleton
 from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from tests.hosts import HOSTS as CASES
 from tests.support import structural
 

@@ -24,7 +24,7 @@ from sfa_adapters.evaluation.prompts import HostAnswers
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Family
 from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

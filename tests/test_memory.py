@@ -27,7 +27,7 @@ from sfa_adapters.memory.predict import WORKSPACE, predict_memory
 from sfa_adapters.memory.shapes import TEXT_TOKENS, Lengths, lengths_of
 from sfa_adapters.memory.weights import four_bit_bytes, take_census, weights_of
 from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
 every_family = pytest.mark.parametrize("family", list(HOSTS))
 INTERNVL = find_recipe("internvl3_5_8b")

@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from sfa_adapters.errors import WeightsError
-from sfa_adapters.recipes import nano
 from sfa_adapters.recipes.data import ChartSample, load_charts
-from sfa_adapters.recipes.encode import EOS, IGNORE, IMAGE, encode, encode_packed, nano_tokenizer
-from sfa_adapters.recipes.evaluate import bootstrap, evaluate, fabricated, generate_answers, paired_difference
 from sfa_adapters.recipes.legible import ReadingHeads, reading_targets, text_records
+from sfa_adapters.recipes.nano import models as nano
+from sfa_adapters.recipes.nano.encode import EOS, IGNORE, IMAGE, encode, encode_packed, nano_tokenizer
+from sfa_adapters.recipes.nano.evaluate import bootstrap, evaluate, fabricated, generate_answers, paired_difference
 from sfa_adapters.recipes.questions import PHRASES, questions_for
 
 CLASSES = {
@@ -131,7 +131,7 @@ def test_unknown_host_is_refused():
 
 
 def test_missing_weights_name_the_command(tmp_path):
-    with pytest.raises(WeightsError, match=r"python -m sfa_adapters\.recipes\.pretrain --host internvl"):
+    with pytest.raises(WeightsError, match=r"python -m sfa_adapters\.recipes\.nano\.pretrain --host internvl"):
         nano.load_nano("internvl", path=tmp_path / "none.safetensors")
 
 
@@ -177,7 +177,7 @@ def test_evaluation_counts(monkeypatch, samples):
     host = nano.build_nano("llava_onevision")
     said = [s.answer for s in samples]
     said[0] = "99999"
-    monkeypatch.setattr("sfa_adapters.recipes.evaluate.generate_answers", lambda *a, **k: (said, 1.0))
+    monkeypatch.setattr("sfa_adapters.recipes.nano.evaluate.generate_answers", lambda *a, **k: (said, 1.0))
     result = evaluate(host, samples)
     assert result.correct.tolist() == [False] + [True] * 5
     assert result.by_type()["value"].value == 0.5
@@ -227,7 +227,8 @@ def test_reading_targets_lie_on_their_texts(samples):
 
 @pytest.mark.parametrize("name", nano.HOSTS)
 def test_pretraining_runs_every_stage_and_goes_on_where_it_stopped(tmp_path, tmp_path_factory, monkeypatch, name):
-    from sfa_adapters.recipes import pretrain, render
+    from sfa_adapters.recipes import render
+    from sfa_adapters.recipes.nano import pretrain
 
     monkeypatch.setattr(render, "CHUNK", 6)
     monkeypatch.setattr(pretrain, "VALIDATION", 3)

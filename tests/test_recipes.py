@@ -23,9 +23,9 @@ from sfa_adapters.memory.predict import predict_memory
 from sfa_adapters.rates import DEFAULT_SFA_LR
 from sfa_adapters.recipes import internvl3_5_8b
 from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe, training_rows
-from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.recipes.nano_checkpoint import MARK, nano, nano_checkpoint, nano_settings
-from sfa_adapters.recipes.nano_hosts import build_host
+from sfa_adapters.recipes.nano.checkpoint import MARK, nano, nano_checkpoint, nano_settings
+from sfa_adapters.recipes.nano.hosts import build_host
+from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.training.optimizer import total_steps
 
 FAMILIES: tuple[Family, ...] = get_args(Family)

@@ -22,7 +22,7 @@ from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.settings import load_recipe
 from sfa_adapters.recipes import run as module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_settings
+from sfa_adapters.recipes.nano.checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
 
 NAMES = ["internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b"]

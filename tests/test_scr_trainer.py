@@ -16,8 +16,8 @@ from sfa_adapters import SFAConfig, inject_sfa, observe
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat
 from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
 from sfa_adapters.readers import RowEntropy
-from sfa_adapters.recipes.encode import encode_packed
-from sfa_adapters.recipes.nano import build_nano
+from sfa_adapters.recipes.nano.encode import encode_packed
+from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.registry import find_tower
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.scr.augment import change_pixels

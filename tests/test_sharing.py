@@ -19,7 +19,7 @@ from sfa_adapters.cli.main import main
 from sfa_adapters.errors import MergeError, RecipeError
 from sfa_adapters.hosts.load import Host, load_host
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.recipes.nano_checkpoint import nano_checkpoint
+from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.sharing import RunFacts, fetch, model_card, push_to_hub, read_facts, share, write_card, write_facts
 from sfa_adapters.sharing.metadata import hub_id
 from sfa_adapters.training.checkpoints import load_trained, save_trained

@@ -12,7 +12,7 @@ import torch
 
 from sfa_adapters import describe, inject_sfa
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.packing import IGNORE
+from sfa_adapters.recipes.nano.packing import IGNORE
 from sfa_adapters.recipes.studies.settings import Job, load_settings
 from sfa_adapters.recipes.table_pictures import TableSize, cut_tables
 

@@ -16,10 +16,11 @@ from sfa_adapters import SFAConfig, StructuralBias, TokenLayout, eject_sfa, inje
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.recipes.charts import Chart
-from sfa_adapters.recipes.encode import pixel_values
-from sfa_adapters.recipes.evaluate import generate_answers
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector
-from sfa_adapters.recipes.nano import NanoHost, build_nano, load_nano
+from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.evaluate import generate_answers
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
+from sfa_adapters.recipes.nano.models import NanoHost, build_nano, load_nano
+from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
 from sfa_adapters.recipes.shuffled_places import ShuffledPlaces, shuffle_places
 from sfa_adapters.recipes.studies.report import print_report, write_report
 from sfa_adapters.recipes.studies.results_file import Outcome, Row
@@ -27,7 +28,6 @@ from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_setti
 from sfa_adapters.recipes.studies.tables import build_arm, train
 from sfa_adapters.recipes.studies.tables_measures import answer_measures, text_regions
 from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, larger_charts, table_pictures
-from sfa_adapters.recipes.teacher_forcing import exact_matches
 
 SIZE = TableSize((3, 5), (2, 3))
 TINY: Mapping[str, Any] = {

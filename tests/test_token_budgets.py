@@ -11,8 +11,8 @@ import torch
 
 from sfa_adapters.cli.main import main
 from sfa_adapters.recipes import token_budgets
-from sfa_adapters.recipes.encode import pixel_values
-from sfa_adapters.recipes.nano import PIXELS, build_nano
+from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.models import PIXELS, build_nano
 from sfa_adapters.recipes.token_budgets import BudgetConfig, run_budgets
 
 

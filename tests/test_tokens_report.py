@@ -9,7 +9,7 @@ from PIL import Image
 
 from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.evaluate import Interval
+from sfa_adapters.recipes.nano.evaluate import Interval
 from sfa_adapters.recipes.tokens_report import (
     Measured,
     ScoredPage,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from sfa_adapters.recipes.charts import Chart, draw, kinds_for
-from sfa_adapters.recipes.packing import pack
+from sfa_adapters.recipes.nano.packing import pack
 from sfa_adapters.recipes.questions import Question
 from sfa_adapters.recipes.sources import load_tables
 from sfa_adapters.recipes.studies.pretrained_pictures import MEAN, STD

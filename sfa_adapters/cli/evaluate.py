@@ -113,7 +113,7 @@ def ablate(
     from sfa_adapters.files import can_be_made
     from sfa_adapters.hosts.settings import load_recipe
     from sfa_adapters.recipes.catalog import find_recipe
-    from sfa_adapters.recipes.nano_checkpoint import nano_settings
+    from sfa_adapters.recipes.nano.checkpoint import nano_settings
     from sfa_adapters.recipes.run import run
 
     if rows not in ROWS:
@@ -152,7 +152,7 @@ def ablate(
 def _source(model: str, nano: bool, out: Path | None) -> str | Recipe:
     """A path or hub id, or the recipe of that name: its host as it is."""
     from sfa_adapters.recipes.catalog import RECIPES, find_recipe
-    from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
+    from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
 
     if model not in RECIPES and (Path(model).exists() or "/" in model):
         if nano:
@@ -169,7 +169,7 @@ def _untrained(recipe: Recipe, nano: bool) -> Path:
     """Evaluates a host as it is, in the folder of its recipe."""
     from sfa_adapters.evaluation.answers import answer_rows
     from sfa_adapters.evaluation.open_host import open_host
-    from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
+    from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
     from sfa_adapters.recipes.run import recipe_rows
 
     folder = Path(recipe.folder)

@@ -142,7 +142,7 @@ def recipes() -> None:
 def _resolve(name: str, config: Path | None, flags: dict[str, Any], settings: list[str] | None, nano: bool) -> Recipe:
     from sfa_adapters.hosts.settings import load_recipe
     from sfa_adapters.recipes.catalog import find_recipe
-    from sfa_adapters.recipes.nano_checkpoint import nano_settings
+    from sfa_adapters.recipes.nano.checkpoint import nano_settings
 
     base = find_recipe(name)
     overrides = [f"{key}={value}" for key, value in flags.items()]

@@ -40,7 +40,7 @@ def expected_speedup(model: nn.Module, plan: HeadPlan, length: int = 0) -> float
         RecipeError: The length is negative.
 
     Example:
-        >>> from sfa_adapters.recipes.nano import load_nano
+        >>> from sfa_adapters.recipes.nano.models import load_nano
         >>> path = "model.language_model.layers.0.self_attn"
         >>> round(expected_speedup(load_nano().model, HeadPlan({path: (1,)}, {path: 4}, {path: 4})), 3)
         1.027

@@ -97,7 +97,7 @@ def prune_heads(
         RecipeError: The plan removes nothing, or the compensation cannot be used. The model is as it was.
 
     Example:
-        >>> from sfa_adapters.recipes.nano import load_nano
+        >>> from sfa_adapters.recipes.nano.models import load_nano
         >>> model = load_nano().model
         >>> path = "model.language_model.layers.0.self_attn"
         >>> model = prune_heads(model, HeadPlan({path: (1,)}, {path: 4}, {path: 4}))

@@ -109,7 +109,7 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
         UnsupportedAttentionError: The selector needs attention scores, which flash and flex attention do not show.
 
     Example:
-        >>> from sfa_adapters.recipes.nano import load_nano
+        >>> from sfa_adapters.recipes.nano.models import load_nano
         >>> model = inject_fastv(load_nano().model, FastVConfig(layer=2, ratio=0.5))
     """
     config = config or FastVConfig()

@@ -38,9 +38,8 @@ from transformers import (
 )
 
 from sfa_adapters.hosts.recipe import Family
-from sfa_adapters.recipes.encode import IMAGE, VIDEO
-from sfa_adapters.recipes.nano import PATCH, PIXELS, load_nano
-from sfa_adapters.recipes.nano_words import CHATML, PLAIN, VICUNA, host_tokenizer, token_id
+from sfa_adapters.recipes.nano.models import PATCH, PIXELS, load_nano
+from sfa_adapters.recipes.nano.tokenizer import CHATML, IMAGE, PLAIN, VICUNA, VIDEO, host_tokenizer, token_id
 
 __all__ = ["FAMILIES", "build_host"]
 

@@ -22,8 +22,8 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.rates import DEFAULT_SFA_LR
 from sfa_adapters.recipes.charts import Chart, TextBox, draw, kinds_for
-from sfa_adapters.recipes.encode import encode_packed
-from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost
+from sfa_adapters.recipes.nano.encode import encode_packed
+from sfa_adapters.recipes.nano.models import PATCH, PIXELS, NanoHost
 from sfa_adapters.recipes.questions import Question, pick_questions
 from sfa_adapters.recipes.sources import load_tables
 from sfa_adapters.recipes.tables import Table

@@ -6,18 +6,16 @@ One host per tower family, each the genuine class with a small config, so that w
 * `internvl`: InternViT tower (CLS, layer scale), pixel shuffle to 36 image tokens, Qwen3 text;
 * `llava`: CLIP tower (CLS) read at layer -2, so that its last layer is dead, Llama text.
 
-A host is pretrained without any structural bias by `recipes/pretrain.py`. The weights of `llava_onevision` are part of
-the package; the hash in `SHA256` is checked before they are read.
+A host is pretrained without any structural bias by `recipes/nano/pretrain.py`. The weights of `llava_onevision` are
+part of the package; the hash in `SHA256` is checked before they are read.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     InternVLConfig,
@@ -34,8 +32,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sfa_adapters.errors import WeightsError
-from sfa_adapters.recipes.encode import EOS, IMAGE, PAD, VIDEO, nano_tokenizer
+from sfa_adapters.recipes.nano.tokenizer import EOS, IMAGE, PAD, VIDEO, nano_tokenizer
+from sfa_adapters.recipes.nano.weights import put_weights, read_weights
 
 __all__ = [
     "HOSTS",
@@ -43,8 +41,6 @@ __all__ = [
     "NanoHost",
     "build_nano",
     "load_nano",
-    "put_weights",
-    "read_weights",
     "weights_path",
 ]
 
@@ -204,60 +200,10 @@ def load_nano(host: HostName = "llava_onevision", pretrained: bool = True, path:
     nano = build_nano(host)
     if not pretrained:
         return nano
-    command = f"python -m sfa_adapters.recipes.pretrain --host {host}"
+    command = f"python -m sfa_adapters.recipes.nano.pretrain --host {host}"
     if path is None:
         stored = read_weights(weights_path(host), command, SHA256.get(host, "none that is known"))
     else:
         stored = read_weights(path, command)
     put_weights(nano.model, stored, path or weights_path(host))
     return nano
-
-
-def read_weights(file: Path, command: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read weights that came with the package, or others.
-
-    Args:
-        file: where they are.
-        command: what makes them; told in errors.
-        sha256: what the file must have; None for weights of one's own.
-
-    Raises:
-        WeightsError: the file is missing, has another hash, or is no safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not file.is_file():
-        raise WeightsError(f"No weights of the nano host at {file}. Train them: {command}")
-    raw = file.read_bytes()
-    if sha256 is not None:
-        found = hashlib.sha256(raw).hexdigest()
-        if found != sha256:
-            raise WeightsError(
-                f"{file} has sha256 {found}, expected {sha256}: the file is damaged or another one. "
-                f"Install the package again, or train the weights: {command}"
-            )
-    try:
-        return load(raw)
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{file} is not a readable safetensors file ({error}). Train the weights: {command}"
-        ) from error
-
-
-def put_weights(model: nn.Module, stored: Mapping[str, Tensor], file: Path) -> None:
-    """Fill a module with weights that have exactly its names and shapes.
-
-    Raises:
-        WeightsError: they do not fit; the module is as it was.
-    """
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    wrong = sorted(n for n in wanted.keys() | stored.keys() if n not in stored or wanted.get(n) != stored[n].shape)
-    if wrong:
-        raise WeightsError(
-            f"{file} does not fit {type(model).__name__} of the nano host: {len(wrong)} tensors differ, first "
-            f"{wrong[0]!r}."
-        )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(stored[name])

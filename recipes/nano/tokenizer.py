@@ -1,6 +1,7 @@
-"""The words of the nano hosts: one tokenizer for all, and the turns as each full-size host writes them.
+"""Tokenizers of the nano hosts: `nano_tokenizer` for bare models, `host_tokenizer` for the processors of whole hosts.
 
-The tokenizer knows characters, and bytes for every other one, so that Korean is read too.
+Both know single characters, and the fixed parts of the questions as one token each. `host_tokenizer` knows bytes for
+every other character, so that Korean is read too, and comes with the turns as each full-size host writes them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerFast
 
-from sfa_adapters.recipes.encode import PAD, SPECIAL, UNKNOWN, nano_tokenizer
 from sfa_adapters.recipes.questions import PHRASES
 
-__all__ = ["CHATML", "PLAIN", "VICUNA", "host_tokenizer", "token_id"]
+__all__ = [
+    "CHATML",
+    "EOS",
+    "IMAGE",
+    "PAD",
+    "PLAIN",
+    "VICUNA",
+    "VIDEO",
+    "host_tokenizer",
+    "nano_tokenizer",
+    "token_id",
+]
+
+SPECIAL = ("<pad>", "<eos>", "<unk>", "<image>", "<video>")
+PAD, EOS, UNKNOWN, IMAGE, VIDEO = range(len(SPECIAL))
 
 # `PICTURE` stands for what a host writes where an image goes.
 _PART = "{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}"
@@ -32,6 +46,21 @@ VICUNA = (
 PLAIN = (
     "{% for message in messages %}" + _CONTENT + "{{ '<eos>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
 )
+
+
+def nano_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer: printable ASCII, the line break, and one token for each of the fixed question parts."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*SPECIAL, "\n", *(chr(c) for c in range(32, 127)), *(p for p in PHRASES if len(p) > 1)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN]))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_tokens([AddedToken(p, normalized=False) for p in PHRASES if len(p) > 1])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, additional_special_tokens=list(SPECIAL[3:]), clean_up_tokenization_spaces=False, **names
+    )
 
 
 def host_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str]) -> PreTrainedTokenizerFast:

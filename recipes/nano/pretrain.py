@@ -1,12 +1,12 @@
 """Pretrain a nano host on rendered charts, without any structural bias.
 
-    python -m sfa_adapters.recipes.pretrain --host llava_onevision
+    python -m sfa_adapters.recipes.nano.pretrain --host llava_onevision
 
 The weights of `llava_onevision` that come with the package went through these three stages, but in several runs while
 the stages below were found: their settings changed in between, so the command makes weights like them, not the same
 file. The last run was the `answer` stage as it stands (from step 500 on, 55 minutes on two CPU cores with other work
 on them, 20 to 30 pictures/s): 56.0% [50.3, 61.7] of the validation questions. Up to step 300 of that stage the text
-model had rotary embeddings of base 10,000; with a base of 1,000,000 (`nano.py`) it finds names among the image tokens
+model had rotary embeddings of base 10,000; with a base of 1,000,000 (`models.py`) it finds names among the image tokens
 much sooner.
 
 Three stages, each taking on where the last one ended (a run that was cut off goes on from its newest checkpoint):
@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.encode import EOS, IGNORE, encode_packed, pixel_values
-from sfa_adapters.recipes.evaluate import evaluate
 from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, mark_patches, reading_targets
-from sfa_adapters.recipes.nano import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
+from sfa_adapters.recipes.nano.encode import EOS, IGNORE, encode_packed, pixel_values
+from sfa_adapters.recipes.nano.evaluate import evaluate
+from sfa_adapters.recipes.nano.models import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
 from sfa_adapters.recipes.questions import Question, pick_questions
 from sfa_adapters.recipes.render import Level, Shard, render_shard, shifted
 from sfa_adapters.recipes.tables import Table

@@ -1,6 +1,6 @@
 """A nano host whose text model has 16 small attention heads in each of its 4 layers, so that 5% of them are heads.
 
-    python -m sfa_adapters.recipes.many_heads      (trains it from the nano host; one CPU core: half an hour)
+    python -m sfa_adapters.recipes.nano.many_heads      (trains it from the nano host; one CPU core: half an hour)
 
 The shipped `llava_onevision` has 4 heads in a layer: no plan can take 5% of those, and `uniform` none below 12.5%. Here
 every head of 32 channels became four of 16, which start from halves of its queries and keys and halves of its values,
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from sfa_adapters.recipes.nano import NanoHost, load_nano, put_weights, read_weights
+from sfa_adapters.recipes.nano.models import NanoHost, load_nano
+from sfa_adapters.recipes.nano.weights import put_weights, read_weights
 
 __all__ = ["build_many_heads", "load_many_heads", "split_heads"]
 
@@ -97,7 +98,7 @@ def load_many_heads(path: Path | None = None) -> NanoHost:
     """
     host = build_many_heads()
     core: Any = host.model.model
-    command = "python -m sfa_adapters.recipes.many_heads"
+    command = "python -m sfa_adapters.recipes.nano.many_heads"
     stored = read_weights(WEIGHTS, command, SHA256) if path is None else read_weights(path, command)
     put_weights(core.language_model, stored, path or WEIGHTS)
     return host
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     from rich.console import Console
 
-    from sfa_adapters.recipes.pretrain import STAGES, Stage, Trainer, ship
+    from sfa_adapters.recipes.nano.pretrain import STAGES, Stage, Trainer, ship
 
     parser = argparse.ArgumentParser(description="Retrain the nano host with 16 heads in a layer.")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where rendered charts are kept")

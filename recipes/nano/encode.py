@@ -1,13 +1,12 @@
 """From pictures, questions and answers to the tensors that a nano host takes.
 
-The tokenizer knows single characters, and the fixed parts of the questions as one token each. A prompt is the image
-tokens, the question and a line break; the answer and an end token follow.
+A prompt is the image tokens, the question and a line break; the answer and an end token follow.
 
 `encode_packed` puts many questions about one picture into one sequence, see `packing`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,32 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sfa_adapters.recipes.packing import IGNORE, pack
-from sfa_adapters.recipes.questions import PHRASES
-
-if TYPE_CHECKING:
-    from sfa_adapters.recipes.nano import NanoHost
+from sfa_adapters.recipes.nano.models import NanoHost
+from sfa_adapters.recipes.nano.packing import IGNORE, pack
+from sfa_adapters.recipes.nano.tokenizer import EOS, IMAGE, PAD, VIDEO, nano_tokenizer
 
 __all__ = ["EOS", "IGNORE", "IMAGE", "PAD", "VIDEO", "encode", "encode_packed", "nano_tokenizer", "pixel_values"]
 
-SPECIAL = ("<pad>", "<eos>", "<unk>", "<image>", "<video>")
-PAD, EOS, UNKNOWN, IMAGE, VIDEO = range(len(SPECIAL))
 Picture = np.ndarray | Image.Image
-
-
-def nano_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer: printable ASCII, the line break, and one token for each of the fixed question parts."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    words = [*SPECIAL, "\n", *(chr(c) for c in range(32, 127)), *(p for p in PHRASES if len(p) > 1)]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN]))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    core.add_tokens([AddedToken(p, normalized=False) for p in PHRASES if len(p) > 1])
-    names = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=False))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, additional_special_tokens=list(SPECIAL[3:]), clean_up_tokenization_spaces=False, **names
-    )
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -71,7 +51,7 @@ def pixel_values(images: Sequence[Picture], pixels: int) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32).sub_(255).div_(127.5).contiguous()
 
 
-def _picture_inputs(host: "NanoHost", images: Sequence[Picture]) -> dict[str, Tensor]:
+def _picture_inputs(host: NanoHost, images: Sequence[Picture]) -> dict[str, Tensor]:
     inputs = {"pixel_values": pixel_values(images, host.pixels)}
     if host.name == "llava_onevision":
         inputs["image_sizes"] = torch.full((len(images), 2), host.pixels)
@@ -79,7 +59,7 @@ def _picture_inputs(host: "NanoHost", images: Sequence[Picture]) -> dict[str, Te
 
 
 def encode(
-    host: "NanoHost", images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str] | None = None
+    host: NanoHost, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """One question per picture, as keyword arguments of the model or of its `generate`.
 
@@ -112,7 +92,7 @@ def encode(
 
 
 def encode_packed(
-    host: "NanoHost", images: Sequence[Picture], questions: Sequence[Sequence[tuple[str, str]]]
+    host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[tuple[str, str]]]
 ) -> dict[str, Any]:
     """Many questions per picture, for training.
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sfa_adapters.recipes.encode import EOS, Picture, encode_packed
-from sfa_adapters.recipes.packing import right_answers
+from sfa_adapters.recipes.nano.encode import EOS, Picture, encode_packed
+from sfa_adapters.recipes.nano.packing import right_answers
 from sfa_adapters.recipes.questions import Question
 
 if TYPE_CHECKING:
-    from sfa_adapters.recipes.nano import NanoHost
+    from sfa_adapters.recipes.nano.models import NanoHost
 
 __all__ = ["exact_matches"]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.files import is_disk_error
 from sfa_adapters.hosts.recipe import DEFAULT_PROMPT, Family, Recipe
-from sfa_adapters.recipes.nano_hosts import FAMILIES, build_host
+from sfa_adapters.recipes.nano.hosts import FAMILIES, build_host
 
 __all__ = ["NANO", "nano", "nano_checkpoint", "nano_settings"]
 

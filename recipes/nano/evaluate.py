@@ -15,11 +15,11 @@ import torch
 
 from sfa_adapters.metrics import RelaxedMode, numbers_in, relaxed_accuracy, unprinted_numbers
 from sfa_adapters.recipes.data import ChartSample
-from sfa_adapters.recipes.encode import Picture, encode
+from sfa_adapters.recipes.nano.encode import Picture, encode
 from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
-    from sfa_adapters.recipes.nano import NanoHost
+    from sfa_adapters.recipes.nano.models import NanoHost
 
 __all__ = ["Evaluation", "Interval", "bootstrap", "evaluate", "fabricated", "generate_answers", "paired_difference"]
 
