@@ -20,7 +20,7 @@ from rich.progress import track
 from benchmarks.common import write_result
 from sfa_adapters.adat import PatchPlan, PatchPolicy
 from sfa_adapters.adat.scorers import score, to_cells
-from sfa_adapters.recipes.pages import SIZE, Page, PageKind, box_density, render_page
+from sfa_adapters.recipes.synthetic.pages import SIZE, Page, PageKind, box_density, render_page
 
 KINDS: tuple[PageKind, ...] = ("text", "table", "chart", "mixed", "sparse")
 PATCH = 14

@@ -23,8 +23,8 @@ from benchmarks.common import compare, write_result
 from sfa_adapters.adat import DensityEstimator, density_labels
 from sfa_adapters.adat.labels import box_density
 from sfa_adapters.recipes.nano.evaluate import Interval, bootstrap
-from sfa_adapters.recipes.pages import KINDS, SIZE, Page, mixture, render_page, text_page
-from sfa_adapters.recipes.scans import PHOTOGRAPHS, photograph
+from sfa_adapters.recipes.synthetic.pages import KINDS, SIZE, Page, mixture, render_page, text_page
+from sfa_adapters.recipes.synthetic.scans import PHOTOGRAPHS, photograph
 
 TEXT = 0.3
 HEIGHTS = (3, 4, 5, 6, 7, 8, 10, 12, 16, 20)

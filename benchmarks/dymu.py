@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.common import compare, write_result
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.evaluate import evaluate, paired_difference
 from sfa_adapters.recipes.nano.models import load_nano
-from sfa_adapters.recipes.pages import text_page
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
+from sfa_adapters.recipes.synthetic.pages import text_page
 from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu

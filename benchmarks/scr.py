@@ -19,7 +19,7 @@ from sfa_adapters.recipes.attention_study import STATISTICS, unseen_charts
 from sfa_adapters.recipes.nano.encode import encode_packed
 from sfa_adapters.recipes.nano.finetune import evidence_mask
 from sfa_adapters.recipes.nano.models import load_nano
-from sfa_adapters.recipes.questions import questions_for
+from sfa_adapters.recipes.synthetic.questions import questions_for
 from sfa_adapters.scr import SCRConfig, SCRLoss
 
 TERMS = ("entropy", "grounding", "stability")

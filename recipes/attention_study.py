@@ -29,8 +29,6 @@ from sfa_adapters.analysis.entropy_report import EntropyReport, compare_entropy
 from sfa_adapters.analysis.hallucination import HallucinationReport
 from sfa_adapters.analysis.hallucination_compare import compare as compare_hallucination
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.charts import Chart, draw, kinds_for
-from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.nano.encode import encode, encode_packed, pixel_values
 from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate
 from sfa_adapters.recipes.nano.finetune import (
@@ -41,8 +39,10 @@ from sfa_adapters.recipes.nano.finetune import (
     training_charts,
 )
 from sfa_adapters.recipes.nano.models import PIXELS, NanoHost, load_nano
-from sfa_adapters.recipes.questions import questions_for
-from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
+from sfa_adapters.recipes.synthetic.charts import Chart, draw, kinds_for
+from sfa_adapters.recipes.synthetic.questions import questions_for
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
 from sfa_adapters.scr import SCRConfig, SCRLoss
 from sfa_adapters.statistics import Interval, bootstrap
 

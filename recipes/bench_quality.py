@@ -17,10 +17,10 @@ from torch import Tensor
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.compat import cache_of_output, with_cache
 from sfa_adapters.observe import observe
-from sfa_adapters.recipes.data import ChartSample
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.evaluate import evaluate
 from sfa_adapters.recipes.nano.models import NanoHost
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample
 from sfa_adapters.reduction.fastv.inject import FastVConfig
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
 from sfa_adapters.reduction.kept_tokens import KEPT

@@ -30,10 +30,10 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench_quality import Quality, answer_quality
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.devices import require_device
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.fastv.selectors import Selector
 from sfa_adapters.reduction.image_tokens import image_places, image_token_ids

@@ -67,9 +67,9 @@ def run_calibrate_dymu(
 
 
 def _charts(charts: int, batch: int) -> tuple[nn.Module, Iterator[Any]]:
-    from sfa_adapters.recipes.data import chart_samples
     from sfa_adapters.recipes.nano.encode import encode
     from sfa_adapters.recipes.nano.models import load_nano
+    from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
     host = load_nano("llava_onevision")
     samples = chart_samples("train", charts)

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from sfa_adapters import inject_sfa
 from sfa_adapters.figures import plot_bias, write_bias_table
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.demo_options import (
     RELOADED,
     DemoConfig,
@@ -32,6 +31,7 @@ from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate, paired_diff
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.report_parts import percent
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
 __all__ = ["run_charts"]
 

@@ -34,7 +34,7 @@ from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_t
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
 from sfa_adapters.recipes.shuffled_places import shuffle_places
-from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, table_pictures
+from sfa_adapters.recipes.synthetic.table_pictures import TablePicture, TableSize, ask_all, table_pictures
 
 __all__ = ["run_tables"]
 

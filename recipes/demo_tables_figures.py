@@ -8,8 +8,8 @@ from typing import Any
 
 from sfa_adapters.recipes.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.demo_tables_report import TablesReport
-from sfa_adapters.recipes.questions import Question
-from sfa_adapters.recipes.table_pictures import TablePicture
+from sfa_adapters.recipes.synthetic.questions import Question
+from sfa_adapters.recipes.synthetic.table_pictures import TablePicture
 
 __all__ = ["draw_curve", "draw_tables"]
 

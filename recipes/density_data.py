@@ -13,8 +13,8 @@ from sfa_adapters.adat.density import STRIDE
 from sfa_adapters.adat.labels import box_density, density_labels
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.pages import SIZE, mixture
-from sfa_adapters.recipes.tables import Split
+from sfa_adapters.recipes.synthetic.pages import SIZE, mixture
+from sfa_adapters.recipes.synthetic.tables import Split
 
 __all__ = ["GRID", "LabelSource", "PageSet", "image_folder", "rendered"]
 

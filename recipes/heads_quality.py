@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from sfa_adapters.analysis.dominance import modality_dominance
-from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate
 from sfa_adapters.recipes.nano.models import NanoHost
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["Asked", "HeadQuality", "ask", "chart_batches", "quality_of"]

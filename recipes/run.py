@@ -41,8 +41,8 @@ from sfa_adapters.hosts.settings import write_recipe
 from sfa_adapters.recipes.catalog import architecture
 from sfa_adapters.recipes.nano.checkpoint import NANO, nano_settings
 from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
-from sfa_adapters.recipes.rendered_rows import RENDERED, rendered_rows
 from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
+from sfa_adapters.recipes.synthetic.rendered_rows import RENDERED, rendered_rows
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
 from sfa_adapters.training.arguments import require_logger

@@ -16,7 +16,7 @@ from sfa_adapters.recipes.attention_study import BASE, StudyConfig, run_study, u
 from sfa_adapters.recipes.nano.encode import IGNORE, encode_packed
 from sfa_adapters.recipes.nano.finetune import evidence_mask
 from sfa_adapters.recipes.nano.models import build_nano
-from sfa_adapters.recipes.questions import questions_for
+from sfa_adapters.recipes.synthetic.questions import questions_for
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from sfa_adapters.cli.bench import app
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.bench_quality import _dominance
 from sfa_adapters.recipes.bench_tokens import UNTOUCHED, BenchConfig, run_bench
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 
 

@@ -19,8 +19,8 @@ from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
 from sfa_adapters.recipes.calibrate_heads import _tell, run_calibrate_heads
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
 QUESTION = ["--question", "What is the value of WY?"]
 

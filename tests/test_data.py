@@ -11,8 +11,8 @@ from PIL import Image
 
 from sfa_adapters import images
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes import sources
-from sfa_adapters.recipes.data import load_charts, read_image
+from sfa_adapters.recipes.synthetic import real_tables
+from sfa_adapters.recipes.synthetic.chart_questions import load_charts, read_image
 
 datasets = pytest.importorskip("datasets")
 
@@ -33,7 +33,7 @@ def _parquet(path, rows, image=True):
 def test_rendered_charts_take_turns_and_stay_in_their_split():
     samples = load_charts("rendered", "test", limit=30, seed=3)
     assert [s.type for s in samples[:6]] == ["value", "difference", "largest"] * 2
-    ids = {t.id for t in sources.load_tables("test")}
+    ids = {t.id for t in real_tables.load_tables("test")}
     for s in samples:
         assert s.id.removesuffix(f" ({s.kind})") in ids
         assert s.image.shape == (144, 144, 3)

@@ -18,7 +18,7 @@ from sfa_adapters.recipes.nano.evaluate import Interval
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.recipes.report_parts import percent
-from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
 
 
 def _config(untrained: Path, out: Path, **changes: Any) -> DemoConfig:

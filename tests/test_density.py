@@ -9,7 +9,7 @@ import torch
 from sfa_adapters.adat import DensityEstimator, density
 from sfa_adapters.adat.labels import box_density
 from sfa_adapters.errors import DataError, WeightsError
-from sfa_adapters.recipes.pages import SIZE, render_page, text_page
+from sfa_adapters.recipes.synthetic.pages import SIZE, render_page, text_page
 
 TEXT = 0.3
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sfa_adapters.adat import density_labels, labels
 from sfa_adapters.adat.labels import box_density
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.pages import SIZE, render_page, text_page
+from sfa_adapters.recipes.synthetic.pages import SIZE, render_page, text_page
 
 TEXT = 0.3  # above it a place counts as text: the lower threshold of the published plan
 

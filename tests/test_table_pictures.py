@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.charts import SIZE
-from sfa_adapters.recipes.sources import load_sheets
-from sfa_adapters.recipes.table_pictures import (
+from sfa_adapters.recipes.synthetic.charts import SIZE
+from sfa_adapters.recipes.synthetic.real_tables import load_sheets
+from sfa_adapters.recipes.synthetic.table_pictures import (
     TableSize,
     ask_all,
     cut_tables,
@@ -18,7 +18,7 @@ from sfa_adapters.recipes.table_pictures import (
     larger_charts,
     table_pictures,
 )
-from sfa_adapters.recipes.tables import SPLITS, split_of
+from sfa_adapters.recipes.synthetic.tables import SPLITS, split_of
 
 SMALL, LARGE = TableSize((3, 5), (2, 3)), TableSize((6, 8), (4, 4))
 

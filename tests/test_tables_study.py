@@ -15,7 +15,6 @@ import sfa_adapters.recipes.studies.tables_measures as measures_module
 from sfa_adapters import SFAConfig, StructuralBias, TokenLayout, eject_sfa, inject_sfa
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.layer import SFALayer
-from sfa_adapters.recipes.charts import Chart
 from sfa_adapters.recipes.nano.encode import pixel_values
 from sfa_adapters.recipes.nano.evaluate import generate_answers
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
@@ -27,7 +26,14 @@ from sfa_adapters.recipes.studies.results_file import Outcome, Row
 from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_settings
 from sfa_adapters.recipes.studies.tables import build_arm, train
 from sfa_adapters.recipes.studies.tables_measures import answer_measures, text_regions
-from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, larger_charts, table_pictures
+from sfa_adapters.recipes.synthetic.charts import Chart
+from sfa_adapters.recipes.synthetic.table_pictures import (
+    TablePicture,
+    TableSize,
+    ask_all,
+    larger_charts,
+    table_pictures,
+)
 
 SIZE = TableSize((3, 5), (2, 3))
 TINY: Mapping[str, Any] = {

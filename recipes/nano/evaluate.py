@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from sfa_adapters.metrics import RelaxedMode, numbers_in, relaxed_accuracy, unprinted_numbers
-from sfa_adapters.recipes.data import ChartSample
 from sfa_adapters.recipes.nano.encode import Picture, encode
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample
 from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:

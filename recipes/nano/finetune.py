@@ -21,12 +21,12 @@ from transformers import get_cosine_schedule_with_warmup
 from sfa_adapters.errors import DataError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.rates import DEFAULT_SFA_LR
-from sfa_adapters.recipes.charts import Chart, TextBox, draw, kinds_for
 from sfa_adapters.recipes.nano.encode import encode_packed
 from sfa_adapters.recipes.nano.models import PATCH, PIXELS, NanoHost
-from sfa_adapters.recipes.questions import Question, pick_questions
-from sfa_adapters.recipes.sources import load_tables
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.charts import Chart, TextBox, draw, kinds_for
+from sfa_adapters.recipes.synthetic.questions import Question, pick_questions
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.tables import Table
 from sfa_adapters.scr import SCRConfig, SCRLoss
 from sfa_adapters.scr.targets import Box, packed_evidence
 

@@ -33,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfa_adapters.recipes.data import ChartSample, chart_samples
-from sfa_adapters.recipes.legible import Cuttings, ReadingHeads, mark_patches, reading_targets
 from sfa_adapters.recipes.nano.encode import EOS, IGNORE, encode_packed, pixel_values
 from sfa_adapters.recipes.nano.evaluate import evaluate
 from sfa_adapters.recipes.nano.models import HOSTS, PATCH, PIXELS, WIDTH, NanoHost, build_nano, weights_path
-from sfa_adapters.recipes.questions import Question, pick_questions
-from sfa_adapters.recipes.render import Level, Shard, render_shard, shifted
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
+from sfa_adapters.recipes.synthetic.legible import Cuttings, ReadingHeads, mark_patches, reading_targets
+from sfa_adapters.recipes.synthetic.questions import Question, pick_questions
+from sfa_adapters.recipes.synthetic.rendering import Level, Shard, render_shard, shifted
+from sfa_adapters.recipes.synthetic.tables import Table
 
 Shards = Mapping[str, tuple[Level, int, int]]
 SHARDS: Shards = {  # name -> level, charts, seed

@@ -13,7 +13,7 @@ import torch
 
 from sfa_adapters.recipes.nano.encode import EOS, Picture, encode_packed
 from sfa_adapters.recipes.nano.packing import right_answers
-from sfa_adapters.recipes.questions import Question
+from sfa_adapters.recipes.synthetic.questions import Question
 
 if TYPE_CHECKING:
     from sfa_adapters.recipes.nano.models import NanoHost

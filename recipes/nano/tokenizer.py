@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerFast
 
-from sfa_adapters.recipes.questions import PHRASES
+from sfa_adapters.recipes.synthetic.questions import PHRASES
 
 __all__ = [
     "CHATML",

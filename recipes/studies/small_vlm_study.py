@@ -32,7 +32,7 @@ from sfa_adapters.recipes.studies.small_vlm_batches import (
     table_examples,
 )
 from sfa_adapters.recipes.studies.small_vlm_reader import Reader
-from sfa_adapters.recipes.table_pictures import TableSize
+from sfa_adapters.recipes.synthetic.table_pictures import TableSize
 
 __all__ = ["train"]
 

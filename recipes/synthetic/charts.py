@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["SIZE", "Canvas", "Chart", "Kind", "TextBox", "draw", "kinds_for", "measure", "shared_canvas"]
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from sfa_adapters.recipes.questions import Question
-from sfa_adapters.recipes.sources import MONTHS
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.questions import Question
+from sfa_adapters.recipes.synthetic.real_tables import MONTHS
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["WORDS", "in_korean", "korean_question"]
 

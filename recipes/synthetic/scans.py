@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sfa_adapters.recipes.tables import Split
+from sfa_adapters.recipes.synthetic.tables import Split
 
 __all__ = ["PHOTOGRAPHS", "Colour", "Rect", "artefacts", "blank_paper", "line_art", "photograph"]
 

@@ -1,7 +1,7 @@
 """Questions about rendered charts and pages, in English or Korean, as rows: what is printed and where is known.
 
-The numbers are real ones (`recipes/sources.py`), and a table of the test split shares no country, stock or site with
-one of the training split.
+The numbers are real ones (`recipes/synthetic/real_tables.py`), and a table of the test split shares no country, stock
+or site with one of the training split.
 """
 
 import re
@@ -15,14 +15,14 @@ import numpy as np
 
 from sfa_adapters.data.open_rows import Row
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.charts import SIZE as CHART
-from sfa_adapters.recipes.charts import TextBox, draw
-from sfa_adapters.recipes.data import Asked, ask
-from sfa_adapters.recipes.fonts import hangul_font
-from sfa_adapters.recipes.korean import WORDS, in_korean, korean_question
-from sfa_adapters.recipes.table_pages import SIZE as PAGE
-from sfa_adapters.recipes.table_pages import draw_page
-from sfa_adapters.recipes.tables import SPLITS, Split
+from sfa_adapters.recipes.synthetic.chart_questions import Asked, ask
+from sfa_adapters.recipes.synthetic.charts import SIZE as CHART
+from sfa_adapters.recipes.synthetic.charts import TextBox, draw
+from sfa_adapters.recipes.synthetic.fonts import hangul_font
+from sfa_adapters.recipes.synthetic.korean import WORDS, in_korean, korean_question
+from sfa_adapters.recipes.synthetic.table_pages import SIZE as PAGE
+from sfa_adapters.recipes.synthetic.table_pages import draw_page
+from sfa_adapters.recipes.synthetic.tables import SPLITS, Split
 
 __all__ = ["RENDERED", "Language", "RenderedRows", "rendered_rows"]
 

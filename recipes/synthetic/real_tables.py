@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.tables import SPLITS, Split, Table, chunks, make_table, split_of, windows
+from sfa_adapters.recipes.synthetic.tables import SPLITS, Split, Table, chunks, make_table, split_of, windows
 
 __all__ = ["MONTHS", "Sheet", "load_sheets", "load_tables"]
 

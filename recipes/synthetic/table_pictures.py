@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import track
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.charts import SIZE, Canvas, Chart, TextBox, draw, shared_canvas
-from sfa_adapters.recipes.questions import Question, questions_for
-from sfa_adapters.recipes.sources import Sheet, load_sheets
-from sfa_adapters.recipes.tables import Split, Table, make_table
+from sfa_adapters.recipes.synthetic.charts import SIZE, Canvas, Chart, TextBox, draw, shared_canvas
+from sfa_adapters.recipes.synthetic.questions import Question, questions_for
+from sfa_adapters.recipes.synthetic.real_tables import Sheet, load_sheets
+from sfa_adapters.recipes.synthetic.tables import Split, Table, make_table
 
 __all__ = [
     "TablePicture",

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfa_adapters.recipes.charts import TextBox
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.charts import TextBox
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["LENGTH", "Cuttings", "ReadingHeads", "mark_patches", "reading_targets", "text_records"]
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from sfa_adapters.adat.labels import box_density
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.charts import draw, kinds_for
-from sfa_adapters.recipes.plots import plot
-from sfa_adapters.recipes.scans import Colour, Rect, artefacts, blank_paper, line_art, photograph
-from sfa_adapters.recipes.sheet import SIZE, Sheet, line, paragraphs, size_of, table
-from sfa_adapters.recipes.sources import load_tables
-from sfa_adapters.recipes.tables import SPLITS, Split
+from sfa_adapters.recipes.synthetic.charts import draw, kinds_for
+from sfa_adapters.recipes.synthetic.plots import plot
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.scans import Colour, Rect, artefacts, blank_paper, line_art, photograph
+from sfa_adapters.recipes.synthetic.sheet import SIZE, Sheet, line, paragraphs, size_of, table
+from sfa_adapters.recipes.synthetic.tables import SPLITS, Split
 
 __all__ = ["KINDS", "SIZE", "Page", "PageKind", "box_density", "mixture", "render_page", "text_page"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from sfa_adapters.data.open_rows import open_rows
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import MAX_BYTES, MAX_PIXELS, as_image, read_image
-from sfa_adapters.recipes.charts import Kind, TextBox, draw, kinds_for
-from sfa_adapters.recipes.questions import QUESTION_TYPES, Question, QuestionType, questions_for
-from sfa_adapters.recipes.sources import load_tables
-from sfa_adapters.recipes.tables import SPLITS, Split, Table
+from sfa_adapters.recipes.synthetic.charts import Kind, TextBox, draw, kinds_for
+from sfa_adapters.recipes.synthetic.questions import QUESTION_TYPES, Question, QuestionType, questions_for
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.tables import SPLITS, Split, Table
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Asked", "ChartSample", "ask", "chart_samples", "load_charts", "read_image"]
 

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sfa_adapters.recipes.charts import TextBox
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.charts import TextBox
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["SIZE", "TablePage", "draw_page"]
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sfa_adapters.recipes.charts import SIZE, Kind, draw, kinds_for
-from sfa_adapters.recipes.legible import text_records
-from sfa_adapters.recipes.sources import MONTHS, load_tables
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.charts import SIZE, Kind, draw, kinds_for
+from sfa_adapters.recipes.synthetic.legible import text_records
+from sfa_adapters.recipes.synthetic.real_tables import MONTHS, load_tables
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["Level", "Shard", "augmented_table", "render_shard", "shifted"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sfa_adapters.recipes.scans import Colour, Rect
-from sfa_adapters.recipes.tables import Split
+from sfa_adapters.recipes.synthetic.scans import Colour, Rect
+from sfa_adapters.recipes.synthetic.tables import Split
 
 __all__ = ["SIZE", "Sheet", "line", "paragraphs", "size_of", "table"]
 

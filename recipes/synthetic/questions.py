@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["PHRASES", "QUESTION_TYPES", "Question", "QuestionType", "pick_questions", "questions_for"]
 
