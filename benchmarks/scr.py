@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import compare, write_result
-from sfa_adapters.recipes.attention_study import STATISTICS, unseen_charts
+from sfa_adapters.recipes.analyze.attention_study import STATISTICS, unseen_charts
 from sfa_adapters.recipes.nano.encode import encode_packed
 from sfa_adapters.recipes.nano.finetune import evidence_mask
 from sfa_adapters.recipes.nano.models import load_nano

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.attention_study import BASE, StudyConfig, run_study, unseen_charts
+from sfa_adapters.recipes.analyze.attention_study import BASE, StudyConfig, run_study, unseen_charts
 from sfa_adapters.recipes.nano.encode import IGNORE, encode_packed
 from sfa_adapters.recipes.nano.finetune import evidence_mask
 from sfa_adapters.recipes.nano.models import build_nano

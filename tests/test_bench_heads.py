@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from sfa_adapters.cli.bench import app
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads import calibrate_heads, plan_heads, prune_heads
-from sfa_adapters.recipes.bench_heads import HeadBenchConfig, run_bench_heads
-from sfa_adapters.recipes.heads_quality import ask, chart_batches, quality_of
+from sfa_adapters.recipes.bench.heads import HeadBenchConfig, run_bench_heads
+from sfa_adapters.recipes.bench.heads_quality import ask, chart_batches, quality_of
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.nano.evaluate import evaluate
 from sfa_adapters.recipes.nano.many_heads import build_many_heads, load_many_heads, split_heads

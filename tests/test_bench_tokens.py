@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from sfa_adapters.analysis import modality_dominance
 from sfa_adapters.cli.bench import app
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.bench_quality import _dominance
-from sfa_adapters.recipes.bench_tokens import UNTOUCHED, BenchConfig, run_bench
+from sfa_adapters.recipes.bench.tokens import UNTOUCHED, BenchConfig, run_bench
+from sfa_adapters.recipes.bench.tokens_quality import _dominance
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano

@@ -18,7 +18,7 @@ from sfa_adapters.heads.plan import plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
-from sfa_adapters.recipes.calibrate_heads import _tell, run_calibrate_heads
+from sfa_adapters.recipes.calibrate.heads import _tell, run_calibrate_heads
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 

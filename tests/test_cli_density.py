@@ -10,9 +10,10 @@ from PIL import Image
 from sfa_adapters.adat.density import DensityEstimator
 from sfa_adapters.cli.main import main
 from sfa_adapters.errors import WeightsError
-from sfa_adapters.recipes import density_data, train_density
+from sfa_adapters.recipes.density import labelled_pages
+from sfa_adapters.recipes.density import train as train_density
+from sfa_adapters.recipes.density.train import TrainConfig
 from sfa_adapters.recipes.synthetic.pages import text_page
-from sfa_adapters.recipes.train_density import TrainConfig
 
 
 def _run(capsys, *arguments):
@@ -84,9 +85,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(folder, tmp_path, mon
 
 
 def test_rendered_pages_and_their_labels(tmp_path):
-    pages = density_data.rendered(tmp_path / "pages", "train", 4)
+    pages = labelled_pages.rendered(tmp_path / "pages", "train", 4)
     stamp = (tmp_path / "pages" / "images.npy").stat().st_mtime_ns
-    edges, mix = (density_data.rendered(tmp_path / "pages", "train", 4, labels) for labels in ("edges", "mix"))
+    edges, mix = (labelled_pages.rendered(tmp_path / "pages", "train", 4, labels) for labels in ("edges", "mix"))
     assert (tmp_path / "pages" / "images.npy").stat().st_mtime_ns == stamp  # not drawn again
     assert pages.images.shape == (4, 448, 448, 3)
     assert pages.labels.shape == (4, 28, 28)
@@ -97,7 +98,7 @@ def test_rendered_pages_and_their_labels(tmp_path):
 def test_batches_move_picture_and_label_together(monkeypatch):
     labels = np.random.default_rng(0).random((3, 28, 28), dtype=np.float32)
     images = np.round(labels * 255).astype(np.uint8).repeat(16, axis=1).repeat(16, axis=2)[..., None].repeat(3, axis=3)
-    pages = density_data.PageSet(images, labels)
+    pages = labelled_pages.PageSet(images, labels)
     matched = 0
     for step in range(20):
         pictures, targets = train_density._batch(pages, TrainConfig(batch=8), step)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sfa_adapters import describe, inject_sfa, load_sfa
 from sfa_adapters.errors import DataError, WeightsError
-from sfa_adapters.recipes.demo import FILES, DemoConfig, DemoError, run_demo
+from sfa_adapters.recipes.demo.run import FILES, DemoConfig, DemoError, run_demo
 from sfa_adapters.recipes.nano.evaluate import Interval
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano.models import build_nano

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import sfa_adapters.recipes.demo_tables as module
+import sfa_adapters.recipes.demo.tables as module
 from sfa_adapters import describe, load_sfa
 from sfa_adapters.layer import SFALayer
-from sfa_adapters.recipes.demo import FILES, DemoConfig, DemoError, run_demo
-from sfa_adapters.recipes.demo_tables_report import TablesArm, TablesReport, effect
+from sfa_adapters.recipes.demo.run import FILES, DemoConfig, DemoError, run_demo
+from sfa_adapters.recipes.demo.tables_report import TablesArm, TablesReport, effect
 from sfa_adapters.recipes.nano.models import build_nano
 
 

@@ -29,7 +29,7 @@ from sfa_adapters.errors import (
     WeightsError,
 )
 from sfa_adapters.readers import RowEntropy
-from sfa_adapters.recipes.calibrate_dymu import run_calibrate_dymu
+from sfa_adapters.recipes.calibrate.dymu import run_calibrate_dymu
 from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu, threshold_of
 from sfa_adapters.reduction.dymu.config import DyMUConfig, load_dymu, save_dymu
 from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, token_counts

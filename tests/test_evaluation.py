@@ -38,8 +38,8 @@ from sfa_adapters.evaluation.terminal import terminal_table
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import save_sfa
+from sfa_adapters.recipes.analyze.predictions import read_predictions
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
-from sfa_adapters.recipes.predictions import read_predictions
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.training.checkpoints import save_trained
 

@@ -16,7 +16,7 @@ from sfa_adapters import ocr
 from sfa_adapters.analysis import hallucination, hallucination_report
 from sfa_adapters.analysis.hallucination_compare import compare, paired_change
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.predictions import read_predictions
+from sfa_adapters.recipes.analyze.predictions import read_predictions
 
 PRINTED = ("Tea", "1,234", "Coffee", "25%", "-7")
 

@@ -20,10 +20,10 @@ from sfa_adapters.recipes.nano.evaluate import generate_answers
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
 from sfa_adapters.recipes.nano.models import NanoHost, build_nano, load_nano
 from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
-from sfa_adapters.recipes.shuffled_places import ShuffledPlaces, shuffle_places
 from sfa_adapters.recipes.studies.report import print_report, write_report
 from sfa_adapters.recipes.studies.results_file import Outcome, Row
 from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_settings
+from sfa_adapters.recipes.studies.shuffled_places import ShuffledPlaces, shuffle_places
 from sfa_adapters.recipes.studies.tables import build_arm, train
 from sfa_adapters.recipes.studies.tables_measures import answer_measures, text_regions
 from sfa_adapters.recipes.synthetic.charts import Chart

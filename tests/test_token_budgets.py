@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sfa_adapters.cli.main import main
-from sfa_adapters.recipes import token_budgets
+from sfa_adapters.recipes.analyze import token_budgets
+from sfa_adapters.recipes.analyze.token_budgets import BudgetConfig, run_budgets
 from sfa_adapters.recipes.nano.encode import pixel_values
 from sfa_adapters.recipes.nano.models import PIXELS, build_nano
-from sfa_adapters.recipes.token_budgets import BudgetConfig, run_budgets
 
 
 @pytest.fixture(scope="module")

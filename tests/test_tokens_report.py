@@ -9,8 +9,7 @@ from PIL import Image
 
 from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.nano.evaluate import Interval
-from sfa_adapters.recipes.tokens_report import (
+from sfa_adapters.recipes.analyze.tokens_report import (
     Measured,
     ScoredPage,
     level_colours,
@@ -18,6 +17,7 @@ from sfa_adapters.recipes.tokens_report import (
     plot_gallery,
     plot_plan,
 )
+from sfa_adapters.recipes.nano.evaluate import Interval
 
 
 def page(height: int = 56, width: int = 84) -> ScoredPage:

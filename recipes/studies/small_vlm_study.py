@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sfa_adapters import SFAConfig, calibrate_axial, inject_sfa, largest_scalars, sfa_parameter_groups
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.small_vlm_batches import (
     Examples,
     alignment_examples,

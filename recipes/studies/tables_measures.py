@@ -9,7 +9,7 @@ import numpy as np
 
 from sfa_adapters.analysis import attention_entropy, hallucination_report, modality_dominance
 from sfa_adapters.analysis.hallucination import Judgement
-from sfa_adapters.recipes.attention_study import STATISTICS
+from sfa_adapters.recipes.analyze.attention_study import STATISTICS
 from sfa_adapters.recipes.nano.encode import encode, pixel_values
 from sfa_adapters.recipes.nano.evaluate import generate_answers
 from sfa_adapters.recipes.nano.models import PATCH, PIXELS, NanoHost

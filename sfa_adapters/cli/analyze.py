@@ -33,7 +33,7 @@ def tokens(
     pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pages only; no training.")] = False,
 ) -> None:
     """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; and pictures of plans."""
-    from sfa_adapters.recipes.token_budgets import BudgetConfig, draw_pages, run_budgets
+    from sfa_adapters.recipes.analyze.token_budgets import BudgetConfig, draw_pages, run_budgets
 
     config = BudgetConfig(out=out, steps=steps, questions=questions, seeds=seeds, scorer=scorer)  # pyright: ignore[reportArgumentType]
     if pictures:
@@ -53,7 +53,7 @@ def entropy(
     threshold: Annotated[float, typer.Option(help="Text density above which a patch is dense.")] = 0.3,
 ) -> None:
     """Entropy of the vision tower's attention where text is dense and where it is not."""
-    from sfa_adapters.recipes.analyze import run_entropy
+    from sfa_adapters.recipes.analyze.measure import run_entropy
 
     run_entropy(out, images or (), model, charts, threshold)
 
@@ -72,7 +72,7 @@ def dominance(
     layers: Annotated[str, typer.Option(help="2/2/2 or thirds.")] = "2/2/2",
 ) -> None:
     """How much of the attention goes to text and how much to the image: MDI and AEI."""
-    from sfa_adapters.recipes.analyze import run_dominance
+    from sfa_adapters.recipes.analyze.measure import run_dominance
 
     run_dominance(out, charts, queries, layers, images or (), model, question)
 
@@ -93,7 +93,7 @@ def attention_map(
     rollout: Annotated[bool, typer.Option("--rollout", help="Through all layers of the tower.")] = False,
 ) -> None:
     """Where an answer token of a host, or a patch of its tower, looks on the page."""
-    from sfa_adapters.recipes.analyze import run_map
+    from sfa_adapters.recipes.analyze.measure import run_map
 
     run_map(out, chart, patch, token, rollout, image, model, question)
 
@@ -105,7 +105,7 @@ def hallucination(
     mode: Annotated[str, typer.Option(help="Of relaxed accuracy: reference or strict.")] = "reference",
 ) -> None:
     """Which wrong answers are misread and which are made up."""
-    from sfa_adapters.recipes.analyze import run_hallucination
+    from sfa_adapters.recipes.analyze.measure import run_hallucination
 
     run_hallucination(file, out, mode)
 
@@ -119,6 +119,6 @@ def study(
     seed: Annotated[int, typer.Option(help="Of charts, order, biases and changes of pages.")] = 0,
 ) -> None:
     """Attention and answers of the nano host before and after SFA, and with each term of SCR."""
-    from sfa_adapters.recipes.attention_study import StudyConfig, run_study
+    from sfa_adapters.recipes.analyze.attention_study import StudyConfig, run_study
 
     run_study(StudyConfig(out=out, steps=steps, questions=questions, pages=pages, seed=seed))

@@ -38,7 +38,7 @@ def tokens(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Every selector of FastV at every share of image tokens: time to first token, tokens/s, memory, accuracy."""
-    from sfa_adapters.recipes.bench_tokens import BenchConfig, run_bench
+    from sfa_adapters.recipes.bench.tokens import BenchConfig, run_bench
 
     chosen: dict[str, Any] = {"selectors": selector, "keep": keep, "images": images}
     given: dict[str, Any] = {name: tuple(values) for name, values in chosen.items() if values}
@@ -66,7 +66,7 @@ def heads(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Heads removed by every plan at every rate: accuracy, invented numbers, MDI, speed, memory."""
-    from sfa_adapters.recipes.bench_heads import HeadBenchConfig, run_bench_heads
+    from sfa_adapters.recipes.bench.heads import HeadBenchConfig, run_bench_heads
 
     chosen: dict[str, Any] = {"rates": rate, "plans": plan, "compensations": compensation, "methods": method}
     chosen["images"] = images

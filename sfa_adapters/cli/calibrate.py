@@ -33,7 +33,7 @@ def dymu(
     out: Annotated[Path, typer.Option(help="Folder for the thresholds; that of an adapter, say.")] = Path("sfa-dymu"),
 ) -> None:
     """Thresholds above which similar tokens merge (DyMU), one per place between two layers."""
-    from sfa_adapters.recipes.calibrate_dymu import run_calibrate_dymu
+    from sfa_adapters.recipes.calibrate.dymu import run_calibrate_dymu
 
     run_calibrate_dymu(out, images or (), model, keep, language, charts, batch)
 
@@ -63,6 +63,6 @@ def heads(
     out: Annotated[Path, typer.Option(help="Folder for the scores and the plan.")] = Path("sfa-heads"),
 ) -> None:
     """Scores of the attention heads of a language model, and a plan which of them go."""
-    from sfa_adapters.recipes.calibrate_heads import run_calibrate_heads
+    from sfa_adapters.recipes.calibrate.heads import run_calibrate_heads
 
     run_calibrate_heads(out, images or (), model, question, method, gamma, charts, rate, kind, seed, scores)

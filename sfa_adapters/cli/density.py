@@ -33,7 +33,7 @@ def train(
     every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
 ) -> None:
     """Train the density estimator on folders of IMAGES, or on rendered pages. Writes OUT/best.safetensors."""
-    from sfa_adapters.recipes.train_density import TrainConfig, train_density
+    from sfa_adapters.recipes.density.train import TrainConfig, train_density
 
     options: dict[str, Any] = {"labels": labels, "pages": pages, "steps": steps, "batch": batch, "rate": rate}
     options |= {"every": every, "out": out, "images": tuple(images or ()), "seed": seed}
@@ -54,7 +54,7 @@ def draw_maps(
 ) -> None:
     """Write the text density of each of IMAGES beside the page, as NAME_density.png."""
     from sfa_adapters.images import as_image
-    from sfa_adapters.recipes.density_map import density_map, density_targets, draw_density
+    from sfa_adapters.recipes.density.map import density_map, density_targets, draw_density
 
     targets = density_targets(images, out)
     if out is not None:

@@ -113,7 +113,7 @@ def demo(
     questions: Annotated[int | None, typer.Option(help="Number of test questions.")] = None,
 ) -> None:
     """Teach a small pretrained model to read real tables, with SFA and without, and compare."""
-    from sfa_adapters.recipes.demo import DemoConfig, run_demo
+    from sfa_adapters.recipes.demo.run import DemoConfig, run_demo
 
     options = {"host": host, "seed": seed, "out": out, "weights": weights, "steps": steps, "questions": questions}
     run_demo(DemoConfig(task=task, **options))  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sfa_adapters import inject_sfa
 from sfa_adapters.figures import plot_bias, write_bias_table
-from sfa_adapters.recipes.demo_options import (
+from sfa_adapters.recipes.demo.options import (
     RELOADED,
     DemoConfig,
     DemoError,
@@ -26,7 +26,7 @@ from sfa_adapters.recipes.demo_options import (
     reloaded,
     save_trained,
 )
-from sfa_adapters.recipes.demo_report import Arm, Report, draw_answers, results_table, write_results
+from sfa_adapters.recipes.demo.report import Arm, Report, draw_answers, results_table, write_results
 from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate, paired_difference
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano.models import NanoHost

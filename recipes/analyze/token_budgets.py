@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat, latest_plans
 from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.analyze.tokens_report import Measured, ScoredPage, plot_efficiency, plot_gallery, plot_plan
 from sfa_adapters.recipes.nano.encode import pixel_values
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval, bootstrap, evaluate
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
@@ -41,7 +42,6 @@ from sfa_adapters.recipes.nano.models import PIXELS, NanoHost, load_nano
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 from sfa_adapters.recipes.synthetic.charts import Chart
 from sfa_adapters.recipes.synthetic.pages import PageKind, render_page
-from sfa_adapters.recipes.tokens_report import Measured, ScoredPage, plot_efficiency, plot_gallery, plot_plan
 
 __all__ = ["BudgetConfig", "Run", "draw_pages", "run_budgets"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfa_adapters.recipes.heads_report import HeadBench
+from sfa_adapters.recipes.bench.heads_report import HeadBench
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["plot_bench_heads"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sfa_adapters.adat.density import STRIDE, DensityEstimator
 from sfa_adapters.errors import DataError, WeightsError
-from sfa_adapters.recipes.density_data import GRID, LabelSource, PageSet, image_folder, rendered
+from sfa_adapters.recipes.density.labelled_pages import GRID, LabelSource, PageSet, image_folder, rendered
 
 __all__ = ["TrainConfig", "Trained", "train_density", "validate"]
 

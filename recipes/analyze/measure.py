@@ -23,9 +23,9 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.metrics import RelaxedMode
+from sfa_adapters.recipes.analyze.predictions import read_predictions
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import NanoHost, load_nano
-from sfa_adapters.recipes.predictions import read_predictions
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 
 __all__ = ["run_dominance", "run_entropy", "run_hallucination", "run_map"]

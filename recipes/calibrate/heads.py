@@ -109,7 +109,7 @@ def _planned(scores: HeadScores, out: Path, rate: float | None, kind: str) -> He
 
 
 def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
-    from sfa_adapters.recipes.heads_quality import chart_batches
+    from sfa_adapters.recipes.bench.heads_quality import chart_batches
     from sfa_adapters.recipes.nano.models import load_nano
 
     host = load_nano()

@@ -29,10 +29,10 @@ from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.speed import LEAST_ROUNDS
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.devices import require_device
-from sfa_adapters.recipes.heads_figure import plot_bench_heads
-from sfa_adapters.recipes.heads_quality import Asked, ask, chart_batches, quality_of
-from sfa_adapters.recipes.heads_report import HeadArm, HeadBench, write_bench
+from sfa_adapters.recipes.bench.device import require_device
+from sfa_adapters.recipes.bench.heads_figure import plot_bench_heads
+from sfa_adapters.recipes.bench.heads_quality import Asked, ask, chart_batches, quality_of
+from sfa_adapters.recipes.bench.heads_report import HeadArm, HeadBench, write_bench
 from sfa_adapters.recipes.nano.many_heads import load_many_heads
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples

@@ -29,8 +29,8 @@ from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import DataError
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.bench_quality import Quality, answer_quality
-from sfa_adapters.recipes.devices import require_device
+from sfa_adapters.recipes.bench.device import require_device
+from sfa_adapters.recipes.bench.tokens_quality import Quality, answer_quality
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
@@ -226,7 +226,7 @@ def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
     (config.out / "bench.json").write_text(json.dumps(told, indent=2) + "\n")
     console = Console()
     console.print(_table(arms))
-    from sfa_adapters.recipes.bench_figure import plot_bench
+    from sfa_adapters.recipes.bench.tokens_figure import plot_bench
 
     plot_bench(arms, config.out / "bench.png")
     console.print(f"bench.csv, bench.json and bench.png are in {config.out}/")

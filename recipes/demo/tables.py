@@ -17,7 +17,7 @@ from rich.console import Console
 
 from sfa_adapters import inject_sfa, largest_scalars
 from sfa_adapters.figures import plot_bias, write_bias_table
-from sfa_adapters.recipes.demo_options import (
+from sfa_adapters.recipes.demo.options import (
     RELOADED,
     DemoConfig,
     DemoError,
@@ -27,13 +27,13 @@ from sfa_adapters.recipes.demo_options import (
     reloaded,
     save_trained,
 )
-from sfa_adapters.recipes.demo_tables_figures import draw_curve, draw_tables
-from sfa_adapters.recipes.demo_tables_report import TablesArm, TablesReport, effect, results_table, write_results
+from sfa_adapters.recipes.demo.tables_figures import draw_curve, draw_tables
+from sfa_adapters.recipes.demo.tables_report import TablesArm, TablesReport, effect, results_table, write_results
 from sfa_adapters.recipes.nano.evaluate import generate_answers
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
-from sfa_adapters.recipes.shuffled_places import shuffle_places
+from sfa_adapters.recipes.studies.shuffled_places import shuffle_places
 from sfa_adapters.recipes.synthetic.table_pictures import TablePicture, TableSize, ask_all, table_pictures
 
 __all__ = ["run_tables"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sfa_adapters.recipes.answer_page import AnsweredPicture, draw_answer_page
-from sfa_adapters.recipes.demo_tables_report import TablesReport
+from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
+from sfa_adapters.recipes.demo.tables_report import TablesReport
 from sfa_adapters.recipes.synthetic.questions import Question
 from sfa_adapters.recipes.synthetic.table_pictures import TablePicture
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sfa_adapters.recipes.answer_page import AnsweredPicture, draw_answer_page
+from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval
 from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sfa_adapters.heads.receipt import PruneReceipt
-from sfa_adapters.recipes.heads_quality import HeadQuality
+from sfa_adapters.recipes.bench.heads_quality import HeadQuality
 from sfa_adapters.statistics import Interval
 
 __all__ = ["HeadArm", "HeadBench", "arm_row", "write_bench"]

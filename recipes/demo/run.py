@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from sfa_adapters.recipes.demo_charts import run_charts
-from sfa_adapters.recipes.demo_options import FILES, DemoConfig, DemoError
-from sfa_adapters.recipes.demo_report import Report
-from sfa_adapters.recipes.demo_tables import run_tables
-from sfa_adapters.recipes.demo_tables_report import TablesReport
+from sfa_adapters.recipes.demo.charts import run_charts
+from sfa_adapters.recipes.demo.options import FILES, DemoConfig, DemoError
+from sfa_adapters.recipes.demo.report import Report
+from sfa_adapters.recipes.demo.tables import run_tables
+from sfa_adapters.recipes.demo.tables_report import TablesReport
 
 __all__ = ["FILES", "DemoConfig", "DemoError", "run_demo"]
 

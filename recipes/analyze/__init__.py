@@ -1,0 +1,1 @@
+"""What `sfa analyze` does: measurements that end in a table and pictures."""

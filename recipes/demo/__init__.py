@@ -1,0 +1,1 @@
+"""What `sfa demo` does."""
