@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sfa_adapters.analysis.report import COLOURS, LABEL, MARKERS, TITLE, around, new_figure, plain, spaced
+from sfa_adapters.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from sfa_adapters.analysis.entropy_report import EntropyReport
 
 __all__ = ["plot_entropy"]
 
@@ -20,11 +19,26 @@ REGIONS = ("dense text", "sparse")  # as in `EntropyReport.values`
 MOST_LAYERS = 6  # violins; more cannot be told apart at half the width
 
 
-def plot_entropy(reports: Mapping[str, EntropyReport]) -> Figure:
+class _Report(Protocol):
+    """What is drawn of an `EntropyReport`, which draws itself with this file and thus cannot be imported here."""
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def images(self) -> tuple[int, ...]: ...
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def unit(self) -> str: ...
+    def mean(self, region: int, layer: int | None = None) -> Interval: ...
+    def ratio(self, layer: int | None = None) -> Interval: ...
+
+
+def plot_entropy(reports: Mapping[str, _Report]) -> Figure:
     """Draws one report, or several with common scales.
 
     Args:
-        reports: By name, at least one.
+        reports: `EntropyReport`s by name, at least one.
 
     Returns:
         A panel of violins for each report, over all images and heads, with the mean as a line; and one panel of layer
@@ -71,7 +85,7 @@ def _panels(figure: Figure, count: int) -> tuple[list[Any], Any]:
     return [figure.add_subplot(cells[n // 2, n % 2]) for n in range(count)], figure.add_subplot(cells[-1, :])
 
 
-def _violins(axis: Any, report: EntropyReport) -> None:
+def _violins(axis: Any, report: _Report) -> None:
     layers = spaced(report.values.shape[2], MOST_LAYERS)
     for region, side in enumerate(("low", "high")):
         values = [report.values[:, region, layer].ravel() for layer in layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,8 +12,6 @@ from sfa_adapters.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sfa_adapters.analysis.maps import AttentionMap
-
 __all__ = ["plot_map", "plot_maps"]
 
 # Without the dark ends, on which print cannot be read.
@@ -22,11 +20,24 @@ INK = 0.75  # darkness of black print, so that the colours below it can be told
 UNIT = "attention on a patch, %"
 
 
-def plot_map(found: AttentionMap, image: np.ndarray | None = None) -> Figure:
+class _Map(Protocol):
+    """What is drawn of an `AttentionMap`, which draws itself with this file and thus cannot be imported here."""
+
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def elsewhere(self) -> float: ...
+    @property
+    def patch(self) -> tuple[int, int] | None: ...
+    @property
+    def how(self) -> dict[str, Any]: ...
+
+
+def plot_map(found: _Map, image: np.ndarray | None = None) -> Figure:
     """Draws one map.
 
     Args:
-        found: The map.
+        found: The map, an `AttentionMap`.
         image: The page below it, uint8 `[H, W, 3]`.
     """
     figure = new_figure(6.6, 6.9)
@@ -38,12 +49,12 @@ def plot_map(found: AttentionMap, image: np.ndarray | None = None) -> Figure:
     return figure
 
 
-def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMap) -> Figure:
+def plot_maps(image: np.ndarray | None, before: _Map, after: _Map) -> Figure:
     """Draws two maps of one page on a common scale, and their difference.
 
     Args:
         image: The page below them, uint8 `[H, W, 3]`, or None.
-        before: Of the first model.
+        before: `AttentionMap` of the first model.
         after: Of the second model, for the same query.
 
     Returns:
@@ -74,7 +85,7 @@ def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMa
     return figure
 
 
-def _name(found: AttentionMap) -> str:
+def _name(found: _Map) -> str:
     how = found.how
     if how["query"] == "answer token":
         return f"answer token {how['answer_token']}"
