@@ -23,8 +23,16 @@ from sfa_adapters.errors import InjectionError, LayoutError, NoMatchingBackboneE
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import HOSTS, HostName, build_nano
 from sfa_adapters.registry import find_tower
-from tests.support import assert_close, assert_same_gradients, difference, gradients, read, strong_config, structural
-from tests.towers import CASES, SMALL, TowerCase, set_checkpointing, set_eager
+from tests.support.compare import (
+    assert_close,
+    assert_same_gradients,
+    difference,
+    gradients,
+    read,
+    strong_config,
+    structural,
+)
+from tests.support.towers import CASES, SMALL, TowerCase, set_checkpointing, set_eager
 
 ADAPTIVE = [case for case in CASES if case.backbone in ("clip", "internvit", "siglip", "timm_vit")]
 adaptive_tower = pytest.mark.parametrize("case", ADAPTIVE, ids=str)

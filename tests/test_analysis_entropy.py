@@ -22,9 +22,9 @@ from sfa_adapters.analysis.entropy_report import EntropyReport, compare_entropy,
 from sfa_adapters.analysis.report import Skips
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.recipes.nano.models import build_nano
-from tests.hosts import HOSTS
-from tests.support import Snapshot, strong_config
-from tests.towers import CASES, Inputs, TowerCase, set_eager
+from tests.support.compare import Snapshot, strong_config
+from tests.support.hosts import HOSTS
+from tests.support.towers import CASES, Inputs, TowerCase, set_eager
 
 BY_NAME = {case.name: case for case in CASES}
 HOST = {host.name: host for host in HOSTS}

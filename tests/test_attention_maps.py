@@ -19,9 +19,9 @@ from sfa_adapters.analysis.maps import AttentionMap, attention_map, attention_ro
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import build_nano
-from tests.hosts import HOSTS, IMAGE
-from tests.support import strong_config
-from tests.towers import CASES, TowerCase, set_eager
+from tests.support.compare import strong_config
+from tests.support.hosts import HOSTS, IMAGE
+from tests.support.towers import CASES, TowerCase, set_eager
 
 BY_NAME = {case.name: case for case in CASES}
 HOST = {host.name: host for host in HOSTS}

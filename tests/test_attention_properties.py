@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sfa_adapters import StructuralBias, TokenLayout, attend
 from sfa_adapters.errors import LayoutError
-from tests.reference import softmax_attention
-from tests.support import assert_close
+from tests.support.compare import assert_close
+from tests.support.reference import softmax_attention
 
 exact = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 BACKENDS: tuple[Literal["dense"], Literal["folded"], Literal["auto"]] = ("dense", "folded", "auto")

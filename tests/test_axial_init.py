@@ -19,8 +19,8 @@ from sfa_adapters.bias import TERMS, parameter_shapes
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.state_record import read_record
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.towers import CASES, TowerCase
+from tests.support import compare
+from tests.support.towers import CASES, TowerCase
 
 SIGLIP = next(case for case in CASES if case.backbone == "siglip")
 EVERY = [next(case for case in CASES if case.backbone == name) for name in sorted({c.backbone for c in CASES})]
@@ -202,7 +202,7 @@ def test_wrong_options_name_the_field_and_the_value(options: dict[str, Any], tex
 @pytest.mark.parametrize("by", [inject_sfa, get_peft_model])
 def test_a_choice_that_does_not_fit_the_tower(heads: Any, layers: Any, text: str, by: Any) -> None:
     tower, _ = SIGLIP.fresh()
-    before = support.Snapshot(tower)
+    before = compare.Snapshot(tower)
     with pytest.raises(InjectionError, match=text):
         by(tower, SFAConfig(init="axial", init_heads=heads, layers_to_transform=layers))
     before.assert_unchanged(tower)
@@ -233,7 +233,7 @@ def test_saved_and_loaded_bit_for_bit(way: str, tmp_path: Path) -> None:
     config = SFAConfig(init="axial", init_strength=1.5, init_heads=CHOICE)
     tower, inputs = SIGLIP.fresh()
     model: Any = get_peft_model(tower, config) if way == "peft" else inject_sfa(tower, config)  # pyright: ignore[reportArgumentType]
-    expected = support.read(SIGLIP, model, inputs)
+    expected = compare.read(SIGLIP, model, inputs)
     fresh, _ = SIGLIP.fresh()
     if way == "save_sfa":
         again: Any = load_sfa(fresh, save_sfa(model, tmp_path))
@@ -243,7 +243,7 @@ def test_saved_and_loaded_bit_for_bit(way: str, tmp_path: Path) -> None:
     else:
         again = inject_sfa(fresh, config)
         again.load_state_dict(model.state_dict())
-    assert torch.equal(support.read(SIGLIP, again, inputs), expected)
+    assert torch.equal(compare.read(SIGLIP, again, inputs), expected)
     loaded = next(layer for _, _, layer in injected_layers(again)).configs["default"]
     assert (loaded.init, loaded.init_strength, loaded.init_heads) == ("axial", 1.5, CHOICE)
 

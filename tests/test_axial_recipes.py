@@ -20,7 +20,7 @@ from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.training.checkpoints import load_trained, saved_recipe
 from sfa_adapters.tuner import injected_layers
-from tests.tiny_training import assert_equal, recipe, run, tiny_host, trained
+from tests.support.tiny_training import assert_equal, recipe, run, tiny_host, trained
 
 AXIAL: dict[str, Any] = {"init": "axial", "init_strength": 2.0, "init_warmup_steps": 5}
 

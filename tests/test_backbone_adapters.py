@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from sfa_adapters import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import AdapterMismatchError
-from tests import support
-from tests.towers import CASES, TowerCase, every_tower
+from tests.support import compare
+from tests.support.towers import CASES, TowerCase, every_tower
 
 
 @every_tower
@@ -24,17 +24,17 @@ def test_saved_and_loaded_is_bit_exact(case: TowerCase, writer: str, reader: str
     tower, inputs = case.fresh()
     torch.manual_seed(5)
     if writer == "sfa":
-        inject_sfa(tower, support.strong_config())
-        expected = support.read(case, tower, inputs)
+        inject_sfa(tower, compare.strong_config())
+        expected = compare.read(case, tower, inputs)
         save_sfa(tower, tmp_path)
     else:
-        model = get_peft_model(tower, support.strong_config())  # pyright: ignore[reportArgumentType]
-        expected = support.read(case, model, inputs)
+        model = get_peft_model(tower, compare.strong_config())  # pyright: ignore[reportArgumentType]
+        expected = compare.read(case, model, inputs)
         model.save_pretrained(str(tmp_path))
     other: Any = case.build()
-    plain = support.read(case, other, inputs)
+    plain = compare.read(case, other, inputs)
     other = load_sfa(other, tmp_path) if reader == "sfa" else PeftModel.from_pretrained(other, str(tmp_path))
-    assert torch.equal(support.read(case, other, inputs), expected)
+    assert torch.equal(compare.read(case, other, inputs), expected)
     assert not torch.equal(plain, expected)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:  # nothing but the scalars is saved
         assert sum(file.get_tensor(name).numel() for name in file.keys()) == describe(other).num_parameters  # noqa: SIM118
@@ -43,17 +43,17 @@ def test_saved_and_loaded_is_bit_exact(case: TowerCase, writer: str, reader: str
 @every_tower
 def test_two_named_adapters_switch_save_and_load(case: TowerCase, tmp_path: Path):
     tower, inputs = case.fresh()
-    plain = support.read(case, tower, inputs)
+    plain = compare.read(case, tower, inputs)
     outputs: dict[str, torch.Tensor] = {}
     for seed, name in enumerate(("charts", "forms")):
         torch.manual_seed(seed)
-        inject_sfa(tower, support.strong_config(), adapter_name=name)
+        inject_sfa(tower, compare.strong_config(), adapter_name=name)
         assert describe(tower).active == (name,)
-        outputs[name] = support.read(case, tower, inputs)
+        outputs[name] = compare.read(case, tower, inputs)
     assert not torch.equal(outputs["charts"], outputs["forms"])
     for name in ("charts", "forms", "charts"):
         set_adapter(tower, name)
-        assert torch.equal(support.read(case, tower, inputs), outputs[name])
+        assert torch.equal(compare.read(case, tower, inputs), outputs[name])
     for name in ("charts", "forms"):
         save_sfa(tower, tmp_path / name, adapter_name=name)
     loaded = case.build()
@@ -61,64 +61,64 @@ def test_two_named_adapters_switch_save_and_load(case: TowerCase, tmp_path: Path
         load_sfa(loaded, tmp_path / name, adapter_name=name)
     for name in ("forms", "charts"):
         set_adapter(loaded, name)
-        assert torch.equal(support.read(case, loaded, inputs), outputs[name])
+        assert torch.equal(compare.read(case, loaded, inputs), outputs[name])
     set_adapter(loaded, "forms")
     eject_sfa(loaded, "charts")
-    assert torch.equal(support.read(case, loaded, inputs), outputs["forms"])
+    assert torch.equal(compare.read(case, loaded, inputs), outputs["forms"])
     eject_sfa(loaded, "forms")
-    assert torch.equal(support.read(case, loaded, inputs), plain)
+    assert torch.equal(compare.read(case, loaded, inputs), plain)
 
 
 @every_tower
 def test_two_adapters_of_a_peft_model(case: TowerCase, tmp_path: Path):
     tower, inputs = case.fresh()
-    model: Any = get_peft_model(tower, support.strong_config(), adapter_name="charts")  # pyright: ignore[reportArgumentType]
-    first = support.read(case, model, inputs)
-    model.add_adapter("forms", support.strong_config())
-    assert torch.equal(support.read(case, model, inputs), first), "a new adapter of a PeftModel is not active yet"
+    model: Any = get_peft_model(tower, compare.strong_config(), adapter_name="charts")  # pyright: ignore[reportArgumentType]
+    first = compare.read(case, model, inputs)
+    model.add_adapter("forms", compare.strong_config())
+    assert torch.equal(compare.read(case, model, inputs), first), "a new adapter of a PeftModel is not active yet"
     model.set_adapter("forms")
-    second = support.read(case, model, inputs)
+    second = compare.read(case, model, inputs)
     model.save_pretrained(str(tmp_path))
     loaded: Any = PeftModel.from_pretrained(case.build(), str(tmp_path / "charts"), adapter_name="charts")
     loaded.load_adapter(str(tmp_path / "forms"), adapter_name="forms")
-    assert torch.equal(support.read(case, loaded, inputs), first)
+    assert torch.equal(compare.read(case, loaded, inputs), first)
     loaded.set_adapter("forms")
-    assert torch.equal(support.read(case, loaded, inputs), second)
+    assert torch.equal(compare.read(case, loaded, inputs), second)
     loaded.set_adapter("charts")
     loaded.delete_adapter("forms")
-    assert torch.equal(support.read(case, loaded, inputs), first)
+    assert torch.equal(compare.read(case, loaded, inputs), first)
 
 
 @every_tower
 def test_two_active_adapters_add_up(case: TowerCase):
-    tower, inputs = support.injected(case, backend="dense")
-    inject_sfa(tower, support.strong_config(backend="dense"), adapter_name="second")
+    tower, inputs = compare.injected(case, backend="dense")
+    inject_sfa(tower, compare.strong_config(backend="dense"), adapter_name="second")
     set_adapter(tower, ["default", "second"])
-    both = support.read(case, tower, inputs)
-    support.set_backend(tower, "folded")
-    support.assert_close(support.read(case, tower, inputs), both)
+    both = compare.read(case, tower, inputs)
+    compare.set_backend(tower, "folded")
+    compare.assert_close(compare.read(case, tower, inputs), both)
     with torch.no_grad():
-        for name, parameter in support.structural(tower).items():
+        for name, parameter in compare.structural(tower).items():
             if name.endswith("second"):
                 parameter.zero_()
     set_adapter(tower, ["default"])
-    alone = support.read(case, tower, inputs)
+    alone = compare.read(case, tower, inputs)
     set_adapter(tower, ["default", "second"])
-    support.assert_close(support.read(case, tower, inputs), alone)
-    assert support.difference(both, alone) > 1e-2
+    compare.assert_close(compare.read(case, tower, inputs), alone)
+    assert compare.difference(both, alone) > 1e-2
 
 
 @every_tower
 @pytest.mark.parametrize("reader", ["sfa", "peft"])
 def test_adapter_of_another_tower_is_refused_and_changes_nothing(case: TowerCase, reader: str, tmp_path: Path):
-    save_sfa(support.injected(case)[0], tmp_path)
+    save_sfa(compare.injected(case)[0], tmp_path)
     other = next(other for other in CASES if other.backbone != case.backbone)
     tower, inputs = other.fresh()
-    snapshot, plain = support.Snapshot(tower), support.read(other, tower, inputs)
+    snapshot, plain = compare.Snapshot(tower), compare.read(other, tower, inputs)
     with pytest.raises(AdapterMismatchError, match=f"backbone: adapter '{case.backbone}', model '{other.backbone}'"):
         load_sfa(tower, tmp_path) if reader == "sfa" else PeftModel.from_pretrained(tower, str(tmp_path))  # pyright: ignore[reportArgumentType]
     snapshot.assert_unchanged(tower)
-    assert torch.equal(support.read(other, tower, inputs), plain)
+    assert torch.equal(compare.read(other, tower, inputs), plain)
 
 
 def _lora(case: TowerCase) -> LoraConfig:
@@ -133,75 +133,75 @@ def test_lora_lives_beside_sfa(case: TowerCase, order: str):
     tower, inputs = case.fresh()
     if order == "lora first":
         model: Any = get_peft_model(tower, _lora(case))  # pyright: ignore[reportArgumentType]
-        inject_sfa(model, support.strong_config())
+        inject_sfa(model, compare.strong_config())
     else:
-        inject_sfa(tower, support.strong_config())
+        inject_sfa(tower, compare.strong_config())
         model = get_peft_model(tower, _lora(case))  # pyright: ignore[reportArgumentType]
     lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert len(lora) == 2 * case.layers
-    ours = {*lora, *support.structural(model)}
+    ours = {*lora, *compare.structural(model)}
     for name, parameter in model.named_parameters():  # versions of peft differ in what they freeze here
         parameter.requires_grad_(name in ours)
-    together = support.read(case, model, inputs)
-    found = support.gradients(case, model, inputs)
+    together = compare.read(case, model, inputs)
+    found = compare.gradients(case, model, inputs)
     assert set(found) == ours
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
-    scalars = {name: p.detach().clone() for name, p in support.structural(model).items()}
-    support.fill(model, 0.0)
-    lora_alone = support.read(case, model, inputs)
-    for name, parameter in support.structural(model).items():
+    scalars = {name: p.detach().clone() for name, p in compare.structural(model).items()}
+    compare.fill(model, 0.0)
+    lora_alone = compare.read(case, model, inputs)
+    for name, parameter in compare.structural(model).items():
         parameter.data.copy_(scalars[name])
-    assert support.difference(together, lora_alone) > 1e-2
+    assert compare.difference(together, lora_alone) > 1e-2
     eject_sfa(model)
-    assert not support.structural(model)
-    support.assert_close(support.read(case, model, inputs), lora_alone)
-    assert set(support.gradients(case, model, inputs)) == set(lora)
+    assert not compare.structural(model)
+    compare.assert_close(compare.read(case, model, inputs), lora_alone)
+    assert set(compare.gradients(case, model, inputs)) == set(lora)
 
 
 @every_tower
 def test_lora_merged_under_sfa(case: TowerCase):
     tower, inputs = case.fresh()
     model: Any = get_peft_model(tower, _lora(case))  # pyright: ignore[reportArgumentType]
-    inject_sfa(model, support.strong_config())
-    together = support.read(case, model, inputs)
+    inject_sfa(model, compare.strong_config())
+    together = compare.read(case, model, inputs)
     merged = model.merge_and_unload()
-    support.assert_close(support.read(case, merged, inputs), together)
+    compare.assert_close(compare.read(case, merged, inputs), together)
     assert describe(merged).num_layers == case.layers
     assert not [name for name, _ in merged.named_parameters() if "lora_" in name]
 
 
 @every_tower
 def test_a_deep_copy_is_independent(case: TowerCase):
-    tower, inputs = support.injected(case)
-    expected = support.read(case, tower, inputs)
+    tower, inputs = compare.injected(case)
+    expected = compare.read(case, tower, inputs)
     twin = copy.deepcopy(tower)
-    assert torch.equal(support.read(case, twin, inputs), expected)
-    support.fill(twin, 0.25)
-    changed = support.read(case, twin, inputs)
+    assert torch.equal(compare.read(case, twin, inputs), expected)
+    compare.fill(twin, 0.25)
+    changed = compare.read(case, twin, inputs)
     assert not torch.equal(changed, expected)
-    assert torch.equal(support.read(case, tower, inputs), expected)
+    assert torch.equal(compare.read(case, tower, inputs), expected)
     eject_sfa(tower)
-    assert torch.equal(support.read(case, twin, inputs), changed)
+    assert torch.equal(compare.read(case, twin, inputs), changed)
     eject_sfa(twin)
-    assert torch.equal(support.read(case, twin, inputs), support.read(case, tower, inputs))
+    assert torch.equal(compare.read(case, twin, inputs), compare.read(case, tower, inputs))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in twin.modules())
 
 
 @every_tower
 def test_a_pickle_gives_the_same_model(case: TowerCase):
-    tower, inputs = support.injected(case)
-    expected = support.read(case, tower, inputs)
+    tower, inputs = compare.injected(case)
+    expected = compare.read(case, tower, inputs)
     loaded = pickle.loads(pickle.dumps(tower))
-    assert torch.equal(support.read(case, loaded, inputs), expected)
+    assert torch.equal(compare.read(case, loaded, inputs), expected)
     eject_sfa(loaded)
-    assert torch.equal(support.read(case, loaded, inputs), support.read(case, eject_sfa(tower), inputs))
+    assert torch.equal(compare.read(case, loaded, inputs), compare.read(case, eject_sfa(tower), inputs))
 
 
 @every_tower
 def test_state_dict_loads_into_an_injected_tower(case: TowerCase):
-    tower, inputs = support.injected(case)
+    tower, inputs = compare.injected(case)
     other = inject_sfa(case.build())
-    assert not torch.equal(support.read(case, other, inputs), support.read(case, tower, inputs))
+    assert not torch.equal(compare.read(case, other, inputs), compare.read(case, tower, inputs))
     other.load_state_dict(tower.state_dict())
-    assert torch.equal(support.read(case, other, inputs), support.read(case, tower, inputs))
+    assert torch.equal(compare.read(case, other, inputs), compare.read(case, tower, inputs))

@@ -15,9 +15,9 @@ from sfa_adapters.adat import inject_adat, latest_plans
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.registry import find_tower
 from sfa_adapters.tuner import injected_layers
-from tests import support
+from tests.support import compare
+from tests.support.towers import CASES, Inputs, TowerCase, every_tower, set_checkpointing
 from tests.test_adat import mixed
-from tests.towers import CASES, Inputs, TowerCase, every_tower, set_checkpointing
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 ORDERS = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
@@ -63,51 +63,51 @@ def check_two_forwards(
     assert first is not None
     pair = (first, transposed(first))
     set_checkpointing(case, tower.train(), None)
-    expected = [support.gradients(case, tower, inputs) for inputs in pair]
-    name = next(iter(support.structural(tower)))
-    assert support.difference(expected[0][name], expected[1][name]) > 1e-5, "the test could not tell the grids apart"
+    expected = [compare.gradients(case, tower, inputs) for inputs in pair]
+    name = next(iter(compare.structural(tower)))
+    assert compare.difference(expected[0][name], expected[1][name]) > 1e-5, "the test could not tell the grids apart"
     switch_on()
-    losses = [support.loss_of(case.hidden(tower, inputs)) for inputs in pair]
+    losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
     for result, reference in zip(gradients_after(losses, tower, order), expected, strict=True):
-        support.assert_same_gradients(result, reference, tolerance=1e-6)
+        compare.assert_same_gradients(result, reference, tolerance=1e-6)
 
 
 @every_tower
 @REENTRANT
 def test_a_frozen_tower_trains_its_scalars(case: TowerCase, reentrant: bool):
-    tower, inputs = support.injected(case)
-    support.freeze_base(tower.train())
+    tower, inputs = compare.injected(case)
+    compare.freeze_base(tower.train())
     set_checkpointing(case, tower, None)
-    expected = support.gradients(case, tower, inputs)
+    expected = compare.gradients(case, tower, inputs)
     set_checkpointing(case, tower, reentrant)
-    result = support.gradients(case, tower, inputs)
-    assert set(result) == set(support.structural(tower))
-    support.assert_same_gradients(result, expected, tolerance=1e-6)
+    result = compare.gradients(case, tower, inputs)
+    assert set(result) == set(compare.structural(tower))
+    compare.assert_same_gradients(result, expected, tolerance=1e-6)
 
 
 @every_tower
 def test_scalars_of_the_last_layer_alone_train_under_reentrant_checkpointing(case: TowerCase):
-    tower, inputs = support.injected(case, layers_to_transform=[-1])
-    support.freeze_base(tower.train())
+    tower, inputs = compare.injected(case, layers_to_transform=[-1])
+    compare.freeze_base(tower.train())
     set_checkpointing(case, tower, None)
-    expected = support.gradients(case, tower, inputs)
+    expected = compare.gradients(case, tower, inputs)
     set_checkpointing(case, tower, reentrant=True)
-    support.assert_same_gradients(support.gradients(case, tower, inputs), expected, tolerance=1e-6)
+    compare.assert_same_gradients(compare.gradients(case, tower, inputs), expected, tolerance=1e-6)
 
 
 def test_a_graph_begins_no_sooner_than_it_must():
     """Of a frozen tower with scalars in its last layer only, nothing in front is kept for backward."""
     case = next(case for case in CASES if case.name == "siglip")
-    tower, inputs = support.injected(case, layers_to_transform=[-1])
-    support.freeze_base(tower.train())
+    tower, inputs = compare.injected(case, layers_to_transform=[-1])
+    compare.freeze_base(tower.train())
     inputs_of_layers: list[bool] = []
     layers: Any = tower.get_submodule("encoder.layers")
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, args: inputs_of_layers.append(args[0].requires_grad))
     case.hidden(tower, inputs)
     assert inputs_of_layers == [False, False, False]
-    support.fill(tower, 0.1)
-    for parameter in support.structural(tower).values():
+    compare.fill(tower, 0.1)
+    for parameter in compare.structural(tower).values():
         parameter.requires_grad_(False)
     assert not torch.cat(case.hidden(tower, inputs)).requires_grad, "nothing trains, so there is no graph"
 
@@ -115,10 +115,10 @@ def test_a_graph_begins_no_sooner_than_it_must():
 def test_remote_code_as_it_comes_trains_a_frozen_tower():
     """Its encoder checkpoints reentrantly by default."""
     case = next(case for case in CASES if case.name == "internvit_remote")
-    tower: Any = inject_sfa(case.build().requires_grad_(False).train(), support.strong_config())
+    tower: Any = inject_sfa(case.build().requires_grad_(False).train(), compare.strong_config())
     assert tower.encoder.gradient_checkpointing
-    result = support.gradients(case, tower, case.inputs(0))
-    assert set(result) == set(support.structural(tower))
+    result = compare.gradients(case, tower, case.inputs(0))
+    assert set(result) == set(compare.structural(tower))
     assert all(gradient.abs().max() > 0 for gradient in result.values())
 
 
@@ -126,11 +126,11 @@ def test_remote_code_as_it_comes_trains_a_frozen_tower():
 def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(case: TowerCase):
     tower, inputs = case.fresh()
     set_checkpointing(case, tower.train(), reentrant=True)
-    plain, snapshot = support.gradients(case, tower, inputs), support.Snapshot(tower)
-    support.gradients(case, inject_sfa(tower, support.strong_config()), inputs)
+    plain, snapshot = compare.gradients(case, tower, inputs), compare.Snapshot(tower)
+    compare.gradients(case, inject_sfa(tower, compare.strong_config()), inputs)
     eject_sfa(tower)
     snapshot.assert_unchanged(tower)
-    after = support.gradients(case, tower, inputs)
+    after = compare.gradients(case, tower, inputs)
     assert set(after) == set(plain)
     assert all(torch.equal(after[name], plain[name]) for name in plain)
 
@@ -139,15 +139,15 @@ def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(case: TowerCas
 @REENTRANT
 @ORDERS
 def test_two_grids_of_one_token_count(case: TowerCase, reentrant: bool, order: tuple[int, int]):
-    tower, _ = support.injected(case)
+    tower, _ = compare.injected(case)
     check_two_forwards(case, tower, lambda: set_checkpointing(case, tower, reentrant), order)
 
 
 @pytest.mark.parametrize("case", OBLONG, ids=str)
 @REENTRANT
 def test_two_grids_of_one_token_count_in_a_frozen_tower(case: TowerCase, reentrant: bool):
-    tower, _ = support.injected(case)
-    support.freeze_base(tower)
+    tower, _ = compare.injected(case)
+    compare.freeze_base(tower)
     check_two_forwards(case, tower, lambda: set_checkpointing(case, tower, reentrant), (0, 1))
 
 
@@ -179,7 +179,7 @@ def checkpoint_part(part: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch)
 def test_the_whole_encoder_in_one_checkpoint(
     case: TowerCase, reentrant: bool, order: tuple[int, int], nested: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    tower, _ = support.injected(case)
+    tower, _ = compare.injected(case)
 
     def switch_on() -> None:
         checkpoint_part(tower.get_submodule("blocks" if case.family == "timm" else "encoder"), reentrant, monkeypatch)
@@ -194,7 +194,7 @@ def test_the_whole_encoder_in_one_checkpoint(
 def test_a_checkpoint_that_begins_with_an_operation_of_the_user(
     case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    tower, _ = support.injected(case)
+    tower, _ = compare.injected(case)
 
     def switch_on() -> None:
         for name, _, _ in injected_layers(tower):
@@ -216,7 +216,7 @@ def embedded(tower: Any, seed: int, height: int, width: int) -> Tensor:
 
 def test_what_cannot_be_told_apart_is_an_error_and_never_another_layout():
     """The reentrant checkpoint saves a tensor that no module of the tower has seen."""
-    tower: Any = support.injected(next(case for case in CASES if case.name == "siglip"))[0]
+    tower: Any = compare.injected(next(case for case in CASES if case.name == "siglip"))[0]
 
     def loss(states: Tensor, reentrant: bool) -> Tensor:
         def run(x: Tensor) -> Tensor:
@@ -237,8 +237,8 @@ def test_what_cannot_be_told_apart_is_an_error_and_never_another_layout():
 def test_reentrant_checkpointing_that_would_train_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """The checkpoint is the user's, so nothing tells in front of the tower that a graph is needed."""
     case = next(case for case in CASES if case.name == "siglip")
-    tower, inputs = support.injected(case, layers_to_transform=[-1])
-    support.freeze_base(tower.train())
+    tower, inputs = compare.injected(case, layers_to_transform=[-1])
+    compare.freeze_base(tower.train())
     layer: Any = tower.get_submodule("encoder.layers.2")
     inner = layer.forward
     monkeypatch.setattr(layer, "forward", lambda x, *args, **_: checkpoint(inner, x, *args, use_reentrant=True))
@@ -259,15 +259,15 @@ def test_two_packings_of_one_token_count(
     tower = case.build()
     torch.manual_seed(3)
     if sfa == "before":
-        inject_sfa(tower, support.strong_config())
+        inject_sfa(tower, compare.strong_config())
     projection: Any = tower.get_submodule(find_tower(tower).backbone.patches.projection)  # pyright: ignore[reportOptionalMemberAccess]
     inject_adat(tower, mixed(projection.kernel_size[0]))
     torch.manual_seed(3)
     if sfa == "after":
-        inject_sfa(tower, support.strong_config())
+        inject_sfa(tower, compare.strong_config())
     first = case.inputs(0)
     pair = (first, {**first, "pixel_values": first["pixel_values"].flip(0)})
-    expected = [support.gradients(case, tower.train(), inputs) for inputs in pair]
+    expected = [compare.gradients(case, tower.train(), inputs) for inputs in pair]
     lengths = []
     for inputs in pair:
         case.hidden(tower, inputs)
@@ -277,6 +277,6 @@ def test_two_packings_of_one_token_count(
         checkpoint_part(tower.get_submodule("blocks" if case.family == "timm" else "encoder"), reentrant, monkeypatch)
     else:
         set_checkpointing(case, tower, reentrant)
-    losses = [support.loss_of(case.hidden(tower, inputs)) for inputs in pair]
+    losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
     for result, reference in zip(gradients_after(losses, tower, (0, 1)), expected, strict=True):
-        support.assert_same_gradients(result, reference, tolerance=1e-6)
+        compare.assert_same_gradients(result, reference, tolerance=1e-6)

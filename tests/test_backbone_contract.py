@@ -1,6 +1,6 @@
 """What every tower promises: the bias acts, is exact, is alone in what it changes, and leaves no trace.
 
-Runs over `tests.towers.CASES`; two more files hold the rest of the contract (adapters, training).
+Runs over `tests.support.towers.CASES`; two more files hold the rest of the contract (adapters, training).
 """
 
 import itertools
@@ -14,8 +14,8 @@ from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import BiasNotAppliedError
 from sfa_adapters.registry import Backbone, register_backbone, registered_backbones
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.reference import (
+from tests.support import compare
+from tests.support.reference import (
     layer_phi,
     merge_heads,
     places_from_rotary,
@@ -24,12 +24,12 @@ from tests.reference import (
     rotate,
     softmax_attention,
 )
-from tests.towers import CASES, Inputs, TowerCase, every_tower, missing_backbones, set_eager
+from tests.support.towers import CASES, Inputs, TowerCase, every_tower, missing_backbones, set_eager
 
 
 def test_every_registered_backbone_has_a_tower():
     missing = missing_backbones()
-    assert not missing, f"Add a TowerCase with backbone={missing[0]!r} to CASES in tests/towers.py ({missing})."
+    assert not missing, f"Add a TowerCase with backbone={missing[0]!r} to CASES in tests/support/towers.py ({missing})."
 
 
 def test_a_backbone_without_a_tower_is_noticed(monkeypatch):
@@ -52,7 +52,7 @@ def test_description(case: TowerCase):
         assert (info.grid, info.prefix_tokens, info.num_heads) == (case.grid, case.prefix, 4)
         assert info.num_parameters == case.layers * 4 * 19
     assert (before.adapters, after.adapters, after.active) == ((), ("default",), ("default",))
-    assert sum(p.numel() for p in support.structural(tower).values()) == after.num_parameters
+    assert sum(p.numel() for p in compare.structural(tower).values()) == after.num_parameters
 
 
 @every_tower
@@ -60,42 +60,42 @@ def test_bias_changes_every_image(case: TowerCase):
     tower, inputs = case.fresh()
     with torch.no_grad():
         plain = case.hidden(tower, inputs)
-        inject_sfa(tower, support.strong_config())
+        inject_sfa(tower, compare.strong_config())
         biased = case.hidden(tower, inputs)
     for before, after in zip(plain, biased, strict=True):
-        assert support.difference(before, after) > 1e-2
+        assert compare.difference(before, after) > 1e-2
 
 
 @every_tower
 @pytest.mark.parametrize("backend", ["auto", "dense", "folded"])
 def test_zero_scalars_change_nothing(case: TowerCase, backend: str):
     tower, inputs = case.fresh()
-    plain = support.read(case, tower, inputs)
-    inject_sfa(tower, support.strong_config(backend=backend))
-    support.fill(tower, 0.0)
-    support.assert_close(support.read(case, tower, inputs), plain)
+    plain = compare.read(case, tower, inputs)
+    inject_sfa(tower, compare.strong_config(backend=backend))
+    compare.fill(tower, 0.0)
+    compare.assert_close(compare.read(case, tower, inputs), plain)
 
 
 @every_tower
 def test_ejected_is_bit_exact_and_leaves_no_trace(case: TowerCase):
     tower, inputs = case.fresh()
-    plain, snapshot = support.read(case, tower, inputs), support.Snapshot(tower)
-    inject_sfa(tower, support.strong_config())
-    assert not torch.equal(support.read(case, tower, inputs), plain)
+    plain, snapshot = compare.read(case, tower, inputs), compare.Snapshot(tower)
+    inject_sfa(tower, compare.strong_config())
+    assert not torch.equal(compare.read(case, tower, inputs), plain)
     assert eject_sfa(tower) is tower
-    assert torch.equal(support.read(case, tower, inputs), plain)
+    assert torch.equal(compare.read(case, tower, inputs), plain)
     snapshot.assert_unchanged(tower)
 
 
 @every_tower
 def test_disabled_is_bit_exact(case: TowerCase):
     tower, inputs = case.fresh()
-    plain = support.read(case, tower, inputs)
-    model = get_peft_model(tower, support.strong_config())  # pyright: ignore[reportArgumentType]
-    biased = support.read(case, model, inputs)
+    plain = compare.read(case, tower, inputs)
+    model = get_peft_model(tower, compare.strong_config())  # pyright: ignore[reportArgumentType]
+    biased = compare.read(case, model, inputs)
     with model.disable_adapter():
-        assert torch.equal(support.read(case, model, inputs), plain)
-    assert torch.equal(support.read(case, model, inputs), biased)
+        assert torch.equal(compare.read(case, model, inputs), plain)
+    assert torch.equal(compare.read(case, model, inputs), biased)
     assert not torch.equal(biased, plain)
 
 
@@ -106,7 +106,7 @@ def test_base_state_dict_keeps_its_keys_and_tensors(case: TowerCase):
     trainable = {name: p.requires_grad for name, p in tower.named_parameters()}
     inject_sfa(tower)
     after = tower.state_dict()
-    ours = set(support.structural(tower))
+    ours = set(compare.structural(tower))
     records = {f"{name}.sfa._extra_state" for name, _, _ in injected_layers(tower)}
     assert set(after) - set(before) == ours | records
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -115,10 +115,10 @@ def test_base_state_dict_keeps_its_keys_and_tensors(case: TowerCase):
 
 @every_tower
 def test_only_structural_scalars_learn_and_all_of_them_do(case: TowerCase):
-    tower, inputs = support.injected(case)
-    support.freeze_base(tower)
-    found = support.gradients(case, tower, inputs)
-    assert set(found) == set(support.structural(tower))
+    tower, inputs = compare.injected(case)
+    compare.freeze_base(tower)
+    found = compare.gradients(case, tower, inputs)
+    assert set(found) == set(compare.structural(tower))
     for term in ("row", "col", "dist", "block"):
         norms = [gradient.abs().max().item() for name, gradient in found.items() if f"sfa_{term}" in name]
         assert len(norms) == case.layers
@@ -131,25 +131,25 @@ def test_only_structural_scalars_learn_and_all_of_them_do(case: TowerCase):
     ids=str,
 )
 def test_backends_agree_in_outputs_and_gradients(case: TowerCase, other: str):
-    tower, inputs = support.injected(case, backend="dense")
-    expected, expected_gradients = support.read(case, tower, inputs), support.gradients(case, tower, inputs)
+    tower, inputs = compare.injected(case, backend="dense")
+    expected, expected_gradients = compare.read(case, tower, inputs), compare.gradients(case, tower, inputs)
     if other == "eager":
         set_eager(case, tower)
     else:
-        support.set_backend(tower, other)
-    support.assert_close(support.read(case, tower, inputs), expected)
-    support.assert_same_gradients(support.gradients(case, tower, inputs), expected_gradients)
+        compare.set_backend(tower, other)
+    compare.assert_close(compare.read(case, tower, inputs), expected)
+    compare.assert_same_gradients(compare.gradients(case, tower, inputs), expected_gradients)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.backbone == "qwen2_5_vit"], ids=str)
 def test_attention_that_drops_the_bias_is_an_error_naming_the_layer(case: TowerCase):
-    tower, inputs = support.injected(case)
-    biased = support.read(case, tower, inputs)
+    tower, inputs = compare.injected(case)
+    biased = compare.read(case, tower, inputs)
     set_eager(case, tower)
     with pytest.raises(BiasNotAppliedError, match=r"blocks\.0\.attn.*'eager'.*position_bias"):
         case.hidden(tower, inputs)
     tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
-    assert torch.equal(support.read(case, tower, inputs), biased)
+    assert torch.equal(compare.read(case, tower, inputs), biased)
 
 
 @pytest.mark.parametrize("backend", ["dense", "folded"])
@@ -159,7 +159,7 @@ def test_attention_that_drops_the_bias_is_an_error_naming_the_layer(case: TowerC
     + [pytest.param(case, case.resized, id=f"{case.name}-resized") for case in CASES if case.resized],
 )
 def test_every_layer_matches_the_slow_reference(case: TowerCase, make_inputs: Callable[[int], Inputs], backend: str):
-    tower, _ = support.injected(case, backend=backend)
+    tower, _ = compare.injected(case, backend=backend)
     inputs = make_inputs(0)
     calls: list[tuple[torch.Tensor, dict, torch.Tensor]] = []
 
@@ -168,7 +168,7 @@ def test_every_layer_matches_the_slow_reference(case: TowerCase, make_inputs: Ca
         calls.append((hidden, kwargs, output[0] if isinstance(output, tuple) else output))
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for _, module, _ in injected_layers(tower)]
-    support.read(case, tower, inputs)
+    compare.read(case, tower, inputs)
     for handle in handles:
         handle.remove()
     assert len(calls) == case.layers
@@ -178,7 +178,7 @@ def test_every_layer_matches_the_slow_reference(case: TowerCase, make_inputs: Ca
         if "patch_attention_mask" in inputs:  # what padding becomes is nobody's business
             real = inputs["patch_attention_mask"].flatten(1)
             output, expected = output[real], expected[real]
-        support.assert_close(output, expected, what=layer.name)
+        compare.assert_close(output, expected, what=layer.name)
 
 
 def _reference(case: TowerCase, module, layer, hidden, kwargs, inputs: Inputs) -> torch.Tensor:
@@ -208,13 +208,13 @@ def _reference(case: TowerCase, module, layer, hidden, kwargs, inputs: Inputs) -
 
 @every_tower
 def test_batch_of_different_images_is_the_same_as_one_at_a_time(case: TowerCase):
-    tower, inputs = support.injected(case)
+    tower, inputs = compare.injected(case)
     with torch.no_grad():
         together = case.hidden(tower, inputs)
         alone = [states for single in case.split(inputs) for states in case.hidden(tower, single)]
     assert len(together) == len(alone) == 2
     for first, second in zip(together, alone, strict=True):
-        support.assert_close(first, second)
+        compare.assert_close(first, second)
 
 
 @every_tower
@@ -222,16 +222,16 @@ def test_batch_of_different_images_is_the_same_as_one_at_a_time(case: TowerCase)
 def test_bfloat16_is_within_its_rounding(case: TowerCase, backend: str):
     tower, inputs = case.fresh()
     low = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    plain = support.read(case, tower, inputs)
-    rounding = support.difference(support.read(case, tower.bfloat16(), low), plain)
-    tower, _ = support.injected(case, backend=backend, init_std=1.5)
-    exact = support.read(case, tower, inputs)
-    scalars = [p.data.clone() for p in support.structural(tower).values()]
+    plain = compare.read(case, tower, inputs)
+    rounding = compare.difference(compare.read(case, tower.bfloat16(), low), plain)
+    tower, _ = compare.injected(case, backend=backend, init_std=1.5)
+    exact = compare.read(case, tower, inputs)
+    scalars = [p.data.clone() for p in compare.structural(tower).values()]
     eject_sfa(tower)
-    inject_sfa(tower.bfloat16(), support.strong_config(backend=backend))
-    for parameter, values in zip(support.structural(tower).values(), scalars, strict=True):
+    inject_sfa(tower.bfloat16(), compare.strong_config(backend=backend))
+    for parameter, values in zip(compare.structural(tower).values(), scalars, strict=True):
         assert parameter.dtype == torch.float32
         parameter.data.copy_(values)
-    found = support.difference(support.read(case, tower, low), exact)
+    found = compare.difference(compare.read(case, tower, low), exact)
     assert found <= 4 * rounding + 1e-2, f"off by {found:g} in bfloat16; the tower alone by {rounding:g}"
-    assert support.difference(exact, plain) > 4 * rounding + 1e-2, "the bias is too weak for this test to mean anything"
+    assert compare.difference(exact, plain) > 4 * rounding + 1e-2, "the bias is too weak for this test to mean anything"

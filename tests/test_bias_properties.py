@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sfa_adapters import StructuralBias, TokenLayout
 from sfa_adapters.bias import TERMS, Term
-from tests.reference import phi_by_pairs, regular_places
+from tests.support.reference import phi_by_pairs, regular_places
 
 settings.register_profile("core", max_examples=25, derandomize=True, deadline=None, database=None)
 settings.load_profile("core")

@@ -22,8 +22,8 @@ from sfa_adapters.readers import RowProbabilities
 from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.registry import find_tower
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.towers import CASES, Inputs, TowerCase, set_eager
+from tests.support import compare
+from tests.support.towers import CASES, Inputs, TowerCase, set_eager
 
 BY_NAME = {case.name: case for case in CASES}
 SIGLIP = BY_NAME["siglip"]
@@ -87,7 +87,7 @@ def kwargs_of(case: TowerCase, inputs: Inputs) -> Inputs:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("adapted", [False, True], ids=["before", "with SFA"])
 def test_affinity_is_that_of_the_dense_matrix(case: TowerCase, adapted: bool) -> None:
-    tower, inputs = support.injected(case) if adapted else case.fresh()
+    tower, inputs = compare.injected(case) if adapted else case.fresh()
     vision = find_tower(tower)
     with torch.no_grad():
         measured = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
@@ -95,7 +95,7 @@ def test_affinity_is_that_of_the_dense_matrix(case: TowerCase, adapted: bool) ->
         name = vision.attentions[layer][0]
         expected = reference(case, tower, inputs, name)
         assert measured[layer].shape == expected.shape == (2, 4)
-        support.assert_close(measured[layer], expected, 1e-5, name)
+        compare.assert_close(measured[layer], expected, 1e-5, name)
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "timm_cls"])
@@ -106,11 +106,11 @@ def test_other_grids_and_eager_attention(name: str) -> None:
     vision = find_tower(tower)
     with torch.no_grad():
         fused = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
-    support.assert_close(fused[1], reference(case, tower, inputs, vision.attentions[1][0]), 1e-5)
+    compare.assert_close(fused[1], reference(case, tower, inputs, vision.attentions[1][0]), 1e-5)
     set_eager(case, tower)
     with torch.no_grad():
         eager = axis_affinity(vision, [kwargs_of(case, inputs)], LAYERS)
-    support.assert_close(eager[2], fused[2], 1e-4)
+    compare.assert_close(eager[2], fused[2], 1e-4)
 
 
 def test_uniform_attention_has_affinity_one_and_rows_go_in_blocks() -> None:
@@ -132,7 +132,7 @@ def test_uniform_attention_has_affinity_one_and_rows_go_in_blocks() -> None:
             with observe(tower, reader, [name], block_bytes=size), torch.no_grad():
                 tower(inputs["pixel_values"])
         sums.append(reader.results[name][0])
-    support.assert_close(sums[0], sums[1], 1e-6)
+    compare.assert_close(sums[0], sums[1], 1e-6)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("siglip", "timm_cls", "qwen2_5")], ids=str)
@@ -231,7 +231,7 @@ def test_the_model_is_left_as_it_was(by: Any, adapted: bool) -> None:
         inject_sfa(tower)
     tower.train()
     next(tower.parameters()).requires_grad_(False)
-    before, seed, gradients = support.Snapshot(tower), torch.get_rng_state(), torch.is_grad_enabled()
+    before, seed, gradients = compare.Snapshot(tower), torch.get_rng_state(), torch.is_grad_enabled()
     first = calibrate_axial(tower, SIGLIP.inputs(0)["pixel_values"], by=by)
     before.assert_unchanged(tower)
     assert torch.equal(torch.get_rng_state(), seed)

@@ -24,7 +24,7 @@ from sfa_adapters.files import what_is_missing, whole_folder
 from sfa_adapters.inject import load_sfa, save_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, save_trained, saved_recipe
 from sfa_adapters.training.runs import checkpoint_to_resume
-from tests.tiny_training import BY_NAME, At, assert_equal, recipe, run, tiny_host, trained
+from tests.support.tiny_training import BY_NAME, At, assert_equal, recipe, run, tiny_host, trained
 
 FAMILIES = ("internvl", "llava_onevision", "llava", "qwen2_5_vl")
 

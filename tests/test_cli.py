@@ -16,7 +16,8 @@ from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaCon
 
 from sfa_adapters.cli.main import main
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
-from tests.remote.modeling_intern_vit import InternVisionConfig
+from tests.support.remote import modeling_intern_vit
+from tests.support.remote.modeling_intern_vit import InternVisionConfig
 
 SMALL_LLAVA = LlavaConfig(
     vision_config=CLIPVisionConfig(
@@ -173,7 +174,7 @@ def remote_model(tmp_path: Path) -> Path:
         "AutoModel": "modeling_intern_vit.InternVisionModel",
     }
     config.save_pretrained(tmp_path)
-    shutil.copy(Path(__file__).parent / "remote" / "modeling_intern_vit.py", tmp_path)
+    shutil.copy(modeling_intern_vit.__file__, tmp_path)
     return tmp_path
 
 

@@ -33,7 +33,7 @@ from sfa_adapters.hosts.quantization import check_loaded, four_bit_modules
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.catalog import RECIPES, architecture
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
-from tests.hosts import HOSTS as CASES
+from tests.support.hosts import HOSTS as CASES
 
 every_family = pytest.mark.parametrize("family", list(HOSTS))
 

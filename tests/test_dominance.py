@@ -23,9 +23,9 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.readers import KeyMass
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import build_nano
-from tests.hosts import HOSTS, IMAGE, IMAGE_ID, TEXT, HostCase, logits_of
-from tests.support import Snapshot
-from tests.towers import lively
+from tests.support.compare import Snapshot
+from tests.support.hosts import HOSTS, IMAGE, IMAGE_ID, TEXT, HostCase, logits_of
+from tests.support.towers import lively
 
 HOST = {host.name: host for host in HOSTS}
 ALL = {"all": [0, 1]}

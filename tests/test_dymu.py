@@ -34,11 +34,11 @@ from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu, threshold_of
 from sfa_adapters.reduction.dymu.config import DyMUConfig, load_dymu, save_dymu
 from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, token_counts
 from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, sized_attention
-from tests.dymu_support import BY_NAME, NAMES, THRESHOLD, slow_tower
-from tests.hosts import HOSTS, lm_loss, logits_of
-from tests.reference import regular_places
-from tests.support import Snapshot, assert_close, strong_config
-from tests.towers import CASES, TowerCase, set_checkpointing, set_eager
+from tests.support.compare import Snapshot, assert_close, strong_config
+from tests.support.dymu import BY_NAME, NAMES, THRESHOLD, slow_tower
+from tests.support.hosts import HOSTS, lm_loss, logits_of
+from tests.support.reference import regular_places
+from tests.support.towers import CASES, TowerCase, set_checkpointing, set_eager
 
 TOWERS = {case.name: case for case in CASES}
 every_host = pytest.mark.parametrize("name", NAMES)

@@ -19,9 +19,9 @@ from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu
 from sfa_adapters.reduction.dymu.logical_rope import latest_kept
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.kept_tokens import keep_positions, keep_states
-from tests.dymu_support import BY_NAME, GENERATE, NAMES, PAD, THRESHOLD, padded, single
-from tests.hosts import IMAGE, logits_of
-from tests.support import Snapshot, assert_close, passing
+from tests.support.compare import Snapshot, assert_close, passing
+from tests.support.dymu import BY_NAME, GENERATE, NAMES, PAD, THRESHOLD, padded, single
+from tests.support.hosts import IMAGE, logits_of
 
 every_host = pytest.mark.parametrize("name", NAMES)
 MERGE = DyMUConfig(thresholds=THRESHOLD)

@@ -30,9 +30,9 @@ from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.tuner import injected_layers
-from tests.hosts import HOSTS, HostCase, logits_of
-from tests.support import Snapshot, assert_close, difference, strong_config
-from tests.towers import CASES, SMALL, read_last_hidden
+from tests.support.compare import Snapshot, assert_close, difference, strong_config
+from tests.support.hosts import HOSTS, HostCase, logits_of
+from tests.support.towers import CASES, SMALL, read_last_hidden
 
 BY_NAME = {host.name: host for host in HOSTS}
 TOWER_BY_NAME = {case.name: case for case in CASES}

@@ -16,9 +16,9 @@ from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import inject_dymu
 from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
-from tests.fastv_prompts import DEEP, FAMILIES, Ask, Family, batched, prompt
-from tests.hosts import IMAGE
-from tests.support import assert_close, passing
+from tests.support.compare import assert_close, passing
+from tests.support.fastv_prompts import DEEP, FAMILIES, Ask, Family, batched, prompt
+from tests.support.hosts import IMAGE
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 both_places = pytest.mark.parametrize("prune_at", ["layer", "input"])

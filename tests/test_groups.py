@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from sfa_adapters import inject_sfa
 from sfa_adapters.adat import GroupPolicy, drop_blank_groups, inject_adat
 from sfa_adapters.errors import InjectionError, PlanError
-from tests.support import assert_close, difference, strong_config
+from tests.support.compare import assert_close, difference, strong_config
 
 IMAGE, TEXT = 60, 64
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -13,8 +13,8 @@ from sfa_adapters.errors import DataError, ObservationError, RecipeError
 from sfa_adapters.heads.layers import head_layers, weights_digest
 from sfa_adapters.heads.measures import S4Score
 from sfa_adapters.reduction import FastVConfig, inject_fastv
-from tests.head_scoring import BY_NAME, LLAVA, assert_scores, calibrated, eager_s4
-from tests.hosts import IMAGE
+from tests.support.head_scoring import BY_NAME, LLAVA, assert_scores, calibrated, eager_s4
+from tests.support.hosts import IMAGE
 
 METHODS = ("s4", "gate", "flap")
 OTHER = torch.randint(3, 50, (12,), generator=torch.Generator().manual_seed(2)).tolist()

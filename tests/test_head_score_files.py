@@ -12,7 +12,7 @@ import torch
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.layers import head_layers
 from sfa_adapters.heads.scores import HeadScores
-from tests.head_scoring import BY_NAME, LLAVA, calibrated
+from tests.support.head_scoring import BY_NAME, LLAVA, calibrated
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads.layers import head_layers
-from tests.head_scoring import BY_NAME, LLAVA, NAMES, assert_scores, calibrated, eager_s4, padded
-from tests.hosts import IMAGE, logits_of
+from tests.support.head_scoring import BY_NAME, LLAVA, NAMES, assert_scores, calibrated, eager_s4, padded
+from tests.support.hosts import IMAGE, logits_of
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -18,8 +18,8 @@ from sfa_adapters.hosts.placement import skeleton
 from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.recipes.catalog import architecture, find_recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
-from tests.hosts import HOSTS as CASES
-from tests.support import structural
+from tests.support.compare import structural
+from tests.support.hosts import HOSTS as CASES
 
 TINY = {case.name: case for case in CASES if case.name in HOSTS}
 TASK = "ForConditionalGeneration"

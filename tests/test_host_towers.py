@@ -16,11 +16,11 @@ from sfa_adapters import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.registry import find_tower
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.hosts import IMAGE, TEXT, VISION
-from tests.remote.modeling_intern_vit import InternVisionConfig
-from tests.remote.modeling_internvl_chat import InternVLChatModel
-from tests.towers import images, lively
+from tests.support import compare
+from tests.support.hosts import IMAGE, TEXT, VISION
+from tests.support.remote.modeling_intern_vit import InternVisionConfig
+from tests.support.remote.modeling_internvl_chat import InternVLChatModel
+from tests.support.towers import images, lively
 
 LAYERS = 5
 PIXELS = images(56, 56)(0)["pixel_values"]
@@ -28,7 +28,7 @@ PIXELS = images(56, 56)(0)["pixel_values"]
 
 def without_gradient(model: nn.Module) -> list[str]:
     """Structural scalars that no gradient reached: they would stop distributed data parallel."""
-    return [name for name, p in support.structural(model).items() if p.grad is None or not p.grad.abs().max() > 0]
+    return [name for name, p in compare.structural(model).items() if p.grad is None or not p.grad.abs().max() > 0]
 
 
 # -- remote-code InternVL: `select_layer` ------------------------------------------------------------------------------
@@ -38,9 +38,9 @@ def without_gradient(model: nn.Module) -> list[str]:
 def test_select_layer_of_remote_code(select_layer: int, used: int):
     config = InternVisionConfig(num_hidden_layers=LAYERS)
     model: Any = lively(lambda: InternVLChatModel(config, select_layer))()
-    inject_sfa(model, support.strong_config())
+    inject_sfa(model, compare.strong_config())
     assert (describe(model).num_layers, describe(model).tower_layers) == (used, LAYERS)
-    support.freeze_base(model.train())
+    compare.freeze_base(model.train())
     model.extract_feature(PIXELS).square().sum().backward()
     assert without_gradient(model) == []
 
@@ -81,9 +81,9 @@ def granite(deepstack: list[tuple[int, int]], spatial: int) -> nn.Module:
 def test_granite_reads_several_layers(deepstack: list[tuple[int, int]], spatial: int, used: int):
     model: Any = lively(lambda: granite(deepstack, spatial))()
     assert model.config.vision_feature_layer == -2, "the default, which this host never reads"
-    inject_sfa(model, support.strong_config())
+    inject_sfa(model, compare.strong_config())
     assert (describe(model).num_layers, describe(model).tower_layers) == (used, LAYERS)
-    support.freeze_base(model)
+    compare.freeze_base(model)
     sizes = torch.tensor([[56, 56], [56, 56]])
     pixels = PIXELS[:, None].expand(-1, 2, -1, -1, -1)
     out = model.model.get_image_features(pixels, sizes, vision_feature_select_strategy="default")
@@ -132,8 +132,8 @@ both_towers = pytest.mark.parametrize("path", [IMAGES, VIDEOS])
 
 def test_two_towers_without_a_choice_are_refused_and_named():
     model = video_llava()
-    snapshot = support.Snapshot(model)
-    for act in (inject_sfa, describe, lambda host: get_peft_model(host, support.strong_config())):
+    snapshot = compare.Snapshot(model)
+    for act in (inject_sfa, describe, lambda host: get_peft_model(host, compare.strong_config())):
         with pytest.raises(InjectionError, match=rf"several vision towers: {VIDEOS}.*{IMAGES}.*tower='{VIDEOS}'"):
             act(model)
     snapshot.assert_unchanged(model)
@@ -142,29 +142,29 @@ def test_two_towers_without_a_choice_are_refused_and_named():
 @pytest.mark.parametrize("path", ["model.language_model", "model", "", "image_towers", "nowhere"])
 def test_a_path_without_a_tower_is_refused(path: str):
     model = video_llava()
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(InjectionError, match=rf"tower='{path}' is not the path of a vision tower.*{IMAGES}"):
         inject_sfa(model, tower=path)
     with pytest.raises(InjectionError, match=r"config has tower_path='model\.video_tower'; give one"):
-        inject_sfa(model, support.strong_config(tower_path=VIDEOS), tower=IMAGES)
+        inject_sfa(model, compare.strong_config(tower_path=VIDEOS), tower=IMAGES)
     snapshot.assert_unchanged(model)
 
 
 @both_towers
 def test_the_chosen_tower_is_adapted_described_and_ejected(path: str):
     model = video_llava()
-    plain, snapshot = answer(model), support.Snapshot(model)
+    plain, snapshot = answer(model), compare.Snapshot(model)
     before = describe(model, tower=path)
     assert (before.tower, before.num_layers, before.adapters) == (path, 2, ())
-    assert inject_sfa(model, support.strong_config(), tower=path) is model
+    assert inject_sfa(model, compare.strong_config(), tower=path) is model
     info = describe(model)
     assert (info.tower, info.num_layers, info.tower_layers, info.adapters) == (path, 2, 3, ("default",))
     assert path in str(info)
     other = describe(model, tower=IMAGES if path == VIDEOS else VIDEOS)
     assert (other.tower, other.adapters) == (IMAGES if path == VIDEOS else VIDEOS, ())
-    assert {name.startswith(path) for name in support.structural(model)} == {True}
+    assert {name.startswith(path) for name in compare.structural(model)} == {True}
     assert find_tower(model).name == path, "whoever looks for the tower takes the one that carries SFA"
-    assert support.difference(answer(model), plain) > 1e-3
+    assert compare.difference(answer(model), plain) > 1e-3
     eject_sfa(model)
     assert torch.equal(answer(model), plain)
     snapshot.assert_unchanged(model)
@@ -173,18 +173,18 @@ def test_the_chosen_tower_is_adapted_described_and_ejected(path: str):
 @both_towers
 def test_no_parameter_of_the_chosen_tower_is_dead(path: str):
     """The host reads layer -2, which the tower alone does not know."""
-    model = inject_sfa(video_llava(), support.strong_config(), tower=path)
-    support.freeze_base(model.train())
+    model = inject_sfa(video_llava(), compare.strong_config(), tower=path)
+    compare.freeze_base(model.train())
     inputs = ask()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert without_gradient(model) == []
     with pytest.raises(InjectionError, match=r"names layer 2, but the host reads only layers 0\.\.1"):
-        inject_sfa(video_llava(), support.strong_config(layers_to_transform=[-1]), tower=path)
+        inject_sfa(video_llava(), compare.strong_config(layers_to_transform=[-1]), tower=path)
 
 
 @both_towers
 def test_saved_and_loaded_into_a_fresh_host(path: str, tmp_path: Path):
-    model = inject_sfa(video_llava(), support.strong_config(), tower=path)
+    model = inject_sfa(video_llava(), compare.strong_config(), tower=path)
     expected = answer(model)
     save_sfa(model, tmp_path)
     assert torch.equal(answer(load_sfa(video_llava(), tmp_path)), expected)
@@ -195,9 +195,9 @@ def test_saved_and_loaded_into_a_fresh_host(path: str, tmp_path: Path):
 
 @both_towers
 def test_as_a_peft_model(path: str, tmp_path: Path):
-    model: Any = get_peft_model(video_llava(), support.strong_config(tower_path=path))  # pyright: ignore[reportArgumentType]
+    model: Any = get_peft_model(video_llava(), compare.strong_config(tower_path=path))  # pyright: ignore[reportArgumentType]
     assert describe(model).tower.endswith(path)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(support.structural(model))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(compare.structural(model))
     expected = answer(model)
     model.save_pretrained(str(tmp_path))
     assert torch.equal(answer(PeftModel.from_pretrained(video_llava(), str(tmp_path))), expected)
@@ -207,20 +207,20 @@ def test_as_a_peft_model(path: str, tmp_path: Path):
 
 def test_beside_lora_the_path_is_that_of_the_host():
     model: Any = get_peft_model(video_llava(), LoraConfig(target_modules=["q_proj"]))
-    inject_sfa(model, support.strong_config(), tower=IMAGES)
+    inject_sfa(model, compare.strong_config(), tower=IMAGES)
     assert describe(model).tower == f"base_model.model.{IMAGES}"
     assert describe(model, tower=IMAGES).num_layers == 2
 
 
 def test_both_towers_one_after_the_other(tmp_path: Path):
     model = video_llava()
-    plain, snapshot = answer(model), support.Snapshot(model)
-    inject_sfa(model, support.strong_config(), "pictures", tower=IMAGES)
+    plain, snapshot = answer(model), compare.Snapshot(model)
+    inject_sfa(model, compare.strong_config(), "pictures", tower=IMAGES)
     one = answer(model)
     with pytest.raises(InjectionError, match=r"choose another adapter_name for model\.video_tower"):
-        inject_sfa(model, support.strong_config(), "pictures", tower=VIDEOS)
-    inject_sfa(model, support.strong_config(), "films", tower=VIDEOS)
-    assert support.difference(answer(model), one) > 1e-3
+        inject_sfa(model, compare.strong_config(), "pictures", tower=VIDEOS)
+    inject_sfa(model, compare.strong_config(), "films", tower=VIDEOS)
+    assert compare.difference(answer(model), one) > 1e-3
     with pytest.raises(InjectionError, match="several vision towers, all with SFA"):
         describe(model)
     for name, path in (("pictures", IMAGES), ("films", VIDEOS)):

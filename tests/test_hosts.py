@@ -9,9 +9,9 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import InjectionError
-from tests import support
-from tests.hosts import HOSTS, TEXT, VISION, HostCase, every_host, lm_loss, logits_of
-from tests.towers import lively
+from tests.support import compare
+from tests.support.hosts import HOSTS, TEXT, VISION, HostCase, every_host, lm_loss, logits_of
+from tests.support.towers import lively
 
 
 @every_host
@@ -27,7 +27,7 @@ def test_finds_the_tower_and_leaves_the_rest_alone(host: HostCase):
     for name, module in model.named_modules():
         if name in outside:
             assert before[name] == (id(module), len(module._forward_pre_hooks)), name
-    assert set(support.structural(model)) == {f"{info.tower}.{name}" for name in support.structural(tower)}
+    assert set(compare.structural(model)) == {f"{info.tower}.{name}" for name in compare.structural(tower)}
 
 
 @every_host
@@ -35,11 +35,11 @@ def test_the_image_reaches_the_logits_through_the_bias(host: HostCase):
     model = host.build()
     inputs = host.inputs()
     plain = logits_of(model, inputs)
-    inject_sfa(model, support.strong_config())
+    inject_sfa(model, compare.strong_config())
     biased = logits_of(model, inputs)
     after_image = slice(2 + host.image_tokens, None)
     for image in range(2):
-        assert support.difference(biased[image, after_image], plain[image, after_image]) > 1e-3
+        assert compare.difference(biased[image, after_image], plain[image, after_image]) > 1e-3
     eject_sfa(model)
     assert torch.equal(logits_of(model, inputs), plain)
 
@@ -47,10 +47,10 @@ def test_the_image_reaches_the_logits_through_the_bias(host: HostCase):
 @every_host
 def test_language_loss_reaches_every_scalar(host: HostCase):
     """A parameter without a gradient would stop distributed data parallel."""
-    model = inject_sfa(host.build(), support.strong_config())
-    support.freeze_base(model.train())
+    model = inject_sfa(host.build(), compare.strong_config())
+    compare.freeze_base(model.train())
     lm_loss(model, host.inputs()).backward()
-    ours = support.structural(model)
+    ours = compare.structural(model)
     assert len(ours) == 4 * host.layers
     for name, parameter in ours.items():
         assert parameter.grad is not None, name
@@ -59,7 +59,7 @@ def test_language_loss_reaches_every_scalar(host: HostCase):
 
 @every_host
 def test_generation_with_a_cache_is_the_same_as_without(host: HostCase):
-    model: Any = inject_sfa(host.build(), support.strong_config())
+    model: Any = inject_sfa(host.build(), compare.strong_config())
     inputs = host.inputs()
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
@@ -74,8 +74,8 @@ def test_a_peft_model_of_a_host_trains_and_switches_off(host: HostCase):
     base = host.build()
     inputs = host.inputs()
     plain = logits_of(base, inputs)
-    model: Any = get_peft_model(base, support.strong_config())  # pyright: ignore[reportArgumentType]
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(support.structural(model))
+    model: Any = get_peft_model(base, compare.strong_config())  # pyright: ignore[reportArgumentType]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(compare.structural(model))
     assert not torch.equal(logits_of(model, inputs), plain)
     with model.disable_adapter():
         assert torch.equal(logits_of(model, inputs), plain)
@@ -84,7 +84,7 @@ def test_a_peft_model_of_a_host_trains_and_switches_off(host: HostCase):
 
 def test_modules_to_save_are_trained_and_saved_with_the_adapter(tmp_path):
     host = next(host for host in HOSTS if host.name == "internvl")
-    config = support.strong_config(modules_to_save=["multi_modal_projector"])
+    config = compare.strong_config(modules_to_save=["multi_modal_projector"])
     model: Any = get_peft_model(host.build(), config)  # pyright: ignore[reportArgumentType]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trainable if "multi_modal_projector" in name}
@@ -102,17 +102,17 @@ def test_modules_to_save_are_trained_and_saved_with_the_adapter(tmp_path):
 @pytest.mark.parametrize("layers", [2, [0, 2], -1])
 def test_a_layer_that_the_host_does_not_read_is_refused(host: HostCase, layers: Any):
     model = host.build()
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(InjectionError, match=r"names layer 2, but the host reads only layers 0\.\.1"):
-        inject_sfa(model, support.strong_config(layers_to_transform=layers))
+        inject_sfa(model, compare.strong_config(layers_to_transform=layers))
     snapshot.assert_unchanged(model)
 
 
 def test_chosen_layers_only():
     host = HOSTS[0]
-    model = inject_sfa(host.build(), support.strong_config(layers_to_transform=[-1, 0]))
+    model = inject_sfa(host.build(), compare.strong_config(layers_to_transform=[-1, 0]))
     assert describe(model).num_layers == 2
-    assert {name.split(".layer.")[1][0] for name in support.structural(model)} == {"0", "2"}
+    assert {name.split(".layer.")[1][0] for name in compare.structural(model)} == {"0", "2"}
 
 
 def test_several_feature_layers_are_all_read():
@@ -132,9 +132,9 @@ def test_dual_encoders_adapt_vision_only():
         inputs: dict[str, Any] = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "pixel_values": torch.randn(2, 3, 56, 56)}
         with torch.no_grad():
             before = model(**inputs)
-            inject_sfa(model, support.strong_config())
+            inject_sfa(model, compare.strong_config())
             after = model(**inputs)
         assert (describe(model).backbone, describe(model).num_layers) == (backbone, 3)
-        assert all("vision_model" in name for name in support.structural(model))
+        assert all("vision_model" in name for name in compare.structural(model))
         assert torch.equal(before.text_embeds, after.text_embeds)
         assert not torch.equal(before.image_embeds, after.image_embeds)

@@ -35,9 +35,9 @@ from sfa_adapters.errors import (
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.registry import Backbone, registered_backbones
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
-from tests.towers import CASES, TowerCase, every_tower
+from tests.support import compare
+from tests.support.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
+from tests.support.towers import CASES, TowerCase, every_tower
 
 CLIP, SIGLIP = (next(case for case in CASES if case.name == name) for name in ("clip", "siglip"))
 WAYS = pytest.mark.parametrize("way", [inject_sfa, get_peft_model], ids=["inject", "peft"])
@@ -45,7 +45,7 @@ WAYS = pytest.mark.parametrize("way", [inject_sfa, get_peft_model], ids=["inject
 
 def refused(model: nn.Module, error: type[Exception], text: str, act: Callable[[], Any]) -> None:
     """The error is raised, is one of ours, and the model is as before in every respect."""
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(error, match=text) as raised:
         act()
     assert isinstance(raised.value, SFAError)
@@ -86,10 +86,10 @@ def test_a_layer_named_twice():
 
 @every_tower
 def test_injecting_twice_under_one_name(case: TowerCase):
-    model, inputs = support.injected(case)
-    expected = support.read(case, model, inputs)
+    model, inputs = compare.injected(case)
+    expected = compare.read(case, model, inputs)
     refused(model, InjectionError, "already has an SFA adapter named 'default'", lambda: inject_sfa(model))
-    assert torch.equal(support.read(case, model, inputs), expected)
+    assert torch.equal(compare.read(case, model, inputs), expected)
 
 
 def test_ejecting_what_is_not_there():
@@ -109,8 +109,8 @@ def test_an_error_in_the_middle_of_injection(
 ):
     model, inputs = case.fresh()
     for number in range(adapters_before):  # the last one is active, not the first in the alphabet
-        inject_sfa(model, support.strong_config(), adapter_name=f"before{number}")
-    expected, snapshot = support.read(case, model, inputs), support.Snapshot(model)
+        inject_sfa(model, compare.strong_config(), adapter_name=f"before{number}")
+    expected, snapshot = compare.read(case, model, inputs), compare.Snapshot(model)
     update, calls = SFALayer.update_layer, []
 
     def fail(layer: SFALayer, *args: Any) -> None:
@@ -125,7 +125,7 @@ def test_an_error_in_the_middle_of_injection(
         way(model, SFAConfig(), adapter_name="broken")
     assert len(calls) == failing
     snapshot.assert_unchanged(model)
-    assert torch.equal(support.read(case, model, inputs), expected)
+    assert torch.equal(compare.read(case, model, inputs), expected)
     monkeypatch.undo()
     assert describe(inject_sfa(model, adapter_name="second try")).num_layers == case.layers
 
@@ -135,7 +135,7 @@ def test_an_error_in_the_middle_of_injection(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return save_sfa(support.injected(CLIP)[0], tmp_path)
+    return save_sfa(compare.injected(CLIP)[0], tmp_path)
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -170,16 +170,16 @@ def test_an_adapter_whose_tensors_do_not_fit(saved: Path):
 def test_a_refused_file_leaves_other_adapters_active(saved: Path):
     model, inputs = CLIP.fresh()
     for name in ("first", "second"):
-        inject_sfa(model, support.strong_config(), adapter_name=name)
-    expected = support.read(CLIP, model, inputs)
+        inject_sfa(model, compare.strong_config(), adapter_name=name)
+    expected = compare.read(CLIP, model, inputs)
     edit(saved, block_grid=[2, 2], num_blocks=4)
     refused(model, AdapterMismatchError, "sfa_block needs", lambda: load_sfa(model, saved))
     assert describe(model).active == ("second",)
-    assert torch.equal(support.read(CLIP, model, inputs), expected)
+    assert torch.equal(compare.read(CLIP, model, inputs), expected)
 
 
 def test_loading_under_a_taken_name_keeps_the_adapter_that_has_it(saved: Path):
-    model = inject_sfa(CLIP.build(), support.strong_config())
+    model = inject_sfa(CLIP.build(), compare.strong_config())
     refused(model, InjectionError, "already has an SFA adapter named 'default'", lambda: load_sfa(model, saved))
     assert describe(model).active == ("default",)
 
@@ -221,11 +221,11 @@ def test_merging_is_refused():
 
 
 def test_tokens_that_are_no_known_grid():
-    model, _ = support.injected(CLIP)
+    model, _ = compare.injected(CLIP)
     layer: Any = injected_layers(model)[0][1]
     with pytest.raises(LayoutError, match=r"clip layer got 12 tokens; the tower's grids have 4x4\+1=17"):
         layer(torch.randn(1, 12, 32), None)
-    qwen = support.injected(next(case for case in CASES if case.backbone == "qwen2_5_vit"))[0]
+    qwen = compare.injected(next(case for case in CASES if case.backbone == "qwen2_5_vit"))[0]
     layer = injected_layers(qwen)[0][1]
     with pytest.raises(LayoutError, match="12 tokens that bypassed the forward of its tower"):
         layer(torch.randn(12, 32), cu_seqlens=torch.tensor([0, 12]), position_embeddings=None)
@@ -234,11 +234,11 @@ def test_tokens_that_are_no_known_grid():
 def test_adapters_with_different_partitions_cannot_act_together():
     from peft.functional import set_adapter
 
-    model, inputs = support.injected(CLIP)
+    model, inputs = compare.injected(CLIP)
     inject_sfa(model, SFAConfig(block_grid=(2, 8)), adapter_name="other")
     set_adapter(model, ["default", "other"])
     with pytest.raises(LayoutError, match="cut the page into different blocks"):
-        support.read(CLIP, model, inputs)
+        compare.read(CLIP, model, inputs)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------

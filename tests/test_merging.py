@@ -13,7 +13,7 @@ from sfa_adapters.layout import TokenLayout
 from sfa_adapters.reduction.dymu.merging import Merged, merge_above, pair_scores, weighted_mean
 from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, SizedSegmentedMask, sized_attention
 from sfa_adapters.reduction.dymu.tokens import group_order
-from tests.support import assert_close
+from tests.support.compare import assert_close
 
 lengths_of = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 thresholds = st.floats(-0.9, 0.99)

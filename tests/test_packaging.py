@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import setuptools.build_meta
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Where the sources of a package really are; the links inside sfa_adapters/ lead there.
 MAPPED = {"sfa_adapters.backbones": ROOT / "backbones", "sfa_adapters.recipes": ROOT / "recipes"}

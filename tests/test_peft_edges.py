@@ -18,9 +18,9 @@ from torch import nn
 from sfa_adapters import SFAConfig, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError, MergeError, SFAWarning, WeightsError
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.hosts import HOSTS, logits_of
-from tests.towers import CASES, TowerCase, every_tower
+from tests.support import compare
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.towers import CASES, TowerCase, every_tower
 
 CLIP, SIGLIP = (next(case for case in CASES if case.name == name) for name in ("clip", "siglip"))
 SECOND_TIME = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
@@ -29,11 +29,11 @@ HOST = next(case for case in HOSTS if case.name == "llava_onevision")  # a SigLI
 
 def peft_tower(**options: Any) -> Any:
     model: Any = SIGLIP.build()
-    return get_peft_model(model, support.strong_config(**options)).eval()
+    return get_peft_model(model, compare.strong_config(**options)).eval()
 
 
 def read(model: nn.Module) -> torch.Tensor:
-    return support.read(SIGLIP, model, SIGLIP.inputs(0))
+    return compare.read(SIGLIP, model, SIGLIP.inputs(0))
 
 
 # -- float32 -------------------------------------------------------------------------------------------------------
@@ -49,12 +49,12 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_scalars_keep_float32_through_every_cast_of_the_model(cast: str, way: str):
-    model = inject_sfa(SIGLIP.build(), support.strong_config()) if way == "inject" else peft_tower()
-    before = {name: p.detach().clone() for name, p in support.structural(model).items()}
-    for parameter in support.structural(model).values():
+    model = inject_sfa(SIGLIP.build(), compare.strong_config()) if way == "inject" else peft_tower()
+    before = {name: p.detach().clone() for name, p in compare.structural(model).items()}
+    for parameter in compare.structural(model).values():
         parameter.grad = torch.full_like(parameter, 0.2501)
     CASTS[cast](model)
-    for name, parameter in support.structural(model).items():
+    for name, parameter in compare.structural(model).items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name])
         assert parameter.grad is not None
@@ -65,8 +65,8 @@ def test_scalars_keep_float32_through_every_cast_of_the_model(cast: str, way: st
 
 def test_a_step_of_the_size_that_bfloat16_swallows_arrives():
     model = inject_sfa(SIGLIP.build(), SFAConfig()).to(torch.bfloat16)
-    support.fill(model, 0.25)
-    scalars = list(support.structural(model).values())
+    compare.fill(model, 0.25)
+    scalars = list(compare.structural(model).values())
     optimizer = torch.optim.AdamW(scalars, lr=4e-4, weight_decay=0.0)
     for parameter in scalars:
         parameter.grad = torch.ones_like(parameter)
@@ -79,15 +79,15 @@ def test_whoever_insists_gets_the_cast():
     model = inject_sfa(SIGLIP.build(), SFAConfig(keep_float32=False))
     inject_sfa(model, SFAConfig(), adapter_name="kept")
     model.to(torch.bfloat16)
-    kinds = {name.rsplit(".", 1)[-1]: p.dtype for name, p in support.structural(model).items()}
+    kinds = {name.rsplit(".", 1)[-1]: p.dtype for name, p in compare.structural(model).items()}
     assert kinds == {"default": torch.bfloat16, "kept": torch.float32}
 
 
 def test_a_half_model_runs_with_float32_scalars_and_float64_is_allowed():
-    model = inject_sfa(SIGLIP.build(), support.strong_config()).to(torch.bfloat16)
+    model = inject_sfa(SIGLIP.build(), compare.strong_config()).to(torch.bfloat16)
     out: Any = model(SIGLIP.inputs(0)["pixel_values"].bfloat16())
     assert out.last_hidden_state.dtype == torch.bfloat16
-    assert {p.dtype for p in support.structural(model.double()).values()} == {torch.float64}
+    assert {p.dtype for p in compare.structural(model.double()).values()} == {torch.float64}
 
 
 # -- loading on the meta device, offloading ------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_scalars_that_were_never_loaded_are_an_error_at_the_first_forward(tmp_pa
 
 
 def test_a_configuration_can_serve_two_models():
-    config = support.strong_config()
+    config = compare.strong_config()
     for _ in range(2):
         model: Any = get_peft_model(SIGLIP.build(), config)  # pyright: ignore[reportArgumentType]
         read(model)
@@ -144,18 +144,18 @@ def test_offloaded_models(when: str, kind: str, tmp_path: Path):
         return disk_offload(model, str(tmp_path / "weights"), torch.device("cpu"))
 
     torch.manual_seed(1)
-    kept = inject_sfa(CLIP.build(), support.strong_config())
-    expected = support.read(CLIP, kept, CLIP.inputs(0))
+    kept = inject_sfa(CLIP.build(), compare.strong_config())
+    expected = compare.read(CLIP, kept, CLIP.inputs(0))
     save_sfa(kept, tmp_path / "adapter")
     if when == "before":
         model = load_sfa(offload(CLIP.build()), tmp_path / "adapter")
     else:
         model = offload(load_sfa(CLIP.build(), tmp_path / "adapter"))
     assert any(p.is_meta for p in model.parameters())
-    assert torch.equal(support.read(CLIP, model, CLIP.inputs(0)), expected)
+    assert torch.equal(compare.read(CLIP, model, CLIP.inputs(0)), expected)
     save_sfa(model, tmp_path / "again")
     again = load_sfa(CLIP.build(), tmp_path / "again")
-    assert torch.equal(support.read(CLIP, again, CLIP.inputs(0)), expected)
+    assert torch.equal(compare.read(CLIP, again, CLIP.inputs(0)), expected)
 
 
 # -- merging, unloading --------------------------------------------------------------------------------------------
@@ -167,17 +167,17 @@ def lora(model: Any) -> Any:
 
 
 def test_lora_merges_and_sfa_stays():
-    model = inject_sfa(lora(SIGLIP.build()), support.strong_config()).eval()
+    model = inject_sfa(lora(SIGLIP.build()), compare.strong_config()).eval()
     expected = read(model)
     model.merge_adapter()
     assert all(layer.active == ["default"] for _, _, layer in injected_layers(model))
     assert any(module.merged for module in model.modules() if hasattr(module, "lora_A"))
-    support.assert_close(read(model), expected)
+    compare.assert_close(read(model), expected)
     model.unmerge_adapter()
-    support.assert_close(read(model), expected)
+    compare.assert_close(read(model), expected)
     merged = model.merge_and_unload()
     assert describe(merged).num_layers == 3
-    support.assert_close(read(merged), expected)
+    compare.assert_close(read(merged), expected)
 
 
 def test_sfa_itself_has_nothing_to_unmerge():
@@ -197,19 +197,19 @@ def test_modules_to_save_are_given_back(way: str):
                 parameter.add_(1.0)
     expected = read(model)
     with torch.no_grad():
-        for parameter in support.structural(model).values():
+        for parameter in compare.structural(model).values():
             parameter.zero_()
     expected = read(model)
     given = model.unload() if way == "unload" else eject_sfa(model)
     assert not injected_layers(given)
-    support.assert_close(read(given), expected)  # as with every PEFT method, what was trained stays
+    compare.assert_close(read(given), expected)  # as with every PEFT method, what was trained stays
     changed = {name for name, tensor in given.state_dict().items() if not torch.equal(tensor, snapshot[name])}
     assert changed == {"post_layernorm.weight", "post_layernorm.bias"}
 
 
 def test_modules_to_save_around_the_attention_are_refused():
     model = SIGLIP.build()
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(InjectionError, match=r"modules_to_save=\['encoder'\]: 'encoder' holds encoder\.layers\.0"):
         get_peft_model(model, SFAConfig(modules_to_save=["encoder"]))  # pyright: ignore[reportArgumentType]
     snapshot.assert_unchanged(model)
@@ -231,7 +231,7 @@ def test_inject_adapter_in_model_with_a_state_dict(layers: list[int] | None):
 @torch.no_grad()
 def test_an_adapter_of_a_host_on_its_bare_tower_and_back(tmp_path: Path):
     host: Any = HOST.build()
-    inject_sfa(host, support.strong_config())
+    inject_sfa(host, compare.strong_config())
     tower = host.model.vision_tower
     image = torch.randn(1, 3, 56, 56)
     expected = tower(pixel_values=image).last_hidden_state
@@ -246,17 +246,17 @@ def test_an_adapter_of_a_host_on_its_bare_tower_and_back(tmp_path: Path):
 
 @every_tower
 def test_save_sfa_of_a_peft_model(case: TowerCase, tmp_path: Path):
-    model: Any = get_peft_model(case.build(), support.strong_config()).eval()  # pyright: ignore[reportArgumentType]
-    expected = support.read(case, model, case.inputs(0))
+    model: Any = get_peft_model(case.build(), compare.strong_config()).eval()  # pyright: ignore[reportArgumentType]
+    expected = compare.read(case, model, case.inputs(0))
     save_sfa(model, tmp_path)
     for load in (load_sfa, PeftModel.from_pretrained):
-        assert torch.equal(support.read(case, load(case.build(), tmp_path).eval(), case.inputs(0)), expected)
+        assert torch.equal(compare.read(case, load(case.build(), tmp_path).eval(), case.inputs(0)), expected)
 
 
 @SECOND_TIME
 def test_adapters_of_inject_sfa_do_not_mix_into_the_file_of_another(tmp_path: Path):
-    base: Any = inject_sfa(SIGLIP.build(), support.strong_config(), adapter_name="mine")
-    model: Any = get_peft_model(base, support.strong_config(terms=["row"]))
+    base: Any = inject_sfa(SIGLIP.build(), compare.strong_config(), adapter_name="mine")
+    model: Any = get_peft_model(base, compare.strong_config(terms=["row"]))
     model.save_pretrained(tmp_path)
     again: Any = PeftModel.from_pretrained(SIGLIP.build(), tmp_path)
     assert describe(again).num_parameters == 3 * 4
@@ -276,7 +276,7 @@ def test_a_state_dict_of_other_blocks_is_refused():
 
 
 def test_a_partial_state_dict_is_refused_and_one_without_sfa_is_not():
-    model = inject_sfa(SIGLIP.build(), support.strong_config())
+    model = inject_sfa(SIGLIP.build(), compare.strong_config())
     state = model.state_dict()
     del state["encoder.layers.1.self_attn.sfa.sfa_dist.default"]
     with pytest.raises(ValueError, match=r"encoder\.layers\.1\.self_attn\.sfa\.sfa_dist needs \(4,\), found nothing"):
@@ -286,7 +286,7 @@ def test_a_partial_state_dict_is_refused_and_one_without_sfa_is_not():
 
 @SECOND_TIME
 def test_peft_around_an_injected_model_warns_when_it_is_saved(tmp_path: Path):
-    model = lora(inject_sfa(SIGLIP.build(), support.strong_config()))
+    model = lora(inject_sfa(SIGLIP.build(), compare.strong_config()))
     with pytest.warns(SFAWarning, match=r"wrapped by PEFT after SFA was injected.*save_sfa\(model, folder\)"):
         model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)  # once
@@ -339,7 +339,7 @@ def test_the_model_card_names_sfa(tmp_path: Path):
 @pytest.mark.parametrize("name", ["a.b", "keys", "training", 7])
 def test_names_that_cannot_name_an_adapter(name: Any):
     model = SIGLIP.build()
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(InjectionError, match=r"adapter_name=.* cannot name an adapter"):
         inject_sfa(model, adapter_name=name)
     snapshot.assert_unchanged(model)

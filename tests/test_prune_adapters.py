@@ -14,8 +14,9 @@ from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.inject import load_sfa, save_sfa
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, logits_of
-from tests.pruning import (
+from tests.support.compare import assert_close, difference
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.pruning import (
     gated,
     language_model,
     plan_for,
@@ -23,7 +24,6 @@ from tests.pruning import (
     text_plan,
     with_lora,
 )
-from tests.support import assert_close, difference
 
 
 @pytest.mark.parametrize("attached", [True, False], ids=["lora_before", "lora_after"])

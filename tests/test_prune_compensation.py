@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, IMAGE, logits_of
-from tests.pruning import (
+from tests.support.compare import assert_close, difference
+from tests.support.hosts import HOSTS, IMAGE, logits_of
+from tests.support.pruning import (
     BY_NAME,
     FIRST,
     LAYER,
@@ -28,7 +29,6 @@ from tests.pruning import (
     tower_plan,
     with_lora,
 )
-from tests.support import assert_close, difference
 
 
 @settings(max_examples=8, deadline=None)

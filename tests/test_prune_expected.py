@@ -16,8 +16,8 @@ from sfa_adapters.heads.expected import decode_bytes, expected_speedup, flops_of
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.recipes import llava_1_5_7b, qwen2_5_vl_7b
-from tests.hosts import HOSTS
-from tests.pruning import (
+from tests.support.hosts import HOSTS
+from tests.support.pruning import (
     BY_NAME,
     FAMILIES,
     FIRST,

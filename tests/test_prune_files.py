@@ -15,8 +15,9 @@ from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, pruned_of, save_pruned
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, logits_of
-from tests.pruning import (
+from tests.support.compare import Snapshot, read
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.pruning import (
     BY_NAME,
     LAYER,
     greedy,
@@ -27,7 +28,6 @@ from tests.pruning import (
     tower_plan,
     with_lora,
 )
-from tests.support import Snapshot, read
 
 
 @pytest.mark.parametrize("compensation", ["none", "absorb", "bias", "residual"])

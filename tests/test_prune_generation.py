@@ -13,9 +13,9 @@ from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, IMAGE, HostCase, logits_of
-from tests.pruning import gated, language_model, plan_for, text_inputs, text_plan, with_lora
-from tests.support import assert_close, difference
+from tests.support.compare import assert_close, difference
+from tests.support.hosts import HOSTS, IMAGE, HostCase, logits_of
+from tests.support.pruning import gated, language_model, plan_for, text_inputs, text_plan, with_lora
 
 BY_NAME = {host.name: host for host in HOSTS}
 WAYS: dict[str, dict[str, Any]] = {

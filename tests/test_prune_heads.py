@@ -12,8 +12,9 @@ from timm.layers.attention import Attention
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS, logits_of
-from tests.pruning import (
+from tests.support.compare import assert_close, difference, injected, read
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.pruning import (
     BY_NAME,
     FAMILIES,
     TOWERS,
@@ -25,8 +26,7 @@ from tests.pruning import (
     text_plan,
     tower_plan,
 )
-from tests.support import assert_close, difference, injected, read
-from tests.towers import TowerCase
+from tests.support.towers import TowerCase
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -22,8 +22,9 @@ from sfa_adapters.heads.snapshot import NUMBERS
 from sfa_adapters.heads.speed import whole
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.tuner import injected_layers
-from tests.hosts import HOSTS, logits_of
-from tests.pruning import (
+from tests.support.compare import injected, read, strong_config
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.pruning import (
     BY_NAME,
     FIRST,
     TOWERS,
@@ -35,7 +36,6 @@ from tests.pruning import (
     tower_plan,
     with_lora,
 )
-from tests.support import injected, read, strong_config
 
 PLAIN = text_inputs(padded=False)
 

@@ -17,8 +17,8 @@ from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed, whole
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.statistics import Interval
-from tests.hosts import HOSTS, logits_of
-from tests.pruning import (
+from tests.support.hosts import HOSTS, logits_of
+from tests.support.pruning import (
     BY_NAME,
     FIRST,
     SECOND,

@@ -14,8 +14,9 @@ from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.observe import attention_modules
-from tests.hosts import HOSTS
-from tests.pruning import (
+from tests.support.compare import Snapshot
+from tests.support.hosts import HOSTS
+from tests.support.pruning import (
     BY_NAME,
     FIRST,
     LAYER,
@@ -24,7 +25,6 @@ from tests.pruning import (
     plan_for,
     with_lora,
 )
-from tests.support import Snapshot
 
 
 def _quantise(model: Any) -> None:

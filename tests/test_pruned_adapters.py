@@ -24,8 +24,7 @@ from sfa_adapters.recipes.inspect_model import inspect_model
 from sfa_adapters.reduction import DyMUConfig, inject_dymu
 from sfa_adapters.sharing.export import export_baked
 from sfa_adapters.tuner import injected_layers
-from tests.hosts import HOSTS, lm_loss, logits_of
-from tests.support import (
+from tests.support.compare import (
     Snapshot,
     assert_close,
     difference,
@@ -37,7 +36,8 @@ from tests.support import (
     strong_config,
     structural,
 )
-from tests.towers import CASES, TowerCase
+from tests.support.hosts import HOSTS, lm_loss, logits_of
+from tests.support.towers import CASES, TowerCase
 
 BY_NAME = {case.name: case for case in CASES}
 # One of each kind of tower whose heads can go.

@@ -32,7 +32,7 @@ from sfa_adapters.recipes.run import run
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.sharing.facts import read_facts
 from sfa_adapters.training.checkpoints import save_trained
-from tests.support import strong_config
+from tests.support.compare import strong_config
 
 SETTINGS: dict[str, Any] = {
     "plan": "bf16", "dtype": "float32", "max_tiles": 2, "max_pixels": 140 * 140, "num_workers": 0,

@@ -9,7 +9,7 @@ from transformers import InternVLForConditionalGeneration
 
 from sfa_adapters import SFAAttention, StructuralBias, describe, eject_sfa, inject_sfa
 from sfa_adapters.recipes.internvl3_5_8b import architecture
-from tests.support import structural
+from tests.support.compare import structural
 
 
 def count(module: nn.Module) -> int:

@@ -15,18 +15,18 @@ from torch import nn
 from sfa_adapters import SFAConfig, SFAError, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
 from sfa_adapters.registry import Backbone, registered_backbones
-from tests import support
-from tests.towers import CASES
+from tests.support import compare
+from tests.support.towers import CASES
 
 SIGLIP = next(case for case in CASES if case.name == "siglip")
 
 
 def read(model: nn.Module) -> torch.Tensor:
-    return support.read(SIGLIP, model, SIGLIP.inputs(0))
+    return compare.read(SIGLIP, model, SIGLIP.inputs(0))
 
 
 def strong(**options: Any) -> Any:
-    return inject_sfa(SIGLIP.build(), support.strong_config(**options))
+    return inject_sfa(SIGLIP.build(), compare.strong_config(**options))
 
 
 def unnamed(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def unnamed(folder: Path) -> Path:
 
 
 def refused(text: str, error: type[SFAError], act: Any, model: nn.Module) -> None:
-    snapshot = support.Snapshot(model)
+    snapshot = compare.Snapshot(model)
     with pytest.raises(error, match=text):
         act()
     snapshot.assert_unchanged(model)
@@ -73,7 +73,7 @@ def test_a_file_without_the_configuration_needs_one(tmp_path: Path):
 
 
 def test_several_adapters_in_one_model(tmp_path: Path):
-    model = inject_sfa(strong(), support.strong_config(), adapter_name="second")
+    model = inject_sfa(strong(), compare.strong_config(), adapter_name="second")
     model.save_pretrained(tmp_path)
     base = SIGLIP.build()
     text = r"holds the SFA adapters \['default', 'second'\]; say which one"
@@ -100,7 +100,7 @@ def test_a_model_without_sfa_and_folders_that_hold_nothing(tmp_path: Path):
 
 def lora_and_sfa(folder: Path) -> Any:
     model: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
-    inject_sfa(model.eval(), support.strong_config())
+    inject_sfa(model.eval(), compare.strong_config())
     model.save_pretrained(folder)
     return model
 
@@ -131,7 +131,7 @@ def test_ejecting_ends_saving_beside_lora(tmp_path: Path):
 
 def test_named_adapters_beside_lora(tmp_path: Path):
     model: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
-    inject_sfa(model, support.strong_config(), adapter_name="forms")
+    inject_sfa(model, compare.strong_config(), adapter_name="forms")
     model.save_pretrained(tmp_path)
     again = load_sfa(PeftModel.from_pretrained(SIGLIP.build(), tmp_path).eval(), tmp_path, "forms")
     assert torch.equal(read(again), read(model.eval()))
@@ -180,7 +180,7 @@ def test_a_failed_save_leaves_the_adapter_that_was_there(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sfa_adapters.saved.save_file", full)
-    support.fill(model, 1.0)
+    compare.fill(model, 1.0)
     with pytest.raises(WeightsError, match="No space left on device"):
         save_sfa(model, tmp_path)
     assert torch.equal(read(load_sfa(SIGLIP.build(), tmp_path)), expected)
@@ -220,7 +220,7 @@ def test_a_record_with_lambdas_is_pickled_by_its_name(tmp_path: Path, monkeypatc
         pickle.dumps(record)
     monkeypatch.setattr("sfa_adapters.registry._BACKBONES", {"lambdas": record})
     monkeypatch.setattr("sfa_adapters.registry._loaded_entry_points", {*registered_backbones(), "lambdas"})
-    model = inject_sfa(_Tower(SIGLIP.build()), support.strong_config())
+    model = inject_sfa(_Tower(SIGLIP.build()), compare.strong_config())
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert again(SIGLIP.inputs(0)["pixel_values"]).shape == (2, 16, 32)

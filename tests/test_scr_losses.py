@@ -35,8 +35,8 @@ from sfa_adapters.scr.targets import (
     image_tokens,
     packed_evidence,
 )
-from tests.hosts import HOSTS
-from tests.support import assert_close
+from tests.support.compare import assert_close
+from tests.support.hosts import HOSTS
 
 SHAPES = ["plain", "causal", "bool mask", "float mask", "grouped", "scores"]
 every_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -22,8 +22,8 @@ from sfa_adapters.registry import find_tower
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.scr.augment import change_pixels
 from sfa_adapters.scr.targets import packed_evidence
-from tests.hosts import HOSTS, HostCase
-from tests.support import assert_close, strong_config
+from tests.support.compare import assert_close, strong_config
+from tests.support.hosts import HOSTS, HostCase
 
 NAMES = ("llava", "llava_onevision", "internvl")  # one page; a page and one tile; four patches to a token
 BY_NAME = {host.name: host for host in HOSTS}

@@ -25,7 +25,7 @@ from sfa_adapters.recipes.studies.runner import run_jobs
 from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_settings
 from sfa_adapters.recipes.studies.summary import TuningLine, by_pictures, steps_to, summarize, tuning_lines
 from sfa_adapters.statistics import seeds_bootstrap, sign_test
-from tests.study_toy import train
+from tests.support.study_toy import train
 
 WRITTEN: dict[str, Any] = {
     "name": "toy",
@@ -234,7 +234,7 @@ def test_few_and_many_pictures_are_set_side_by_side(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path)
-    monkeypatch.setattr(catalog, "STUDIES", {"toy": "tests.study_toy"})
+    monkeypatch.setattr(catalog, "STUDIES", {"toy": "tests.support.study_toy"})
     options = {"name": "toy", "out": tmp_path / "out", "settings": path}
     run_study(StudyOptions(**options, seeds=[0], arms=["none", "good"], budgets=["steps=10"]))
     assert [row.key for row in read_rows(tmp_path / "out" / "rows.jsonl")] == [

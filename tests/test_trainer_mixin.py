@@ -26,7 +26,7 @@ from sfa_adapters import SFAConfig, SFATrainerMixin, inject_sfa, sfa_parameter_g
 from sfa_adapters.errors import InjectionError, SFAWarning, TrainingError
 from sfa_adapters.scr import SCRConfig, SCRTrainerMixin
 from sfa_adapters.tuner import injected_layers
-from tests.hosts import HOSTS
+from tests.support.hosts import HOSTS
 
 HOST = next(host for host in HOSTS if host.name == "llava")
 

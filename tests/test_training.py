@@ -27,10 +27,21 @@ from sfa_adapters.training.checks import GradientCheck, check_labels
 from sfa_adapters.training.curves import plot_training, write_log
 from sfa_adapters.training.optimizer import EpochOrder, accumulation, parameter_groups, total_steps
 from sfa_adapters.training.trainer import SFATrainer
-from tests.tiny_training import BY_NAME, At, Rows, Stream, assert_equal, collate, recipe, run, tiny_host, trained
+from tests.support.paths import ROOT
+from tests.support.tiny_training import (
+    BY_NAME,
+    At,
+    Rows,
+    Stream,
+    assert_equal,
+    collate,
+    recipe,
+    run,
+    tiny_host,
+    trained,
+)
 
 FAMILIES = ("llava", "llava_onevision", "internvl")
-ROOT = Path(__file__).parents[1]
 
 
 class Stopped(Exception):
@@ -194,7 +205,7 @@ def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Trains in a process group of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        [sys.executable, "-m", "tests.tiny_training", str(folder), *arguments],
+        [sys.executable, "-m", "tests.support.tiny_training", str(folder), *arguments],
         check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240, start_new_session=True,
     )  # fmt: skip
 

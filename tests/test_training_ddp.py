@@ -25,16 +25,16 @@ from sfa_adapters.training.checkpoints import load_trained, save_trained
 from sfa_adapters.training.checks import GradientCheck
 from sfa_adapters.training.optimizer import build_optimizer
 from sfa_adapters.training.sharded import load_optimizer, optimizer_state
-from tests.tiny_training import At, Rows, assert_equal, collate, recipe, run, tiny_host, trained
+from tests.support.paths import ROOT
+from tests.support.tiny_training import At, Rows, assert_equal, collate, recipe, run, tiny_host, trained
 
-ROOT = Path(__file__).parents[1]
 PLAIN = recipe(micro_batch=1, max_steps=4)  # four forwards of one process, or two of two
 STEPS = 2
 
 
 def train_plainly(folder: Path) -> Any:
     """Four steps without dropout, which is the one thing that differs between processes."""
-    import tests.tiny_training as tiny
+    import tests.support.tiny_training as tiny
 
     built = tiny.tiny_host
     tiny.tiny_host = lambda given=None, dropout=0.0: built(given, 0.0)

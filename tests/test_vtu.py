@@ -14,8 +14,8 @@ from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu
 from sfa_adapters.reduction.dymu.logical_rope import latest_kept
 from sfa_adapters.reduction.dymu.vtu import Unmerged, UnmergedMask, rotate, unmerged_logits
-from tests.dymu_support import BY_NAME, GENERATE, NAMES, THRESHOLD, padded, single
-from tests.support import Snapshot, assert_close
+from tests.support.compare import Snapshot, assert_close
+from tests.support.dymu import BY_NAME, GENERATE, NAMES, THRESHOLD, padded, single
 
 VTU = DyMUConfig(thresholds=THRESHOLD, language="vtu")
 every_host = pytest.mark.parametrize("name", NAMES)

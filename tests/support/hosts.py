@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.towers import SMALL, lively
+from tests.support.towers import SMALL, lively
 
 IMAGE, VOCABULARY = 60, 64
 VIDEO_ID: dict[str, Any] = {"video_token_id": IMAGE + 1}

@@ -19,7 +19,7 @@ from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.hosts.load import Host, prepare
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.train import TrainResult, train
-from tests.hosts import HOSTS, IMAGE
+from tests.support.hosts import HOSTS, IMAGE
 
 BY_NAME = {host.name: host for host in HOSTS}
 END, FIRST_ANSWER = 2, 40

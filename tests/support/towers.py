@@ -34,7 +34,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 from sfa_adapters.registry import registered_backbones
-from tests.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
+from tests.support.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
 
 Inputs = dict[str, Any]
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

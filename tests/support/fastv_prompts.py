@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests import hosts
-from tests.hosts import IMAGE
-from tests.towers import lively
+from tests.support import hosts
+from tests.support.hosts import IMAGE
+from tests.support.towers import lively
 
 PAD = 0
 START, END = IMAGE + 2, IMAGE + 3

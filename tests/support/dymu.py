@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.registry import find_tower
-from tests.hosts import HOSTS, IMAGE, HostCase
-from tests.reference import Place, layer_phi, merge_heads, project
+from tests.support.hosts import HOSTS, IMAGE, HostCase
+from tests.support.reference import Place, layer_phi, merge_heads, project
 
 BY_NAME: dict[str, HostCase] = {host.name: host for host in HOSTS}
 NAMES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl")

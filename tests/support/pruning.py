@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.plan import HeadPlan
 from sfa_adapters.observe import attention_modules
-from tests.hosts import TEXT
-from tests.towers import CASES, lively
+from tests.support.hosts import TEXT
+from tests.support.towers import CASES, lively
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

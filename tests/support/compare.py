@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.compat import with_cache
 from sfa_adapters.tuner import injected_layers
-from tests.towers import Inputs, TowerCase
+from tests.support.towers import Inputs, TowerCase
 
 STRONG = {"init_std": 0.7}  # scalars of a size at which every term moves the attention
 

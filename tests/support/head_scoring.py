@@ -9,7 +9,7 @@ from torch import nn
 
 from sfa_adapters.heads.calibrate import calibrate_heads
 from sfa_adapters.heads.scores import HeadScores
-from tests.hosts import HOSTS, IMAGE
+from tests.support.hosts import HOSTS, IMAGE
 
 BY_NAME = {host.name: host for host in HOSTS}
 NAMES = ("llava", "internvl", "qwen2_5_vl", "gemma3")
