@@ -22,10 +22,10 @@ from sfa_adapters.reduction.fastv.hooks import FASTV_STATE
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.image_tokens import find_decoder
 from sfa_adapters.reduction.kept_tokens import KEPT
+from tests.reduction.fastv.test_selectors import SELECTORS, NoHostSync
 from tests.support.compare import Snapshot, assert_close, passing
 from tests.support.fastv_prompts import FAMILIES, Ask, Family, batched, prompt
 from tests.support.hosts import IMAGE, HostCase, every_host, logits_of
-from tests.test_selectors import SELECTORS, NoHostSync
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 LLAVA = FAMILIES[0]

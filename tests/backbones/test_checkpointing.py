@@ -15,9 +15,9 @@ from sfa_adapters.adat import inject_adat, latest_plans
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.registry import find_tower
 from sfa_adapters.tuner import injected_layers
+from tests.adat.test_inject import mixed
 from tests.support import compare
 from tests.support.towers import CASES, Inputs, TowerCase, every_tower, set_checkpointing
-from tests.test_adat import mixed
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 ORDERS = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])

@@ -16,7 +16,7 @@ from sfa_adapters.recipes.studies import starts_timm
 from sfa_adapters.recipes.studies.lookup_pictures import CELL, draw_lookups
 from sfa_adapters.recipes.studies.settings import Job, load_settings
 from sfa_adapters.recipes.studies.starts import HOSTS, train
-from tests.test_lookup_study import fake_bank
+from tests.recipes.studies.test_lookup import fake_bank
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, of the extra [study]")
 SMALL: dict[str, dict[str, Any]] = {

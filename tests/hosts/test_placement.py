@@ -260,7 +260,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     "changes", [{}, {"dtype": "bfloat16", "freeze_vision": True, "lora_llm": 2}], ids=["all", "mixed"]
 )
 def test_a_sharded_host_gives_the_same_gradients(changes: dict[str, Any]):
-    """Every parameter is sharded, the scalars of SFA among them. Two processes: tests/test_training_ddp.py."""
+    """Every parameter is sharded, the scalars of SFA among them. Two processes: tests/training/test_ddp.py."""
     case = next(case for case in CASES if case.name == "llava")
     wanted = recipe("llava", plan="fsdp2", **changes)
     inputs = case.inputs()
