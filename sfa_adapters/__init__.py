@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from sfa_adapters.attention import attend
     from sfa_adapters.axial_ramp import AxialRamp
     from sfa_adapters.bias import StructuralBias
@@ -87,6 +89,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _OldPaths:
+    """Asked for modules that no other finder knows, such as those at their old paths; costs nothing before."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """See `sfa_adapters.moved`."""
+        if not name.startswith(f"{__name__}."):
+            return None
+        from sfa_adapters.moved import spec_of
+
+        return spec_of(name)
+
+
+sys.meta_path.append(_OldPaths)
 # Where PEFT is imported already, torch is too, and `PeftModel.from_pretrained` may come without another import of ours.
 if "peft" in sys.modules:
     import_module(_PEFT_METHOD)

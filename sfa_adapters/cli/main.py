@@ -24,6 +24,7 @@ from sfa_adapters.cli.quiet import silence_others
 from sfa_adapters.cli.share import app as share_app
 from sfa_adapters.cli.study import app as study_app
 from sfa_adapters.cli.train import app as train_app
+from sfa_adapters.moved import OldMain
 
 __all__ = ["app", "main"]
 
@@ -156,3 +157,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str) -> None:
     typer.echo("sfa: " + " | ".join(line.strip() for line in message.splitlines()), err=True)
     sys.exit(2)
+
+
+sys.modules[__name__].__class__ = OldMain

@@ -17,6 +17,7 @@ from transformers import Trainer
 from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.errors import TrainingError
 from sfa_adapters.hosts.load import Host
+from sfa_adapters.moved import old_names
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.trainer import SFATrainerMixin
 from sfa_adapters.training.callbacks import ignore_signals
@@ -26,6 +27,7 @@ from sfa_adapters.training.saving import SavingMixin
 
 __all__ = ["SFATrainer"]
 
+__getattr__ = old_names(__name__)
 FOR_US = ("row_ids", "skipped")  # what a collator tells the Trainer; the model never gets it
 
 

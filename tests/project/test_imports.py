@@ -62,7 +62,7 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "timm", "PIL", "huggingface_h
 @pytest.mark.parametrize("arguments", [None, ["--help"], ["train", "--help"], ["calibrate", "heads", "--help"]])
 def test_importing_and_help_wait_for_no_heavy_package(arguments: list[str] | None) -> None:
     call = f"from sfa_adapters.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
-    use = "" if arguments is None else call
+    use = "assert 'sfa_adapters.moved' not in sys.modules\n" if arguments is None else call
     done = _python(f"import sys\nimport sfa_adapters\n{use}print(sorted(sys.modules.keys() & set({HEAVY})))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
