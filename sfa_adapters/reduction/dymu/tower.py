@@ -1,6 +1,6 @@
 """`TowerState`: a vision tower that merges tokens, and what has to follow when it does.
 
-The hooks in `dymu_hooks` call it; how tokens lie is in `dymu_tokens`, which of them merge in `merging`.
+The hooks in `hooks` call it; how tokens lie is in `tokens`, which of them merge in `merging`.
 """
 
 from __future__ import annotations
