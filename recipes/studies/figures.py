@@ -53,8 +53,10 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
         axis.set_ylim(0, 101)
     for axis in grid[:, 0]:
         axis.set_ylabel("right answers, %", fontsize=14)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=12, frameon=False)
+    # The legend stands in the order of the lines' ends in the first panel.
+    ends = sorted(axes[0].get_lines(), key=lambda line: -line.get_ydata()[-1])
+    labels = [line.get_label() for line in ends]
+    figure.legend(ends, labels, loc="outside right center", fontsize=14, frameon=False)
     figure.savefig(path)
 
 
@@ -66,7 +68,7 @@ def draw_tests(settings: StudySettings, lines: Sequence[ArmLine], path: Path) ->
     here = [line for line in lines if line.budget == settings.primary.budget and line.arm in shown]
     if not here:
         return
-    figure = Figure(figsize=(2.4 * len(settings.tests) + 2.4, 4.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(1.8 * len(settings.tests) + 2.4, 4.4), dpi=130, layout="constrained")
     axis: Any = figure.subplots()
     width = 0.84 / len(here)
     for number, line in enumerate(here):
@@ -82,7 +84,7 @@ def draw_tests(settings: StudySettings, lines: Sequence[ArmLine], path: Path) ->
     axis.set_ylabel("right answers, %", fontsize=14)
     axis.tick_params(axis="y", labelsize=12)
     axis.set_ylim(0, 101)
-    figure.legend(loc="outside right center", fontsize=12, frameon=False)
+    figure.legend(loc="outside right center", fontsize=13, frameon=False)
     figure.savefig(path)
 
 

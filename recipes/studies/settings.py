@@ -81,7 +81,8 @@ class StudySettings:
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
         fewer_seeds: Budgets that run with some of the seeds only: `{budget: {steps: 1500}, seeds: [0, 1, 2]}`.
-        arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them.
+        arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them, and
+            `figure: false` leaves it out of the figures.
         tests: Names of the test sets, the first one the main one.
         measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
         train: Settings of all runs.
@@ -146,7 +147,7 @@ class StudySettings:
         return jobs
 
     def _job(self, arm: str, seed: int, budget: Options) -> Job:
-        of_arm = {name: value for name, value in self.arms[arm].items() if name not in ("budgets", "seeds", "label")}
+        of_arm = {name: value for name, value in self.arms[arm].items() if name not in ("budgets", "seeds", "figure")}
         return Job(arm, seed, budget, {**self.train, **of_arm, **budget})
 
 
