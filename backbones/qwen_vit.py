@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters import processor_statistics
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import Backbone, Geometry, register_backbone
@@ -119,6 +120,11 @@ def _places(description: Whole | Given) -> tuple[Sequence[int], Sequence[tuple[i
     return list(itertools.accumulate(t * h * w for t, h, w in sizes)), [(h, w) for _, h, w in sizes], row, column
 
 
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What its image processor normalises with."""
+    return processor_statistics.CLIP
+
+
 QWEN_VIT = register_backbone(
     Backbone(
         name="qwen2_5_vit",
@@ -128,5 +134,6 @@ QWEN_VIT = register_backbone(
         mask_argument="position_bias",
         describe_input=describe_input,
         segment_layouts=segment_layouts,
+        statistics=statistics,
     )
 )

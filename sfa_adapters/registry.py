@@ -102,6 +102,7 @@ class Backbone:
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
+        statistics: Of towers without `patches`: as there.
     """
 
     name: str
@@ -118,6 +119,16 @@ class Backbone:
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
+
+    def statistics_of(self, tower: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation that images of a tower are normalised with, by channel; None if not known.
+
+        Args:
+            tower: Of this kind.
+        """
+        read = self.statistics if self.patches is None else self.patches.statistics
+        return None if read is None else read(tower)
 
     def is_tower(self, module: nn.Module) -> bool:
         """Whether the module is a tower of this kind."""

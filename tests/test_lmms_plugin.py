@@ -8,7 +8,7 @@ import math
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from sfa_adapters.evaluation.answers import answer_rows
 from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.prompts import HostAnswers
 from sfa_adapters.hosts.load import Host
-from sfa_adapters.hosts.recipe import Family
+from sfa_adapters.hosts.spec import families
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 
-FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILIES: tuple[str, ...] = families()
 SETTINGS: dict[str, Any] = {
     "plan": "bf16", "dtype": "float32", "max_tiles": 2, "max_pixels": 140 * 140, "num_workers": 0,
     "max_new_tokens": 6, "prompt": "{question}",
@@ -157,7 +157,7 @@ def test_the_module_needs_no_lmms_eval_until_it_is_used(monkeypatch: pytest.Monk
         lmms_plugin.SFAInternVL  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         lmms_plugin.Nothing  # noqa: B018
-    assert {family for _, family in lmms_plugin.MODELS.values()} == set(FAMILIES)
+    assert {family for _, family in lmms_plugin.models().values()} == set(FAMILIES)
 
 
 # -- lmms-eval itself -------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_lmms_eval_runs_local_tasks(reader: Host, tmp_path: Path, monkeypatch: p
     manager = importlib.import_module("lmms_eval.tasks").TaskManager
     assert any(e.value == "sfa_adapters.lmms_plugin:manifests" for e in entry_points(group="lmms_eval.models"))
     lmms_plugin._model_class.cache_clear()
-    for name, (made, _) in lmms_plugin.MODELS.items():
+    for name, (made, _) in lmms_plugin.models().items():
         assert get_model(name).__name__ == made
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     samples = chart_samples("test", 6)

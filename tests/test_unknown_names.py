@@ -19,7 +19,7 @@ from sfa_adapters.readers import MeanPerKey
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import inject_dymu
 from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
-from sfa_adapters.reduction.image_tokens import find_decoder
+from sfa_adapters.vlm.parts import find_decoder
 from tests.support.dymu import BY_NAME, THRESHOLD
 from tests.support.fastv_prompts import FAMILIES, Ask, prompt
 from tests.test_observe import language, prompts

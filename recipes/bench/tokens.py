@@ -36,8 +36,9 @@ from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.fastv.selectors import Selector
-from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
+from sfa_adapters.reduction.image_tokens import image_places
 from sfa_adapters.timing import answer_seconds, cache_bytes, peak_bytes
+from sfa_adapters.vlm.parts import image_token_ids
 
 __all__ = ["Arm", "BenchConfig", "run_bench"]
 

@@ -22,9 +22,10 @@ from sfa_adapters.recipes.nano.evaluate import evaluate
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample
 from sfa_adapters.reduction.fastv.inject import FastVConfig
-from sfa_adapters.reduction.image_tokens import image_places, image_token_ids
+from sfa_adapters.reduction.image_tokens import image_places
 from sfa_adapters.reduction.kept_tokens import KEPT
 from sfa_adapters.statistics import Interval, bootstrap
+from sfa_adapters.vlm.parts import image_token_ids
 
 __all__ = ["Quality", "answer_quality"]
 

@@ -11,14 +11,15 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from safetensors import SafetensorError
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.files import is_disk_error
-from sfa_adapters.hosts.recipe import DEFAULT_PROMPT, Family, Recipe
-from sfa_adapters.recipes.nano.hosts import FAMILIES, build_host
+from sfa_adapters.hosts.recipe import DEFAULT_PROMPT, Recipe
+from sfa_adapters.recipes.nano.hosts import build_host
+from sfa_adapters.vlm.records import registered_vlms, vlm_spec
 
 __all__ = ["NANO", "nano", "nano_checkpoint", "nano_settings"]
 
@@ -27,7 +28,7 @@ MARK = "nano.json"  # written last: a folder that has it is complete
 VERSION = 1
 
 
-def nano_checkpoint(family: Family, folder: str | Path, seed: int = 0) -> Path:
+def nano_checkpoint(family: str, folder: str | Path, seed: int = 0) -> Path:
     """Writes the nano host of a family as a checkpoint folder, unless it is there already.
 
     The folder is written under another name and renamed, so it is complete or not there. The same family and seed give
@@ -44,8 +45,9 @@ def nano_checkpoint(family: Family, folder: str | Path, seed: int = 0) -> Path:
     Raises:
         RecipeError: No such family, or the folder holds something else or cannot be written.
     """
-    if family not in FAMILIES:
-        raise RecipeError(f"No nano host of the family {family!r}. Known: {', '.join(get_args(Family))}.")
+    known = [name for name, spec in registered_vlms().items() if spec.nano is not None]
+    if family not in known:
+        raise RecipeError(f"No nano host of the family {family!r}. Known: {', '.join(known)}.")
     folder = Path(folder)
     mark = {"family": family, "seed": seed, "version": VERSION}
     if _is_written(folder, mark):
@@ -94,13 +96,12 @@ def nano_settings(recipe: Recipe) -> Recipe:
     """
     if recipe.model.startswith(NANO) or (Path(recipe.model) / MARK).is_file():
         return recipe
-    return recipe.replace(
+    settings = recipe.replace(
         model=NANO + recipe.family,
         revision=None,
         plan="bf16",
         dtype="float32",
-        # One that can read already forgets at the rate of one that starts from nothing.
-        lr=1e-4 if recipe.family == "llava_onevision" else 1e-3,
+        lr=1e-3,
         vision_lr=None,
         projector_lr=None,
         llm_lr=None,
@@ -125,6 +126,7 @@ def nano_settings(recipe: Recipe) -> Recipe:
         logging_steps=1,
         log="none",
     )
+    return settings.replace(**vlm_spec(recipe.family).nano_settings)
 
 
 def nano(recipe: Recipe, folder: str | Path, seed: int = 0) -> Recipe:

@@ -7,7 +7,7 @@ know nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,11 +37,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from sfa_adapters.hosts.recipe import Family
+from sfa_adapters.errors import RecipeError
 from sfa_adapters.recipes.nano.models import PATCH, PIXELS, load_nano
 from sfa_adapters.recipes.nano.tokenizer import CHATML, IMAGE, PLAIN, VICUNA, VIDEO, host_tokenizer, token_id
+from sfa_adapters.vlm.records import vlm_spec
 
-__all__ = ["FAMILIES", "build_host"]
+__all__ = ["build_host", "internvl", "llava", "llava_onevision", "qwen2_5_vl"]
 
 # White is 0 and black -2, as in `encode.pixel_values`.
 _LOOK: Mapping[str, Any] = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
@@ -56,19 +57,25 @@ _VISION: Mapping[str, Any] = {
 }
 
 
-def build_host(family: Family, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+def build_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The nano host of a family in memory.
 
     Args:
-        family: Which host.
+        family: Which host, by the name of its record.
         seed: Of weights that are new; the global random state is left as it was.
 
     Returns:
         The model, in fp32 and in eval mode, and its processor.
+
+    Raises:
+        RecipeError: There is no such record, or it builds none.
     """
+    spec = vlm_spec(family)
+    if spec.nano is None:
+        raise RecipeError(f"No nano host of the family {family!r}: its record does not say how to build one.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[family]()
+        return spec.nano()
 
 
 def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -99,7 +106,8 @@ def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: An
     return model.eval()
 
 
-def _internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """InternViT, pixel shuffle and Qwen3."""
     named = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -125,7 +133,8 @@ def _internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
-def _llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
+def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The pretrained nano LLaVA-OneVision with the processor of the full-size one."""
     tokenizer = host_tokenizer("<eos>", (), {"image_token": "<image>", "video_token": "<video>"})
     model = load_nano("llava_onevision").model
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # bytes and special tokens are new
@@ -145,7 +154,8 @@ def _llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
-def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """CLIP and Llama."""
     tokenizer = host_tokenizer("</s>", ("</s>",), {"image_token": "<image>"})
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**_VISION),
@@ -166,7 +176,8 @@ def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
-def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The tower of Qwen2.5-VL with windows, and Qwen2."""
     specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>")
     tokenizer = host_tokenizer("<|im_end|>", specials, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
     text = _text(tokenizer)
@@ -190,11 +201,3 @@ def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         Qwen2VLVideoProcessor(**_LOOK, size=size),
         chat_template=CHATML.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-
-
-FAMILIES: Mapping[Family, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
-    "internvl": _internvl,
-    "llava_onevision": _llava_onevision,
-    "llava": _llava,
-    "qwen2_5_vl": _qwen2_5_vl,
-}

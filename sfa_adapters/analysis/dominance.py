@@ -11,7 +11,6 @@ Only two numbers of a row are kept, never the row itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import GroupMass, KeyMass
+from sfa_adapters.vlm.parts import forward_names
 
 __all__ = ["modality_dominance"]
 
@@ -199,8 +199,7 @@ def _asked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean masses of the text queries of each sample, `[B, layers, 2]`, and how many queries there are, `[B]`."""
     mass = GroupMass(asking, groups, heads="mean")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
+    known = forward_names(model)
     spare = {"use_cache": False, "logits_to_keep": 1}  # all logits of a long prompt would need gigabytes
     with observe(model, [mass, Aligned(groups.shape[1])], modules=layers):
         model(**inputs, **{name: value for name, value in spare.items() if name in known})

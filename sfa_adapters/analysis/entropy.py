@@ -21,6 +21,7 @@ from sfa_adapters.analysis.entropy_report import EntropyReport
 from sfa_adapters.analysis.forward import Inputs, TowerPass, evaluating, fixed_tower, run_tower, tower_layers
 from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import Modules
 from sfa_adapters.readers import RowEntropy
 
@@ -138,11 +139,8 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation that images were normalised with, `[3, 1, 1]` each."""
     found = fixed_tower(model)
-    seam = found.backbone.patches
-    own = (None, None) if seam is None else seam.statistics(found.tower)
-    mean, std = (
-        given if given is not None else known for given, known in zip((image_mean, image_std), own, strict=True)
-    )
+    known = image_statistics(found, image_mean, image_std)
+    mean, std = (image_mean, image_std) if known is None else known
     if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise DataError(
             f"image_mean={mean}, image_std={std} must be three numbers each, deviations above 0: what the images of "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import attention_modules
+from sfa_adapters.vlm.parts import ID_NAMES, plain_model
 
 __all__ = ["IMAGE", "NEITHER", "TEXT", "Aligned", "TokenKinds", "answer_lengths", "decoder_layers", "prompt_groups"]
 
@@ -48,8 +49,7 @@ class TokenKinds:
         config: Any = getattr(model, "config", None)
         configs = [config, getattr(model, "generation_config", None)]
         configs.append(config.get_text_config() if hasattr(config, "get_text_config") else None)
-        own = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        image = _ids(image_token_id) or _read(configs[:1], own)
+        image = _ids(image_token_id) or _read(configs[:1], ID_NAMES)
         if not image:
             raise DataError(
                 f"The config of {type(model).__name__} names no image token (image_token_id, image_token_index). Say "
@@ -138,9 +138,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
         ObservationError: There are none.
     """
     names = tuple(attention_modules(model, "language"))
-    inner: Any = model
-    while hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
+    inner: Any = plain_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
     modules = dict(model.named_modules())

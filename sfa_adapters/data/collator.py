@@ -25,8 +25,8 @@ from sfa_adapters.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from sfa_adapters.hosts.load import HostSpec
-    from sfa_adapters.hosts.recipe import Family, Recipe
+    from sfa_adapters.hosts.recipe import Recipe
+    from sfa_adapters.vlm.spec import VLMSpec
 
 __all__ = ["IGNORE", "NOT_FOR_MODEL", "Collator"]
 
@@ -42,7 +42,7 @@ class Collator:
 
     Args:
         processor: The host's own processor.
-        spec: What is known about the host; its family is used.
+        spec: The record of the host; its rules for images are used.
         recipe: `prompt`, `max_tiles`, `max_pixels`, `scr_grounding` and `data` are used.
         train: Whether answers and labels are added, padded on the right; else prompts only, padded on the left for
             `generate`.
@@ -55,18 +55,18 @@ class Collator:
             no tiling within `max_tiles`, or no evidence for the grounding term.
     """
 
-    def __init__(self, processor: ProcessorMixin, spec: HostSpec, recipe: Recipe, train: bool = True) -> None:
+    def __init__(self, processor: ProcessorMixin, spec: VLMSpec, recipe: Recipe, train: bool = True) -> None:
         self.processor, self.recipe, self.train = processor, recipe, train
-        self.family: Family = spec.family
+        self.spec = spec
         self.prompt = Prompt(processor, recipe.prompt)
-        self.options = processor_options(processor, spec.family, recipe)
+        self.options = processor_options(processor, spec, recipe)
         self.grounding = train and recipe.scr_grounding > 0
         on_hub = "/" in recipe.data and not Path(recipe.data).expanduser().exists()
-        if self.grounding and on_hub and spec.family == "qwen2_5_vl":
+        reason = spec.refuses.get("text_density")
+        if self.grounding and on_hub and reason is not None:
             raise RecipeError(
                 f"scr_grounding={recipe.scr_grounding} needs to know where answers are printed. {recipe.data} does not "
-                "say, and the density of text is not measured for a host without a fixed grid of patches. Set "
-                "scr_grounding=0, use data=charts, or give local data with a column boxes."
+                f"say, and {reason} Set scr_grounding=0, use data=charts, or give local data with a column boxes."
             )
 
     @property
@@ -101,7 +101,7 @@ class Collator:
         return batch
 
     def _sample(self, row: Row, image: np.ndarray) -> tuple[dict[str, Tensor], Page]:
-        page = page_of(image, self.processor, self.family, self.recipe)
+        page = page_of(image, self.processor, self.spec, self.recipe)
         first, rest = self.prompt.pieces(row.question)
         processor: Any = self.processor
         try:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.vlm.page import Box
 
 __all__ = ["FIELDS", "Box", "Columns", "Row"]
 
-Box = tuple[float, float, float, float]
 # What a row is made of, and under which names the known data sets have it; the first that a row has is taken.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "image_local_name", "imgname", "image_path"),

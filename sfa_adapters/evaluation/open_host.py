@@ -15,13 +15,14 @@ from sfa_adapters.heads.compensation import Compensation, check_compensation
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.metadata import pruned_folder
-from sfa_adapters.heads.prune import plain_model, prune_heads
+from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of
 from sfa_adapters.hosts.load import HOSTS, Host, load_host
 from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
 from sfa_adapters.training.train import FINAL
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["family_of", "find_run", "open_host", "read_head_plan"]
 

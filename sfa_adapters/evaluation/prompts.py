@@ -41,7 +41,7 @@ class ManyImages(Collator):
     def _sample(self, row: Row, image: Any) -> tuple[dict[str, Tensor], Page]:
         if len(image) == 1:
             return super()._sample(row, image[0])
-        pages = [page_of(one, self.processor, self.family, self.recipe) for one in image]
+        pages = [page_of(one, self.processor, self.spec, self.recipe) for one in image]
         first, rest = _prompt(self.prompt, self.processor, len(image)).pieces(row.question)
         options: dict[str, Any] = {"images_kwargs": self.options} if image else {}
         processor: Any = self.processor

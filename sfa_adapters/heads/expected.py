@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from sfa_adapters.compat import flop_counter
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
-from sfa_adapters.heads.prune import plain_model
 from sfa_adapters.timing import answer
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["can_answer", "decode_bytes", "expected_speedup", "flops_of"]
 

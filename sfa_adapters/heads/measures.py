@@ -6,7 +6,6 @@ A batch counts only when all of it went through, so that running out of memory h
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads.image_moments import ImageMoments
 from sfa_adapters.heads.layers import HeadLayer, entering
 from sfa_adapters.observe import observe
+from sfa_adapters.vlm.parts import forward_names
 
 __all__ = ["GateScore", "Measure", "S4Score"]
 
@@ -57,8 +57,7 @@ class Measure(ABC):
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """Runs the model without labels; options that it does not know are left out."""
         model: Any = self.model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        known = inspect.signature(inner.forward).parameters
+        known = forward_names(model)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs, **{name: value for name, value in options.items() if name in known})
 

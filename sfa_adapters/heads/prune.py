@@ -25,8 +25,9 @@ from sfa_adapters.heads.kinds import HeadGeometry, read_geometry
 from sfa_adapters.heads.slicing import Edits, channels
 from sfa_adapters.layer import CHILD_NAME, SFALayer
 from sfa_adapters.tuner import note_head_counts
+from sfa_adapters.vlm.parts import plain_model
 
-__all__ = ["PRUNED", "Pruned", "Target", "find_targets", "plain_model", "prune_heads", "slice_heads"]
+__all__ = ["PRUNED", "Pruned", "Target", "find_targets", "prune_heads", "slice_heads"]
 
 Model = TypeVar("Model", bound=nn.Module)
 PRUNED = "_pruned_heads"
@@ -131,14 +132,6 @@ def prune_heads(
     )
     base.__dict__[PRUNED] = Pruned(own, compensation, tuple(biases))
     return model
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model without wrappers of PEFT."""
-    inner: Any = model
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return inner
 
 
 def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import base_linear
-from sfa_adapters.heads.prune import PRUNED, Pruned, find_targets, plain_model, slice_heads
+from sfa_adapters.heads.prune import PRUNED, Pruned, find_targets, slice_heads
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.tuner import note_head_counts
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["PLAN_NAME", "load_pruned", "pruned_of", "read_pruned", "save_pruned"]
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.kinds import read_geometry
-from sfa_adapters.heads.prune import plain_model
 from sfa_adapters.heads.pruned_files import pruned_of
 from sfa_adapters.heads.snapshot import Probe, output_of, take_probe
 from sfa_adapters.heads.speed import Speed, check_rounds, measure_speed
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["Probe", "PruneReceipt", "prune_receipt", "take_probe"]
 

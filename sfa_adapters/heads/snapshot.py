@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.kinds import KINDS
-from sfa_adapters.heads.prune import PRUNED, plain_model
+from sfa_adapters.heads.prune import PRUNED
 from sfa_adapters.layer import SFALayer
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["NUMBERS", "Probe", "evaluating", "output_of", "take_probe", "whole"]
 

@@ -16,6 +16,7 @@ from sfa_adapters.hosts.quantization import check_loaded, keep_format, quantizat
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part
 from sfa_adapters.hosts.summary import module_table
+from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["HOSTS", "Host", "HostSpec", "Part", "load_host", "module_table", "prepare", "read_config", "set_trainable"]
 
@@ -37,7 +38,7 @@ def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> 
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    spec = HOSTS[recipe.family]
+    spec = vlm_spec(recipe.family)
     check_recipe(recipe)
     where: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": False}
     config = read_config(recipe)
@@ -80,7 +81,7 @@ def read_config(recipe: Recipe) -> Any:
     """
     from transformers import AutoConfig
 
-    spec = HOSTS[recipe.family]
+    spec = vlm_spec(recipe.family)
     try:
         config = AutoConfig.from_pretrained(recipe.model, revision=recipe.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from torch import nn
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.quantization import four_bit_modules, some
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.hosts.spec import HostSpec, check_spec
+from sfa_adapters.hosts.spec import Places, VLMSpec
 
 __all__ = [
     "accelerate_config",
@@ -36,7 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def skeleton(config: Any, spec: HostSpec) -> nn.Module:
+def skeleton(config: Any, spec: VLMSpec) -> nn.Module:
     """The host without memory, built from its configuration on the meta device.
 
     Args:
@@ -50,14 +50,14 @@ def skeleton(config: Any, spec: HostSpec) -> nn.Module:
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    check_spec(model, spec)
+    spec.places(model)
     return model
 
 
 # -- where ------------------------------------------------------------------------------------------------------------
 
 
-def placement(recipe: Recipe, spec: HostSpec, model: nn.Module, device: str | None = None) -> dict[str, Any]:
+def placement(recipe: Recipe, spec: VLMSpec, model: nn.Module, device: str | None = None) -> dict[str, Any]:
     """The `device_map` of a recipe's plan, checked against the model.
 
     Args:
@@ -77,7 +77,7 @@ def placement(recipe: Recipe, spec: HostSpec, model: nn.Module, device: str | No
                 f"plan=split is one process that uses two GPUs, but {processes} processes were started. Start one "
                 "(python, not torchrun), or use plan=nf4: one copy per GPU."
             )
-        device_map = split_map(spec, *_two_devices(device))
+        device_map = split_map(spec.places(model), *_two_devices(device))
         check_covered(model, device_map)
         return device_map
     if recipe.plan == "fsdp2":
@@ -90,10 +90,10 @@ def placement(recipe: Recipe, spec: HostSpec, model: nn.Module, device: str | No
     return {"": own}
 
 
-def split_map(spec: HostSpec, first: Any, second: Any) -> dict[str, Any]:
+def split_map(places: Places, first: Any, second: Any) -> dict[str, Any]:
     """Tower and projector on one device, language model and head on another; no module is named inside another."""
-    front = [place for place in spec.projector if not place.startswith(f"{spec.tower}.")]
-    return dict.fromkeys((spec.tower, *front), first) | {spec.language_model: second, spec.lm_head: second}
+    front = [place for place in places.projector if not place.startswith(f"{places.tower}.")]
+    return dict.fromkeys((places.tower, *front), first) | {places.language_model: second, places.lm_head: second}
 
 
 def check_covered(model: nn.Module, device_map: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def accelerate_config(plan: Literal["ddp", "fsdp2"]) -> Path:
     return Path(__file__).with_name(f"{plan}.yaml")
 
 
-def shard(model: nn.Module, spec: HostSpec, mesh: Any = None) -> nn.Module:
+def shard(model: nn.Module, spec: VLMSpec, mesh: Any = None) -> nn.Module:
     """Shards a prepared host over the processes, in place, as accelerate does with `fsdp2.yaml`.
 
     Every layer of tower and language model is one unit, and what is left another. The scalars of SFA are gathered with
@@ -191,14 +191,15 @@ def shard(model: nn.Module, spec: HostSpec, mesh: Any = None) -> nn.Module:
 
     if four_bit_modules(model):
         raise RecipeError("4-bit weights cannot be sharded. Use plan=nf4 with torchrun: one 4-bit copy per GPU.")
-    layers = [module for module in model.modules() if type(module).__name__ in layer_classes(model, spec)]
+    classes = layer_classes(model, spec)
+    layers = [module for module in model.modules() if type(module).__name__ in classes]
     if not layers:
-        raise RecipeError(f"{type(model).__name__} has no layer of the classes {', '.join(spec.layer_classes)}.")
+        raise RecipeError(f"{type(model).__name__} has no layer of the classes {', '.join(sorted(classes))}.")
     for module in [*layers, model]:
         fully_shard(module, mesh=mesh)
     return model
 
 
-def layer_classes(model: Any, spec: HostSpec) -> set[str]:
+def layer_classes(model: Any, spec: VLMSpec) -> set[str]:
     """Classes of the layers, and those of the host's own list: its language model may be of another kind."""
-    return set(spec.layer_classes) | set(getattr(model, "_no_split_modules", None) or ())
+    return set(spec.places(model).layer_classes) | set(getattr(model, "_no_split_modules", None) or ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,10 @@ from sfa_adapters.compat import checkpoint_activations
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part, check_spec
+from sfa_adapters.hosts.spec import Part, Places, VLMSpec
 from sfa_adapters.inject import inject_sfa
 from sfa_adapters.registry import find_tower
+from sfa_adapters.vlm.records import vlm_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -33,19 +35,24 @@ class Host:
     Attributes:
         model: With adapters in it, `requires_grad` set, on its devices.
         processor: Its own processor.
-        spec: Where its parts are.
+        spec: The record of its kind.
         recipe: What it was prepared for.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    spec: HostSpec
+    spec: VLMSpec
     recipe: Recipe
+
+    @cached_property
+    def places(self) -> Places:
+        """Where its parts are, by full module name."""
+        return self.spec.places(self.model)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the tower."""
-        return next(self.model.get_submodule(self.spec.tower).parameters()).device
+        return next(self.model.get_submodule(self.places.tower).parameters()).device
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forwards outside a Trainer: trained parts are float32 and the rest `recipe.dtype`."""
@@ -69,12 +76,12 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
     Raises:
         RecipeError: The model is of another family, or a setting does not fit it.
     """
-    spec = HOSTS[recipe.family]
+    spec = vlm_spec(recipe.family)
     check_recipe(recipe)
-    check_spec(model, spec)
+    places = spec.places(model)
     with _seeded(recipe.seed):
         if recipe.lora_llm:
-            _inject_lora(model, spec, recipe)
+            _inject_lora(model, places, recipe)
         if recipe.sfa:
             inject_sfa(model, _sfa_config(recipe))
     if recipe.adat is not None:
@@ -83,7 +90,7 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
         model.requires_grad_(False)
     else:
         set_trainable(model, spec, recipe)
-        _keep_masters(model, spec, recipe)
+        _keep_masters(model, places, recipe)
         if recipe.gradient_checkpointing:
             _checkpoint(model)
     model.train(train)
@@ -106,11 +113,11 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         RecipeError: A setting cannot be used with this family.
     """
-    if recipe.family == "qwen2_5_vl" and recipe.adat is not None:
-        raise RecipeError(
-            f"adat={recipe.adat} cannot be used with family='qwen2_5_vl': its tower has no fixed grid of patches. "
-            "Leave adat out, and set max_pixels for fewer tokens."
-        )
+    spec = vlm_spec(recipe.family)
+    spec.require("train")
+    reason = spec.refuses.get("adat")
+    if reason is not None and recipe.adat is not None:
+        raise RecipeError(f"adat={recipe.adat} cannot be used with family={recipe.family!r}: {reason}")
 
 
 @contextmanager
@@ -121,20 +128,20 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _inject_lora(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+def _inject_lora(model: nn.Module, places: Places, recipe: Recipe) -> None:
     """A LoRA on all projections of the language model; before SFA, so that it never sees the scalars."""
-    language_model = model.get_submodule(spec.language_model)
+    language_model = model.get_submodule(places.language_model)
     leaves = sorted({name.rpartition(".")[2] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)})
     # A full name: `q_proj` alone would be found in the tower, too.
-    target = rf"{spec.language_model.replace('.', '[.]')}[.].*[.]({'|'.join(leaves)})"
+    target = rf"{places.language_model.replace('.', '[.]')}[.].*[.]({'|'.join(leaves)})"
     rank = recipe.lora_llm
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=target), model)
     for name, parameter in model.named_parameters():
-        if spec.part_of(name) == "lora":
+        if places.part_of(name) == "lora":
             parameter.data = parameter.data.float()
 
 
-def set_trainable(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
     """Sets `requires_grad` of every parameter by the freeze settings; what the host never reads stays frozen.
 
     Raises:
@@ -147,22 +154,23 @@ def set_trainable(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
         "projector": not recipe.freeze_projector,
         "llm": not recipe.freeze_llm,
     }
-    unread = unread_prefixes(model, spec)
+    places = spec.places(model)
+    unread = unread_prefixes(model, places)
     for name, parameter in model.named_parameters():
-        wanted = trains[spec.part_of(name)] and not name.startswith(unread)
+        wanted = trains[places.part_of(name)] and not name.startswith(unread)
         if wanted and not parameter.is_floating_point():
             raise RecipeError(f"{name} is to train, but holds {parameter.dtype} (4-bit) values; freeze it.")
         parameter.requires_grad_(wanted)
 
 
-def unread_prefixes(model: nn.Module, spec: HostSpec) -> tuple[str, ...]:
+def unread_prefixes(model: nn.Module, places: Places) -> tuple[str, ...]:
     """Prefixes of parameters that no gradient reaches: layers behind `vision_feature_layer`, and what follows them."""
     found = find_tower(model)
     dead = [name.rpartition(".")[0] for name, _ in found.attentions[found.used_layers :]]
-    return tuple(f"{name}." for name in (*dead, *(f"{spec.tower}.{child}" for child in spec.unread)))
+    return tuple(f"{name}." for name in (*dead, *(f"{places.tower}.{child}" for child in places.unread)))
 
 
-def _keep_masters(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
+def _keep_masters(model: nn.Module, places: Places, recipe: Recipe) -> None:
     """Makes parts that train float32; a layer norm in bfloat16 behind a trained part would refuse its outputs."""
     parts: set[Part] = set()
     if not recipe.freeze_vision:
@@ -172,7 +180,7 @@ def _keep_masters(model: nn.Module, spec: HostSpec, recipe: Recipe) -> None:
     if not recipe.freeze_llm:
         parts |= {"llm"}
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and spec.part_of(name) in parts:
+        if parameter.is_floating_point() and places.part_of(name) in parts:
             parameter.data = parameter.data.float()
 
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import PlanName, Recipe
-from sfa_adapters.hosts.spec import HostSpec
+from sfa_adapters.hosts.spec import VLMSpec
 
 __all__ = ["check_loaded", "four_bit_modules", "keep_format", "kept_modules", "quantization", "some"]
 
 
-def kept_modules(model: nn.Module, spec: HostSpec) -> list[str]:
+def kept_modules(model: nn.Module, spec: VLMSpec) -> list[str]:
     """Full names of all linear layers that must stay out of 4-bit: tower, projector and head.
 
     Full, because current `transformers` compares such names from the start of a module's name or with its end: a bare
@@ -29,10 +29,11 @@ def kept_modules(model: nn.Module, spec: HostSpec) -> list[str]:
         spec: Its family.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if spec.part_of(name) != "llm" or name == spec.lm_head]
+    places = spec.places(model)
+    return [name for name in linear if places.part_of(name) != "llm" or name == places.lm_head]
 
 
-def quantization(recipe: Recipe, spec: HostSpec, model: nn.Module) -> Any:
+def quantization(recipe: Recipe, spec: VLMSpec, model: nn.Module) -> Any:
     """The `BitsAndBytesConfig` of plan `nf4`: NF4 with nested (double) quantisation of the scales.
 
     Args:
@@ -78,7 +79,7 @@ def keep_format(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def check_loaded(model: nn.Module, spec: HostSpec, plan: PlanName) -> None:
+def check_loaded(model: nn.Module, spec: VLMSpec, plan: PlanName) -> None:
     """Checks which layers are in 4-bit: with `nf4` all of the language model but its head, otherwise none.
 
     Args:

@@ -12,11 +12,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from sfa_adapters.axial import AXES, Init
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.spec import families
 from sfa_adapters.rates import DEFAULT_SFA_LR
+from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["DEFAULT_PROMPT", "Family", "PlanName", "Recipe"]
 
-Family = Literal["internvl", "llava_onevision", "llava", "qwen2_5_vl"]
+Family = str  # the name of a record, see `sfa_adapters.vlm.spec.VLMSpec`
 PlanName = Literal["nf4", "split", "bf16", "fsdp2"]
 DType = Literal["bfloat16", "float16", "float32"]
 DEFAULT_PROMPT = "{question}\nAnswer the question using a single word or phrase."
@@ -139,9 +141,10 @@ class Recipe:
     log: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType), ("init", Init)):
+        for name, kind in (("plan", PlanName), ("dtype", DType), ("init", Init)):
             known = get_args(kind)
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        self._require("family", self.family in families(), f"one of {', '.join(families())}")
         loggers = (*INTEGRATION_TO_CALLBACK, "none")
         self._require("log", self.log in loggers, f"one of {', '.join(loggers)}")
         for name in ("batch_size", "micro_batch", "max_tiles", "max_pixels", "max_new_tokens", "eval_batch"):
@@ -188,6 +191,12 @@ class Recipe:
     def folder(self) -> str:
         """Where the run is written: `output` with its name filled in."""
         return self.output.replace("{name}", self.name)
+
+    @property
+    def image_limit(self) -> int:
+        """The most tiles or pixels of an image, whichever its host goes by."""
+        rules = vlm_spec(self.family).images
+        return self.max_pixels if rules is not None and rules.setting == "max_pixels" else self.max_tiles
 
     @property
     def trains_nothing(self) -> bool:

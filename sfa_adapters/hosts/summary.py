@@ -52,7 +52,7 @@ def module_table(host: Host) -> Table:
         rows.setdefault(_row(host, name), []).append(parameter)
     four_bit = four_bit_modules(host.model)
     linear = [name for name, module in host.model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if host.spec.part_of(name) != "lora"]
+    linear = [name for name in linear if host.places.part_of(name) != "lora"]
     for row, parameters in rows.items():
         trained = [p for p in parameters if p.requires_grad]
         inside = [name for name in linear if _row(host, name) == row]
@@ -73,8 +73,8 @@ def module_table(host: Host) -> Table:
 def _row(host: Host, name: str) -> str:
     """The line of a parameter or a module: the part it is in, and the kind of adapter it belongs to."""
     name = _base(name)
-    part = host.spec.part_of(name)
-    place = max((p for p in host.spec.places if name == p or name.startswith(f"{p}.")), key=len)
+    part = host.places.part_of(name)
+    place = max((p for p in host.places.all if name == p or name.startswith(f"{p}.")), key=len)
     return f"{place} {part}" if part in ("sfa", "lora") else place
 
 
@@ -88,7 +88,7 @@ def _adapter(host: Host, row: str) -> str:
         return f"SFA {' + '.join(host.recipe.sfa_terms)}, {len(layers)} layers"
     if row.endswith(" lora"):
         return f"LoRA r={host.recipe.lora_llm}"
-    if row == host.spec.tower and host.recipe.adat is not None:
+    if row == host.places.tower and host.recipe.adat is not None:
         return f"ADAT {host.recipe.adat:g}"
     return "-"
 

@@ -12,6 +12,7 @@ from sfa_adapters.memory.activations import Activations, activations_of
 from sfa_adapters.memory.report import DeviceMemory, MemoryPlan
 from sfa_adapters.memory.shapes import lengths_of
 from sfa_adapters.memory.weights import Census, Weights, take_census, weights_of
+from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["WORKSPACE", "DeviceMemory", "MemoryPlan", "predict_memory"]
 
@@ -53,7 +54,7 @@ def predict_memory(
         rounded = max(batch, recipe.batch_size // batch * batch) if batch >= 1 else recipe.batch_size
         recipe = recipe.replace(micro_batch=batch, batch_size=rounded)
     lengths_of(recipe, architecture_config, tiles)  # says what cannot be asked of this host
-    if tiles is not None and recipe.family != "llava":
+    if tiles is not None and _setting(recipe) == "max_tiles":
         recipe = recipe.replace(max_tiles=tiles)
     census = take_census(recipe, architecture_config)
     found = _predict(recipe, architecture_config, census, gpus, memory)
@@ -157,13 +158,19 @@ def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"freeze_llm": True}, "freeze_llm=true"
     if recipe.plan != "nf4":
         yield {"plan": "nf4", "freeze_llm": True}, "plan=nf4" if recipe.freeze_llm else "plan=nf4 freeze_llm=true"
-    if recipe.family == "qwen2_5_vl":
+    if _setting(recipe) == "max_pixels":
         for share in (2, 4):
             yield {"max_pixels": recipe.max_pixels // share}, f"max_pixels={recipe.max_pixels // share}"
-    elif recipe.family != "llava":
+    elif _setting(recipe) == "max_tiles":
         tiles = recipe.max_tiles // 2
         while tiles >= 1:
             yield {"max_tiles": tiles}, f"max_tiles={tiles}"
             tiles //= 2
     if not recipe.freeze_vision:
         yield {"freeze_vision": True}, "freeze_vision=true"
+
+
+def _setting(recipe: Recipe) -> str | None:
+    """The setting that limits an image of this host."""
+    rules = vlm_spec(recipe.family).images
+    return None if rules is None else rules.setting

@@ -12,8 +12,9 @@ from sfa_adapters.hosts.placement import layer_classes, skeleton
 from sfa_adapters.hosts.prepare import unread_prefixes
 from sfa_adapters.hosts.quantization import kept_modules
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.hosts.spec import HOSTS, Part
+from sfa_adapters.hosts.spec import Part
 from sfa_adapters.inject import describe
+from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["Census", "Weights", "four_bit_bytes", "take_census", "weights_of"]
 
@@ -70,13 +71,14 @@ def take_census(recipe: Recipe, config: Any) -> Census:
     Raises:
         RecipeError: The configuration is of another family.
     """
-    spec = HOSTS[recipe.family]
+    spec = vlm_spec(recipe.family)
     model = skeleton(config, spec)
+    places = spec.places(model)
     parts: dict[Part, int] = {"vision": 0, "projector": 0, "llm": 0}
     unread = 0
-    dead = unread_prefixes(model, spec)
+    dead = unread_prefixes(model, places)
     for name, parameter in model.named_parameters():
-        parts[spec.part_of(name)] += parameter.numel()
+        parts[places.part_of(name)] += parameter.numel()
         unread += parameter.numel() if name.startswith(dead) else 0
     kept = set(kept_modules(model, spec))
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

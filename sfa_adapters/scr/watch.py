@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import attention_modules, observe
 from sfa_adapters.registry import find_tower
 from sfa_adapters.scr.augment import Statistics
 from sfa_adapters.scr.config import SCRConfig
+from sfa_adapters.vlm.parts import image_token_side, still_image_id
+from sfa_adapters.vlm.records import find_spec
 
 __all__ = ["Seen", "Watch"]
 
@@ -143,15 +146,12 @@ class Watch:
 
     def token_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of image tokens that `grid` patches become (InternVL: 4 patches to a token)."""
-        ratio = getattr(self._config, "downsample_ratio", None)
-        tokens = getattr(self._config, "mm_tokens_per_image", None)
-        if ratio is not None:
-            per_side = round(1 / ratio)
-        elif tokens is not None:
-            per_side = round((grid[0] * grid[1] / tokens) ** 0.5)
+        spec = find_spec(self.host)
+        if spec is not None and spec.image_tokens is not None:
+            side = spec.image_tokens.side(self._config)
         else:
-            per_side = int(getattr(self._config, "scale_factor", 1))
-        return grid[0] // per_side, grid[1] // per_side
+            side = image_token_side(self._config, grid)
+        return grid[0] // side, grid[1] // side
 
     @property
     def statistics(self) -> Statistics:
@@ -160,12 +160,10 @@ class Watch:
         Raises:
             DataError: They are not known.
         """
-        seam = None if self.tower is None else self.tower.backbone.patches
-        own = (None, None) if self.tower is None or seam is None else seam.statistics(self.tower.tower)
-        mean, std = self.config.image_mean or own[0], self.config.image_std or own[1]
-        if mean is None or std is None:
+        known = image_statistics(self.tower, self.config.image_mean, self.config.image_std)
+        if known is None:
             raise DataError("Set image_mean and image_std in SCRConfig: what this model's images are normalised with.")
-        return mean, std
+        return known
 
     @property
     def _config(self) -> Any:
@@ -177,10 +175,9 @@ def _host(model: nn.Module) -> tuple[Any, int]:
         # PEFT's wrapper shows the configuration of the model inside, but is not that model.
         if type(module).__module__.startswith("peft.") or not hasattr(module, "get_input_embeddings"):
             continue
-        for name in ("image_token_id", "image_token_index"):
-            token = getattr(getattr(module, "config", None), name, None)
-            if isinstance(token, int):
-                return module, token
+        token = still_image_id(getattr(module, "config", None))
+        if token is not None:
+            return module, token
     raise InjectionError(
         f"{type(model).__name__} has no image_token_id in its configuration. SCR needs a vision-language model of "
         "transformers whose image tokens stand in input_ids."

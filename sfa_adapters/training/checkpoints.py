@@ -46,7 +46,7 @@ def trained_tensors(host: Host) -> dict[str, dict[str, nn.Parameter]]:
     """
     files: dict[str, dict[str, nn.Parameter]] = {SFA_FILE: {}, TUNED_FILE: {}, LORA_FILE: {}}
     for name, parameter in host.model.named_parameters():
-        part = host.spec.part_of(name)
+        part = host.places.part_of(name)
         if part == "sfa":
             files[SFA_FILE][PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")] = parameter
         elif part == "lora":

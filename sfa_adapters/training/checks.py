@@ -131,8 +131,8 @@ class GradientCheck:
         return "lora_A" in name and partner is not None and not bool(_any(partner.detach()))
 
     def _why(self, names: Sequence[str]) -> str:
-        parts = {self.host.spec.part_of(name) for name in names}
-        if parts == set(map(self.host.spec.part_of, self.parameters)):
+        parts = {self.host.places.part_of(name) for name in names}
+        if parts == set(map(self.host.places.part_of, self.parameters)):
             return (
                 "That is every part: the loss does not depend on them, or gradients are cut off (torch.no_grad, "
                 "reentrant checkpointing)."

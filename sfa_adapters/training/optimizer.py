@@ -45,7 +45,7 @@ def parameter_groups(host: Host) -> list[dict[str, Any]]:
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in host.model.named_parameters():
         if parameter.requires_grad:
-            part = host.spec.part_of(name)
+            part = host.places.part_of(name)
             groups.setdefault((part, parameter.ndim > 1 and part != "sfa"), []).append(parameter)
     if not groups:
         raise RecipeError(

@@ -24,6 +24,7 @@ from sfa_adapters.training.callbacks import ignore_signals
 from sfa_adapters.training.checks import GradientCheck, check_labels, save_batch
 from sfa_adapters.training.optimizer import EpochOrder, build_optimizer
 from sfa_adapters.training.saving import SavingMixin
+from sfa_adapters.vlm.parts import still_image_id
 
 __all__ = ["SFATrainer"]
 
@@ -144,7 +145,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     def _check_labels(self, inputs: dict[str, Any], ids: Sequence[str]) -> None:
         problem: TrainingError | None = None
         try:
-            check_labels(inputs, getattr(self.host.model.config, "image_token_id", None), ids)
+            check_labels(inputs, still_image_id(self.host.model.config), ids)
         except TrainingError as error:
             problem = error
         if self.largest(int(problem is not None)):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +37,14 @@ from sfa_adapters.evaluation.tables import ablation_table, hallucination_of, hal
 from sfa_adapters.evaluation.terminal import terminal_table
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Family, Recipe
+from sfa_adapters.hosts.spec import families
 from sfa_adapters.inject import save_sfa
 from sfa_adapters.recipes.analyze.predictions import read_predictions
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.training.checkpoints import save_trained
 
-FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILIES: tuple[str, ...] = families()
 SETTINGS: dict[str, Any] = {
     "plan": "bf16", "dtype": "float32", "max_tiles": 2, "max_pixels": 140 * 140, "num_workers": 0,
     "max_new_tokens": 6, "prompt": "{question}", "eval_batch": 3,
@@ -528,13 +529,13 @@ def test_a_run_a_checkpoint_and_an_adapter(checkpoints: Callable[[Family], Path]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # so that the answers differ in every order of the tests
         for name, parameter in host.model.named_parameters():
-            trains = host.spec.part_of(name) in ("sfa", "projector", "vision")
+            trains = host.places.part_of(name) in ("sfa", "projector", "vision")
             parameter.requires_grad_(trains)
             if trains:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3 if host.spec.part_of(name) == "sfa" else 0.01)
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 if host.places.part_of(name) == "sfa" else 0.01)
     host.model.requires_grad_(False)
     for name, parameter in host.model.named_parameters():
-        parameter.requires_grad_(host.spec.part_of(name) in ("projector", "vision"))
+        parameter.requires_grad_(host.places.part_of(name) in ("projector", "vision"))
     save_trained(host, tmp_path / "run" / "final")
     save_trained(host, tmp_path / "other" / "checkpoint-20")
     (tmp_path / "other" / "checkpoint-100").mkdir()  # a kill left it empty
@@ -555,7 +556,7 @@ def test_a_run_a_checkpoint_and_an_adapter(checkpoints: Callable[[Family], Path]
         assert [p.prediction for p in answer_rows(found, rows, progress=False)] == wanted
         assert not any(p.requires_grad for p in found.model.parameters())
     alone = open_host(base, tmp_path / "sfa", **SETTINGS)
-    names = [name for name, _ in host.model.named_parameters() if host.spec.part_of(name) == "sfa"]
+    names = [name for name, _ in host.model.named_parameters() if host.places.part_of(name) == "sfa"]
     assert names
     for name in names:
         assert torch.equal(alone.model.get_parameter(name), host.model.get_parameter(name))

@@ -46,7 +46,7 @@ def backward(host: Host) -> None:
 
 
 def parts_that_train(host: Host) -> set[str]:
-    return {host.spec.part_of(name) for name, p in host.model.named_parameters() if p.requires_grad}
+    return {host.places.part_of(name) for name, p in host.model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +64,22 @@ def test_every_name_has_its_part(family: str):
     host = tiny(family, lora_llm=2)
     found: dict[str, set[str]] = {}
     for name, _ in host.model.named_parameters():
-        found.setdefault(host.spec.part_of(name), set()).add(name)
+        found.setdefault(host.places.part_of(name), set()).add(name)
     assert set(found) == {"sfa", "lora", "vision", "projector", "llm"}
     assert found["sfa"] == set(structural(host.model))
     assert all("language_model" in name for name in found["lora"])
-    tower = set(dict(host.model.get_submodule(host.spec.tower).named_parameters(prefix=host.spec.tower)))
+    tower = set(dict(host.model.get_submodule(host.places.tower).named_parameters(prefix=host.places.tower)))
     assert found["vision"] <= tower
     assert (found["projector"] <= tower) == (family == "qwen2_5_vl")  # its merger is a child of the tower
     for name, _ in host.model.named_modules():
         if name in ("", "model"):  # these hold several parts
             with pytest.raises(RecipeError, match="is in no part of"):
-                host.spec.part_of(name)
+                host.places.part_of(name)
         else:
-            assert host.spec.part_of(name)
-    assert host.spec.part_of("module.lm_head.weight") == "llm"  # as distributed data parallel names it
+            assert host.places.part_of(name)
+    assert host.places.part_of("module.lm_head.weight") == "llm"  # as distributed data parallel names it
     classes = {type(module).__name__ for module in host.model.modules()}
-    assert host.spec.layer_classes[0] in classes
+    assert host.places.layer_classes[0] in classes
 
 
 def test_a_host_of_another_family_is_refused():
@@ -138,7 +138,7 @@ def test_every_tensor_that_trains_gets_a_gradient(family: str, dtype: str):
 def test_layers_that_the_host_never_reads_stay_frozen():
     """LLaVA-1.5 reads layer -2: gradients of the last layer and of the norm behind it would be missing."""
     host = tiny("llava")
-    frozen = {n for n, p in host.model.named_parameters() if not p.requires_grad and host.spec.part_of(n) == "vision"}
+    frozen = {n for n, p in host.model.named_parameters() if not p.requires_grad and host.places.part_of(n) == "vision"}
     tower = [n for n, _ in host.model.named_parameters() if n.startswith("model.vision_tower.")]
     assert frozen == {n for n in tower if ".layers.2." in n or ".post_layernorm." in n}
     assert len(frozen) == 18
@@ -177,7 +177,7 @@ def test_adaptive_tokens():
 
 def test_what_trains_is_float32_and_the_rest_is_not():
     host = tiny("internvl", dtype="bfloat16")
-    kinds = {host.spec.part_of(n): p.dtype for n, p in host.model.named_parameters()}
+    kinds = {host.places.part_of(n): p.dtype for n, p in host.model.named_parameters()}
     assert kinds == dict.fromkeys(("vision", "projector", "sfa"), torch.float32) | {"llm": torch.bfloat16}
     frozen = tiny("internvl", dtype="bfloat16", freeze_vision=True, freeze_projector=True)
     kinds = {frozen.spec.part_of(n): p.dtype for n, p in frozen.model.named_parameters()}
@@ -191,7 +191,7 @@ def test_a_host_for_answers(family: str):
     assert not host.model.training
     assert not any(p.requires_grad for p in host.model.parameters())
     assert not host.model.is_gradient_checkpointing
-    base = [p for n, p in host.model.named_parameters() if host.spec.part_of(n) not in ("sfa", "lora")]
+    base = [p for n, p in host.model.named_parameters() if host.places.part_of(n) not in ("sfa", "lora")]
     assert {p.dtype for p in base} == {torch.bfloat16}
     with torch.no_grad():
         assert host.model(**TINY[family].inputs()).logits.dtype == torch.bfloat16
@@ -215,7 +215,7 @@ def test_checkpointing_keeps_no_graph_of_a_frozen_tower():
     """`transformers` makes embeddings require gradients when it switches checkpointing on, in the tower as well."""
     host = tiny("llava", freeze_vision=True, freeze_projector=True, sfa=False, lora_llm=2)
     seen: list[bool] = []
-    tower = host.model.get_submodule(host.spec.tower)
+    tower = host.model.get_submodule(host.places.tower)
     tower.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state.requires_grad))
     embeddings: Any = host.model.get_input_embeddings()
     embeddings.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))

@@ -83,7 +83,8 @@ def test_a_split_covers_every_full_size_host_exactly_once(name: str):
     found = RECIPES[name]
     spec = HOSTS[found.family]
     model = skeleton(architecture(found), spec)
-    device_map = split_map(spec, 0, 1)
+    places = spec.places(model)
+    device_map = split_map(places, 0, 1)
     check_covered(model, device_map)
     where = {
         tensor: [device for entry, device in device_map.items() if f"{tensor}.".startswith(f"{entry}.")]
@@ -91,12 +92,12 @@ def test_a_split_covers_every_full_size_host_exactly_once(name: str):
     }
     assert all(len(devices) == 1 for devices in where.values())
     front = sum(p.numel() for n, p in model.named_parameters() if where[n] == [0])
-    assert front == sum(p.numel() for n, p in model.named_parameters() if spec.part_of(n) in ("vision", "projector"))
+    assert front == sum(p.numel() for n, p in model.named_parameters() if places.part_of(n) in ("vision", "projector"))
 
 
 def test_a_map_that_does_not_cover_is_refused():
     model = CASES[1].build()  # LLaVA-OneVision, with its bare parameter
-    good = split_map(HOSTS["llava_onevision"], 0, 1)
+    good = split_map(HOSTS["llava_onevision"].places(model), 0, 1)
     with pytest.raises(RecipeError, match=r"model\.image_newline in no entry"):
         check_covered(model, {name: device for name, device in good.items() if "newline" not in name})
     with pytest.raises(RecipeError, match=r"and \d+ more in several entries"):
@@ -134,9 +135,9 @@ def test_a_split_on_a_cpu_is_the_unsplit_host(family: str, folders: dict[str, Pa
     whole = load_host(recipe(family, folders[family], plan="bf16"))
     halves = load_host(recipe(family, folders[family], plan="split"))
     assert "is rehearsed with both halves on the CPU" in caplog.text
-    spec = HOSTS[whole.spec.family]
-    assert halves.model.hf_device_map == split_map(spec, "cpu", "cpu")
-    for place in (spec.tower, spec.language_model, spec.lm_head):
+    places = whole.places
+    assert halves.model.hf_device_map == split_map(places, "cpu", "cpu")
+    for place in (places.tower, places.language_model, places.lm_head):
         assert hasattr(halves.model.get_submodule(place), "_hf_hook")
     assert not any(hasattr(module, "_hf_hook") for module in whole.model.modules())
     loss, gradients = step(whole)
@@ -154,18 +155,18 @@ def test_a_split_on_a_cpu_is_the_unsplit_host(family: str, folders: dict[str, Pa
 def test_only_the_language_model_is_in_4_bit(family: str, folders: dict[str, Path]):
     host = load_host(recipe(family, folders[family], plan="nf4", dtype="bfloat16", freeze_vision=True, lora_llm=2))
     found = four_bit_modules(host.model)
-    assert {host.spec.part_of(name) for name in found} == {"llm"}
-    assert host.spec.lm_head not in found
+    assert {host.places.part_of(name) for name in found} == {"llm"}
+    assert host.places.lm_head not in found
     decoder = [n for n, m in host.model.named_modules() if type(m).__name__ == "Linear4bit"]
     assert {name.removesuffix(".base_layer") for name in decoder} == found
     assert len(found) == 7 * host.model.config.get_text_config().num_hidden_layers
     # `prepare_model_for_kbit_training` would have made all of these float32.
-    frozen = [p for n, p in host.model.named_parameters() if host.spec.part_of(n) in ("vision", "llm")]
+    frozen = [p for n, p in host.model.named_parameters() if host.places.part_of(n) in ("vision", "llm")]
     assert {p.dtype for p in frozen} == {torch.bfloat16, torch.uint8}
     rows = list(zip(*(list(column.cells) for column in module_table(host).columns), strict=False))
     told = {row[0]: row[3] for row in rows if row[4] == "-"}
-    assert told[host.spec.tower].startswith("0 of ")
-    assert told[host.spec.language_model] == f"{len(found)} of {len(found)}"
+    assert told[host.places.tower].startswith("0 of ")
+    assert told[host.places.language_model] == f"{len(found)} of {len(found)}"
 
 
 @every_family
@@ -186,7 +187,7 @@ def test_gradients_go_through_4_bit_as_through_the_same_weights_in_full(family: 
     expected_loss, expected = step(reference)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
-    assert {HOSTS[host.spec.family].part_of(name) for name in gradients} == {"vision", "projector", "sfa"}
+    assert {host.places.part_of(name) for name in gradients} == {"vision", "projector", "sfa"}
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-8)
@@ -297,8 +298,9 @@ def test_layers_of_the_full_size_hosts_are_wrapped(name: str):
     spec = HOSTS[found.family]
     model: Any = skeleton(architecture(found), spec)
     layers = {type(module).__name__ for module in model.modules()} & layer_classes(model, spec)
-    assert layers >= set(spec.layer_classes)
-    assert set(spec.layer_classes) <= set(model._no_split_modules)
+    classes = set(spec.places(model).layer_classes)
+    assert layers >= classes
+    assert classes <= set(model._no_split_modules)
 
 
 @pytest.mark.parametrize("plan", ["ddp", "fsdp2"])

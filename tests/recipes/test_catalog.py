@@ -6,7 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, prepare, set_trainable
 from sfa_adapters.hosts.recipe import Family, Recipe
+from sfa_adapters.hosts.spec import families
 from sfa_adapters.memory.predict import predict_memory
 from sfa_adapters.rates import DEFAULT_SFA_LR
 from sfa_adapters.recipes import internvl3_5_8b
@@ -28,7 +29,7 @@ from sfa_adapters.recipes.nano.hosts import build_host
 from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.training.optimizer import total_steps
 
-FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILIES: tuple[str, ...] = families()
 HOST_RECIPES = ("internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b")
 
 
@@ -61,7 +62,7 @@ def test_hosts_have_their_published_size(
     spec = HOSTS[recipe.family]
     assert type(model).__name__ == spec.model_class
     assert count(model) == total
-    assert count(model.get_submodule(spec.tower)) == tower
+    assert count(model.get_submodule(spec.places(model).tower)) == tower
     inject_sfa(model)
     info = describe(model)
     assert (info.num_layers, info.tower_layers) == layers
@@ -273,6 +274,6 @@ def test_a_nano_host_can_be_prepared_for_training(loaded: tuple[Family, Any, Any
     family, _, processor = loaded
     recipe = Recipe(name="nano", model="nano", family=family, plan="bf16", dtype="float32")
     host = prepare(build_host(family)[0], processor, recipe)
-    parts = {host.spec.part_of(name) for name, p in host.model.named_parameters() if p.requires_grad}
+    parts = {host.places.part_of(name) for name, p in host.model.named_parameters() if p.requires_grad}
     assert parts == {"sfa", "vision", "projector"}
     assert describe(host.model).num_layers == {"internvl": 3, "llava_onevision": 4, "llava": 2, "qwen2_5_vl": 3}[family]

@@ -69,7 +69,7 @@ def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     start = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
     end = load_file(result.trained / "adapter_model.safetensors")
     assert any(not torch.equal(start[key], end[key]) for key in end)
-    loaded = {n: p for n, p in host.model.named_parameters() if host.spec.part_of(n) == "sfa"}
+    loaded = {n: p for n, p in host.model.named_parameters() if host.places.part_of(n) == "sfa"}
     assert sum(p.numel() for p in loaded.values()) == sum(t.numel() for t in end.values())
     written = load_recipe(RECIPES[name], folder / "recipe.yaml", [])
     assert dataclasses.replace(written, model=recipe.model) == recipe

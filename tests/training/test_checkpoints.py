@@ -81,7 +81,7 @@ def test_the_adapters_are_what_save_sfa_and_peft_know(tmp_path: Path) -> None:
     loaded = {name: p for name, p in with_lora.base_model.model.named_parameters() if "lora_" in name}
     assert_equal({n: p.detach() for n, p in loaded.items()}, {n: p.detach() for n, p in own.items()})
     tuned = load_file(folder / "tuned.safetensors")
-    trains = {name for name in trained(host) if host.spec.part_of(name) in ("vision", "projector")}
+    trains = {name for name in trained(host) if host.places.part_of(name) in ("vision", "projector")}
     assert set(tuned) == trains
 
 
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert not (tmp_path / ".partial").exists()
     monkeypatch.undo()
     host, _ = run(tmp_path, resume=True)
-    weights = {name: p for name, p in trained(host).items() if host.spec.part_of(name) != "sfa"}
+    weights = {name: p for name, p in trained(host).items() if host.places.part_of(name) != "sfa"}
     assert_equal(weights, load_file(finished / "final" / "tuned.safetensors"))
 
 

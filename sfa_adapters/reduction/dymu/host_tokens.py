@@ -22,17 +22,10 @@ from torch import Tensor, nn
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.reduction.dymu.tower import TowerState
-from sfa_adapters.registry import FoundTower, matches
+from sfa_adapters.registry import FoundTower
+from sfa_adapters.vlm.records import find_spec, registered_vlms
 
 __all__ = ["HostTokens", "ImageKeys", "PackRecorder", "find_host"]
-
-PLAIN = ("transformers.models.llava.*.LlavaModel",)
-PACKING = (
-    "transformers.models.llava_next.*.LlavaNextModel",
-    "transformers.models.llava_onevision.*.LlavaOnevisionModel",
-)
-SHUFFLING = ("transformers.models.internvl.*.InternVLModel",)
-FLAT = ("transformers.models.qwen2_5_vl.*.Qwen2_5_VLModel",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +51,7 @@ class HostTokens:
         core: The module that holds tower, projector and language model.
         tower: The tower.
         language_model: Its language model.
-        kind: "plain", "packing", "shuffling" or "flat".
+        kind: As in `ImageTokens`.
         side: Patches along one side of an image token.
         feature_layers: The hidden states of the tower that are read.
     """
@@ -87,7 +80,7 @@ class HostTokens:
             found = _of_adaptive_tokens(self.tower, merged, self.side)
         elif merged is None:
             return None
-        elif self.kind == "flat":
+        elif self.kind == "merged_groups":
             assert state.window_index is not None
             index = state.window_index.to(merged.owner.device)
             key, own = torch.empty_like(merged.owner), torch.empty_like(merged.is_represented)
@@ -97,7 +90,7 @@ class HostTokens:
             images = len(tokens.lengths)
             found = ImageKeys(merged.owner.view(images, -1), merged.is_represented.view(images, -1), len(merged.size))
         found = self._with_prefix(found, state.prefix)
-        if self.kind == "packing":
+        if self.kind == "packed_tiles":
             return found
         return ImageKeys(found.key.flatten(), found.is_represented.flatten(), found.count)
 
@@ -131,21 +124,20 @@ def find_host(model: nn.Module, found: FoundTower, strict: bool = True) -> HostT
         return None
     core: Any = model.get_submodule(found.name.rpartition(".")[0])
     language_model = getattr(core, "language_model", None)
-    kinds = {"plain": PLAIN, "packing": PACKING, "shuffling": SHUFFLING, "flat": FLAT}
-    kind = next((name for name, classes in kinds.items() if matches(core, classes)), None)
-    if kind is None or language_model is None:
+    spec = find_spec(core)
+    tokens = None if spec is None or spec.refusal("dymu") is not None else spec.image_tokens
+    if tokens is None or language_model is None:
         if not strict:
             return None
+        reason = None if spec is None else spec.refusal("dymu")
+        known = [record.title for record in registered_vlms().values() if record.refusal("dymu") is None]
         raise InjectionError(
-            f"{type(core).__name__} puts image tokens into its text in a way that DyMU does not know. It takes LLaVA, "
-            "LLaVA-NeXT, LLaVA-OneVision, InternVL and Qwen2.5-VL; DyMUConfig(language='off') merges in the tower only."
+            f"{type(core).__name__} puts image tokens into its text in a way that DyMU does not know"
+            f"{f' ({reason})' if reason else ''}. It takes {', '.join(known)}; DyMUConfig(language='off') merges in the "
+            "tower only."
         )
     config: Any = core.config
-    side = 1
-    if kind == "shuffling":
-        side = round(1 / float(config.downsample_ratio))
-    elif kind == "flat":
-        side = int(config.vision_config.spatial_merge_size)
+    kind, side = tokens.kind, tokens.side(config)
     if side not in (1, 2):
         raise InjectionError(f"{type(core).__name__} makes one token of {side}x{side} patches; DyMU knows 1x1 and 2x2.")
     layers: Any = getattr(config, "vision_feature_layer", -1)

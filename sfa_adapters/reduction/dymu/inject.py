@@ -176,7 +176,7 @@ def _hook_language(state: LanguageState) -> None:
     host = state.host
     _hook(host.tower, state, post=pictures_hook, name=LANGUAGE_STATE)
     _hook(host.core, state, pre=core_hook, name=LANGUAGE_STATE)
-    if host.kind == "packing":
+    if host.kind == "packed_tiles":
         host.core.__dict__[PACK] = PackRecorder(host.core, state.pack, host.core.__dict__.get(PACK))
     _hook(host.language_model, state, pre=shorten_hook, first=expand_hook, name=LANGUAGE_STATE)
     if state.vtu:

@@ -18,6 +18,7 @@ slots, C columns of the full text, d head width.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,9 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import InjectionError, LayoutError, UnsupportedAttentionError
 from sfa_adapters.mask import LazyMask
-from sfa_adapters.registry import matches
 
 __all__ = ["LANGUAGE_STATE", "Unmerged", "UnmergedMask", "full_rotation", "unmerged_logits"]
 
-# Language models whose rotary embedding turns the first half of the channels against the second.
-ROTATING = tuple(f"transformers.models.{family}.*" for family in ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl"))
 LANGUAGE_STATE, MASK = "_dymu_language", "_dymu_unmerged"
 
 
@@ -44,10 +42,10 @@ def check_language_model(module: nn.Module) -> None:
         UnsupportedAttentionError: Its attention has sliding windows, or is not sdpa.
     """
     config: Any = module.config
-    if not matches(module, ROTATING):
+    if not _turns_halves(module):
         raise InjectionError(
-            f"language='vtu' knows how Llama, Mistral, Qwen2 and Qwen3 rotate queries and keys, not "
-            f"{type(module).__name__}. Use language='logical_rope'."
+            f"language='vtu' is for language models that rotate the first half of the channels against the second, as "
+            f"Llama, Mistral, Qwen2 and Qwen3 do; {type(module).__name__} is none of them. Use language='logical_rope'."
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise UnsupportedAttentionError("language='vtu' has no sliding windows. Use language='logical_rope'.")
@@ -57,6 +55,17 @@ def check_language_model(module: nn.Module) -> None:
             f"language='vtu' needs sdpa attention in the language model; it has {kind!r}. Call "
             "model.set_attn_implementation('sdpa'), or use language='logical_rope'."
         )
+
+
+def _turns_halves(module: nn.Module) -> bool:
+    """Whether the rotary embedding of a language model turns halves, asked of its own code with numbers."""
+    home = sys.modules[type(module).__module__]
+    rotate_half: Any = getattr(home, "rotate_half", None)
+    config: Any = getattr(module, "config", None)
+    if rotate_half is None or not hasattr(module, "rotary_emb") or getattr(config, "attn_logit_softcapping", None):
+        return False
+    numbers = torch.arange(8.0)
+    return torch.equal(rotate_half(numbers), torch.cat((-numbers[4:], numbers[:4])))
 
 
 def full_rotation(module: nn.Module, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

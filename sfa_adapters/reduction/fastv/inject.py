@@ -14,12 +14,14 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
 from sfa_adapters.layer import remove_hooks
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.reduction.fastv.hooks import FASTV_STATE, FastVState
 from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
 from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
 from sfa_adapters.reduction.fastv.token_density import PACK, DensityPacker, see_images
-from sfa_adapters.reduction.image_tokens import Decoder, arguments, find_decoder, image_token_ids
+from sfa_adapters.reduction.image_tokens import arguments
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
 
 __all__ = ["FastVConfig", "eject_fastv", "inject_fastv"]
 
@@ -198,12 +200,7 @@ def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
 
 
 def _statistics(config: FastVConfig, found: FoundTower | None) -> tuple[Any, Any] | None:
-    if found is None:
-        return None
-    seam = found.backbone.patches
-    own = seam.statistics(found.tower) if seam is not None else (None, None)
-    mean, std = config.image_mean or own[0], config.image_std or own[1]
-    return None if mean is None or std is None else (tuple(mean), tuple(std))
+    return None if found is None else image_statistics(found, config.image_mean, config.image_std)
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

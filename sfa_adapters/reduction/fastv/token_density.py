@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.adat.density import DensityEstimator
-from sfa_adapters.adat.groups import MEAN, STD
 from sfa_adapters.adat.scorers import STRIDE, to_cells
 from sfa_adapters.errors import PlanError
+from sfa_adapters.normalisation import Statistics
 
 __all__ = ["PACK", "DensityPacker", "TowerImages", "see_images", "token_density"]
 
-Statistics = tuple[Sequence[float], Sequence[float]]
 PACK = "pack_image_features"  # the method of LLaVA-NeXT and LLaVA-OneVision
 
 
@@ -95,7 +94,7 @@ class DensityPacker:
 def pack_density(images: TowerImages, statistics: Statistics | None, pack: Callable[[Tensor], Tensor]) -> TowerImages:
     """The images with the density at each token of a host that packs its crops."""
     count = images.pixels.shape[-1] // images.patch
-    mean, std = statistics or (MEAN, STD)
+    mean, std = _known(statistics)
     density = _map(images.pixels, mean, std, images.pixels.shape[-1] / count, (count, count)).flatten(1)
     return TowerImages(images.pixels, images.grids, images.merge, images.patch, pack(density))
 
@@ -127,7 +126,7 @@ def token_density(
     if images.packed is not None:
         values = images.packed
     else:
-        values = _of_patches(images) if images.grids is not None else _of_tiles(images, counts, statistics)
+        values = _of_patches(images, statistics) if images.grids is not None else _of_tiles(images, counts, statistics)
     repeats = max(1, total // len(values))
     if repeats * len(values) != total:
         raise PlanError(f"The images have {len(values)} places, but the prompts {total} image tokens.")
@@ -151,7 +150,7 @@ def _of_tiles(images: TowerImages, counts: Sequence[int], statistics: Statistics
             f"selector='density' finds the places of tokens on square tiles with one token for each place; here are "
             f"{tiles} tiles of {height}x{width} px and {total} image tokens. Choose another selector."
         )
-    mean, std = statistics or (MEAN, STD)
+    mean, std = _known(statistics)
     return _map(images.pixels, mean, std, height / side, (side, side)).flatten()
 
 
@@ -168,8 +167,9 @@ def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
     return 0
 
 
-def _of_patches(images: TowerImages) -> Tensor:
+def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
     """Merge groups row by row, image after image."""
+    mean, std = _known(statistics)
     assert images.grids is not None
     merge, patch = images.merge, images.patch
     found = []
@@ -177,8 +177,17 @@ def _of_patches(images: TowerImages) -> Tensor:
         # [rows, columns, merge, merge, channels, frames, patch, patch]; a still image repeats its only frame
         flat = part.float().view(h // merge, w // merge, merge, merge, 3, -1, patch, patch)[..., 0, :, :]
         page = flat.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, h * patch, w * patch)
-        found.append(_map(page, MEAN, STD, merge * patch, (h // merge, w // merge)).flatten())
+        found.append(_map(page, mean, std, merge * patch, (h // merge, w // merge)).flatten())
     return torch.cat(found)
+
+
+def _known(statistics: Statistics | None) -> Statistics:
+    if statistics is None:
+        raise PlanError(
+            "selector='density' must undo the normalisation of the images, and the record of this tower does not say "
+            "what it is. Give FastVConfig(image_mean=..., image_std=...)."
+        )
+    return statistics
 
 
 def _map(images: Tensor, mean: Sequence[float], std: Sequence[float], cell: float, cells: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from sfa_adapters.errors import PlanError
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import inject_dymu
 from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
-from sfa_adapters.reduction.image_tokens import find_decoder
+from sfa_adapters.vlm.parts import find_decoder
 from tests.support.compare import assert_close, passing
 from tests.support.fastv_prompts import DEEP, FAMILIES, Ask, Family, batched, prompt
 from tests.support.hosts import IMAGE

@@ -20,8 +20,8 @@ from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.reduction.fastv.hooks import FASTV_STATE
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
-from sfa_adapters.reduction.image_tokens import find_decoder
 from sfa_adapters.reduction.kept_tokens import KEPT
+from sfa_adapters.vlm.parts import find_decoder
 from tests.reduction.fastv.test_selectors import SELECTORS, NoHostSync
 from tests.support.compare import Snapshot, assert_close, passing
 from tests.support.fastv_prompts import FAMILIES, Ask, Family, batched, prompt
