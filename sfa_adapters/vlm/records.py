@@ -7,7 +7,9 @@ add hosts in packages of their own. A module registers its record when it is imp
 from __future__ import annotations
 
 import copyreg
-from importlib.metadata import entry_points
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
@@ -47,11 +49,17 @@ def register_vlm(spec: VLMSpec) -> VLMSpec:
 
 def registered_vlms() -> dict[str, VLMSpec]:
     """All records by name, those of installed packages included."""
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+    for entry_point in _entry_points(tuple(sys.path)):
         if entry_point.name not in _loaded_entry_points:
             entry_point.load()
             _loaded_entry_points.add(entry_point.name)
     return dict(_SPECS)
+
+
+@cache
+def _entry_points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Read once for each search path: it opens the metadata of every installed package."""
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 def vlm_spec(name: str) -> VLMSpec:

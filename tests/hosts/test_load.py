@@ -180,7 +180,7 @@ def test_what_trains_is_float32_and_the_rest_is_not():
     kinds = {host.places.part_of(n): p.dtype for n, p in host.model.named_parameters()}
     assert kinds == dict.fromkeys(("vision", "projector", "sfa"), torch.float32) | {"llm": torch.bfloat16}
     frozen = tiny("internvl", dtype="bfloat16", freeze_vision=True, freeze_projector=True)
-    kinds = {frozen.spec.part_of(n): p.dtype for n, p in frozen.model.named_parameters()}
+    kinds = {frozen.places.part_of(n): p.dtype for n, p in frozen.model.named_parameters()}
     assert kinds == {"vision": torch.bfloat16, "projector": torch.bfloat16, "sfa": torch.float32, "llm": torch.bfloat16}
 
 

@@ -133,8 +133,8 @@ def find_host(model: nn.Module, found: FoundTower, strict: bool = True) -> HostT
         known = [record.title for record in registered_vlms().values() if record.refusal("dymu") is None]
         raise InjectionError(
             f"{type(core).__name__} puts image tokens into its text in a way that DyMU does not know"
-            f"{f' ({reason})' if reason else ''}. It takes {', '.join(known)}; DyMUConfig(language='off') merges in the "
-            "tower only."
+            f"{f' ({reason})' if reason else ''}. It takes {', '.join(known)}; DyMUConfig(language='off') merges in "
+            "the tower only."
         )
     config: Any = core.config
     kind, side = tokens.kind, tokens.side(config)
