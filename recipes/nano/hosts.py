@@ -22,6 +22,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
@@ -42,7 +46,7 @@ from sfa_adapters.recipes.nano.models import PATCH, PIXELS, load_nano
 from sfa_adapters.recipes.nano.tokenizer import CHATML, IMAGE, PLAIN, VICUNA, VIDEO, host_tokenizer, token_id
 from sfa_adapters.vlm.records import vlm_spec
 
-__all__ = ["build_host", "internvl", "llava", "llava_onevision", "qwen2_5_vl"]
+__all__ = ["build_host", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl"]
 
 # White is 0 and black -2, as in `encode.pixel_values`.
 _LOOK: Mapping[str, Any] = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
@@ -168,6 +172,30 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
     return model, LlavaProcessor(
         CLIPImageProcessor(**size, **_LOOK),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VICUNA.replace("PICTURE", "<image>\n"),
+    )
+
+
+def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """CLIP and Llama, with pages cut into tiles."""
+    tokenizer = host_tokenizer("</s>", ("</s>",), {"image_token": "<image>"})
+    points = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_text(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        image_seq_length=(TILE // 14) ** 2,
+        image_grid_pinpoints=points,
+        vision_feature_layer=-2,
+    )
+    model = _ending(LlavaNextForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
+    size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+    return model, LlavaNextProcessor(
+        LlavaNextImageProcessor(**size, **_LOOK, image_grid_pinpoints=points),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",

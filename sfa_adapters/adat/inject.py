@@ -28,6 +28,7 @@ from sfa_adapters.forward_hooks import unwatch_forwards, watch_forwards
 from sfa_adapters.layer import remove_hooks
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower import STATE_NAME
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["eject_adat", "inject_adat", "latest_plans", "token_padding"]
 
@@ -60,6 +61,7 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     if isinstance(tokenizer, PatchPolicy):
         tokenizer = AdaptiveTokenizer(policy=tokenizer)
     tokenizer = tokenizer or AdaptiveTokenizer()
+    check_allowed(model, "adat", InjectionError)
     found = find_tower(model)
     _check(found, tokenizer)
     tower, seam = found.tower, found.backbone.patches

@@ -27,6 +27,7 @@ from sfa_adapters.heads.flap import FlapScore
 from sfa_adapters.heads.layers import head_layers, model_identity
 from sfa_adapters.heads.measures import GateScore, Measure, S4Score
 from sfa_adapters.heads.scores import HeadScores
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["Method", "calibrate_heads", "check_method"]
 
@@ -71,6 +72,7 @@ def calibrate_heads(
         ObservationError: Attention cannot be read, as in `observe`.
     """
     check_method(method, gamma)
+    check_allowed(model, "heads")
     layers = head_layers(model, modules)
     groups = {name: layer.num_kv_heads for name, layer in layers.items()}
     settings: dict[str, Any] = {"modules": modules}

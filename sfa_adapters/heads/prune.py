@@ -26,6 +26,7 @@ from sfa_adapters.heads.slicing import Edits, channels
 from sfa_adapters.layer import CHILD_NAME, SFALayer
 from sfa_adapters.tuner import note_head_counts
 from sfa_adapters.vlm.parts import plain_model
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["PRUNED", "Pruned", "Target", "find_targets", "prune_heads", "slice_heads"]
 
@@ -104,6 +105,7 @@ def prune_heads(
         >>> model = prune_heads(model, HeadPlan({path: (1,)}, {path: 4}, {path: 4}))
     """
     check_compensation(compensation, batches)
+    check_allowed(model, "heads", InjectionError)
     targets = find_targets(model, plan)
     means = mean_inputs(model, {t.path: t.output for t in targets}, batches) if batches is not None else {}
     edits, biases = Edits(), []

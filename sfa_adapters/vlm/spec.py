@@ -21,9 +21,10 @@ from sfa_adapters.vlm.sizes import MemoryRules
 
 __all__ = ["FEATURES", "Feature", "ImageRules", "ImageTokens", "VLMSpec"]
 
-# What a record may refuse.
-Feature = Literal["train", "adat", "dymu", "fastv", "heads", "text_density", "memory", "generate"]
-FEATURES: tuple[Feature, ...] = ("train", "adat", "dymu", "fastv", "heads", "text_density", "memory", "generate")
+# What a record may refuse. "train" is all that recipes do: images, training, evaluation. "text_density" is the density
+# of text as evidence for the grounding term of SCR.
+Feature = Literal["train", "adat", "dymu", "fastv", "heads", "text_density", "memory"]
+FEATURES: tuple[Feature, ...] = ("train", "adat", "dymu", "fastv", "heads", "text_density", "memory")
 
 
 def _no_options(processor: Any, limit: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from sfa_adapters.reduction.dymu.logical_rope import (
 from sfa_adapters.reduction.dymu.tower import DYMU_STATE, INDEX, TowerState
 from sfa_adapters.reduction.dymu.vtu import LANGUAGE_STATE, check_language_model, rotary_hook, rotated_hook
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["TokenCounts", "dymu_state", "eject_dymu", "inject_dymu", "token_counts", "tower_signature"]
 
@@ -70,6 +71,7 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
         >>> _ = inject_dymu(tower, DyMUConfig(thresholds=0.9))
     """
     config = config or DyMUConfig()
+    check_allowed(model, "dymu", InjectionError)
     found = find_tower(model)
     host = None if config.language == "off" else find_host(model, found)
     state = _plan(found, config, find_host(model, found, strict=False))

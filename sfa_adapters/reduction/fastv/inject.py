@@ -22,6 +22,7 @@ from sfa_adapters.reduction.fastv.token_density import PACK, DensityPacker, see_
 from sfa_adapters.reduction.image_tokens import arguments
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["FastVConfig", "eject_fastv", "inject_fastv"]
 
@@ -115,6 +116,7 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
         >>> model = inject_fastv(load_nano().model, FastVConfig(layer=2, ratio=0.5))
     """
     config = config or FastVConfig()
+    check_allowed(model, "fastv", InjectionError)
     decoder = find_decoder(model)
     ids = image_token_ids(decoder.host)
     _check(decoder, config)
