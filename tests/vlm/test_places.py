@@ -35,7 +35,7 @@ def test_every_parameter_of_any_host_is_in_a_part(host: HostCase) -> None:
 
 def test_a_place_that_is_not_there_is_named() -> None:
     model = CASES["llava"].build()
-    with pytest.raises(RecipeError, match=r"has no model\.bridge; it has model, model\\.vision_tower, "):
+    with pytest.raises(RecipeError, match=r"has no model\.bridge; it has model, model\.vision_tower, "):
         read_places(model, {"projector": ("model.bridge",)})
     with pytest.raises(RecipeError, match="is no vision-language model that this library can take apart"):
         read_places(nn.Linear(2, 2), {})
