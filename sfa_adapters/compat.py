@@ -165,8 +165,7 @@ def _name_of(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
     for name in CACHE_NAMES:
         if name in kwargs:
             return name
-    module = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
-    known = inspect.signature(module.forward).parameters
+    known = inspect.signature(plain_model(module).forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
@@ -184,6 +183,17 @@ def _unknown(what: Any, seen: str) -> str:
         "without the cache would give other tokens. Install a tested version of transformers "
         f"(>={TESTED['transformers'][0]},<{TESTED['transformers'][1]}), or pass use_cache=False."
     )
+
+
+# -- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model without wrappers of PEFT, however many there are."""
+    inner: Any = model
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
 
 
 # -- other names ------------------------------------------------------------------------------------------------------

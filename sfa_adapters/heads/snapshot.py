@@ -16,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.heads.kinds import KINDS
+from sfa_adapters.heads.kinds import attention_kinds
 from sfa_adapters.heads.prune import PRUNED
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.vlm.parts import plain_model
 
-__all__ = ["NUMBERS", "Probe", "evaluating", "output_of", "take_probe", "whole"]
+__all__ = ["Probe", "evaluating", "numbers", "output_of", "take_probe", "whole"]
 
 # What pruning sets beside parameters. `_dense` is a mask that SFA keeps for heads as they were.
-NUMBERS: frozenset[str] = frozenset(
+_NUMBERS = frozenset(
     ("in_features", "out_features", "num_heads", "num_key_value_heads", "num_key_value_groups", "_dense", "_lost_heads")
-).union(*(kind.widths for kind in KINDS))
+)
+
+
+def numbers() -> frozenset[str]:
+    """Names of attributes that pruning sets, those of all kinds of attention modules together."""
+    return _NUMBERS.union(*(kind.widths for kind in attention_kinds()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +47,12 @@ class _Part:
     def of(cls, module: nn.Module) -> _Part:
         own = module.__dict__
         configs = module.configs.values() if isinstance(module, SFALayer) else ()
-        values = {name: own[name] for name in (*NUMBERS, PRUNED) if name in own}
+        values = {name: own[name] for name in (*numbers(), PRUNED) if name in own}
         return cls(module, dict(module._parameters), values, tuple((config, config.tower) for config in configs))
 
     def put_back(self) -> None:
         self.module._parameters.update(self.parameters)
-        for name in (*NUMBERS, PRUNED):
+        for name in (*numbers(), PRUNED):
             self.module.__dict__.pop(name, None)
         self.module.__dict__.update(self.values)
         for config, tower in self.towers:

@@ -19,13 +19,13 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.bias import BiasFactors, bias_factors
+from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.metadata import pruned_facts
 from sfa_adapters.layer import SFALayer
@@ -185,7 +185,7 @@ def _own_config(model: Any) -> Iterator[Any]:
 
 def _unwrap(model: Any) -> Any:
     """The model under a `PeftModel`; its layers are changed in place."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return plain_model(model)
 
 
 def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFALayer]]]:

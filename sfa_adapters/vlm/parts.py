@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError
 
 __all__ = [
@@ -44,14 +45,6 @@ class Decoder:
     layers: tuple[nn.Module, ...]
     outer: tuple[nn.Module, ...]
     host: nn.Module
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model without wrappers of PEFT."""
-    inner: Any = model
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return inner
 
 
 def find_decoder(model: nn.Module) -> Decoder:

@@ -18,7 +18,7 @@ from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import find_targets, prune_heads, slice_heads
 from sfa_adapters.heads.pruned_files import pruned_of
 from sfa_adapters.heads.slicing import Edits
-from sfa_adapters.heads.snapshot import NUMBERS
+from sfa_adapters.heads.snapshot import numbers
 from sfa_adapters.heads.speed import whole
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.tuner import injected_layers
@@ -134,7 +134,7 @@ def test_every_number_that_pruning_sets_is_put_back(name: str) -> None:
     for target in find_targets(model, plan):
         slice_heads(edits, target, plan)
     assert edits.values
-    assert {number for _, number, _ in edits.values} <= NUMBERS
+    assert {number for _, number, _ in edits.values} <= numbers()
 
 
 def test_old_weights_live_as_long_as_the_probe() -> None:
