@@ -128,5 +128,6 @@ QWEN_VIT = register_backbone(
         mask_argument="position_bias",
         describe_input=describe_input,
         segment_layouts=segment_layouts,
+        small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
     )
 )

@@ -102,6 +102,8 @@ class Backbone:
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
+        small_towers: Where small towers of this kind stand for the contract suite: `module:NAME` of a sequence of
+            `sfa_adapters.testing.TowerCase`. Imported when the suite runs, never before.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Backbone:
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    small_towers: str | None = None
 
     def is_tower(self, module: nn.Module) -> bool:
         """Whether the module is a tower of this kind."""
