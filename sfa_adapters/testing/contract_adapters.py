@@ -195,7 +195,7 @@ class AdapterContract(Suite):
         """A pickled tower comes back with its bias."""
         tower, inputs = compare.injected(case)
         expected = compare.read(case, tower, inputs)
-        loaded = pickle.loads(pickle.dumps(tower))
+        loaded = pickle.loads(pickle.dumps(tower))  # noqa: S301 - written here
         assert torch.equal(compare.read(case, loaded, inputs), expected)
         eject_sfa(loaded)
         assert torch.equal(compare.read(case, loaded, inputs), compare.read(case, eject_sfa(tower), inputs))

@@ -31,7 +31,7 @@ class BiasContract(Suite):
         """The record finds it, and two of them have the same weights, which many checks rely on."""
         first, second = case.build(), case.build()
         assert registered_backbones()[case.backbone].is_tower(first), (
-            f"Backbone {case.backbone!r} says that {type(first).__module__}.{type(first).__qualname__} is no tower of its"
+            f"{type(first).__module__}.{type(first).__qualname__} fits none of the patterns in Backbone.towers"
         )
         assert find_tower(first).name == "", "build must give the tower itself, not a model that holds it"
         assert not any(module.training for module in first.modules()), "build must give a tower in eval mode"

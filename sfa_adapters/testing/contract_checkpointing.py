@@ -114,16 +114,14 @@ class CheckpointingContract(Suite):
         check_two_forwards(case, tower, switch_on, order)
 
     @OBLONG
-    @needs(
-        "layers around its attention modules",
-        lambda case: all("." in name for name, _, _ in injected_layers(inject_sfa(case.build()))),
-    )
     @reentrant_or_not
     def test_a_checkpoint_that_begins_with_an_operation_of_the_user(
         self, case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The checkpoint saves a tensor that no layer has seen."""
         tower, _ = compare.injected(case)
+        if any("." not in name for name, _, _ in injected_layers(tower)):
+            pytest.skip("the attention of this tower stands in no layer")
 
         def switch_on() -> None:
             for name, _, _ in injected_layers(tower):

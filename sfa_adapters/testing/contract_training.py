@@ -51,7 +51,7 @@ class TrainingContract(Suite):
 
     @pytest.mark.parametrize("backend", ["dense", "folded"])
     def test_autocast(self, case: TowerCase, backend: str) -> None:
-        """Under autocast the bias costs no more precision than the tower itself, and its scalars get float32 gradients."""
+        """Under autocast the bias costs no more precision than the tower itself; its scalars get float32 gradients."""
         tower, inputs = case.fresh()
         plain = compare.read(case, tower, inputs)
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,7 @@
 """Slow, obvious references: phi pair by pair from its formula, and attention in float64 inside the plain tower.
 
-The reference of an attention layer is the layer of a tower without SFA, run on the same hidden states, with the softmax of
-q.k replaced: `SlowAttention` stands in for `scaled_dot_product_attention`, or for the softmax of an eager
+The reference of an attention layer is the layer of a tower without SFA, run on the same hidden states, with the softmax
+of q.k replaced: `SlowAttention` stands in for `scaled_dot_product_attention`, or for the softmax of an eager
 implementation. So the module itself projects, normalises and rotates, and whatever it does with the result (an output
 projection of any name, a norm, a gate) happens in the reference as well.
 """

@@ -67,8 +67,9 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
     place = record.small_towers
     if place is None:
         text = (
-            f"Backbone {record.name!r} names no small tower to test: write a sequence of sfa_adapters.testing.TowerCase "
-            'and say where it stands, small_towers="module:NAME" (see docs/adding_a_backbone.md).'
+            f"Backbone {record.name!r} names no small tower to test: write a sequence of "
+            'sfa_adapters.testing.TowerCase and say where it stands, small_towers="module:NAME" '
+            "(see docs/adding_a_backbone.md)."
         )
         return [NoTower(record.name, text)]
     try:
@@ -86,7 +87,6 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
     strangers = [case for case in cases if not isinstance(case, TowerCase) or case.backbone != record.name]
     if strangers or not cases:
         raise ContractError(
-            f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of TowerCase(backbone="
-            f"{record.name!r}, ...); got {strangers[:1] or cases}."
+            f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of TowerCase(backbone={record.name!r}, ...); got {strangers[:1] or cases}."
         )
     return cases

@@ -33,7 +33,7 @@ def set_checkpointing(tower: nn.Module, reentrant: bool | None) -> None:
 
 
 def _case(name: str, variant: str, prefix: int, patch: int = 16, qk_norm: bool = False, **options: Any) -> TowerCase:
-    norms = {"qk_norm": True} if qk_norm else {}  # some variants bring their own
+    norms: dict[str, Any] = {"qk_norm": True} if qk_norm else {}  # some variants bring their own
 
     def build() -> nn.Module:
         return timm.create_model(
