@@ -30,6 +30,10 @@ def split(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"patches": part, "sizes": size[None]} for part, size in zip(parts, inputs["sizes"], strict=True)]
 
 
+def set_checkpointing(tower: Any, reentrant: bool | None) -> None:
+    tower.gradient_checkpointing, tower.use_reentrant = reentrant is not None, bool(reentrant)
+
+
 PAGE = (
     TowerCase(
         name="page",
@@ -58,7 +62,7 @@ PAGES = (
         layers=2,
         heads=2,
         grid=None,
-        checkpointing=lambda tower, reentrant: setattr(tower, "checkpointing", reentrant),
+        checkpointing=set_checkpointing,
         compiles="no",
     ),
 )

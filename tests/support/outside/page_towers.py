@@ -61,7 +61,7 @@ class Pages(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.checkpointing: bool | None = None  # use_reentrant, None for no checkpointing
+        self.gradient_checkpointing, self.use_reentrant = False, False
         self.patches = nn.Linear(12, WIDTH)
         self.blocks = nn.ModuleList(PageBlock() for _ in range(2))
 
@@ -69,10 +69,10 @@ class Pages(nn.Module):
         tokens = self.patches(patches)
         page_ends = F.pad(sizes.prod(-1).cumsum(0), (1, 0))
         for block in self.blocks:
-            if self.checkpointing is None:
-                tokens = block(tokens, page_ends)
+            if self.gradient_checkpointing and self.training:
+                tokens: Any = checkpoint(block, tokens, page_ends, use_reentrant=self.use_reentrant)
             else:
-                tokens: Any = checkpoint(block, tokens, page_ends, use_reentrant=self.checkpointing)
+                tokens = block(tokens, page_ends)
         return tokens
 
 
