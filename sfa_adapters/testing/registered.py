@@ -84,9 +84,10 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
         return [NoTower(record.name, f"The small towers of {record.name!r} need {library}: {error}", library)]
     except (AttributeError, ValueError) as error:
         raise ContractError(f"Backbone {record.name!r}: small_towers={place!r} cannot be read: {error}") from error
-    strangers = [case for case in cases if not isinstance(case, TowerCase) or case.backbone != record.name]
-    if strangers or not cases:
+    others = [case for case in cases if not isinstance(case, TowerCase) or case.backbone != record.name]
+    if others or not cases:
         raise ContractError(
-            f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of TowerCase(backbone={record.name!r}, ...); got {strangers[:1] or cases}."
+            f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of "
+            f"TowerCase(backbone={record.name!r}, ...); got {others[:1] or cases}."
         )
     return cases
