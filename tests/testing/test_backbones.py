@@ -44,8 +44,6 @@ def run_pytest(folder: Path, *arguments: str) -> tuple[int, str]:
             "-rs",
             "-p",
             "no:cacheprovider",
-            "-p",
-            "no:hypothesispytest",
             *arguments,
         ],
         check=False,
