@@ -35,17 +35,9 @@ def package(tmp_path: Path) -> Path:
 
 def run_pytest(folder: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and output of pytest, run in the folder of the package."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rs",
-            "-p",
-            "no:cacheprovider",
-            *arguments,
-        ],
+        command,
         check=False,
         capture_output=True,
         text=True,
