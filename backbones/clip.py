@@ -40,5 +40,6 @@ CLIP = register_backbone(
             tokens_out="encoder",
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:CLIP",
     )
 )

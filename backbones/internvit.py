@@ -51,5 +51,6 @@ INTERNVIT = register_backbone(
             check=check_patches,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:INTERNVIT",
     )
 )

@@ -135,5 +135,6 @@ QWEN_VIT = register_backbone(
         describe_input=describe_input,
         segment_layouts=segment_layouts,
         statistics=statistics,
+        small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
     )
 )

@@ -55,6 +55,7 @@ SIGLIP = register_backbone(
             pools=has_head,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:SIGLIP",
     )
 )
 
@@ -70,5 +71,6 @@ IDEFICS = register_backbone(
         geometry=geometry,
         grid_of_input=pixel_grid,
         image_module="embeddings",
+        small_towers="sfa_adapters.testing.towers_transformers:IDEFICS",
     )
 )

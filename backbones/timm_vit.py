@@ -72,5 +72,6 @@ TIMM_VIT = register_backbone(
             pools=pools,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_timm:TIMM_VIT",
     )
 )

@@ -103,6 +103,8 @@ class Backbone:
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
         statistics: Of towers without `patches`: as there.
+        small_towers: Where small towers of this kind stand for the contract suite: `module:NAME` of a sequence of
+            `sfa_adapters.testing.TowerCase`. Imported when the suite runs, never before.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Backbone:
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
 
     def statistics_of(self, tower: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -34,9 +34,9 @@ from sfa_adapters.errors import (
 )
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.registry import Backbone, registered_backbones
+from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig, InternVisionModel
 from sfa_adapters.tuner import injected_layers
 from tests.support import compare
-from tests.support.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
 from tests.support.towers import CASES, TowerCase, every_tower
 
 CLIP, SIGLIP = (next(case for case in CASES if case.name == name) for name in ("clip", "siglip"))

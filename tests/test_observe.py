@@ -208,7 +208,7 @@ def test_every_tower_can_be_observed_and_stays_as_it_is(case: TowerCase, with_sf
     with observe(model, entropy, modules="vision") as seen:
         assert torch.equal(compare.read(case, model, inputs), plain)
     assert len(seen.layers) == case.layers
-    if case.has_eager:
+    if case.eager_takes_bias:
         tower, _ = compare.injected(case) if with_sfa else case.fresh()
         set_eager(case, tower)
         dense = RowEntropy()

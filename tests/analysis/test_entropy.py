@@ -37,7 +37,7 @@ def dense_maps(case: TowerCase, tower: Any, inputs: Inputs) -> list[Tensor]:
     """Whole attention maps of every layer, `[B, H, N, N]`, as the eager implementation computes them."""
     set_eager(case, tower)
     with torch.no_grad():
-        if case.family != "timm":
+        if case.library != "timm":
             return list(tower(**inputs, output_attentions=True).attentions)
         maps: list[Tensor] = []
         hooks = [b.attn.attn_drop.register_forward_hook(lambda _, args, out: maps.append(out)) for b in tower.blocks]
@@ -48,7 +48,7 @@ def dense_maps(case: TowerCase, tower: Any, inputs: Inputs) -> list[Tensor]:
 
 
 def given_inputs(case: TowerCase, inputs: Inputs) -> Any:
-    return inputs["pixel_values"] if case.family == "timm" else inputs
+    return inputs["pixel_values"] if case.library == "timm" else inputs
 
 
 def random_regions(case: TowerCase, seed: int = 0) -> Tensor:

@@ -1,98 +1,25 @@
-"""The contract of every tower, part four: checkpointing trains frozen towers, and each image keeps its layout."""
+"""Checkpointing beyond the contract suite: where a graph begins, adaptive tokens, and what must be an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sfa_adapters import eject_sfa, inject_sfa
+from sfa_adapters import inject_sfa
 from sfa_adapters.adat import inject_adat, latest_plans
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.registry import find_tower
-from sfa_adapters.tuner import injected_layers
+from sfa_adapters.testing.contract_checkpointing import checkpoint_part, gradients_after
+from sfa_adapters.testing.suite import reentrant_or_not
 from tests.adat.test_inject import mixed
 from tests.support import compare
-from tests.support.towers import CASES, Inputs, TowerCase, every_tower, set_checkpointing
+from tests.support.towers import CASES, TowerCase, set_checkpointing
 
-REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-ORDERS = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
-
-
-def oblong(case: TowerCase) -> Inputs | None:
-    """Inputs whose transposed images have as many tokens on another grid, if the tower takes some."""
-    inputs = case.resized(0) if case.resized is not None else case.inputs(0)
-    height, width = inputs["pixel_values"].shape[-2:] if "pixel_values" in inputs else (0, 1)
-    return inputs if height != width else None
-
-
-def transposed(inputs: Inputs) -> Inputs:
-    """The same pixels with rows and columns exchanged; of a flat sequence, the same patches on other grids."""
-    changes = {
-        "pixel_values": lambda pixels: pixels.transpose(-1, -2).contiguous(),
-        "patch_attention_mask": lambda mask: mask.transpose(-1, -2).contiguous(),
-        "grid_thw": lambda sizes: sizes[:, [0, 2, 1]],
-    }
-    return {name: changes.get(name, lambda value: value)(value) for name, value in inputs.items()}
-
-
-OBLONG = [case for case in CASES if oblong(case) is not None]
-# One tower of each kind of attention module and image module, for what depends on the kind only.
-KINDS = [case for case in OBLONG if case.name in ("clip", "siglip", "internvit", "internvit_remote", "timm_cls")]
-
-
-def gradients_after(losses: list[Tensor], tower: nn.Module, order: tuple[int, int]) -> list[dict[str, Tensor]]:
-    """Gradients of each of two losses, whose backward passes run in an order."""
-    results: list[dict[str, Tensor]] = [{}, {}]
-    for number in order:
-        tower.zero_grad(set_to_none=True)
-        losses[number].backward()
-        results[number] = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
-    return results
-
-
-def check_two_forwards(
-    case: TowerCase, tower: nn.Module, switch_on: Callable[[], None], order: tuple[int, int]
-) -> None:
-    """Two forwards of equal token count, then both backward passes: gradients as of each alone, not checkpointed."""
-    first = oblong(case)
-    assert first is not None
-    pair = (first, transposed(first))
-    set_checkpointing(case, tower.train(), None)
-    expected = [compare.gradients(case, tower, inputs) for inputs in pair]
-    name = next(iter(compare.structural(tower)))
-    assert compare.difference(expected[0][name], expected[1][name]) > 1e-5, "the test could not tell the grids apart"
-    switch_on()
-    losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
-    for result, reference in zip(gradients_after(losses, tower, order), expected, strict=True):
-        compare.assert_same_gradients(result, reference, tolerance=1e-6)
-
-
-@every_tower
-@REENTRANT
-def test_a_frozen_tower_trains_its_scalars(case: TowerCase, reentrant: bool):
-    tower, inputs = compare.injected(case)
-    compare.freeze_base(tower.train())
-    set_checkpointing(case, tower, None)
-    expected = compare.gradients(case, tower, inputs)
-    set_checkpointing(case, tower, reentrant)
-    result = compare.gradients(case, tower, inputs)
-    assert set(result) == set(compare.structural(tower))
-    compare.assert_same_gradients(result, expected, tolerance=1e-6)
-
-
-@every_tower
-def test_scalars_of_the_last_layer_alone_train_under_reentrant_checkpointing(case: TowerCase):
-    tower, inputs = compare.injected(case, layers_to_transform=[-1])
-    compare.freeze_base(tower.train())
-    set_checkpointing(case, tower, None)
-    expected = compare.gradients(case, tower, inputs)
-    set_checkpointing(case, tower, reentrant=True)
-    compare.assert_same_gradients(compare.gradients(case, tower, inputs), expected, tolerance=1e-6)
+KINDS = [case for case in CASES if case.encoder is not None and case.name != "internvit_remote"]
 
 
 def test_a_graph_begins_no_sooner_than_it_must():
@@ -120,93 +47,6 @@ def test_remote_code_as_it_comes_trains_a_frozen_tower():
     result = compare.gradients(case, tower, case.inputs(0))
     assert set(result) == set(compare.structural(tower))
     assert all(gradient.abs().max() > 0 for gradient in result.values())
-
-
-@every_tower
-def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(case: TowerCase):
-    tower, inputs = case.fresh()
-    set_checkpointing(case, tower.train(), reentrant=True)
-    plain, snapshot = compare.gradients(case, tower, inputs), compare.Snapshot(tower)
-    compare.gradients(case, inject_sfa(tower, compare.strong_config()), inputs)
-    eject_sfa(tower)
-    snapshot.assert_unchanged(tower)
-    after = compare.gradients(case, tower, inputs)
-    assert set(after) == set(plain)
-    assert all(torch.equal(after[name], plain[name]) for name in plain)
-
-
-@pytest.mark.parametrize("case", OBLONG, ids=str)
-@REENTRANT
-@ORDERS
-def test_two_grids_of_one_token_count(case: TowerCase, reentrant: bool, order: tuple[int, int]):
-    tower, _ = compare.injected(case)
-    check_two_forwards(case, tower, lambda: set_checkpointing(case, tower, reentrant), order)
-
-
-@pytest.mark.parametrize("case", OBLONG, ids=str)
-@REENTRANT
-def test_two_grids_of_one_token_count_in_a_frozen_tower(case: TowerCase, reentrant: bool):
-    tower, _ = compare.injected(case)
-    compare.freeze_base(tower)
-    check_two_forwards(case, tower, lambda: set_checkpointing(case, tower, reentrant), (0, 1))
-
-
-def checkpoint_part(part: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints the forward of a module as a whole; its hooks stay outside."""
-    inner = part.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        name = None if args else "inputs_embeds"
-        states = kwargs.pop(name) if name else args[0]
-        kinds: list[Any] = []
-
-        def run(given: Tensor) -> Tensor:
-            out = inner(**{name: given}, **kwargs) if name else inner(given, *args[1:], **kwargs)
-            kinds.append(type(out))
-            return out if isinstance(out, Tensor) else out[0]
-
-        out = checkpoint(run, states, use_reentrant=reentrant)
-        return out if issubclass(kinds[0], Tensor) else kinds[0](out)
-
-    monkeypatch.setattr(part, "forward", forward)
-
-
-@pytest.mark.parametrize("case", KINDS, ids=str)
-@REENTRANT
-@ORDERS
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of layers in a reentrant encoder
-@pytest.mark.parametrize("nested", [False, True], ids=["encoder", "encoder and layers"])
-def test_the_whole_encoder_in_one_checkpoint(
-    case: TowerCase, reentrant: bool, order: tuple[int, int], nested: bool, monkeypatch: pytest.MonkeyPatch
-):
-    tower, _ = compare.injected(case)
-
-    def switch_on() -> None:
-        checkpoint_part(tower.get_submodule("blocks" if case.family == "timm" else "encoder"), reentrant, monkeypatch)
-        if nested:
-            set_checkpointing(case, tower, reentrant)
-
-    check_two_forwards(case, tower, switch_on, order)
-
-
-@pytest.mark.parametrize("case", OBLONG, ids=str)
-@REENTRANT
-def test_a_checkpoint_that_begins_with_an_operation_of_the_user(
-    case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
-):
-    tower, _ = compare.injected(case)
-
-    def switch_on() -> None:
-        for name, _, _ in injected_layers(tower):
-            layer: Any = tower.get_submodule(name.rpartition(".")[0])
-            inner = layer.forward
-
-            def forward(states: Tensor, *args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-                return checkpoint(lambda x: inner(x * 1.0, *args, **kwargs), states, use_reentrant=reentrant)
-
-            monkeypatch.setattr(layer, "forward", forward)
-
-    check_two_forwards(case, tower, switch_on, (0, 1))
 
 
 def embedded(tower: Any, seed: int, height: int, width: int) -> Tensor:
@@ -248,8 +88,8 @@ def test_reentrant_checkpointing_that_would_train_nothing_is_an_error(monkeypatc
         case.hidden(tower, inputs)
 
 
-@pytest.mark.parametrize("case", [case for case in KINDS if case.name != "internvit_remote"], ids=str)
-@REENTRANT
+@pytest.mark.parametrize("case", KINDS, ids=str)
+@reentrant_or_not
 @pytest.mark.parametrize("sfa", ["before", "after", "without"])
 @pytest.mark.parametrize("whole", [False, True], ids=["layers", "encoder"])
 def test_two_packings_of_one_token_count(
@@ -274,7 +114,8 @@ def test_two_packings_of_one_token_count(
         lengths.append([plan.num_tokens for plan in latest_plans(tower)])
     assert lengths[0] == lengths[1][::-1] != lengths[1]
     if whole:
-        checkpoint_part(tower.get_submodule("blocks" if case.family == "timm" else "encoder"), reentrant, monkeypatch)
+        assert case.encoder is not None
+        checkpoint_part(tower.get_submodule(case.encoder), reentrant, monkeypatch)
     else:
         set_checkpointing(case, tower, reentrant)
     losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]

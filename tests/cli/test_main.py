@@ -16,8 +16,8 @@ from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaCon
 
 from sfa_adapters.cli.main import main
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
-from tests.support.remote import modeling_intern_vit
-from tests.support.remote.modeling_intern_vit import InternVisionConfig
+from sfa_adapters.testing import modeling_intern_vit
+from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig
 
 SMALL_LLAVA = LlavaConfig(
     vision_config=CLIPVisionConfig(

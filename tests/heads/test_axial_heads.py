@@ -67,7 +67,7 @@ def reference(case: TowerCase, tower: nn.Module, inputs: Inputs, name: str) -> T
     """Affinity of one layer, `[2, H]`."""
     whole = RowProbabilities()
     with observe(tower, whole, [name]), torch.no_grad():
-        tower(**inputs) if case.family != "timm" else tower(inputs["pixel_values"])
+        tower(**inputs) if case.library != "timm" else tower(inputs["pixel_values"])
     sequences = places(case, inputs)
     matrices = [matrix for call in whole.results[name] for matrix in call]
     if case.name == "qwen2_5":  # each segment is a part of an image; together they are the tokens in order
@@ -81,7 +81,7 @@ def reference(case: TowerCase, tower: nn.Module, inputs: Inputs, name: str) -> T
 
 
 def kwargs_of(case: TowerCase, inputs: Inputs) -> Inputs:
-    return {"x": inputs["pixel_values"]} if case.family == "timm" else inputs
+    return {"x": inputs["pixel_values"]} if case.library == "timm" else inputs
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

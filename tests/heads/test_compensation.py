@@ -154,7 +154,7 @@ def test_compensation_in_towers_changes_the_output_only_of_what_it_says(name: st
     before = model.get_submodule(path)
     kind = read_geometry(path, before).kind
     rows = deepcopy(getattr(before, kind.fused or "q_proj").weight)
-    if case.family == "timm":
+    if case.library == "timm":
         inputs = {"x": inputs["pixel_values"]}
     bare = prune_heads(deepcopy(model), plan)
     prune_heads(model, plan, compensation, [inputs] if compensation == "bias" else None)

@@ -103,7 +103,7 @@ def test_a_pruned_tower_is_the_zero_gated_one(name: str, with_sfa: bool) -> None
 def test_a_pruned_tower_in_eager_attention(name: str) -> None:
     case: TowerCase = BY_NAME[name]
     model, inputs = case.fresh()
-    if case.family == "timm":
+    if case.library == "timm":
         for module in attention_modules(model, "vision").values():
             module.fused_attn = False  # pyright: ignore[reportArgumentType]
     else:

@@ -96,7 +96,7 @@ def test_compensation_and_back(compensation: Any) -> None:
 def test_a_tower_and_back(name: str, with_sfa: bool) -> None:
     case = BY_NAME[name]
     model, inputs = injected(case) if with_sfa else case.fresh()
-    given = {"x": inputs["pixel_values"]} if case.family == "timm" else inputs
+    given = {"x": inputs["pixel_values"]} if case.library == "timm" else inputs
     check_way_back(model, tower_plan(model), lambda: read(case, model, inputs), given)
 
 

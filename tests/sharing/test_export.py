@@ -28,11 +28,12 @@ from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
+from sfa_adapters.testing.cases import read_hidden
 from sfa_adapters.training.checkpoints import save_trained
 from sfa_adapters.tuner import injected_layers
 from tests.support.compare import Snapshot, assert_close, difference, strong_config
 from tests.support.hosts import HOSTS, HostCase, logits_of
-from tests.support.towers import CASES, SMALL, read_last_hidden
+from tests.support.towers import CASES, SMALL
 
 BY_NAME = {host.name: host for host in HOSTS}
 TOWER_BY_NAME = {case.name: case for case in CASES}
@@ -153,7 +154,7 @@ def test_bare_towers_with_any_option(tmp_path: Path, name: str, options: Any, fo
         found = loaded(tmp_path / "out")(**inputs).last_hidden_state
         expected = tower(**inputs).last_hidden_state
     assert_close(found, expected)
-    assert difference(found, torch.stack(read_last_hidden(case.fresh()[0], inputs))) > 1e-3
+    assert difference(found, torch.stack(read_hidden(case.fresh()[0], inputs))) > 1e-3
 
 
 def test_two_adapters_add_up_and_tables_are_small(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Written from the interface alone. There is no language model; `extract_feature` 
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.support.remote.modeling_intern_vit import InternVisionConfig, InternVisionModel
+from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig, InternVisionModel
 
 
 class InternVLChatModel(PreTrainedModel):

@@ -4,11 +4,14 @@ Written from the interface alone (names, shapes, order of operations), so that t
 without a download. Classes are found by `*.modeling_intern_vit.<Class>`, hence the name of this file.
 """
 
+from __future__ import annotations
+
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
@@ -19,7 +22,7 @@ class InternVisionConfig(PreTrainedConfig):
 
     model_type = "intern_vit_stand_in"
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         self.hidden_size = kwargs.pop("hidden_size", 32)
         self.intermediate_size = kwargs.pop("intermediate_size", 64)
         self.num_hidden_layers = kwargs.pop("num_hidden_layers", 3)
@@ -34,19 +37,24 @@ class InternVisionConfig(PreTrainedConfig):
 
 
 class InternRMSNorm(nn.Module):
-    def __init__(self, hidden_size, eps=1e-6):
+    """RMS norm over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[batch, tokens, width]` to the same shape."""
         states = hidden_states.float()
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * states.to(hidden_states.dtype)
 
 
 class InternVisionEmbeddings(nn.Module):
-    def __init__(self, config):
+    """CLS token and patches, with position embeddings that follow the size of the image."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config, self.patch_size = config, config.patch_size
         width = config.hidden_size
@@ -55,7 +63,8 @@ class InternVisionEmbeddings(nn.Module):
         self.side = config.image_size // self.patch_size
         self.position_embedding = nn.Parameter(torch.randn(1, self.side**2 + 1, width))
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Maps images to tokens, `[batch, 1 + patches, width]`."""
         patches = self.patch_embedding(pixel_values)
         height, width = patches.shape[-2:]
         table = self.position_embedding[:, 1:].transpose(1, 2).unflatten(2, (self.side, self.side))
@@ -66,7 +75,9 @@ class InternVisionEmbeddings(nn.Module):
 
 
 class InternAttention(nn.Module):
-    def __init__(self, config):
+    """Fused q, k and v, and no mask argument."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.embed_dim, self.num_heads = config.hidden_size, config.num_attention_heads
@@ -80,7 +91,7 @@ class InternAttention(nn.Module):
             self.q_norm, self.k_norm = InternRMSNorm(self.embed_dim), InternRMSNorm(self.embed_dim)
         self.proj = nn.Linear(self.embed_dim, self.embed_dim)
 
-    def _naive_attn(self, x):
+    def _naive_attn(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -91,31 +102,38 @@ class InternAttention(nn.Module):
         x = (attn @ v).transpose(1, 2).reshape(batch, tokens, width)
         return self.proj_drop(self.proj(x))
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[batch, tokens, width]` to the same shape."""
         if self.use_flash_attn:
             raise AssertionError("the stand-in has no flash kernel")
         return self._naive_attn(hidden_states)
 
 
 class InternMLP(nn.Module):
-    def __init__(self, config):
+    """Two linear layers."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[batch, tokens, width]` to the same shape."""
         return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
 class InternVisionEncoderLayer(nn.Module):
-    def __init__(self, config):
+    """Attention and MLP, each scaled."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.attn, self.mlp = InternAttention(config), InternMLP(config)
         self.norm1, self.norm2 = InternRMSNorm(config.hidden_size), InternRMSNorm(config.hidden_size)
         self.ls1 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
         self.ls2 = nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size))
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps `[batch, tokens, width]` to the same shape."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states).to(hidden_states.dtype)) * self.ls1
         return hidden_states + self.mlp(self.norm2(hidden_states).to(hidden_states.dtype)) * self.ls2
 
@@ -126,13 +144,14 @@ class InternVisionEncoder(nn.Module):
     (The original leaves `use_reentrant` out, which means True, with a warning of torch.)
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList([InternVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = True
         self.checkpoint_options = SimpleNamespace(use_reentrant=True)
 
-    def forward(self, inputs_embeds, output_hidden_states=None):
+    def forward(self, inputs_embeds: Tensor, output_hidden_states: bool | None = None) -> BaseModelOutput:
+        """Runs the layers on `[batch, tokens, width]`."""
         hidden_states, recorded = inputs_embeds, ()
         for layer in self.layers:
             recorded = (*recorded, hidden_states)
@@ -145,20 +164,29 @@ class InternVisionEncoder(nn.Module):
 
 
 class InternVisionModel(PreTrainedModel):
+    """The tower."""
+
     config_class = InternVisionConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["InternVisionEncoderLayer"]  # noqa: RUF012 - the attribute of the base class
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embeddings = InternVisionEmbeddings(config)
         self.encoder = InternVisionEncoder(config)
         self.post_init()
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         pass
 
-    def forward(self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None):
+    def forward(
+        self,
+        pixel_values: Any = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        pixel_embeds: Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Hidden states of all tokens, `[batch, 1 + patches, width]`."""
         hidden = self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
         out = self.encoder(inputs_embeds=hidden, output_hidden_states=output_hidden_states)
         last = out.last_hidden_state
