@@ -16,7 +16,14 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError
 
-__all__ = ["AttentionKind", "HeadGeometry", "attention_kinds", "base_linear", "read_geometry", "register_attention_kind"]
+__all__ = [
+    "AttentionKind",
+    "HeadGeometry",
+    "attention_kinds",
+    "base_linear",
+    "read_geometry",
+    "register_attention_kind",
+]
 
 
 @dataclass(frozen=True)
