@@ -112,10 +112,10 @@ def _traces(model: nn.Module) -> dict[str, Any]:
     }
 
 
-STEPS = st.lists(st.tuples(st.sampled_from([*INJECT, "scr"]), st.booleans()), min_size=3, max_size=8)
+STEPS = st.lists(st.tuples(st.sampled_from([*INJECT, "scr"]), st.booleans()), min_size=3, max_size=7)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=6, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(STEPS)
 @example([("fastv by density", True), ("dymu", True), ("fastv", False), ("dymu", False)])
 @example([("adat", True), ("dymu", True), ("sfa", True), ("adat", False), ("scr", True), ("dymu", False)])
