@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfa_adapters import eject_sfa, features_of, inject_sfa, observe
-from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
+from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, eject_adat, inject_adat
 from sfa_adapters.errors import SFAError
 from sfa_adapters.hooks import attach, attached_while, attachment_of, detach, detach_all, state_of, watch_method
 from sfa_adapters.recipes.nano.models import build_nano
@@ -37,7 +37,9 @@ def _inject_sfa(model: nn.Module) -> None:
 
 INJECT: dict[str, Callable[[nn.Module], Any]] = {
     "sfa": _inject_sfa,
-    "adat": lambda model: inject_adat(model, PatchPolicy(scorer="edges", budget=0.5)),
+    "adat": lambda model: inject_adat(
+        model, AdaptiveTokenizer(policy=PatchPolicy(scorer="edges", budget=0.5), residual=True)
+    ),
     "dymu": lambda model: inject_dymu(model, DyMUConfig(thresholds=0.6, language="logical_rope")),
     "fastv": lambda model: inject_fastv(model, FastVConfig(layer=2, ratio=0.5)),
     # Watches the packing method of the host, as DyMU does; beside DyMU its forwards end in a named error.
