@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sfa_adapters.config import SFAConfig
     from sfa_adapters.errors import SFAError
     from sfa_adapters.heads.axial_heads import calibrate_axial
+    from sfa_adapters.hooks import features_of
     from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
     from sfa_adapters.layout import TokenLayout
     from sfa_adapters.module import SFAAttention
@@ -42,6 +43,7 @@ __all__ = [
     "check_rates",
     "describe",
     "eject_sfa",
+    "features_of",
     "inject_sfa",
     "largest_scalars",
     "load_sfa",
@@ -58,6 +60,7 @@ _MODULES = {
     "config": ("SFAConfig",),
     "errors": ("SFAError",),
     "heads.axial_heads": ("calibrate_axial",),
+    "hooks": ("features_of",),
     "inject": ("describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"),
     "layout": ("TokenLayout",),
     "module": ("SFAAttention",),

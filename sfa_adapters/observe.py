@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from sfa_adapters.attention_call import AttentionCall, row_blocks
 from sfa_adapters.compat import cache_of
 from sfa_adapters.errors import NoMatchingBackboneError, ObservationError, UnknownInterfaceError
+from sfa_adapters.hooks import attached_while
 from sfa_adapters.mask import LazyMask
 from sfa_adapters.packing import PackedMask
 from sfa_adapters.readers import Reader
@@ -93,16 +94,11 @@ def observe(
         raise ObservationError("No reader was given: nothing would be read.")
     observation = Observation(tuple(chosen))
     served: set[int] = set()
-    handles = []
-    try:
+    with attached_while("observe") as attach:
         for index, (name, module) in enumerate(chosen.items()):
             watcher = _Watcher(name, index, module, listed, observation, block_bytes, served)
-            handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(watcher.leave, always_call=True))
+            attach(module, observation, pre=watcher.enter, post=watcher.leave, always_call=True)
         yield observation
-    finally:
-        for handle in handles:
-            handle.remove()
     unread = [name for name in chosen if name not in observation.calls]
     if len(unread) == len(chosen) or (modules is not None and unread):
         raise ObservationError(

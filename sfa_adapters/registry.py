@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.read_layers import count_read_layers
 
 __all__ = [
-    "STATE_NAME",
     "Backbone",
     "FoundTower",
     "Geometry",
@@ -30,8 +30,6 @@ __all__ = [
     "registered_backbones",
 ]
 
-# A tower that carries SFA has its state under this name.
-STATE_NAME = "_sfa_state"
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 
 
@@ -274,7 +272,7 @@ def _choose_tower(
             )
         return fitting[0]
     if len(towers) > 1:
-        adapted = [entry for entry in towers if STATE_NAME in entry[1].__dict__]
+        adapted = [entry for entry in towers if state_of(entry[1], "sfa") is not None]
         if len(adapted) != 1:
             raise InjectionError(
                 f"{type(model).__name__} has several vision towers{', all with SFA' if adapted else ''}: {names}. Say "

@@ -17,6 +17,7 @@ from torch import nn
 from sfa_adapters.axial import check_heads
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
@@ -27,7 +28,7 @@ from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_b
 from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
 from sfa_adapters.state_keys import plain_path
-from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.tower import SFA, TowerState
 from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
@@ -208,8 +209,8 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
     """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
     found = plan.found
     tower = found.tower
-    if STATE_NAME in tower.__dict__:
-        return tower.__dict__[STATE_NAME]
+    if (there := state_of(tower, SFA)) is not None:
+        return there
     state = TowerState(found.backbone, plan.geometry, found.name)
     implementation = getattr(getattr(tower, "config", None), "_attn_implementation", None)
     if isinstance(implementation, str) and "flash" in implementation:
@@ -270,10 +271,10 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    for tower in unhook_idle_towers(model):
-        implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+    for module in unhook_idle_towers(model):
+        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
-            tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
     for module in [] if injected_layers(model) else model.modules():
         if LOAD_HOOK in module.__dict__:
             module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)

@@ -11,6 +11,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.hooks import attachment_of
+from sfa_adapters.tower_input import TowerInput
 from sfa_adapters.tuner import injected_layers
 from tests.support import compare
 from tests.support.towers import CASES, SMALL, TowerCase, images, lively
@@ -185,7 +187,7 @@ def test_segments_may_be_positional():
         kwargs.pop("position_bias", None)
         for given, named in (((*args, bounds), {}), ((), {"hidden_states": args[0], "cu_seqlens": bounds})):
             state.log.enter(tower)
-            state.see_input(tower, (), inputs)
+            state.record_input(TowerInput(attachment_of(tower, "sfa").place, tower, (), inputs))
             out = attention(*given, **named, **kwargs)
             state.log.leave()
             assert out.shape == args[0].shape

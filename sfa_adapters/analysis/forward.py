@@ -14,6 +14,7 @@ from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import CallReader, Modules, attention_modules, observe
 from sfa_adapters.readers import Reader
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_input import TowerInput, watching_input
 
 __all__ = [
     "Heads",
@@ -127,14 +128,12 @@ def run_tower(
     geometry = found.backbone.geometry(found.tower)
     seen: list[TowerPass] = []
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+    def record(given: TowerInput) -> None:
+        images, grid = given.images, given.grid
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise DataError(f"The tower takes images [n, 3, H, W]; it got {tuple(getattr(images, 'shape', ()))}.")
-        assert found.backbone.grid_of_input is not None
-        grid = found.backbone.grid_of_input(module, args, kwargs) or geometry.grid
         assert grid is not None
-        real = kwargs.get("patch_attention_mask")
+        real = given.kwargs.get("patch_attention_mask")
         real = torch.ones(len(images), *grid, dtype=torch.bool) if real is None else real.bool().reshape(-1, *grid)
         seen.append(TowerPass(images.detach(), grid, geometry.prefix_tokens, real.to(images.device)))
 
@@ -144,13 +143,9 @@ def run_tower(
         if call.layer == layers[0]:
             counted.append((call.batch_size, call.num_queries))
 
-    seer = found.tower.get_submodule(found.backbone.image_module)
-    handle = seer.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with observe(model, [*readers, count], modules=layers):
-            _call(model, found.tower, inputs)
-    finally:
-        handle.remove()
+    watching = watching_input(found.tower, found.backbone, "analysis", record)
+    with watching, observe(model, [*readers, count], modules=layers):
+        _call(model, found.tower, inputs)
     expected = [(len(s.images), s.prefix + s.grid[0] * s.grid[1]) for s in seen]
     if counted != expected:
         raise ObservationError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,14 @@ from sfa_adapters.observe import attention_modules, observe
 from sfa_adapters.registry import find_tower
 from sfa_adapters.scr.augment import Statistics
 from sfa_adapters.scr.config import SCRConfig
+from sfa_adapters.tower_input import TowerInput, watching_input
 from sfa_adapters.vlm.parts import image_token_side, still_image_id
 from sfa_adapters.vlm.records import find_spec
 
 __all__ = ["Seen", "Watch"]
 
+# The name of the feature, for `sfa_adapters.hooks`.
+SCR = "scr"
 TILES_BEHIND = "image_newline"  # the parameter of hosts that put the whole page in front of its tiles
 
 
@@ -36,6 +39,11 @@ class Seen:
 
     calls: dict[str, AttentionCall] = field(default_factory=dict)
     towers: list[tuple[Tensor, tuple[int, int]]] = field(default_factory=list)
+
+    def record_input(self, given: TowerInput) -> None:
+        """The tower is called with images."""
+        if isinstance(given.images, Tensor) and given.grid is not None:
+            self.towers.append((given.images.detach(), given.grid))
 
     @property
     def tower(self) -> tuple[Tensor, tuple[int, int]]:
@@ -112,25 +120,11 @@ class Watch:
 
         with ExitStack() as stack:
             if self.tower is not None and self.tower.backbone.grid_of_input is not None:
-                seer = self.tower.tower.get_submodule(self.tower.backbone.image_module)
-                handle = seer.register_forward_pre_hook(self._see_images(seen), with_kwargs=True)
-                stack.callback(handle.remove)
+                tower, backbone = self.tower.tower, self.tower.backbone
+                stack.enter_context(watching_input(tower, backbone, SCR, seen.record_input, seen))
             if self.vision or self.language:
                 stack.enter_context(observe(self.model, keep, modules=[*self.vision, *self.language]))
             yield seen
-
-    def _see_images(self, seen: Seen) -> Any:
-        found = self.tower
-        assert found is not None
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
-            assert found.backbone.grid_of_input is not None
-            grid = found.backbone.grid_of_input(module, args, kwargs) or found.backbone.geometry(found.tower).grid
-            if isinstance(images, Tensor) and grid is not None:
-                seen.towers.append((images.detach(), grid))
-
-        return see
 
     # -- facts about the host -----------------------------------------------------------------------------------------
 

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.bias import BiasFactors, bias_factors
 from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.hooks import features_of
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower, find_tower, pair
@@ -202,7 +202,7 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
             f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
             "have shapes of their own. Use save_pruned, and save_sfa beside it."
         )
-    if any(ADAT_STATE in module.__dict__ for module in model.modules()):
+    if "adat" in features_of(model):
         raise RecipeError(
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "
             "without them (adat off, eject_adat), or share the adapter."

@@ -15,7 +15,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from sfa_adapters import eject_sfa, inject_sfa
+from sfa_adapters import eject_sfa, features_of, inject_sfa
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, eject_adat, inject_adat, latest_plans, token_padding
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.adat.tokenizer import AdatState
@@ -306,7 +306,7 @@ def test_copies_and_pickles_work_on_their_own(case: TowerCase) -> None:
     tower, inputs = with_tokens(case)
     before = read(case, tower, inputs)
     twin = copy.deepcopy(tower)
-    state: AdatState = next(m.__dict__["_adat_state"][0] for m in twin.modules() if "_adat_state" in m.__dict__)
+    state: AdatState = features_of(twin)["adat"]
     assert state.plans == (), "a copy starts without the batch that its original saw"
     assert torch.equal(read(case, twin, inputs), before)
     eject_adat(twin)

@@ -4,10 +4,10 @@ In front of layer i >= 1 tokens merge by the keys of layer i - 1: between the la
 each layer, between its attention and its MLP. So no residual connection has to be taken apart, and nothing merges
 behind the last layer that the host reads.
 
-Hooks: (1) the tower notes its grid; (2) a projection hands over its keys; (3) each layer merges in front of itself;
-(4) its attention gets sizes through its mask argument; (5) behind the layers, and behind the tower for recorded hidden
-states, tokens are laid back onto the regular grid. They find their state in the module, so that copies of a model have
-their own.
+Hooks: (1) the tower's input tells its grid (`TowerState.record_input`); (2) a projection hands over its keys; (3) each
+layer merges in front of itself; (4) its attention gets sizes through its mask argument; (5) behind the layers, and
+behind the tower for recorded hidden states, tokens are laid back onto the regular grid. They find their state in the
+module, so that copies of a model have their own.
 """
 
 from __future__ import annotations
@@ -18,63 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, LayoutError
+from sfa_adapters.hooks import attachment_of, features_of, state_of
 from sfa_adapters.mask import SegmentedMask
+from sfa_adapters.mask_argument import give_mask, given_mask, unused_mask
 from sfa_adapters.packing import PackedMask
 from sfa_adapters.reduction.dymu.merging import Merged
 from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, SizedSegmentedMask
 from sfa_adapters.reduction.dymu.tokens import TowerTokens
-from sfa_adapters.reduction.dymu.tower import DYMU_STATE, INDEX, TowerState, follow_flat, follow_packed
-from sfa_adapters.tower import STATE_NAME
-
-__all__ = ["MASK"]
-
-MASK = "_dymu_mask"
-
-
-def state_of(module: nn.Module) -> tuple[TowerState, nn.Module]:
-    """The state of the tower that a hooked module is part of, and the tower."""
-    return module.__dict__[DYMU_STATE]
-
-
-# -- 1: in front of the tower -----------------------------------------------------------------------------------------
-
-
-def grid_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the module that sees the images."""
-    state, tower = state_of(module)
-    state.tokens = state.keys = None
-    backbone = state.backbone
-    if backbone.grid_of_input is not None:
-        state.grid = backbone.grid_of_input(module, args, kwargs) or backbone.geometry(tower).grid
-        return
-    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
-
-    config: Any = tower.config
-    merge = int(config.spatial_merge_size)
-    grid_thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
-    index = kwargs.get("window_index")
-    if index is None:
-        index, _ = get_vision_window_index(grid_thw, merge, int(config.window_size), int(config.patch_size))
-    places = kwargs.get("position_ids")
-    places = get_vision_position_ids(grid_thw, merge) if places is None else places
-    index = index.to(places.device)
-    state.window_index = index
-    state.flat_input = {
-        "lengths": tuple((grid_thw.prod(-1) // merge**2).tolist()),
-        "places": places.view(len(index), merge**2, 2)[index],
-        "pages": kwargs.get("page_grids", grid_thw[:, 1:]),
-    }
-
+from sfa_adapters.reduction.dymu.tower import DYMU, TowerState, follow_flat, follow_packed
 
 # -- 2: keys ----------------------------------------------------------------------------------------------------------
 
 
 def keys_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook of the module whose output is (or holds) the keys of an attention layer."""
-    state, _ = state_of(module)
-    layer, kind = module.__dict__[INDEX]
+    state: TowerState = state_of(module, DYMU)
+    layer, kind = attachment_of(module, DYMU).place
     if not state.merges_at(layer):
         return
     keys = output.detach()
@@ -90,8 +50,8 @@ def keys_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
 
 def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a layer: tokens merge, and what goes with them follows."""
-    state, tower = state_of(layer)
-    number, attention = layer.__dict__[INDEX]
+    state: TowerState = state_of(layer, DYMU)
+    number, attention = attachment_of(layer, DYMU).place
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
         raise InjectionError(
             "DyMU under gradient checkpointing would merge other tokens in the recomputation. Call eject_dymu(model), "
@@ -99,7 +59,7 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         )
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     if number == 0:
-        state.begin(tower, attention, states)
+        state.begin(attention, states)
     tokens = state.tokens
     if tokens is None:
         raise LayoutError("A layer of a tower with DyMU ran outside its tower; call the tower with images.")
@@ -108,7 +68,7 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if tokens.merged is None:
         return None
     follow = follow_flat if state.flat else follow_packed
-    kwargs = follow(state, tower, kwargs)
+    kwargs = follow(state, kwargs)
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
 
@@ -117,12 +77,11 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def attention_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention layer: merged tokens are attended to in proportion to their size."""
-    state, _ = state_of(attention)
+    state: TowerState = state_of(attention, DYMU)
     tokens = state.tokens
     if tokens is None or tokens.merged is None:
-        return None
-    name = state.backbone.mask_argument
-    given = kwargs.get(name)
+        return give_mask(attention, DYMU, None, args, kwargs)
+    given = given_mask(attention, DYMU, args, kwargs)
     if state.flat:
         bounds = kwargs.get("cu_seqlens", args[1] if len(args) > 1 else None)
         inner = given if isinstance(given, SegmentedMask) else None
@@ -138,8 +97,7 @@ def attention_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             given.backend if fits else "auto",  # pyright: ignore[reportOptionalMemberAccess]
             replaced=given,
         )
-    attention.__dict__[MASK] = mask
-    return args, {**kwargs, name: mask}
+    return give_mask(attention, DYMU, mask, args, kwargs)
 
 
 def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -148,8 +106,7 @@ def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> N
     Raises:
         BiasNotAppliedError: The attention implementation dropped the mask, or another hook exchanged it.
     """
-    mask = attention.__dict__.pop(MASK, None)
-    if mask is not None and not mask.used:
+    if unused_mask(attention, DYMU) is not None:
         raise BiasNotAppliedError(
             f"{type(attention).__name__} dropped the sizes of merged tokens. Load the model with "
             "attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa'); on Qwen2.5-VL call inject_sfa "
@@ -162,8 +119,7 @@ def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> N
 
 def lay_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the module whose output is the sequence."""
-    state, _ = state_of(module)
-    tokens = state.tokens
+    tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
     if isinstance(output, Tensor):
@@ -174,21 +130,20 @@ def lay_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return output
 
 
-def merger_hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+def merger_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of Qwen's merger: it sees the whole sequence again."""
-    tokens = state_of(module)[0].tokens
+    tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
-    return (tokens.lay_back(args[0], tokens.merged), *args[1:])
+    return (tokens.lay_back(args[0], tokens.merged), *args[1:]), kwargs
 
 
 def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the tower: recorded hidden states leave it as they would without merging."""
-    state = state_of(tower)[0]
+    state: TowerState = state_of(tower, DYMU)
     tokens = state.tokens
-    if STATE_NAME in tower.__dict__ and not state.flat:
-        adat = next((m.__dict__[ADAT_STATE][0] for m in tower.modules() if ADAT_STATE in m.__dict__), None)
-        tower.__dict__[STATE_NAME].packing = getattr(adat, "packing", None)
+    if (sfa := state_of(tower, "sfa")) is not None and not state.flat:
+        sfa.packing = getattr(features_of(tower).get("adat"), "packing", None)
     if tokens is None or tokens.merged is None or not isinstance(output, dict):
         return None
     final = output.get("last_hidden_state")

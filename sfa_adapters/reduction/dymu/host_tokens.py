@@ -2,30 +2,30 @@
 
 A host drops CLS, makes one token of four, or packs the tiles of an image with newline tokens in between. DyMU needs to
 know which image tokens came out equal because they were merged. Hosts that pack tiles are asked to pack coordinates
-beside the features, so that cutting, resizing and newlines are their own: `PackRecorder` stands in front of the packing
-method of that one model, because no module runs there that could have a hook.
+beside the features, so that cutting, resizing and newlines are their own: the packing method of that one model is
+watched, because no module runs there that could have a hook.
 
 Shape letters: I pictures that the tower saw (tiles, too), P tokens of a picture, F image tokens of all prompts.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.tower import TowerState
 from sfa_adapters.registry import FoundTower
 from sfa_adapters.vlm.records import find_spec, registered_vlms
 
-__all__ = ["HostTokens", "ImageKeys", "PackRecorder", "find_host"]
+__all__ = ["PACK", "HostTokens", "ImageKeys", "find_host", "packed_keys"]
+
+PACK = "pack_image_features"  # the method of the hosts that pack tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,31 +145,18 @@ def find_host(model: nn.Module, found: FoundTower, strict: bool = True) -> HostT
     return HostTokens(core, found.tower, language_model, kind, side, layers)
 
 
-class PackRecorder:
-    """Calls the packing method of a host, and packs the coordinates of its tokens in the same way.
+def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:
+    """Lets the host pack coordinates of tokens the way it packs features.
 
     Args:
-        core: The module whose method it is.
-        see: Gets a function that turns the keys of pictures, `[I, P]`, into those of the packed image tokens, `[F]`.
-        before: What stood there already, which is called then.
+        core: The host's core.
+        keys: Those of pictures, `[I, P]`.
+        method: Its packing method.
+        called: What it is called with, the core among it.
+
+    Returns:
+        Those of the packed image tokens, `[F]`.
     """
-
-    def __init__(
-        self, core: nn.Module, see: Callable[[Callable[[ImageKeys], ImageKeys]], None], before: Any = None
-    ) -> None:
-        self.core, self.see, self.before = core, see, before
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method."""
-        core: Any = self.core
-        method = type(core).pack_image_features
-        called = inspect.signature(method).bind(core, *args, **kwargs).arguments
-        self.see(lambda keys: _packed(core, keys, method, called))
-        return method(core, *args, **kwargs) if self.before is None else self.before(*args, **kwargs)
-
-
-def _packed(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:
-    """Lets the host pack coordinates of tokens the way it packs features."""
     config, home = core.config, sys.modules[type(core).__module__]
     tiles = [len(part) for part in called["image_features"]]
     tile, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
@@ -210,7 +197,7 @@ def _packed(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> 
 
 def _of_adaptive_tokens(tower: nn.Module, merged: Any, side: int) -> ImageKeys:
     """Patches that lie in the same tokens came out equal: those of one large token, and those of merged ones."""
-    adat = next(module.__dict__[ADAT_STATE][0] for module in tower.modules() if ADAT_STATE in module.__dict__)
+    adat = features_of(tower)["adat"]
     found, first, start = [], 0, 0
     for plan in adat.plans:
         patch, token, _ = plan.grid_pairs()

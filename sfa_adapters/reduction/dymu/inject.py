@@ -12,37 +12,36 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
-from sfa_adapters.layer import remove_hooks
+from sfa_adapters.hooks import attach, detach_all, features_of, watch_method
+from sfa_adapters.mask_argument import attach_to_attention
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.hooks import (
-    MASK,
     attended_hook,
     attention_hook,
-    grid_hook,
     keys_hook,
     lay_back_hook,
     layer_hook,
     merger_hook,
     tower_hook,
 )
-from sfa_adapters.reduction.dymu.host_tokens import HostTokens, PackRecorder, find_host
+from sfa_adapters.reduction.dymu.host_tokens import PACK, HostTokens, find_host
 from sfa_adapters.reduction.dymu.logical_rope import (
     LanguageState,
     core_hook,
     expand_hook,
-    fastv_of,
+    pack_watcher,
     pictures_hook,
     shorten_hook,
 )
-from sfa_adapters.reduction.dymu.tower import DYMU_STATE, INDEX, TowerState
-from sfa_adapters.reduction.dymu.vtu import LANGUAGE_STATE, check_language_model, rotary_hook, rotated_hook
+from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
+from sfa_adapters.reduction.dymu.vtu import check_language_model, rotary_hook, rotated_hook
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["TokenCounts", "dymu_state", "eject_dymu", "inject_dymu", "token_counts", "tower_signature"]
 
 Model = TypeVar("Model", bound=nn.Module)
-HOOK_IDS, PACK = "_dymu_hook_ids", "pack_image_features"
 
 
 def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
@@ -75,20 +74,19 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
     found = find_tower(model)
     host = None if config.language == "off" else find_host(model, found)
     state = _plan(found, config, find_host(model, found, strict=False))
-    language = None
     if host is not None:
-        language = LanguageState(state, host, config.language == "vtu")
-        if language.vtu:
+        state.language = LanguageState(state, host, config.language == "vtu")
+        if state.language.vtu:
             check_language_model(host.language_model)
-        fastv = fastv_of(host.language_model)
+        fastv = features_of(host.language_model).get("fastv")
         if fastv is not None and fastv.at_input:
             raise InjectionError("FastV with prune_at='input' works on what DyMU leaves: call inject_dymu first.")
     try:
         _hook_tower(found, state)
-        if language is not None:
-            _hook_language(language)
+        if state.language is not None:
+            _hook_language(state)
     except BaseException:
-        _unhook(model)
+        detach_all(model, DYMU)
         raise
     return model
 
@@ -103,7 +101,7 @@ def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> Tow
             f"{where} is a {backbone.name} tower, in which tokens cannot merge: it has masks or attention of its own. "
             "DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
         )
-    if any(DYMU_STATE in module.__dict__ for module in tower.modules()):
+    if DYMU in features_of(tower):
         raise InjectionError(f"{where} merges tokens already; call eject_dymu(model) first.")
     places = _places(found, host)
     signature = {"backbone": backbone.name, "num_layers": len(found.attentions), "places": places}
@@ -120,7 +118,7 @@ def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> Tow
         )
     geometry = backbone.geometry(tower)
     return TowerState(
-        backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(found, host), heads.pop()
+        tower, backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(found, host), heads.pop()
     )
 
 
@@ -144,22 +142,21 @@ def tower_signature(model: nn.Module) -> dict[str, Any]:
 
 def _hook_tower(found: FoundTower, state: TowerState) -> None:
     tower, backbone = found.tower, found.backbone
-    shared = (state, tower)
-    _hook(tower.get_submodule(backbone.image_module), shared, pre=grid_hook)
+    watch_input(tower, backbone, DYMU, state)
     for number, (path, attention) in enumerate(found.attentions):
         local = path[len(found.name) + 1 :] if found.name else path
         layer = tower.get_submodule(local.rpartition(".")[0])
-        _hook(layer, shared, pre=layer_hook, index=(number, attention))
-        _hook(attention, shared, pre=attention_hook, post=attended_hook)
+        attach(layer, DYMU, state, pre=layer_hook, place=(number, attention))
+        attach_to_attention(attention, DYMU, state, backbone.mask_argument, attention_hook, attended_hook)
         keys, kind = _keys_module(attention)
-        _hook(keys, shared, post=keys_hook, index=(number, kind))
+        attach(keys, DYMU, state, post=keys_hook, place=(number, kind))
     if state.flat:
-        _hook(tower.get_submodule("merger"), shared, pre=merger_hook, with_kwargs=False)
+        attach(tower.get_submodule("merger"), DYMU, state, pre=merger_hook)
     else:
         assert backbone.patches is not None
         # In front of ADAT's hooks, which expect the tokens that they made.
-        _hook(tower.get_submodule(backbone.patches.tokens_out), shared, first=lay_back_hook)
-    _hook(tower, shared, first=tower_hook)
+        attach(tower.get_submodule(backbone.patches.tokens_out), DYMU, state, post=lay_back_hook, prepend=True)
+    attach(tower, DYMU, state, post=tower_hook, prepend=True)
 
 
 def _keys_module(attention: nn.Module) -> tuple[nn.Module, str]:
@@ -174,63 +171,18 @@ def _keys_module(attention: nn.Module) -> tuple[nn.Module, str]:
     raise InjectionError(f"{type(attention).__name__} has no k_proj or qkv; its keys cannot be compared.")
 
 
-def _hook_language(state: LanguageState) -> None:
-    host = state.host
-    _hook(host.tower, state, post=pictures_hook, name=LANGUAGE_STATE)
-    _hook(host.core, state, pre=core_hook, name=LANGUAGE_STATE)
+def _hook_language(state: TowerState) -> None:
+    language: LanguageState = state.language
+    host = language.host
+    attach(host.tower, DYMU, state, post=pictures_hook)
+    attach(host.core, DYMU, state, pre=core_hook)
     if host.kind == "packed_tiles":
-        host.core.__dict__[PACK] = PackRecorder(host.core, state.pack, host.core.__dict__.get(PACK))
-    _hook(host.language_model, state, pre=shorten_hook, first=expand_hook, name=LANGUAGE_STATE)
-    if state.vtu:
+        watch_method(host.core, DYMU, PACK, pack_watcher)
+    attach(host.language_model, DYMU, state, pre=shorten_hook, post=expand_hook, prepend=True)
+    if language.vtu:
         for module in host.language_model.modules():
             if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
-                _hook(module, state, pre=rotary_hook, post=rotated_hook, name=LANGUAGE_STATE)
-
-
-def _hook(
-    module: nn.Module,
-    shared: Any,
-    pre: Any = None,
-    post: Any = None,
-    first: Any = None,
-    index: Any = None,
-    name: str = DYMU_STATE,
-    with_kwargs: bool = True,
-) -> None:
-    module.__dict__[name] = shared
-    if index is not None:
-        module.__dict__[INDEX] = index
-    ids = module.__dict__.setdefault(HOOK_IDS, [])
-    if pre is not None:
-        ids.append(module.register_forward_pre_hook(pre, with_kwargs=with_kwargs).id)
-    if post is not None:
-        ids.append(module.register_forward_hook(post).id)
-    if first is not None:
-        ids.append(module.register_forward_hook(first, prepend=True).id)
-
-
-def _unhook(model: nn.Module) -> None:
-    for module in model.modules():
-        remove_hooks(module, tuple(module.__dict__.pop(HOOK_IDS, ())))
-        for name in (DYMU_STATE, LANGUAGE_STATE, INDEX, MASK):
-            module.__dict__.pop(name, None)
-        _unpack(module)
-
-
-def _unpack(core: nn.Module) -> None:
-    """Takes the recorder out of the chain of those that stand in front of the packing method."""
-    outer: Any = None
-    link = core.__dict__.get(PACK)
-    while link is not None and not isinstance(link, PackRecorder):
-        outer, link = link, getattr(link, "before", None)
-    if link is None:
-        return
-    if outer is not None:
-        outer.before = link.before
-    elif link.before is not None:
-        core.__dict__[PACK] = link.before
-    else:
-        del core.__dict__[PACK]
+                attach_to_attention(module, DYMU, state, "attention_mask", rotary_hook, rotated_hook)
 
 
 def dymu_state(model: nn.Module) -> TowerState:
@@ -239,10 +191,10 @@ def dymu_state(model: nn.Module) -> TowerState:
     Raises:
         InjectionError: There is none.
     """
-    found = next((m.__dict__[DYMU_STATE][0] for m in model.modules() if DYMU_STATE in m.__dict__), None)
-    if found is None:
+    state: TowerState | None = features_of(model).get(DYMU)
+    if state is None:
         raise InjectionError(f"{type(model).__name__} merges no tokens; call inject_dymu(model) first.")
-    return found
+    return state
 
 
 def eject_dymu(model: Model) -> Model:
@@ -258,7 +210,7 @@ def eject_dymu(model: Model) -> Model:
         InjectionError: The model merges no tokens.
     """
     dymu_state(model)
-    _unhook(model)
+    detach_all(model, DYMU)
     return model
 
 

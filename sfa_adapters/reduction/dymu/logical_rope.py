@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.compat import cache_of, cache_of_output, encoded_images
 from sfa_adapters.errors import LayoutError, UnsupportedAttentionError
+from sfa_adapters.hooks import features_of, state_of
 from sfa_adapters.reduction.dymu.cache_record import (
     CacheRecord,
     KeptOfPrompt,
@@ -29,10 +30,9 @@ from sfa_adapters.reduction.dymu.cache_record import (
     grown,
     visible_tokens,
 )
-from sfa_adapters.reduction.dymu.host_tokens import HostTokens, ImageKeys
-from sfa_adapters.reduction.dymu.tower import TowerState
-from sfa_adapters.reduction.dymu.vtu import LANGUAGE_STATE, Unmerged, full_rotation
-from sfa_adapters.reduction.fastv.hooks import FASTV_STATE, FastVState
+from sfa_adapters.reduction.dymu.host_tokens import HostTokens, ImageKeys, packed_keys
+from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
+from sfa_adapters.reduction.dymu.vtu import Unmerged, full_rotation
 from sfa_adapters.reduction.image_tokens import arguments
 from sfa_adapters.reduction.kept_tokens import KEPT, keep_positions, keep_states
 
@@ -101,8 +101,8 @@ def latest_kept(language_model: nn.Module) -> KeptOfPrompt | None:
     Returns:
         None where nothing was dropped, or no DyMU is there.
     """
-    state = language_model.__dict__.get(LANGUAGE_STATE)
-    return None if state is None else state.kept
+    state = state_of(language_model, DYMU)
+    return None if state is None else state.language.kept
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
@@ -110,14 +110,20 @@ def latest_kept(language_model: nn.Module) -> KeptOfPrompt | None:
 
 def core_hook(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the module that holds tower and language model: notes what it was called with."""
-    state: LanguageState = core.__dict__[LANGUAGE_STATE]
+    state: LanguageState = state_of(core, DYMU).language
     state.inputs = arguments(core, args, kwargs)
     state.pictures = []
 
 
+def pack_watcher(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> None:
+    """Watcher of the packing method of a host: keys of pictures become those of packed image tokens."""
+    state: LanguageState = state_of(core, DYMU).language
+    state.pack(lambda keys: packed_keys(core, keys, method, called))
+
+
 def pictures_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the tower: what became of its tokens goes with its output."""
-    state: LanguageState = tower.__dict__[LANGUAGE_STATE]
+    state: LanguageState = state_of(tower, DYMU).language
     pictures = Pictures(state.host.picture_keys(state.tower))
     state.pictures = [*state.pictures[-7:], pictures]
     if hasattr(output, "last_hidden_state"):
@@ -130,7 +136,7 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     Raises:
         UnknownInterfaceError: A cache is in use under a name that is not known.
     """
-    state: LanguageState = module.__dict__[LANGUAGE_STATE]
+    state: LanguageState = state_of(module, DYMU).language
     inputs, embeds = state.inputs, kwargs.get("inputs_embeds")
     if inputs is None or embeds is None:  # it was called by itself, or again inside its own forward
         return None
@@ -169,7 +175,9 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     elif before is None:
         return None
     if state.kept is not None or state.fed_again:
-        _tell_fastv(module, state)
+        fastv = features_of(module).get("fastv")
+        if fastv is not None:  # where it prunes further inside, it knows its tokens by what the host was called with
+            fastv.keep_noted(state.fed_again, None if state.kept is None else state.kept.index)
     state.record = grown(before, short, visible, own, rotation)
     new |= {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": state.record.mask}
     if square:  # one's own mask: which token sees which
@@ -190,7 +198,7 @@ def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     Raises:
         UnknownInterfaceError: A cache is returned under a name that is not known.
     """
-    state: LanguageState = module.__dict__[LANGUAGE_STATE]
+    state: LanguageState = state_of(module, DYMU).language
     state.unmerged = None
     if state.record is None:
         return None
@@ -219,7 +227,7 @@ def _record_of(module: nn.Module, cache: Any, batch: int) -> CacheRecord | None:
             return None
         pruned = getattr(cache, KEPT, None)
         if pruned is not None:
-            fastv = fastv_of(module)
+            fastv = features_of(module).get("fastv")
             slots += pruned.dropped if fastv is not None and fastv.at_input else 0
         record = record.without(max(0, record.mask.shape[1] - slots))
     return record.of_batch(batch)
@@ -242,23 +250,6 @@ def _fed_again(state: LanguageState, before: CacheRecord, mask: Any, length: int
         text = text - core.rope_deltas.to(text.device)
     column = text[0, 0] + (before.full_mask[0] == 0).sum()  # positions do not count padding
     return max(0, past - int(column))
-
-
-def fastv_of(module: nn.Module) -> FastVState | None:
-    """The state of FastV in a language model, if it is there."""
-    return next((m.__dict__[FASTV_STATE][0] for m in module.modules() if FASTV_STATE in m.__dict__), None)
-
-
-def _tell_fastv(module: nn.Module, state: LanguageState) -> None:
-    """FastV, where it prunes further inside, knows its tokens by what the host was called with."""
-    fastv = fastv_of(module)
-    if fastv is None:
-        return
-    for name in ("input_ids", "labels", "mm_token_type_ids"):
-        value = fastv.noted.get(name)
-        if value is not None:
-            value = value[:, state.fed_again :]
-            fastv.noted[name] = value if state.kept is None else value.gather(1, state.kept.index.to(value.device))
 
 
 def _image_places(state: LanguageState, inputs: dict[str, Any], embeds: Tensor, length: int) -> Tensor:

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.reduction.dymu.merging import Merged, Pairs, merge_above, pair_scores
 from sfa_adapters.reduction.dymu.tokens import TowerTokens, adaptive_lengths, group_order
 from sfa_adapters.registry import Backbone
-from sfa_adapters.tower import STATE_NAME
+from sfa_adapters.tower_input import TowerInput
 
-__all__ = ["DYMU_STATE", "INDEX", "TowerState", "follow_flat", "follow_packed"]
+__all__ = ["DYMU", "TowerState", "follow_flat", "follow_packed"]
 
-DYMU_STATE, INDEX = "_dymu_state", "_dymu_index"
+# The name of the feature, for `sfa_adapters.hooks`.
+DYMU = "dymu"
 # (number of the place between two layers, the pairs there, images) -> threshold to use.
 Calibrator = Callable[[int, Pairs, int], float]
 
@@ -33,14 +34,17 @@ class TowerState:
     """One tower that merges.
 
     Attributes:
+        tower: The tower.
         thresholds: One per place between layers; 1 merges nothing.
         side: Tokens along one side of what merges whole.
         feature_layer: The layer whose output the host reads first.
         tokens: Of the forward under way, or of the latest one.
         window_index: Flat towers: which group stands at each place of the sequence, `[groups]`.
         calibrator: Chooses thresholds while they are calibrated.
+        language: The `LanguageState` of the host's language model, None where merging stays in the tower.
     """
 
+    tower: nn.Module
     backbone: Backbone
     thresholds: tuple[float, ...]
     side: int
@@ -53,6 +57,7 @@ class TowerState:
     calibrator: Calibrator | None = None
     keys: Tensor | None = None
     flat_input: dict[str, Any] | None = None
+    language: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         gone = dict.fromkeys(("tokens", "window_index", "calibrator", "keys", "flat_input"))
@@ -69,16 +74,39 @@ class TowerState:
 
     # -- the start of a forward ---------------------------------------------------------------------------------------
 
-    def begin(self, tower: nn.Module, attention: nn.Module, states: Tensor) -> None:
+    def record_input(self, given: TowerInput) -> None:
+        """Records the grid of the images that the tower is called with, or how its segments lie."""
+        self.tokens = self.keys = None
+        if not self.flat:
+            self.grid = given.grid
+            return
+        from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+        config: Any = self.tower.config
+        merge = int(config.spatial_merge_size)
+        grid_thw, index = given.argument("grid_thw", 1), given.kwargs.get("window_index")
+        if index is None:
+            index, _ = get_vision_window_index(grid_thw, merge, int(config.window_size), int(config.patch_size))
+        places = given.kwargs.get("position_ids")
+        places = get_vision_position_ids(grid_thw, merge) if places is None else places
+        index = index.to(places.device)
+        self.window_index = index
+        self.flat_input = {
+            "lengths": tuple((grid_thw.prod(-1) // merge**2).tolist()),
+            "places": places.view(len(index), merge**2, 2)[index],
+            "pages": given.kwargs.get("page_grids", grid_thw[:, 1:]),
+        }
+
+    def begin(self, attention: nn.Module, states: Tensor) -> None:
         """Notes how the tokens of a forward lie."""
         device, unit = states.device, self.side**2
-        sfa = tower.__dict__.get(STATE_NAME)
+        sfa = state_of(self.tower, "sfa")
         if self.flat:
             assert self.flat_input is not None
             lengths = self.flat_input["lengths"]
             self.tokens = TowerTokens(lengths, unit, 0, True, False, None, None, device)
             return
-        adat = attention.__dict__.get(ADAT_STATE, (None,))[0]
+        adat = state_of(attention, "adat")
         packed = adaptive_lengths(adat, states)
         prefix = self.prefix
         if packed is not None:
@@ -126,15 +154,15 @@ class TowerState:
         return states if found is None else tokens.merge(states, *found)
 
 
-def follow_packed(state: TowerState, tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
     """For SFA: tokens keep the places of their representatives."""
     assert state.tokens is not None
-    if STATE_NAME in tower.__dict__:
-        tower.__dict__[STATE_NAME].packing = state.tokens.packing()
+    if (sfa := state_of(state.tower, "sfa")) is not None:
+        sfa.packing = state.tokens.packing()
     return kwargs
 
 
-def follow_flat(state: TowerState, tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Segment bounds and rotations of the tokens that are left; for SFA, their places."""
     tokens, seen = state.tokens, state.flat_input
     assert tokens is not None
@@ -149,12 +177,12 @@ def follow_flat(state: TowerState, tower: nn.Module, kwargs: dict[str, Any]) -> 
     new["position_embeddings"] = tuple(part[rows] for part in kwargs["position_embeddings"])
     if kwargs.get("max_seqlen") is not None:
         new["max_seqlen"] = int(bounds.diff().max())
-    sfa = tower.__dict__.get(STATE_NAME)
+    sfa = state_of(state.tower, "sfa")
     if sfa is not None:
         ends = F.pad(torch.tensor(merged.lengths).cumsum(0) * unit, (1, 0))
         own = torch.arange(len(merged.size))
         places = seen["places"].to(before.device)[merged.origin].flatten(0, 1)
         told = {"position_ids": places, "window_index": own, "cu_seqlens": ends, "page_grids": seen["pages"]}
-        count, description = state.backbone.describe_input(tower, (), told)  # pyright: ignore[reportOptionalCall]
+        count, description = state.backbone.describe_input(state.tower, (), told)  # pyright: ignore[reportOptionalCall]
         sfa.inputs[count] = description
     return new

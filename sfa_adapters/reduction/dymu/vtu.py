@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.errors import InjectionError, LayoutError, UnsupportedAttentionError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.mask import LazyMask
+from sfa_adapters.mask_argument import give_mask, unused_mask
+from sfa_adapters.reduction.dymu.tower import DYMU
 
-__all__ = ["LANGUAGE_STATE", "Unmerged", "UnmergedMask", "full_rotation", "unmerged_logits"]
-
-LANGUAGE_STATE, MASK = "_dymu_language", "_dymu_unmerged"
+__all__ = ["Unmerged", "UnmergedMask", "full_rotation", "unmerged_logits"]
 
 
 def check_language_model(module: nn.Module) -> None:
@@ -217,15 +218,14 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 def rotary_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention layer of the language model: keys stay unrotated, the mask does the rest."""
-    full = attention.__dict__[LANGUAGE_STATE].unmerged
+    full = state_of(attention, DYMU).language.unmerged
     if full is None:
-        return None
+        return give_mask(attention, DYMU, None, args, kwargs)
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     mask = UnmergedMask(full, states.shape[1])
-    attention.__dict__[MASK] = mask
     cos, sin = kwargs["position_embeddings"]
     same = (torch.ones_like(cos), torch.zeros_like(sin))
-    return args, {**kwargs, "position_embeddings": same, "attention_mask": mask}
+    return give_mask(attention, DYMU, mask, args, {**kwargs, "position_embeddings": same})
 
 
 def rotated_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -234,8 +234,7 @@ def rotated_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> No
     Raises:
         UnsupportedAttentionError: The attention implementation dropped the mask.
     """
-    mask = attention.__dict__.pop(MASK, None)
-    if mask is not None and not mask.used:
+    if unused_mask(attention, DYMU) is not None:
         raise UnsupportedAttentionError(
             f"{type(attention).__name__} dropped its mask: language='vtu' needs sdpa attention in the language model. "
             "Call model.set_attn_implementation('sdpa')."

@@ -21,7 +21,7 @@ from sfa_adapters.errors import UnsupportedAttentionError
 from sfa_adapters.reduction.fastv.prompt import NOTED, Prompt, placeholders, prompt_of
 from sfa_adapters.reduction.fastv.query_rows import AttentionReader
 from sfa_adapters.reduction.fastv.selectors import needs_attention
-from sfa_adapters.reduction.fastv.token_density import TowerImages, pack_density, token_density
+from sfa_adapters.reduction.fastv.token_density import TowerImages, pack_density, token_density, tower_images
 from sfa_adapters.reduction.image_tokens import arguments
 from sfa_adapters.reduction.kept_tokens import (
     KEPT,
@@ -31,10 +31,12 @@ from sfa_adapters.reduction.kept_tokens import (
     nothing_before,
     pruned_mask,
 )
+from sfa_adapters.tower_input import TowerInput
 
-__all__ = ["FASTV_STATE", "FastVState"]
+__all__ = ["FASTV", "FastVState"]
 
-FASTV_STATE = "_fastv_state"
+# The name of the feature, for `sfa_adapters.hooks`.
+FASTV = "fastv"
 
 
 class Scored(Exception):
@@ -95,6 +97,23 @@ class FastVState:
         if not torch.is_grad_enabled():
             self.prompt, self.kept = None, None
             self.memo.clear()
+
+    def keep_noted(self, start: int, index: Tensor | None) -> None:
+        """Tokens of the prompt went before they came here, so what tells them apart goes with them (for DyMU).
+
+        Args:
+            start: How many went in front.
+            index: Which of the others stay, int64 `[B, P]`; None for all.
+        """
+        for name in ("input_ids", "labels", "mm_token_type_ids"):
+            value = self.noted.get(name)
+            if value is not None:
+                value = value[:, start:]
+                self.noted[name] = value if index is None else value.gather(1, index.to(value.device))
+
+    def record_input(self, given: TowerInput) -> None:
+        """Keeps the images that the tower is called with, for `density`."""
+        self.images = tower_images(given)
 
     def pack(self, pack: Callable[[Tensor], Tensor]) -> None:
         """A host packs the crops of the images that its tower has seen."""

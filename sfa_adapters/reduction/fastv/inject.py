@@ -13,21 +13,20 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
-from sfa_adapters.layer import remove_hooks
+from sfa_adapters.hooks import attach, attachment_of, detach_all, features_of, state_of, watch_method
 from sfa_adapters.normalisation import image_statistics
-from sfa_adapters.reduction.fastv.hooks import FASTV_STATE, FastVState
+from sfa_adapters.reduction.fastv.hooks import FASTV, FastVState
 from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
 from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
-from sfa_adapters.reduction.fastv.token_density import PACK, DensityPacker, see_images
-from sfa_adapters.reduction.image_tokens import arguments
+from sfa_adapters.reduction.fastv.token_density import PACK, density_packer
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
 from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["FastVConfig", "eject_fastv", "inject_fastv"]
 
 Model = TypeVar("Model", bound=nn.Module)
-HOOK_IDS = "_fastv_hook_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +122,16 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
     tower = _tower(model, config)
     state = FastVState(config, ids, len(decoder.layers), _statistics(config, tower))
     for module in decoder.outer:
-        _hook(module, state, pre=_note, post=_forget)
-    _hook(decoder.module, state, pre=_enter_decoder, post=_forget)
+        attach(module, FASTV, state, pre=_note, post=_forget, always_call=True)
+    attach(decoder.module, FASTV, state, pre=_enter_decoder, post=_forget, always_call=True)
     for number, layer in enumerate(decoder.layers):
         if number in (0, config.layer - 1) or number >= config.layer:
-            _hook(layer, state, number, pre=_enter_layer, post=_leave_layer)
+            attach(layer, FASTV, state, place=number, pre=_enter_layer, post=_leave_layer, always_call=True)
     if tower is not None:
-        _hook(tower.tower, state, pre=_see_images)
+        watch_input(tower.tower, tower.backbone, FASTV, state)
         core = next((module for module in reversed(decoder.outer) if hasattr(module, PACK)), None)
         if core is not None:
-            core.__dict__[PACK] = DensityPacker(core, state.pack)
+            watch_method(core, FASTV, PACK, _pack)
     return model
 
 
@@ -150,26 +149,14 @@ def eject_fastv(model: Model) -> Model:
     Raises:
         InjectionError: The model has no FastV.
     """
-    hooked = [module for module in model.modules() if FASTV_STATE in module.__dict__]
-    if not hooked:
+    if not detach_all(model, FASTV):
         raise InjectionError(f"{type(model).__name__} has no FastV; call inject_fastv(model) first.")
-    for module in hooked:
-        ids = module.__dict__.pop(HOOK_IDS)
-        remove_hooks(module, ids)
-        for number in ids:
-            module._forward_hooks_always_called.pop(number, None)
-        del module.__dict__[FASTV_STATE]
-        packer = module.__dict__.get(PACK)
-        if isinstance(packer, DensityPacker):
-            del module.__dict__[PACK]
-            if packer.before is not None:
-                module.__dict__[PACK] = packer.before
     return model
 
 
 def _check(decoder: Decoder, config: FastVConfig) -> None:
     name, count = type(decoder.module).__name__, len(decoder.layers)
-    if any(FASTV_STATE in module.__dict__ for module in decoder.module.modules()):
+    if FASTV in features_of(decoder.module):
         raise InjectionError(f"{type(decoder.host).__name__} has FastV already; call eject_fastv(model) first.")
     if config.layer > count - (config.prune_at == "layer"):
         raise InjectionError(
@@ -208,42 +195,25 @@ def _statistics(config: FastVConfig, found: FoundTower | None) -> tuple[Any, Any
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
-def _hook(
-    module: nn.Module,
-    state: FastVState,
-    number: int = -1,
-    pre: Callable[..., Any] | None = None,
-    post: Callable[..., Any] | None = None,
-) -> None:
-    module.__dict__[FASTV_STATE] = (state, number)
-    ids = module.__dict__.setdefault(HOOK_IDS, [])
-    if pre is not None:
-        ids.append(module.register_forward_pre_hook(pre, with_kwargs=True).id)
-    if post is not None:
-        ids.append(module.register_forward_hook(post, always_call=True).id)
-
-
 def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[FASTV_STATE][0].note(module, args, kwargs)
+    state_of(module, FASTV).note(module, args, kwargs)
 
 
 def _forget(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    module.__dict__[FASTV_STATE][0].forget()
+    state_of(module, FASTV).forget()
 
 
 def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return enter_decoder(module.__dict__[FASTV_STATE][0], module, args, kwargs)
+    return enter_decoder(state_of(module, FASTV), module, args, kwargs)
 
 
 def _enter_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state, number = module.__dict__[FASTV_STATE]
-    return state.enter_layer(number, module, args, kwargs)
+    return state_of(module, FASTV).enter_layer(attachment_of(module, FASTV).place, module, args, kwargs)
 
 
 def _leave_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    state, number = module.__dict__[FASTV_STATE]
-    return state.leave_layer(number, module, output)
+    return state_of(module, FASTV).leave_layer(attachment_of(module, FASTV).place, module, output)
 
 
-def _see_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[FASTV_STATE][0].images = see_images(module, arguments(module, args, kwargs))
+def _pack(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> None:
+    state_of(core, FASTV).pack(density_packer(core, method, called))

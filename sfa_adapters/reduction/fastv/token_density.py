@@ -7,7 +7,6 @@ one run of tokens is asked to pack the map in the same way.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,9 @@ from sfa_adapters.adat.density import DensityEstimator
 from sfa_adapters.adat.scorers import STRIDE, to_cells
 from sfa_adapters.errors import PlanError
 from sfa_adapters.normalisation import Statistics
+from sfa_adapters.tower_input import TowerInput
 
-__all__ = ["PACK", "DensityPacker", "TowerImages", "see_images", "token_density"]
+__all__ = ["PACK", "TowerImages", "density_packer", "token_density", "tower_images"]
 
 PACK = "pack_image_features"  # the method of LLaVA-NeXT and LLaVA-OneVision
 
@@ -45,14 +45,14 @@ class TowerImages:
     packed: Tensor | None = None
 
 
-def see_images(tower: nn.Module, given: dict[str, Any]) -> TowerImages | None:
+def tower_images(given: TowerInput) -> TowerImages | None:
     """The images of a tower's forward, or None where it was called without any."""
-    pixels = next((given[n] for n in ("pixel_values", "hidden_states", "x") if given.get(n) is not None), None)
-    grid, config = given.get("grid_thw"), getattr(tower, "config", None)
+    pixels, config = given.images, getattr(given.tower, "config", None)
     if not isinstance(pixels, Tensor):
         return None
     size: Any = getattr(config, "patch_size", 1)
     patch = int(size[-1] if isinstance(size, list | tuple) else size)
+    grid = given.argument("grid_thw", 1) if pixels.ndim == 2 else None
     if grid is None:
         return TowerImages(pixels.detach(), patch=patch) if pixels.ndim == 4 else None
     # Read here, where the tower itself reads it.
@@ -60,34 +60,22 @@ def see_images(tower: nn.Module, given: dict[str, Any]) -> TowerImages | None:
     return TowerImages(pixels.detach(), grids, int(getattr(config, "spatial_merge_size", 1)), patch)
 
 
-class DensityPacker:
-    """Stands in front of the packing method of one host, and has the density map packed beside the features.
-
-    No module runs there that could have a hook.
+def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Packs the densities of tiles, `[tiles, patches]`, into those of image tokens the way a host packs its features.
 
     Args:
-        core: The module whose method it is.
-        see: Gets a function from the densities of tiles, `[tiles, patches]`, to those of all image tokens.
+        core: The host's core.
+        method: Its packing method.
+        called: What it is called with, the core among it.
     """
 
-    def __init__(self, core: nn.Module, see: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        self.core, self.see = core, see
-        self.before = core.__dict__.get(PACK)
+    def packed(density: Tensor) -> Tensor:
+        tiles = [len(part) for part in called["image_features"]]
+        maps = list(density[:, :, None].split(tiles))
+        newline = None if called.get("image_newline") is None else density.new_zeros(1)
+        return torch.cat(list(method(**{**called, "image_features": maps, "image_newline": newline})[0])).flatten()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method."""
-        core: Any = self.core
-        method: Any = getattr(type(core), PACK)
-        told = dict(inspect.signature(method).bind(core, *args, **kwargs).arguments)
-
-        def packed(density: Tensor) -> Tensor:
-            tiles = [len(part) for part in told["image_features"]]
-            maps = list(density[:, :, None].split(tiles))
-            newline = None if told.get("image_newline") is None else density.new_zeros(1)
-            return torch.cat(list(method(**{**told, "image_features": maps, "image_newline": newline})[0])).flatten()
-
-        self.see(packed)
-        return method(core, *args, **kwargs) if self.before is None else self.before(*args, **kwargs)
+    return packed
 
 
 @torch.no_grad()

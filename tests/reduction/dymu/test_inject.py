@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import SiglipImageProcessor
 from typer.testing import CliRunner
 
-from sfa_adapters import eject_sfa, inject_sfa, observe
+from sfa_adapters import eject_sfa, features_of, inject_sfa, observe
 from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
 from sfa_adapters.cli.calibrate import app
 from sfa_adapters.errors import (
@@ -367,7 +367,7 @@ def test_calibrating_on_nothing_or_for_nothing_is_an_error() -> None:
     ]:  # fmt: skip
         with pytest.raises(error):
             calibrate_dymu(tower, batches, **options)
-    assert not any("dymu" in key for module in tower.modules() for key in module.__dict__)
+    assert not features_of(tower)
 
 
 def test_thresholds_survive_a_folder_beside_an_adapter(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from sfa_adapters import eject_sfa, inject_sfa
+from sfa_adapters import eject_sfa, features_of, inject_sfa
 from sfa_adapters.adat import PatchPolicy, eject_adat, inject_adat
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, PlanError, UnsupportedAttentionError
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
-from sfa_adapters.reduction.fastv.hooks import FASTV_STATE
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 from sfa_adapters.reduction.kept_tokens import KEPT
 from sfa_adapters.vlm.parts import find_decoder
@@ -313,7 +312,7 @@ def test_copies_and_pickles_of_a_model_have_their_own_fastv() -> None:
     eject_fastv(model)
     for other in (twin, read):
         assert torch.equal(logits_of(other, inputs), expected)
-        assert not any(FASTV_STATE in module.__dict__ for module in eject_fastv(other).modules())
+        assert "fastv" not in features_of(eject_fastv(other))
 
 
 # -- what cannot be pruned --------------------------------------------------------------------------------------------
