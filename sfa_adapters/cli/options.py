@@ -59,8 +59,10 @@ def from_dataclass(
     hints, helps, renamed = get_type_hints(kind), help_texts(kind), names or {}
     known = {field.name: field for field in dataclasses.fields(kind)}
     parameters: list[inspect.Parameter] = []
+    several: dict[str, bool] = {}
     for name in fields or known:
         plain, repeated = _simple(hints[name])
+        several[name] = repeated and not given_only
         default = None if given_only or repeated else _default(known[name])
         read_as: Any = (str if given_only else list[plain]) if repeated else plain
         # A flag that is off by default needs no second name that turns it off.
@@ -79,7 +81,7 @@ def from_dataclass(
             given = {one.name: values.pop(one.name) for one in parameters}
             # What is left out is left to the dataclass.
             given = {name: value for name, value in given.items() if value is not None and value != []}
-            given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+            given = {name: tuple(value) if several[name] else value for name, value in given.items()}
             command(given if given_only else kind(**given), **values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__

@@ -136,7 +136,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         # Here, because the command line makes its options of this class and must not wait for transformers.
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,  # pyright: ignore[reportUnknownVariableType]
+        )
 
         for name, kind in (("family", Family), ("plan", PlanName), ("dtype", DType), ("init", Init)):
             known = get_args(kind)
