@@ -17,19 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.axial import Init, check_start, first_heads, start_values
+from sfa_adapters.axial import check_start, first_heads, start_values
+from sfa_adapters.choices import TERMS, Init, Term
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout
 
 __all__ = ["TERMS", "BiasFactors", "StructuralBias", "StructuralWeights", "Term", "bias_factors"]
-
-Term = Literal["row", "col", "dist", "block"]
-TERMS: tuple[Term, ...] = get_args(Term)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ RelaxedMode = Literal["reference", "strict"]
 OCRBenchKind = Literal["text", "handwritten_maths"]
 TOLERANCE = 0.05
 FEWEST = 4  # answers of `vqa_accuracy`: three others must be able to agree
-_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
-_DIGITS |= {"eight": "8", "nine": "9", "ten": "10", "none": "0"}
+_DIGITS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10", "none": "0",
+}  # fmt: skip
 # Written without an apostrophe; left out where that is another word (well, were, ill, its).
 _NOT = re.compile(r"(ai|are|ca|could|did|does|do|had|has|have|is|must|need|should|was|were|wo|would)nt")
 _SHORT = re.compile(
@@ -99,7 +101,7 @@ def _plain(text: str) -> str:
 def _accepted(answers: str | Sequence[str]) -> tuple[str, ...]:
     """All true answers as a tuple."""
     found = (answers,) if isinstance(answers, str) else tuple(answers)
-    if not found or not all(isinstance(answer, str) for answer in found):
+    if not found or not all(isinstance(answer, str) for answer in found):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"answers={answers!r} must be a text, or a sequence of at least one text.")
     return found
 

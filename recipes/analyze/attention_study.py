@@ -15,7 +15,6 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from sfa_adapters.analysis.entropy_report import EntropyReport, compare_entropy
 from sfa_adapters.analysis.hallucination import HallucinationReport
 from sfa_adapters.analysis.hallucination_compare import compare as compare_hallucination
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.analyze.options import StudyConfig
 from sfa_adapters.recipes.nano.encode import encode, encode_packed, pixel_values
 from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate
 from sfa_adapters.recipes.nano.finetune import (
@@ -61,37 +61,6 @@ TERMS: Mapping[str, Mapping[str, float]] = {
 BAND = (0.3, 0.5)  # of H / log n: the pretrained host lies above it
 BASE: Mapping[str, str] = {CONTROL: PRETRAINED, SFA: CONTROL, **dict.fromkeys(TERMS, SFA)}
 Values = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """Options of `sfa analyze study`.
-
-    Attributes:
-        out: Folder for tables and pictures.
-        steps: Fine-tuning steps of each run.
-        questions: Number of test questions.
-        pages: Number of test charts on which attention is read.
-        charts: Number of training charts.
-        seed: Of charts, order, biases and changes of pages.
-        weights: Weights of the nano host, by default those of the package.
-
-    Raises:
-        DataError: Names the option and the value.
-    """
-
-    out: Path = Path("sfa-study")
-    steps: int = 160
-    questions: int = 450
-    pages: int = 100
-    charts: int = 1200
-    seed: int = 0
-    weights: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "questions", "pages", "charts"):
-            if getattr(self, name) < 1:
-                raise DataError(f"--{name} {getattr(self, name)} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat, latest_plans
 from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.analyze.options import BudgetConfig
 from sfa_adapters.recipes.analyze.tokens_report import Measured, ScoredPage, plot_efficiency, plot_gallery, plot_plan
 from sfa_adapters.recipes.nano.encode import pixel_values
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval, bootstrap, evaluate
@@ -54,37 +55,6 @@ LEVELS = ((0.7, 9), (0.4, 12), (0.2, 18), (0.0, 36))
 # Without patches smaller than those the tower was trained on, which a short fine-tuning has to teach it.
 COARSER_LEVELS = ((0.4, 12), (0.2, 18), (0.0, 36))
 GALLERY: tuple[PageKind, ...] = ("text", "table", "chart", "mixed", "sparse", "blank", "lines", "photo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """Options of `sfa analyze tokens`.
-
-    Attributes:
-        out: Folder for the table and the pictures.
-        steps: Fine-tuning steps of each run.
-        questions: Number of test questions.
-        seeds: How many seeds; each draws its own training charts and order.
-        charts: Number of training charts.
-        scorer: Where densities come from.
-        weights: Weights of the nano host, by default those of the package.
-
-    Raises:
-        DataError: Names the option and the value.
-    """
-
-    out: Path = Path("sfa-tokens")
-    steps: int = 160
-    questions: int = 450
-    seeds: int = 1
-    charts: int = 1200
-    scorer: Scorer = "density"
-    weights: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "questions", "seeds", "charts"):
-            if getattr(self, name) < 1:
-                raise DataError(f"--{name} {getattr(self, name)} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -160,7 +130,7 @@ def run_budgets(config: BudgetConfig, console: Console | None = None) -> list[Ru
     console = console or Console()
     _make(config.out)
     host = load_nano(path=config.weights)
-    draw_pages(config.out, config.scorer)
+    draw_pages(config.out, config.scorer)  # pyright: ignore[reportArgumentType]
     with console.status(f"drawing {config.questions} test charts"):
         samples = chart_samples("test", config.questions)
     found: dict[tuple[str, int], list[tuple[Evaluation, float, float]]] = {}
@@ -204,7 +174,7 @@ def _one(
         inject_adat(model, PatchPolicy(levels=levels, cell=PIXELS, scorer="uniform"))
     elif method in (ADAT, COARSER):
         levels = LEVELS if method == ADAT else COARSER_LEVELS
-        policy = PatchPolicy(levels=levels, cell=36, scorer=config.scorer, budget=budget)
+        policy = PatchPolicy(levels=levels, cell=36, scorer=config.scorer, budget=budget)  # pyright: ignore[reportArgumentType]
         inject_adat(model, AdaptiveTokenizer(policy=policy, **STATISTICS))
     train_tower_and_projector(model)
     finetune(arm, charts, FinetuneConfig(steps=config.steps, seed=seed), f"{method} {budget}", console)
@@ -258,8 +228,8 @@ def _write(runs: Sequence[Run], config: BudgetConfig, samples: Sequence[ChartSam
     whole = (PIXELS // 12) ** 2
     rows = [Measured(run.method, run.tokens / whole, run.tokens, run.ms, run.accuracy) for run in runs]
     plot_efficiency(rows, config.out / "efficiency.png")
-    settings = {"steps": config.steps, "questions": len(samples), "seeds": config.seeds, "charts": config.charts}
-    settings["scorer"] = config.scorer if isinstance(config.scorer, str) else "custom"  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {"steps": config.steps, "questions": len(samples), "seeds": config.seeds}
+    settings |= {"charts": config.charts, "scorer": config.scorer}
     content = {"settings": settings, "runs": [asdict(run) for run in runs]}
     (config.out / "tokens.json").write_text(json.dumps(content, indent=2) + "\n")
     lines = ["| method | at most | tokens | relaxed accuracy % | by seed | ms |", "|---|---|---|---|---|---|"]

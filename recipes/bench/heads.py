@@ -13,93 +13,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.calibrate import Method, calibrate_heads
-from sfa_adapters.heads.compensation import COMPENSATIONS, Compensation
-from sfa_adapters.heads.plan import HeadPlan, Kind, plan_heads
+from sfa_adapters.heads.calibrate import calibrate_heads
+from sfa_adapters.heads.compensation import Compensation
+from sfa_adapters.heads.plan import HeadPlan, plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
-from sfa_adapters.heads.speed import LEAST_ROUNDS
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.bench.device import require_device
 from sfa_adapters.recipes.bench.heads_figure import plot_bench_heads
 from sfa_adapters.recipes.bench.heads_quality import Asked, ask, chart_batches, quality_of
 from sfa_adapters.recipes.bench.heads_report import HeadArm, HeadBench, write_bench
+from sfa_adapters.recipes.bench.options import HeadBenchConfig
 from sfa_adapters.recipes.nano.many_heads import load_many_heads
 from sfa_adapters.recipes.nano.models import NanoHost
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 
 __all__ = ["HeadBenchConfig", "run_bench_heads"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadBenchConfig:
-    """Options of `sfa bench heads`.
-
-    Attributes:
-        out: Folder for table and picture.
-        images: Pages, needed with `model`.
-        model: A vision-language model, an id or a folder; the nano host with 16 heads a layer by default.
-        question: What `model` is asked about each page.
-        rates: Shares of the heads that should go.
-        plans: How they are divided among layers.
-        compensations: What the kept heads do for them.
-        methods: What heads are scored by.
-        draws: Seeds of "random": so many plans are drawn, and their answers averaged.
-        charts: How many training charts the nano host is calibrated on.
-        questions: How many test questions it is asked; 0 measures time only.
-        rounds: How often every arm is timed.
-        tokens: Decoded tokens of each timing.
-        device: Where.
-        dtype: Of the weights.
-
-    Raises:
-        DataError: Names the option and the value.
-    """
-
-    out: Path = Path("sfa-bench-heads")
-    images: tuple[Path, ...] = ()
-    model: str | None = None
-    question: str | None = None
-    rates: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3)
-    plans: tuple[Kind, ...] = get_args(Kind)
-    compensations: tuple[Compensation, ...] = COMPENSATIONS
-    methods: tuple[Method, ...] = ("s4",)
-    draws: int = 3
-    charts: int = 100
-    questions: int = 150
-    rounds: int = 5
-    tokens: int = 16
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        given = (self.model is not None, bool(self.images), self.question is not None)
-        if any(given) and not all(given):
-            raise DataError("Give --model, --question and an image together; without them, the nano host reads charts.")
-        wrong = [rate for rate in self.rates if not 0 < rate < 1]
-        if wrong or not self.rates:
-            raise DataError(f"--rate {wrong[0] if wrong else ''} must be a share of the heads, between 0 and 1.")
-        choices = {"plan": (self.plans, Kind), "compensation": (self.compensations, Compensation)}
-        for name, (chosen, known) in (choices | {"method": (self.methods, Method)}).items():
-            unknown = [value for value in chosen if value not in get_args(known)]
-            if unknown or not chosen:
-                raise DataError(f"--{name} {' '.join(unknown)} must be one of {', '.join(get_args(known))}.")
-        for name, least in (("draws", 1), ("charts", 1), ("questions", 0), ("rounds", LEAST_ROUNDS), ("tokens", 2)):
-            if getattr(self, name) < least:
-                option = "decoded" if name == "tokens" else name
-                raise DataError(f"--{option} {getattr(self, name)} must be at least {least}.")
-        require_device(self.device)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise DataError(f"--dtype {self.dtype} must be float32, bfloat16 or float16.")
 
 
 @dataclass(eq=False)
@@ -132,7 +68,7 @@ def run_bench_heads(config: HeadBenchConfig) -> HeadBench:
     if not plans:
         raise RecipeError(f"No plan removes a head: {left_out[0][-1]}")
     whole = ask(subject.host, subject.model, subject.samples) if subject.host is not None and subject.samples else None
-    todo: list[tuple[tuple[str, str, float], list[HeadPlan], Compensation]]
+    todo: list[tuple[tuple[str, str, float], list[HeadPlan], Any]]
     todo = [(key, own, compensation) for key, own in plans.items() for compensation in config.compensations]
     known: dict[tuple[Any, ...], tuple[PruneReceipt, Asked | None]] = {}
     arms = []
@@ -189,11 +125,11 @@ def _plans(config: HeadBenchConfig, subject: _Subject) -> tuple[Plans, list[tupl
     for method in config.methods:
         draws = range(config.draws if method == "random" else 1)
         batches = subject.labelled if method == "gate" else subject.batches
-        scores = [calibrate_heads(subject.model, batches, method, seed=seed) for seed in draws]
+        scores = [calibrate_heads(subject.model, batches, method, seed=seed) for seed in draws]  # pyright: ignore[reportArgumentType]
         for kind in config.plans:
             for rate in config.rates:
                 try:
-                    plans[method, kind, rate] = [plan_heads(own, rate, kind) for own in scores]
+                    plans[method, kind, rate] = [plan_heads(own, rate, kind) for own in scores]  # pyright: ignore[reportArgumentType]
                 except RecipeError as error:
                     left_out.append((method, kind, rate, str(error)))
     return plans, left_out

@@ -16,8 +16,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich import box
@@ -29,13 +28,12 @@ from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import DataError
 from sfa_adapters.hosts.user_supplied import load_own, own_prompt
 from sfa_adapters.images import as_image
-from sfa_adapters.recipes.bench.device import require_device
+from sfa_adapters.recipes.bench.options import BenchConfig
 from sfa_adapters.recipes.bench.tokens_quality import Quality, answer_quality
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import load_nano
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
-from sfa_adapters.reduction.fastv.selectors import Selector
 from sfa_adapters.reduction.image_tokens import image_places
 from sfa_adapters.timing import answer_seconds, cache_bytes, peak_bytes
 from sfa_adapters.vlm.parts import image_token_ids
@@ -43,60 +41,6 @@ from sfa_adapters.vlm.parts import image_token_ids
 __all__ = ["Arm", "BenchConfig", "run_bench"]
 
 UNTOUCHED = "untouched"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """Options of `sfa bench tokens`.
-
-    Attributes:
-        out: Folder for table and curve.
-        images: Pages, needed with `model`.
-        model: A vision-language model, an id or a folder; the pretrained nano host by default.
-        question: What `model` is asked about each page.
-        keep: Shares of image tokens that stay.
-        selectors: By what they are chosen.
-        layer: Tokens go in front of this layer.
-        questions: How many charts the nano host is asked about; 0 measures time only.
-        rounds: How often every arm is timed.
-        tokens: Decoded tokens of each timing.
-        device: Where.
-        dtype: Of the weights.
-
-    Raises:
-        DataError: Names the option and the value.
-    """
-
-    out: Path = Path("sfa-bench")
-    images: tuple[Path, ...] = ()
-    model: str | None = None
-    question: str | None = None
-    keep: tuple[float, ...] = (0.75, 0.5, 0.25)
-    selectors: tuple[Selector, ...] = get_args(Selector)
-    layer: int = 2
-    questions: int = 150
-    rounds: int = 5
-    tokens: int = 16
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        given = (self.model is not None, bool(self.images), self.question is not None)
-        if any(given) and not all(given):
-            raise DataError("Give --model, --question and an image together; without them, the nano host reads charts.")
-        wrong = [share for share in self.keep if not 0 < share <= 1]
-        if wrong or not self.keep:
-            raise DataError(f"--keep {wrong[0] if wrong else ''} must be a share of the image tokens, above 0 up to 1.")
-        unknown = [name for name in self.selectors if name not in get_args(Selector)]
-        if unknown or not self.selectors:
-            raise DataError(f"--selector {' '.join(unknown)} must be one of {', '.join(get_args(Selector))}.")
-        for name, least in (("questions", 0), ("rounds", 1), ("tokens", 2)):
-            if getattr(self, name) < least:
-                option = "decoded" if name == "tokens" else name
-                raise DataError(f"--{option} {getattr(self, name)} must be at least {least}.")
-        require_device(self.device)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise DataError(f"--dtype {self.dtype} must be float32, bfloat16 or float16.")
 
 
 @dataclass(frozen=True)
@@ -145,7 +89,7 @@ def run_bench(config: BenchConfig) -> list[Arm]:
     model, prompts, host, samples = _subject(config)
     settings: list[FastVConfig | None] = [None]
     for selector in config.selectors:
-        settings += [FastVConfig(layer=config.layer, ratio=1 - keep, selector=selector) for keep in config.keep]
+        settings += [FastVConfig(layer=config.layer, ratio=1 - keep, selector=selector) for keep in config.keep]  # pyright: ignore[reportArgumentType]
     times: list[list[tuple[float, float]]] = [[] for _ in settings]
     memory = [_memory(model, setting, prompts[0], config.tokens) for setting in settings]  # also the warm-up
     for number in track(range(config.rounds), description="timing", transient=True):

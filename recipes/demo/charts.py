@@ -16,16 +16,8 @@ from rich.console import Console
 
 from sfa_adapters import inject_sfa
 from sfa_adapters.figures import plot_bias, write_bias_table
-from sfa_adapters.recipes.demo.options import (
-    RELOADED,
-    DemoConfig,
-    DemoError,
-    command_of,
-    load_host,
-    prepare_folder,
-    reloaded,
-    save_trained,
-)
+from sfa_adapters.recipes.demo.host import RELOADED, load_host, reloaded, save_trained
+from sfa_adapters.recipes.demo.options import DemoConfig, DemoError, command_of, prepare_folder
 from sfa_adapters.recipes.demo.report import Arm, Report, draw_answers, results_table, write_results
 from sfa_adapters.recipes.nano.evaluate import Evaluation, evaluate, paired_difference
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts

@@ -1,32 +1,22 @@
-"""What `sfa demo` can be told, and what its tasks share: the folder, the host, saving and loading again."""
+"""The options of `sfa demo`, and its folder. Nothing heavy is imported: `sfa --help` reads them."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from sfa_adapters import load_sfa, save_sfa
-from sfa_adapters.errors import SFAError, WeightsError
-from sfa_adapters.recipes.nano.models import HostName, NanoHost, load_nano
+from sfa_adapters.errors import SFAError
 
 __all__ = [
     "FILES",
-    "RELOADED",
     "DemoConfig",
     "DemoError",
     "Task",
     "command_of",
-    "load_host",
     "prepare_folder",
-    "reloaded",
-    "save_trained",
 ]
 
 Task = Literal["tables", "charts"]
@@ -42,7 +32,6 @@ DEFAULTS: Mapping[Task, Mapping[Number, int]] = {
     "tables": {"steps": 140, "questions": 480, "pictures": 480},
     "charts": {"steps": 160, "questions": 450, "pictures": 1200},
 }
-RELOADED = 32  # test questions that the reloaded adapter must answer in the same words
 
 
 class DemoError(SFAError, ValueError):
@@ -54,13 +43,13 @@ class DemoConfig:
     """Options of `sfa demo`.
 
     Attributes:
-        task: `tables`, which the host does not know yet, or `charts`, which it knows.
-        host: A nano host, see `recipes/nano/models.py`.
-        steps: Fine-tuning steps of each model; by default what the task says, see `number`.
-        seed: Of the training pictures, their order and the initial bias. The test questions stay the same.
-        out: Folder for what is left behind.
-        weights: Pretrained weights of a host that does not come with the package.
-        questions: Number of test questions. Tables are asked six each, so that it is rounded up to a multiple of six.
+        task: tables, new to the host, or charts, which it knows.
+        host: Nano host: llava_onevision, internvl or llava.
+        steps: Fine-tuning steps of each model; by default 140 for tables, 160 for charts.
+        seed: Seed of the training pictures, of their order and of the initial bias; the test questions stay the same.
+        out: Folder for the adapter, the table and the figures.
+        weights: Weights of the host, for one that is not shipped.
+        questions: Number of test questions; by default 480 for tables (six to each, rounded up), 450 for charts.
         pictures: Number of training pictures.
 
     Raises:
@@ -79,8 +68,10 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise DemoError(f"--task {self.task}: no such task. There are {', '.join(get_args(Task))}.")
-        if self.host not in get_args(HostName):
-            raise DemoError(f"--host {self.host}: no such nano host. There are {', '.join(get_args(HostName))}.")
+        from sfa_adapters.recipes.nano.models import HOSTS
+
+        if self.host not in HOSTS:
+            raise DemoError(f"--host {self.host}: no such nano host. There are {', '.join(HOSTS)}.")
         for name in get_args(Number):
             if self.number(name) < 1:
                 raise DemoError(f"--{name} {self.number(name)} must be at least 1.")
@@ -109,40 +100,6 @@ def prepare_folder(config: DemoConfig) -> None:
         raise DemoError(f"--out {folder} holds other files ({foreign[0]}, ...); choose an empty or a new folder.")
     if not os.access(folder, os.W_OK):
         raise DemoError(f"--out {folder} cannot be written to.")
-
-
-def load_host(config: DemoConfig) -> NanoHost:
-    """The pretrained host.
-
-    Raises:
-        WeightsError: Its weights are missing or damaged; says how to get them.
-    """
-    try:
-        return load_nano(config.host, path=config.weights)  # pyright: ignore[reportArgumentType]
-    except WeightsError as error:
-        if config.weights is not None:
-            raise
-        raise WeightsError(f"{error} Then give them with: sfa demo --host {config.host} --weights FILE") from error
-
-
-def save_trained(host: NanoHost, folder: Path) -> None:
-    """Saves the adapter, and the tower and projector that were trained with it."""
-    trained: dict[str, Tensor] = {
-        name: parameter.detach().contiguous()
-        for name, parameter in host.model.named_parameters()
-        if parameter.requires_grad and ".sfa." not in name
-    }
-    save_sfa(host.model, folder / "adapter")
-    save_file(trained, folder / "base.safetensors", metadata={"format": "pt"})
-
-
-def reloaded(original: NanoHost, folder: Path) -> NanoHost:
-    """A copy of the pretrained host with what `save_trained` left."""
-    again = copy.deepcopy(original)
-    keys = again.model.load_state_dict(load_file(folder / "base.safetensors"), strict=False)
-    assert not keys.unexpected_keys, keys.unexpected_keys
-    load_sfa(again.model, folder / "adapter")
-    return again
 
 
 def command_of(config: DemoConfig) -> str:

@@ -17,16 +17,8 @@ from rich.console import Console
 
 from sfa_adapters import inject_sfa, largest_scalars
 from sfa_adapters.figures import plot_bias, write_bias_table
-from sfa_adapters.recipes.demo.options import (
-    RELOADED,
-    DemoConfig,
-    DemoError,
-    command_of,
-    load_host,
-    prepare_folder,
-    reloaded,
-    save_trained,
-)
+from sfa_adapters.recipes.demo.host import RELOADED, load_host, reloaded, save_trained
+from sfa_adapters.recipes.demo.options import DemoConfig, DemoError, command_of, prepare_folder
 from sfa_adapters.recipes.demo.tables_figures import draw_curve, draw_tables
 from sfa_adapters.recipes.demo.tables_report import TablesArm, TablesReport, effect, results_table, write_results
 from sfa_adapters.recipes.nano.evaluate import generate_answers

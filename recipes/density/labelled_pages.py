@@ -13,12 +13,12 @@ from sfa_adapters.adat.density import STRIDE
 from sfa_adapters.adat.labels import box_density, density_labels
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
+from sfa_adapters.recipes.density.options import LabelSource
 from sfa_adapters.recipes.synthetic.pages import SIZE, mixture
 from sfa_adapters.recipes.synthetic.tables import Split
 
 __all__ = ["GRID", "LabelSource", "PageSet", "image_folder", "rendered"]
 
-LabelSource = Literal["boxes", "edges", "mix", "ocr"]
 GRID = (SIZE // STRIDE, SIZE // STRIDE)
 CHUNK = 50  # pages that one process renders at a time
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")

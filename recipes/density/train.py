@@ -14,7 +14,6 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -22,52 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.adat.density import STRIDE, DensityEstimator
-from sfa_adapters.errors import DataError, WeightsError
-from sfa_adapters.recipes.density.labelled_pages import GRID, LabelSource, PageSet, image_folder, rendered
+from sfa_adapters.errors import WeightsError
+from sfa_adapters.recipes.density.labelled_pages import GRID, PageSet, image_folder, rendered
+from sfa_adapters.recipes.density.options import TrainConfig
 
 __all__ = ["TrainConfig", "Trained", "train_density", "validate"]
 
 CROP = 16  # cells; a quarter of a page and a bit, so that a batch shows many pages
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train on and how long.
-
-    Attributes:
-        out: folder of the run: pages, checkpoints, `best.safetensors`, `log.jsonl`.
-        images: folders of images; rendered pages when empty.
-        labels: "boxes" (true boxes, rendered pages only), "edges", "mix" (the mean of these two) or "ocr".
-        pages: rendered pages to train on.
-        steps: optimizer steps.
-        batch: crops of 256 x 256 per step.
-        rate: highest learning rate; it falls to a hundredth along a cosine.
-        seed: of the first weights and of the order of the pages.
-        every: steps between checkpoints, each with a validation.
-        workers: processes that render pages; the number of cores by default.
-    """
-
-    out: Path = Path("runs/density")
-    images: tuple[Path, ...] = ()
-    labels: LabelSource = "boxes"
-    pages: int = 3000
-    steps: int = 2000
-    batch: int = 16
-    rate: float = 2e-3
-    seed: int = 0
-    every: int = 250
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("pages", "steps", "batch", "every"):
-            if getattr(self, name) < 1:
-                raise DataError(f"--{name} {getattr(self, name)} must be at least 1.")
-        if self.labels not in get_args(LabelSource):
-            raise DataError(f"--labels {self.labels!r} must be one of {', '.join(get_args(LabelSource))}.")
-        if self.images and self.labels in ("boxes", "mix"):
-            raise DataError(f"--labels {self.labels} needs rendered pages; for folders of images use edges or ocr.")
-        if not 0 < self.rate < 1 or self.seed < 0:
-            raise DataError(f"--rate {self.rate} must lie in (0, 1), and --seed {self.seed} must not be negative.")
 
 
 @dataclass
@@ -122,6 +82,7 @@ def validate(model: DensityEstimator, pages: PageSet) -> float:
 def _fingerprint(config: TrainConfig) -> dict[str, object]:
     """The options that the weights depend on."""
     kept = {k: v for k, v in asdict(config).items() if k not in ("out", "every", "workers")}
+    kept["labels"] = config.label_source
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -194,10 +155,10 @@ def train_density(config: TrainConfig) -> Trained:
     step, best, history = _resume(config, model, optimizer)
     config.out.mkdir(parents=True, exist_ok=True)
     if config.images:
-        pages, held = image_folder(config.images, "ocr" if config.labels == "ocr" else "edges", config.out)
+        pages, held = image_folder(config.images, "ocr" if config.label_source == "ocr" else "edges", config.out)
     else:
-        pages = rendered(config.out / "train", "train", config.pages, config.labels, config.workers)
-        held = rendered(config.out / "val", "val", max(1, config.pages // 15), config.labels, config.workers)
+        pages = rendered(config.out / "train", "train", config.pages, config.label_source, config.workers)
+        held = rendered(config.out / "val", "val", max(1, config.pages // 15), config.label_source, config.workers)
     model.train()
     with Progress(transient=True) as bar:
         task = bar.add_task("training", total=config.steps, completed=step)

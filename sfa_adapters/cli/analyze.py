@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from sfa_adapters.cli.app import CommandApp
+from sfa_adapters.cli.options import from_dataclass
+from sfa_adapters.recipes.analyze.options import BudgetConfig, StudyConfig
 
 __all__ = ["app"]
 
@@ -24,22 +26,18 @@ def _group() -> None:
 
 
 @app.command(epilog="Example:  sfa analyze tokens --steps 40 --questions 90 --out quick")
+@from_dataclass(BudgetConfig, fields=("out", "steps", "questions", "seeds", "scorer"))
 def tokens(
-    out: Annotated[Path, typer.Option(help="Folder for the table and the pictures.")] = Path("sfa-tokens"),
-    steps: Annotated[int, typer.Option(help="Fine-tuning steps of each run.")] = 160,
-    questions: Annotated[int, typer.Option(help="Number of test questions.")] = 450,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
-    scorer: Annotated[str, typer.Option(help="density, edges, reconstruction, entropy or uniform.")] = "density",
+    config: BudgetConfig,
     pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pages only; no training.")] = False,
 ) -> None:
     """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; and pictures of plans."""
-    from sfa_adapters.recipes.analyze.token_budgets import BudgetConfig, draw_pages, run_budgets
+    from sfa_adapters.recipes.analyze.token_budgets import draw_pages, run_budgets
 
-    config = BudgetConfig(out=out, steps=steps, questions=questions, seeds=seeds, scorer=scorer)  # pyright: ignore[reportArgumentType]
     if pictures:
-        out.mkdir(parents=True, exist_ok=True)
-        draw_pages(out, config.scorer)
-        typer.echo(f"plan.png and gallery.png are in {out}/")
+        config.out.mkdir(parents=True, exist_ok=True)
+        draw_pages(config.out, config.scorer)  # pyright: ignore[reportArgumentType]
+        typer.echo(f"plan.png and gallery.png are in {config.out}/")
         return
     run_budgets(config)
 
@@ -111,14 +109,9 @@ def hallucination(
 
 
 @app.command(epilog="Example:  sfa analyze study --steps 20 --questions 60 --pages 20 --out quick")
-def study(
-    out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path("sfa-study"),
-    steps: Annotated[int, typer.Option(help="Fine-tuning steps of each run.")] = 160,
-    questions: Annotated[int, typer.Option(help="Number of test questions.")] = 450,
-    pages: Annotated[int, typer.Option(help="Number of test charts on which attention is read.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of charts, order, biases and changes of pages.")] = 0,
-) -> None:
+@from_dataclass(StudyConfig, fields=("out", "steps", "questions", "pages", "seed"))
+def study(config: StudyConfig) -> None:
     """Attention and answers of the nano host before and after SFA, and with each term of SCR."""
-    from sfa_adapters.recipes.analyze.attention_study import StudyConfig, run_study
+    from sfa_adapters.recipes.analyze.attention_study import run_study
 
-    run_study(StudyConfig(out=out, steps=steps, questions=questions, pages=pages, seed=seed))
+    run_study(config)

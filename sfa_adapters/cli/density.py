@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sfa_adapters.cli.app import CommandApp
+from sfa_adapters.cli.options import from_dataclass
+from sfa_adapters.recipes.density.options import TrainConfig
 
 __all__ = ["app"]
 
@@ -19,27 +21,16 @@ app = CommandApp(
 
 
 @app.command(epilog="Example:  sfa density train scans/ --labels edges --out runs/my-density")
-def train(
-    images: Annotated[list[Path] | None, typer.Argument(help="Folders of images; rendered pages when none.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that was cut off goes on.")] = Path("runs/density"),
-    labels: Annotated[
-        str | None, typer.Option(help="boxes, edges, mix or ocr; by default boxes, and edges for folders.")
-    ] = None,
-    pages: Annotated[int | None, typer.Option(help="Number of rendered pages.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Crops per step.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first weights and of the order of the pages.")] = 0,
-    every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-) -> None:
+@from_dataclass(
+    TrainConfig,
+    fields=("images", "out", "labels", "pages", "steps", "batch", "rate", "seed", "every"),
+    arguments=("images",),
+)
+def train(config: TrainConfig) -> None:
     """Train the density estimator on folders of IMAGES, or on rendered pages. Writes OUT/best.safetensors."""
-    from sfa_adapters.recipes.density.train import TrainConfig, train_density
+    from sfa_adapters.recipes.density.train import train_density
 
-    options: dict[str, Any] = {"labels": labels, "pages": pages, "steps": steps, "batch": batch, "rate": rate}
-    options |= {"every": every, "out": out, "images": tuple(images or ()), "seed": seed}
-    if labels is None and images:
-        options["labels"] = "edges"
-    done = train_density(TrainConfig(**{name: value for name, value in options.items() if value is not None}))
+    done = train_density(config)
     typer.echo(f"best validation loss {done.loss:.6f} (mean squared error)")
     typer.echo(f"weights: {done.path}")
 

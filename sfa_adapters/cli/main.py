@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,11 +19,13 @@ from sfa_adapters.cli.calibrate import app as calibrate_app
 from sfa_adapters.cli.density import app as density_app
 from sfa_adapters.cli.errors import one_line
 from sfa_adapters.cli.evaluate import app as eval_app
+from sfa_adapters.cli.options import from_dataclass
 from sfa_adapters.cli.quiet import silence_others
 from sfa_adapters.cli.share import app as share_app
 from sfa_adapters.cli.study import app as study_app
 from sfa_adapters.cli.train import app as train_app
 from sfa_adapters.moved import OldMain
+from sfa_adapters.recipes.demo.options import DemoConfig
 
 __all__ = ["app", "main"]
 
@@ -104,20 +105,12 @@ def inspect(
 
 
 @app.command(epilog="Example:  sfa demo --steps 100 --out my-demo   |   sfa demo --task charts")
-def demo(
-    task: Annotated[str, typer.Option(help="tables, new to the host, or charts, which it knows.")] = "tables",
-    host: Annotated[str, typer.Option(help="Nano host: llava_onevision, internvl or llava.")] = "llava_onevision",
-    steps: Annotated[int | None, typer.Option(help="Fine-tuning steps of each model.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the data order and of the initial bias.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, the table and the figures.")] = Path("sfa-demo"),
-    weights: Annotated[Path | None, typer.Option(help="Weights of the host, for one that is not shipped.")] = None,
-    questions: Annotated[int | None, typer.Option(help="Number of test questions.")] = None,
-) -> None:
+@from_dataclass(DemoConfig, fields=("task", "host", "steps", "seed", "out", "weights", "questions"))
+def demo(config: DemoConfig) -> None:
     """Teach a small pretrained model to read real tables, with SFA and without, and compare."""
-    from sfa_adapters.recipes.demo.run import DemoConfig, run_demo
+    from sfa_adapters.recipes.demo.run import run_demo
 
-    options = {"host": host, "seed": seed, "out": out, "weights": weights, "steps": steps, "questions": questions}
-    run_demo(DemoConfig(task=task, **options))  # pyright: ignore[reportArgumentType]
+    run_demo(config)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from sfa_adapters.cli.app import CommandApp
+from sfa_adapters.cli.options import from_dataclass
+from sfa_adapters.recipes.studies.options import StudyOptions
 
 __all__ = ["app"]
 
@@ -18,27 +17,14 @@ app = CommandApp()
     epilog="Examples:  sfa study lookup --workers 2   |   sfa study lookup --arm none --arm axial --seed 0   |   "
     "sfa study lookup --report"
 )
-def study(
-    name: Annotated[str, typer.Argument(help="Which study; `sfa study list` names them.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; sfa-study/NAME by default.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes, each with one thread.")] = 1,
-    tune: Annotated[bool, typer.Option("--tune", help="Make the runs on tuning seeds instead.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Make no runs: table and figures of what is there.")] = False,
-    settings: Annotated[Path | None, typer.Option(help="A YAML file instead of the study's own settings.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Only these arms.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only these seeds.")] = None,
-    budget: Annotated[list[str] | None, typer.Option(help="Only these budgets, e.g. steps=500.")] = None,
-) -> None:
+@from_dataclass(StudyOptions, arguments=("name",), names={"arms": "--arm", "seeds": "--seed", "budgets": "--budget"})
+def study(options: StudyOptions) -> None:
     """Train every arm of a study with every seed, and compare them. Stopped runs go on where they were."""
-    from sfa_adapters.recipes.studies.catalog import STUDIES, StudyOptions, run_study
+    from sfa_adapters.recipes.studies.catalog import STUDIES, run_study
     from sfa_adapters.recipes.studies.settings import load_settings
 
-    if name == "list":
+    if options.name == "list":
         for each in STUDIES:
             typer.echo(f"{each:<20}{load_settings(each).title}")
         return
-    folder = out or Path("sfa-study") / name
-    chosen = {"arms": tuple(arm or ()), "seeds": tuple(seed or ()), "budgets": tuple(budget or ())}
-    run_study(
-        StudyOptions(name=name, out=folder, workers=workers, tune=tune, report=report, settings=settings, **chosen)
-    )
+    run_study(options)

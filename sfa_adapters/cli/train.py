@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfa_adapters.cli.app import CommandApp
+from sfa_adapters.cli.options import from_dataclass
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.hosts.recipe import Recipe
     from sfa_adapters.memory.predict import MemoryPlan
 
 __all__ = ["app"]
@@ -26,48 +27,23 @@ Nano = Annotated[bool, typer.Option("--nano", help="The small host of the same f
 A100 = 40e9  # bytes, of each of the two cards that the recipes are made for
 
 
+# The settings of a recipe that are flags of `train`. All others are given as KEY=VALUE.
+FLAGS = (
+    "plan", "freeze_vision", "freeze_projector", "freeze_llm", "lora_llm", "sfa", "sfa_terms", "init",
+    "init_strength", "init_warmup_steps", "adat", "scr_entropy", "scr_grounding", "scr_stability", "lr", "vision_lr",
+    "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_steps", "batch_size", "micro_batch", "data", "limit", "output",
+    "seed",
+)  # fmt: skip
+PAIRS = {f"freeze_{part}": f"--freeze-{part}/--train-{part}" for part in ("vision", "projector", "llm")}
+
+
 @app.command(epilog="Example:  sfa train internvl3_5_8b --lr 1e-5 --sfa-terms row,col --limit 1000 weight_decay=0")
+@from_dataclass(Recipe, fields=FLAGS, names=PAIRS, given_only=True)
 def train(
+    flags: dict[str, Any],
     recipe: Name,
     settings: Settings = None,
     config: Config = None,
-    plan: Annotated[str | None, typer.Option(help="nf4, split, bf16 or fsdp2.")] = None,
-    freeze_vision: Annotated[
-        bool | None, typer.Option("--freeze-vision/--train-vision", help="The tower. Its bias trains all the same.")
-    ] = None,
-    freeze_projector: Annotated[
-        bool | None, typer.Option("--freeze-projector/--train-projector", help="The projector.")
-    ] = None,
-    freeze_llm: Annotated[
-        bool | None, typer.Option("--freeze-llm/--train-llm", help="The language model; it cannot train in nf4.")
-    ] = None,
-    lora_llm: Annotated[int | None, typer.Option(help="Rank of a LoRA on the language model; 0 is none.")] = None,
-    sfa: Annotated[bool | None, typer.Option("--sfa/--no-sfa", help="A structural bias in the tower.")] = None,
-    sfa_terms: Annotated[str | None, typer.Option(help="Its terms, out of row,col,dist,block.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="How its scalars start: normal, or axial (heads for rows and for columns).")
-    ] = None,
-    init_strength: Annotated[float | None, typer.Option(help="Logits that heads of axial start with.")] = None,
-    init_warmup_steps: Annotated[
-        int | None, typer.Option(help="Steps in which that strength rises from 0; 0 is at once.")
-    ] = None,
-    adat: Annotated[float | None, typer.Option(help="Share of tokens that adaptive tokenization keeps.")] = None,
-    scr_entropy: Annotated[float | None, typer.Option(help="Weight of the entropy term of SCR.")] = None,
-    scr_grounding: Annotated[float | None, typer.Option(help="Weight of its grounding term.")] = None,
-    scr_stability: Annotated[float | None, typer.Option(help="Weight of its stability term.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of what has none of its own.")] = None,
-    vision_lr: Annotated[float | None, typer.Option(help="Of the tower.")] = None,
-    projector_lr: Annotated[float | None, typer.Option(help="Of the projector.")] = None,
-    llm_lr: Annotated[float | None, typer.Option(help="Of the language model or its LoRA.")] = None,
-    sfa_lr: Annotated[float | None, typer.Option(help="Of the structural scalars.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps in place of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Questions per optimizer step, over all processes.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Questions per forward of one process.")] = None,
-    data: Annotated[str | None, typer.Option(help="Hub id, local folder or file, or charts, or pages.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many training questions.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of new weights, the data order and dropout.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
     nano: Nano = False,
@@ -76,8 +52,6 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune the host of RECIPE and evaluate it before and after. Later settings win: file, flags, KEY=VALUE."""
-    given = dict(locals())
-    flags = {name: given[name] for name in FLAGS if given[name] is not None}
     resolved = _resolve(recipe, config, flags, settings, nano)
     if dry_run:
         _dry_run(resolved)
@@ -85,15 +59,6 @@ def train(
     from sfa_adapters.recipes.run import run
 
     run(resolved, nano=nano, resume=str(resume_from) if resume_from else resume)
-
-
-# The flags of `train` that are settings of the recipe under the same name.
-FLAGS = (
-    "plan", "freeze_vision", "freeze_projector", "freeze_llm", "lora_llm", "sfa", "sfa_terms", "init",
-    "init_strength", "init_warmup_steps", "adat", "scr_entropy",
-    "scr_grounding", "scr_stability", "lr", "vision_lr", "projector_lr", "llm_lr", "sfa_lr", "epochs", "max_steps",
-    "batch_size", "micro_batch", "data", "limit", "output", "seed",
-)  # fmt: skip
 
 
 @app.command(epilog="Example:  sfa plan internvl3_5_8b --gpus 2 --memory 40GB --batch 4 --tiles 12")

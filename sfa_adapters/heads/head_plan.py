@@ -37,7 +37,7 @@ class HeadPlan:
     removed: Mapping[str, tuple[int, ...]]
     num_heads: Mapping[str, int]
     num_kv_heads: Mapping[str, int]
-    how: Mapping[str, Any] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if not self.num_heads:

@@ -7,14 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-from sfa_adapters.axial import AXES, Init
-from sfa_adapters.bias import TERMS
+from sfa_adapters.choices import AXES, DEFAULT_SFA_LR, TERMS, Init
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.hosts.spec import families
-from sfa_adapters.rates import DEFAULT_SFA_LR
-from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["DEFAULT_PROMPT", "Family", "PlanName", "Recipe"]
 
@@ -33,22 +27,22 @@ class Recipe:
         model: Hub id or local folder of the host.
         family: Which family of hosts it belongs to; says where tower, projector and language model are.
         revision: Commit or branch on the hub; pin it for a run that is to be repeated.
-        plan: Where the parts of the host lie and in which precision: `nf4`, `split`, `bf16`, `fsdp2`.
+        plan: Where the parts of the host lie and in which precision: nf4, split, bf16 or fsdp2.
         dtype: Of the weights that are not in 4-bit.
-        freeze_vision: The tower does not train. Its structural bias does.
+        freeze_vision: The tower does not train. Its structural bias trains all the same.
         freeze_projector: The projector does not train.
-        freeze_llm: The language model's own weights do not train. Never possible with `nf4`.
+        freeze_llm: The language model's own weights do not train; with nf4 they cannot.
         lora_llm: Rank of a LoRA on the language model; 0 is none.
-        sfa: Whether the tower gets a structural bias.
-        sfa_terms: Its terms, out of row, col, dist, block.
+        sfa: A structural bias in the tower.
+        sfa_terms: Its terms, out of row,col,dist,block.
         sfa_layers: Layers of the tower that get it; None is all that the host reads.
-        init: How its scalars start, `normal` or `axial`, see `SFAConfig`.
-        init_strength: Logits that row and column heads of `axial` start with.
-        init_warmup_steps: Steps over which this strength rises from 0; 0 is there from the beginning.
-        adat: Share of the tower's tokens that adaptive tokenization keeps, in (0, 1]; None is off.
+        init: How its scalars start: normal, or axial (heads for rows and for columns).
+        init_strength: Logits that row and column heads of axial start with.
+        init_warmup_steps: Steps over which that strength rises from 0; 0 is at once.
+        adat: Share of the tower's tokens that adaptive tokenization keeps, in (0, 1]; none is off.
         scr_entropy: Weight of the entropy term of SCR; 0 is off, here and below.
-        scr_grounding: Weight of the grounding term.
-        scr_stability: Weight of the stability term.
+        scr_grounding: Weight of its grounding term.
+        scr_stability: Weight of its stability term.
         lr: Peak learning rate of everything without one of its own.
         vision_lr: Of the tower.
         projector_lr: Of the projector.
@@ -59,12 +53,12 @@ class Recipe:
         max_grad_norm: Gradients are clipped to it.
         warmup_steps: Steps in which the rate rises; a cosine to zero follows.
         epochs: Passes over the data.
-        max_steps: Optimizer steps in place of `epochs`.
+        max_steps: Optimizer steps in place of epochs.
         batch_size: Questions per optimizer step, over all processes.
         micro_batch: Questions per forward of one process.
         gradient_checkpointing: Activations of tower and language model are computed again in the backward pass.
         seed: Of weights that are new, of the data order and of dropout.
-        data: Hub id, local folder or file, or `charts` or `pages` for rendered ones.
+        data: Hub id, local folder or file, or charts or pages for rendered ones.
         data_config: Configuration of a hub dataset, e.g. `DocVQA`.
         train_split: Name of the split to train on.
         eval_split: Name of the split to evaluate on.
@@ -141,6 +135,13 @@ class Recipe:
     log: str = "tensorboard"
 
     def __post_init__(self) -> None:
+        # Here, because the command line makes its options of this class and must not wait for torch and transformers.
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,  # pyright: ignore[reportUnknownVariableType]
+        )
+
+        from sfa_adapters.hosts.spec import families
+
         for name, kind in (("plan", PlanName), ("dtype", DType), ("init", Init)):
             known = get_args(kind)
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
@@ -195,6 +196,8 @@ class Recipe:
     @property
     def image_limit(self) -> int:
         """The most tiles or pixels of an image, whichever its host goes by."""
+        from sfa_adapters.vlm.records import vlm_spec
+
         rules = vlm_spec(self.family).images
         return self.max_pixels if rules is not None and rules.setting == "max_pixels" else self.max_tiles
 
