@@ -32,15 +32,15 @@ def main() -> None:
     train_tower_and_projector(host.model)
     host.model.train()
     pictures = table_pictures("train", PICTURES, 10_000, TableSize((3, 5), (2, 3)))
-    asked = [[(one.text, one.answer) for one in about] for about in ask_all(pictures, QUESTIONS, 0)]
+    pairs = [[(one.text, one.answer) for one in about] for about in ask_all(pictures, QUESTIONS, 0)]
     images = [picture.image for picture in pictures]
 
     def packed() -> None:
-        host.model(**encode_packed(host, images, asked), use_cache=False).loss.backward()
+        host.model(**encode_packed(host, images, pairs), use_cache=False).loss.backward()
 
     def rows() -> None:
-        single = [[pair] for about in asked for pair in about]
-        repeated = [image for image, about in zip(images, asked, strict=True) for _ in about]
+        single = [[pair] for about in pairs for pair in about]
+        repeated = [image for image, about in zip(images, pairs, strict=True) for _ in about]
         host.model(**encode_packed(host, repeated, single), use_cache=False).loss.backward()
 
     packed()  # the first step of a process is slow
@@ -49,7 +49,7 @@ def main() -> None:
         one, other = _seconds(packed), _seconds(rows)
         ratios.append(other / one)
         print(f"round {number}: packed {one:.2f} s, one row for each {other:.2f} s: {ratios[-1]:.2f}x", flush=True)
-    print(f"median {statistics.median(ratios):.2f}x for {sum(map(len, asked))} questions about {PICTURES} pictures")
+    print(f"median {statistics.median(ratios):.2f}x for {sum(map(len, pairs))} questions about {PICTURES} pictures")
 
 
 def _seconds(step: Callable[[], None]) -> float:

@@ -62,14 +62,14 @@ def time_table(rounds: int) -> list[str]:
     tower, images = CLIPVisionModel(config).eval(), pages(2, 336)
 
     def candidate(thresholds: DyMUConfig | None) -> Callable[[], object]:
-        own = CLIPVisionModel(config).eval()
-        own.load_state_dict(tower.state_dict())
+        clip_tower = CLIPVisionModel(config).eval()
+        clip_tower.load_state_dict(tower.state_dict())
         if thresholds is not None:
-            inject_dymu(own, thresholds)
+            inject_dymu(clip_tower, thresholds)
 
         def run() -> None:
             with torch.no_grad():
-                own(images)
+                clip_tower(images)
 
         return run
 
@@ -106,13 +106,13 @@ def accuracy_table(charts: int) -> list[str]:
                 counted.extend(tokens.lengths if final is None else final.lengths)
 
         handle = host.model.get_submodule("model.vision_tower").register_forward_hook(count)
-        found = evaluate(host, samples)
+        evaluation = evaluate(host, samples)
         handle.remove()
         eject_dymu(host.model)
-        lost = paired_difference(plain, found)
+        lost = paired_difference(plain, evaluation)
         name = {"off": "tower only"}.get(language, language)
         rows.append(
-            f"| {sum(counted) / len(counted):.1f} | {name} | {100 * found.accuracy.value:.1f} | "
+            f"| {sum(counted) / len(counted):.1f} | {name} | {100 * evaluation.accuracy.value:.1f} | "
             f"{100 * lost.value:+.1f} [{100 * lost.low:+.1f}, {100 * lost.high:+.1f}] |"
         )
     return rows

@@ -125,25 +125,25 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     batch, vision = recipe.micro_batch, config.vision_config
     ids = torch.randint(3, 1000, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = config.image_token_id
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     spec = vlm_spec(recipe.family)
     assert spec.images is not None
     assert spec.image_tokens is not None
     if spec.image_tokens.kind == "merged_groups":
         merge = vision.spatial_merge_size
         rows = max(r for r in range(1, int((lengths.image) ** 0.5) + 1) if lengths.image % r == 0)
-        found["image_grid_thw"] = torch.tensor([[1, rows * merge, lengths.image // rows * merge]] * batch)
-        found["mm_token_type_ids"] = (ids == config.image_token_id).int()
-        found["pixel_values"] = torch.randn(batch * lengths.tower, lengths.pixels * 3 // lengths.tower)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows * merge, lengths.image // rows * merge]] * batch)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        inputs["pixel_values"] = torch.randn(batch * lengths.tower, lengths.pixels * 3 // lengths.tower)
     else:
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         tiles = lengths.pixels // side**2
         shape = (batch, tiles) if spec.images.batched_tiles else (batch * tiles,)
-        found["pixel_values"] = torch.randn(*shape, 3, side, side)
+        inputs["pixel_values"] = torch.randn(*shape, 3, side, side)
         if spec.images.batched_tiles:
             fitting = [p for p in config.image_grid_pinpoints if p[0] // side * (p[1] // side) == tiles - 1]
-            found["image_sizes"] = torch.tensor([max(fitting)] * batch)
-    return {name: tensor.cuda() for name, tensor in found.items()}
+            inputs["image_sizes"] = torch.tensor([max(fitting)] * batch)
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     host, charts = load_nano(), unseen_charts(16)
     host.model.train()
-    asked = [questions_for(chart.table)[:5] for chart in charts]
-    pairs = [[(question.text, question.answer) for question in own] for own in asked]
+    questions = [questions_for(chart.table)[:5] for chart in charts]
+    pairs = [[(question.text, question.answer) for question in of_chart] for of_chart in questions]
     batch = encode_packed(host, [chart.image for chart in charts], pairs)
-    evidence = evidence_mask(batch["labels"], charts, asked)
+    evidence = evidence_mask(batch["labels"], charts, questions)
 
     def step(*terms: str) -> Callable[[], object]:
         weights = {term: 0.3 * (term in terms) for term in TERMS}

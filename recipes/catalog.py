@@ -19,8 +19,8 @@ __all__ = ["RECIPES", "architecture", "find_recipe", "training_rows"]
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        found.name: found
-        for found in (
+        recipe.name: recipe
+        for recipe in (
             internvl3_5_8b.recipe(),
             internvl3_5_8b.published(),
             llava_onevision_7b.recipe(),

@@ -104,10 +104,10 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
         layers = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
         config = SFAConfig(terms=list(recipe.sfa_terms), layers_to_transform=layers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    found, sfa = find_tower(model), describe(model, config)
+    located, sfa = find_tower(model), describe(model, config)
     layers = tuple(
         LayerRow(index, path, qualified_name(module), sfa.layer_parameters[index])
-        for index, (path, module) in enumerate(found.attentions)
+        for index, (path, module) in enumerate(located.attentions)
     )
     return Inspection(name, type(model).__name__, total, sfa, layers)
 

@@ -139,7 +139,7 @@ def run(
     result = RunResult(folder, folder / FINAL)
     trained = _check(recipe, result, resume)
     _require_memory(planned)
-    training, asked = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
+    training, row_sets = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
     require_writable(folder)
     if nano:  # a refused run leaves no host behind
         with processes.main_process_first():  # `save_pretrained` writes in the first process only
@@ -148,23 +148,23 @@ def run(
         console.print(f"{folder} is trained already: it is evaluated, not trained again.")
     if processes.is_main_process:
         write_recipe(recipe, folder / "recipe.yaml")
-    said: dict[str, list[Prediction]] = {}
+    prediction_files: dict[str, list[Prediction]] = {}
     if evaluate and baseline:
-        console.print(f"Asking {recipe.model} {len(asked):,} questions before training.")
-        said["untrained"] = _answers(recipe, None, asked, folder / "baseline.jsonl", console)
+        console.print(f"Asking {recipe.model} {len(row_sets):,} questions before training.")
+        prediction_files["untrained"] = _answers(recipe, None, row_sets, folder / "baseline.jsonl", console)
         result = replace(result, baseline=folder / "baseline.jsonl")
     if not trained:
         _train(recipe, training, folder, resume, console, processes)
     if evaluate:
         console.print("Asking the trained host.")
-        said["trained"] = _answers(recipe, result.trained, asked, folder / "predictions.jsonl", console)
+        prediction_files["trained"] = _answers(recipe, result.trained, row_sets, folder / "predictions.jsonl", console)
         result = replace(result, predictions=folder / "predictions.jsonl")
     if processes.is_main_process:
-        if said:
+        if prediction_files:
             metric = metric_for(recipe.data, recipe.data_config)
-            scores = {name: score(each, metric) for name, each in said.items()}
+            scores = {name: score(each, metric) for name, each in prediction_files.items()}
             result = replace(result, scores=scores["trained"], baseline_scores=scores.get("untrained"))
-            _report(recipe, said, metric, folder, console)
+            _report(recipe, prediction_files, metric, folder, console)
             _tell_facts(result, recipe)
         if share:
             for warning in write_card(result.trained):
@@ -209,11 +209,11 @@ def _train(
 ) -> None:
     host = load_host(recipe)
     questions = Questions(rows) if isinstance(rows, Sequence) else StreamedQuestions(rows, seed=recipe.seed)
-    found = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
+    result = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
     if processes.is_main_process:
-        scalars = dict(found.scalars) or None
-        counts = {"steps": found.steps, "examples": found.steps * recipe.batch_size, "skipped": len(found.skipped)}
-        write_facts(folder / FINAL, RunFacts.here(seconds=found.seconds, loss=found.loss, scalars=scalars, **counts))
+        scalars = dict(result.scalars) or None
+        counts = {"steps": result.steps, "examples": result.steps * recipe.batch_size, "skipped": len(result.skipped)}
+        write_facts(folder / FINAL, RunFacts.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts))
     processes.wait_for_everyone()
     if recipe.plan != "fsdp2":  # there no process has the whole host
         _picture(recipe, host.model)
@@ -228,12 +228,12 @@ def _answers(
     plan = {"plan": "bf16"} if recipe.plan == "fsdp2" else {}
     settings = {name: getattr(recipe, name) for name in ("eval_batch", "num_workers", "eval_split", "eval_limit")}
     host = open_host(recipe if trained is None else trained, **plan, **settings)
-    said = answer_rows(host, rows, out, progress=not console.quiet)
+    predictions = answer_rows(host, rows, out, progress=not console.quiet)
     if trained is not None and recipe.plan == "fsdp2":
         _picture(recipe, host.model)
     del host
     _free()
-    return said
+    return predictions
 
 
 def _picture(recipe: Recipe, model: nn.Module) -> None:
@@ -260,7 +260,9 @@ def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, f
         console.print(table.to_terminal())
         for note in table.notes:
             console.print(f"  {note}", highlight=False, markup=False)
-    draw_scores({name: score(said, metric) for name, said in runs.items()}, folder / "results.png", recipe.name)
+    draw_scores(
+        {name: score(predictions, metric) for name, predictions in runs.items()}, folder / "results.png", recipe.name
+    )
 
 
 def _tell_facts(result: RunResult, recipe: Recipe) -> None:
@@ -271,5 +273,5 @@ def _tell_facts(result: RunResult, recipe: Recipe) -> None:
     where |= {} if pruned is None else {"pruned": pruned.to_dict()}
     hosts = [", ".join(words) for words in (cut, ["untrained", *cut])]
     measured = ((result.scores, {"host": hosts[0]} if cut else {}), (result.baseline_scores, {"host": hosts[1]}))
-    scores = tuple({**found.to_dict(), **where, **more} for found, more in measured if found is not None)
+    scores = tuple({**fact.to_dict(), **where, **more} for fact, more in measured if fact is not None)
     write_facts(result.trained, replace(read_facts(result.trained), scores=scores))

@@ -95,8 +95,8 @@ class BiasFactors:
 def look_up(one_hot: Tensor, tables: Tensor) -> Tensor:
     """Rows of per-head tables for each token: `[(B,) N, K]` and `[H, K, E]` to `[(B,) H, N, E]`."""
     heads, kinds, width = tables.shape
-    found = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
-    return found.unflatten(-1, (heads, width)).movedim(-2, -3)
+    chosen = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
+    return chosen.unflatten(-1, (heads, width)).movedim(-2, -3)
 
 
 def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_heads: int) -> BiasFactors:

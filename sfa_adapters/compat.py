@@ -74,8 +74,8 @@ def check_versions() -> None:
 
 def _release(text: str) -> tuple[int, ...]:
     """(2, 16) of "2.16.0.dev20261101+cu130": what is before a release counts as the release; zeros do not count."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
+    release_match = re.match(r"\d+(\.\d+)*", text)
+    numbers = [int(part) for part in release_match[0].split(".")] if release_match else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

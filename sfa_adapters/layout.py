@@ -99,9 +99,9 @@ class TokenLayout:
     def __post_init__(self) -> None:
         shape = self.block.shape
         if self.rows.index.shape != shape or self.columns.index.shape != shape:
-            found = [tuple(axis.index.shape) for axis in (self.rows, self.columns)]
+            shapes = [tuple(axis.index.shape) for axis in (self.rows, self.columns)]
             raise LayoutError(
-                f"block {tuple(shape)}, row {found[0]} and column {found[1]} "
+                f"block {tuple(shape)}, row {shapes[0]} and column {shapes[1]} "
                 "must have one shape, [tokens] or [batch, tokens]."
             )
         if not 0 <= self.prefix_tokens <= shape[-1]:

@@ -128,13 +128,13 @@ def _model_class(name: str, family: str) -> type:
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             prompts = [(r.args[0], self._images(r.args[2:]), self._target(r.args)) for r in requests]
-            found = [(float("inf"), False)] * len(requests)
+            likelihoods = [(float("inf"), False)] * len(requests)
             for number, chance, greedy in self._shown(self.answers.loglikelihood(prompts), requests):
                 # Negative: lmms-eval takes the smallest value for the likeliest answer, because its own models give
                 # losses.
-                found[number] = (-chance, greedy)
+                likelihoods[number] = (-chance, greedy)
             # A bare pair would be made a text by the evaluator of 0.7, on which every task of choices fails.
-            return [result(text=pair) for pair in found]
+            return [result(text=pair) for pair in likelihoods]
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
             raise NotImplementedError(f"{name} answers in one turn; tasks of several rounds are not for it.")

@@ -96,23 +96,23 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
     check_adapter_name(adapter_name)
-    found = find_tower(model, config.tower_path)
-    if found.backbone.check is not None:
-        found.backbone.check(found.tower)
-    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
+    located = find_tower(model, config.tower_path)
+    if located.backbone.check is not None:
+        located.backbone.check(located.tower)
+    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in located.attentions)
     if min(heads) < 1:
-        name, module = found.attentions[heads.index(min(heads))]
+        name, module = located.attentions[heads.index(min(heads))]
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
-    geometry = found.backbone.geometry(found.tower)
-    plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    geometry = located.backbone.geometry(located.tower)
+    plan = InjectionPlan(located, geometry, heads, _choose_layers(located, config.layers_to_transform))
     if config.init == "axial" and config.tower is None:  # a saved adapter brings its values
         check_heads(config.init_heads, config.terms, plan.num_heads, plan.layers)
     for name, _, layer in injected_layers(model):
-        elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
+        elsewhere = bool(located.name) and not name.startswith(f"{located.name}.")
         if elsewhere and adapter_name in layer.configs:
             raise InjectionError(
                 f"{layer.state.tower_name} has an SFA adapter named {adapter_name!r}: choose another adapter_name for "
-                f"{found.name}, so that each is saved in a folder of its own."
+                f"{located.name}, so that each is saved in a folder of its own."
             )
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
@@ -156,8 +156,8 @@ def check_adapter_name(name: Any) -> None:
         )
 
 
-def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
-    total, used = len(found.attentions), found.used_layers
+def _choose_layers(located: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
+    total, used = len(located.attentions), located.used_layers
     if wanted is None:
         return tuple(range(used))
     indices = [wanted] if isinstance(wanted, int) else list(wanted)
@@ -199,30 +199,32 @@ def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
         if config.tower is not None:
-            told = config.tower["num_heads"]
-            heads: list[int] = [told] * config.tower["num_layers"] if isinstance(told, int) else told
+            saved_counts = config.tower["num_heads"]
+            heads: list[int] = (
+                [saved_counts] * config.tower["num_layers"] if isinstance(saved_counts, int) else saved_counts
+            )
             heads = [counts.get(number, count) for number, count in enumerate(heads)]
             config.tower = {**config.tower, "num_heads": one_or_each(heads)}
 
 
 def prepare_tower(plan: InjectionPlan) -> TowerState:
     """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
-    found = plan.found
-    tower = found.tower
+    located = plan.found
+    tower = located.tower
     if (there := state_of(tower, SFA)) is not None:
         return there
-    state = TowerState(found.backbone, plan.geometry, found.name)
+    state = TowerState(located.backbone, plan.geometry, located.name)
     implementation = getattr(getattr(tower, "config", None), "_attn_implementation", None)
     if isinstance(implementation, str) and "flash" in implementation:
         logger.warning(
             "%s ran on %s, which takes no bias; it is moved to sdpa, where the folded bias uses the same flash kernel.",
-            found.name or type(tower).__name__,
+            located.name or type(tower).__name__,
             implementation,
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    above = len(found.name) + 1 if found.name else 0
-    hook_tower(tower, [name[above:] for name, _ in found.attentions], state)
+    above = len(located.name) + 1 if located.name else 0
+    hook_tower(tower, [name[above:] for name, _ in located.attentions], state)
     return state
 
 
@@ -253,8 +255,8 @@ def add_adapter(
 
 def injected_layers(model: nn.Module) -> list[tuple[str, nn.Module, SFALayer]]:
     """Path, attention module and SFA layer of every adapted layer of a model, in order."""
-    found = [(name, module, module._modules.get(CHILD_NAME)) for name, module in model.named_modules()]
-    return [(name, module, layer) for name, module, layer in found if isinstance(layer, SFALayer)]
+    children = [(name, module, module._modules.get(CHILD_NAME)) for name, module in model.named_modules()]
+    return [(name, module, layer) for name, module, layer in children if isinstance(layer, SFALayer)]
 
 
 def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:

@@ -146,10 +146,10 @@ def _measured(
         )
         values = _answers(evaluation, hallucination) | _attention(host, pages, config.seed)
         values |= _dominance(host, pages)
-        for region, told in enumerate(("dense", "sparse")):
+        for region, kind in enumerate(("dense", "sparse")):
             means = np.full(len(pages), np.nan)  # pages without such a region
             means[list(entropy.images)] = entropy.values[:, region].mean((-2, -1))
-            values[f"H/log n, {told}"] = means
+            values[f"H/log n, {kind}"] = means
     return Arm(name, values, entropy, hallucination)
 
 
@@ -160,15 +160,15 @@ def _answers(evaluation: Evaluation, report: HallucinationReport) -> Values:
 
 
 def _dominance(host: NanoHost, pages: Sequence[Chart]) -> Values:
-    asked = [questions_for(page.table)[0].text for page in pages]
-    prompts = [encode(host, [page.image], [text]) for page, text in zip(pages, asked, strict=True)]
+    questions = [questions_for(page.table)[0].text for page in pages]
+    prompts = [encode(host, [page.image], [text]) for page, text in zip(pages, questions, strict=True)]
     report = modality_dominance(host.model, prompts, layers={"first": [0], "last": [3]}, max_new_tokens=8)
-    found: Values = {}
+    measured_values: Values = {}
     for stage in report.stages:
         values = np.full(len(pages), np.nan)  # an answer of one token has no query
         values[list(report.samples)] = report.per_sample(stage)["mdi"]
-        found[f"MDI, {stage} layer"] = values
-    return found
+        measured_values[f"MDI, {stage} layer"] = values
+    return measured_values
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def _attention(host: NanoHost, pages: Sequence[Chart], seed: int) -> Values:
         "mass on the evidence": ("grounding", "grounding_mass"),
         "divergence, nats": ("stability", "stability"),
     }
-    found: dict[str, list[float]] = {name: [] for name in names}
+    measured_values: dict[str, list[float]] = {name: [] for name in names}
     for page in pages:
         questions = [question for question in questions_for(page.table) if question.type == "value"][:3]
         batch = encode_packed(host, [page.image], [[(q.text, q.answer) for q in questions]])
@@ -190,8 +190,8 @@ def _attention(host: NanoHost, pages: Sequence[Chart], seed: int) -> Values:
             outputs = host.model(**batch, use_cache=False)
         _, terms = scr(outputs, batch, evidence_mask=evidence_mask(batch["labels"], [page], [questions]))
         for name, (term, quantity) in names.items():
-            found[name].append(terms[quantity] if terms[f"{term}_used"] else float("nan"))
-    return {name: np.array(values) for name, values in found.items()}
+            measured_values[name].append(terms[quantity] if terms[f"{term}_used"] else float("nan"))
+    return {name: np.array(values) for name, values in measured_values.items()}
 
 
 def _rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
@@ -222,9 +222,9 @@ def _table(arms: Sequence[Arm]) -> Table:
     """Means and half the width of their 95% intervals; whole intervals would not fit a terminal."""
     table = Table("mean +- half of the 95% interval", *(arm.name for arm in arms))
     for quantity in arms[0].values:
-        found = [_mean(arm.values[quantity]) for arm in arms]
-        digits = 1 if max(abs(value.value) for value in found) >= 10 else 3
-        table.add_row(quantity, *(f"{v.value:.{digits}f}\n+-{(v.high - v.low) / 2:.{digits}f}" for v in found))
+        intervals = [_mean(arm.values[quantity]) for arm in arms]
+        digits = 1 if max(abs(value.value) for value in intervals) >= 10 else 3
+        table.add_row(quantity, *(f"{v.value:.{digits}f}\n+-{(v.high - v.low) / 2:.{digits}f}" for v in intervals))
     return table
 
 

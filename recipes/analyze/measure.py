@@ -57,8 +57,8 @@ def run_entropy(
         tower, statistics = host.model, STATISTICS
     else:
         tower, batches, statistics = _tower(model, images)
-    found = track(batches, description="entropy", transient=True)
-    report = attention_entropy(tower, found, threshold=threshold, **statistics)
+    tracked = track(batches, description="entropy", transient=True)
+    report = attention_entropy(tower, tracked, threshold=threshold, **statistics)
     rows = [row for row in report.table() if row.get("head") in (None, "all", "")]
     columns = ("layer", "dense_nats", "sparse_nats", "ratio", "ratio_low", "ratio_high")
     _leave(report, out, "entropy", rows, columns)
@@ -92,13 +92,13 @@ def run_dominance(
     tokenizer: Any = None
     if model is None:
         host, samples = _nano(charts)
-        asked, prompts = host.model, [encode(host, [sample.image], [sample.question]) for sample in samples]
+        prompts_of_host, prompts = host.model, [encode(host, [sample.image], [sample.question]) for sample in samples]
     else:
-        asked, processor = load_own(model)
+        prompts_of_host, processor = load_own(model)
         tokenizer = processor.tokenizer
         prompts = [own_prompt(processor, as_image(path), question or "") for path in images]
-    found = track(prompts, description="dominance", transient=True)
-    report = modality_dominance(asked, found, queries=queries, layers=layers, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
+    tracked = track(prompts, description="dominance", transient=True)
+    report = modality_dominance(prompts_of_host, tracked, queries=queries, layers=layers, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
     columns = ("stage", "average", "mdi", "mdi_low", "mdi_high", "aei_text")
     _leave(report, out, "dominance", report.table(), columns)
 
@@ -133,12 +133,12 @@ def run_map(
     _together(model, () if image is None else (image,), question)
     if model is None or image is None:
         host, samples = _nano(chart + 1)
-        asked, page = host.model, samples[chart].image
-        inputs, told = encode(host, [page], [samples[chart].question]), samples[chart].question
-        told = f"{told!r}; true answer {samples[chart].answer!r}"
+        host_model, page = host.model, samples[chart].image
+        inputs, question_text = encode(host, [page], [samples[chart].question]), samples[chart].question
+        question_text = f"{question_text!r}; true answer {samples[chart].answer!r}"
     else:
-        asked, processor = load_own(model)
-        page, told = as_image(image), repr(question)
+        host_model, processor = load_own(model)
+        page, question_text = as_image(image), repr(question)
         inputs = own_prompt(processor, page, question or "")
     place = None
     if patch is not None:
@@ -147,14 +147,14 @@ def run_map(
             raise DataError(f"--patch {patch} must be a row and a column, such as 3,4.")
         place = (int(parts[0]), int(parts[1]))
     if rollout:
-        found = attention_rollout(asked, inputs, patch=place)
+        heat_map = attention_rollout(host_model, inputs, patch=place)
     elif place is not None:
-        found = attention_map(asked, inputs, patch=place)
+        heat_map = attention_map(host_model, inputs, patch=place)
     else:
-        found = attention_map(asked, inputs, answer_token=token)
-    best = sorted(found.table(), key=lambda row: -row["attention"])[:5]
-    Console().print(f"{told}; the five patches with most attention:")
-    _leave(found, out, "map", best, ("row", "column", "attention"), figure=found.figure(np.asarray(page)))
+        heat_map = attention_map(host_model, inputs, answer_token=token)
+    best = sorted(heat_map.table(), key=lambda row: -row["attention"])[:5]
+    Console().print(f"{question_text}; the five patches with most attention:")
+    _leave(heat_map, out, "map", best, ("row", "column", "attention"), figure=heat_map.figure(np.asarray(page)))
 
 
 def run_hallucination(file: Path, out: Path, mode: str = "reference") -> None:
@@ -220,6 +220,6 @@ def _leave(report: Any, out: Path, name: str, rows: Sequence[Any], columns: Sequ
     console.print(table)
     skipped = getattr(report, "skipped", None)
     if skipped:
-        told = report.skip_reasons if hasattr(report, "skip_reasons") else skipped.counts()
-        console.print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in told.items()))
+        reasons = report.skip_reasons if hasattr(report, "skip_reasons") else skipped.counts()
+        console.print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
     console.print(f"{name}.json, .csv and .png are in {out}/")

@@ -97,11 +97,11 @@ def _cell(value: str) -> str | list[str]:
     """A JSON list of texts, or the cell as it is: a model may well say "[1"."""
     if value.startswith("["):
         try:
-            found = json.loads(value)
+            value_read = json.loads(value)
         except ValueError:
             return value
-        if isinstance(found, list) and all(isinstance(text, str) for text in found):
-            return found
+        if isinstance(value_read, list) and all(isinstance(text, str) for text in value_read):
+            return value_read
     return value
 
 

@@ -133,13 +133,13 @@ def run_budgets(config: BudgetConfig, console: Console | None = None) -> list[Ru
     draw_pages(config.out, config.scorer)  # pyright: ignore[reportArgumentType]
     with console.status(f"drawing {config.questions} test charts"):
         samples = chart_samples("test", config.questions)
-    found: dict[tuple[str, int], list[tuple[Evaluation, float, float]]] = {}
+    measured_arms: dict[tuple[str, int], list[tuple[Evaluation, float, float]]] = {}
     for seed in range(config.seeds):
         charts = training_charts(config.charts, seed, console)
         for method, budget in _arms():
             result = _one(host, method, budget, charts, samples, config, seed, console)
-            found.setdefault((method, budget), []).append(result)
-    runs = [_summary(method, budget, results) for (method, budget), results in found.items()]
+            measured_arms.setdefault((method, budget), []).append(result)
+    runs = [_summary(method, budget, results) for (method, budget), results in measured_arms.items()]
     _write(runs, config, samples)
     console.print(_table(runs, config))
     console.print(f"Everything is in {config.out}/")
@@ -237,8 +237,8 @@ def _write(runs: Sequence[Run], config: BudgetConfig, samples: Sequence[ChartSam
         seeds = ", ".join(f"{100 * value:.1f}" for value in run.by_seed)
         cells = (run.method, run.budget, f"{run.tokens:.0f}", _percent(run.accuracy), seeds, f"{run.ms:.1f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
-    (config.out / "tokens.md").write_text("\n".join(["# sfa analyze tokens", "", told, "", *lines]) + "\n")
+    listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+    (config.out / "tokens.md").write_text("\n".join(["# sfa analyze tokens", "", listed, "", *lines]) + "\n")
 
 
 def draw_pages(folder: Path, scorer: Scorer = "density", budget: float = 0.5) -> None:

@@ -110,11 +110,11 @@ def _draw_tokens(axis: Any, plan: PatchPlan) -> None:
     colours = level_colours(len(plan.sides))
     # Coarse first: where a large token meets a small one, the line of the small one is on top.
     for level in range(len(plan.sides) - 1, -1, -1):
-        own = plan.token_level.numpy() == level
+        of_level = plan.token_level.numpy() == level
         coarsest = level == len(plan.sides) - 1 and level > 0
         axis.add_collection(
             PolyCollection(
-                list(corners[:, :, own].transpose(2, 0, 1)),
+                list(corners[:, :, of_level].transpose(2, 0, 1)),
                 facecolors=to_rgba(colours[level], 0.10 if coarsest else 0.30),
                 edgecolors=to_rgba(colours[level], 0.9),
                 linewidths=0.6,
@@ -243,15 +243,15 @@ def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Pa
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         for number, method in enumerate(methods):
-            own = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
+            of_method = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
             colour, marker, line = LINES[number % len(LINES)]
             style: dict[str, Any] = {
                 "color": colour, "marker": marker, "linestyle": line, "linewidth": 2.4, "markersize": 9, "label": method
             }  # fmt: skip
             if panel == "ms":
-                axis.plot([100 * row.ratio for row in own], [row.ms for row in own], **style)
+                axis.plot([100 * row.ratio for row in of_method], [row.ms for row in of_method], **style)
                 continue
-            known = [(100 * row.ratio, row.accuracy) for row in own if row.accuracy is not None]
+            known = [(100 * row.ratio, row.accuracy) for row in of_method if row.accuracy is not None]
             if not known:
                 continue
             values = np.array([(a.value, a.value - a.low, a.high - a.value) for _, a in known]).T * 100
@@ -259,8 +259,8 @@ def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Pa
             places = [x + 0.8 * (number - (len(methods) - 1) / 2) for x, _ in known]
             axis.errorbar(places, values[0], yerr=values[1:].clip(min=0), capsize=4, elinewidth=1.6, **style)
         axis.set_xlabel("tokens left, % of uniform", fontsize=LABEL)
-        told = {"accuracy": "accuracy, % (95% interval)", "ms": "encoder, ms per image"}
-        axis.set_title(told[panel], fontsize=TITLE, pad=10)
+        axis_labels = {"accuracy": "accuracy, % (95% interval)", "ms": "encoder, ms per image"}
+        axis.set_title(axis_labels[panel], fontsize=TITLE, pad=10)
         axis.tick_params(labelsize=LABEL - 1)
         axis.grid(color="#dddddd", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -69,20 +69,26 @@ def run_bench_heads(config: HeadBenchConfig) -> HeadBench:
         raise RecipeError(f"No plan removes a head: {left_out[0][-1]}")
     whole = ask(subject.host, subject.model, subject.samples) if subject.host is not None and subject.samples else None
     todo: list[tuple[tuple[str, str, float], list[HeadPlan], Any]]
-    todo = [(key, own, compensation) for key, own in plans.items() for compensation in config.compensations]
+    todo = [
+        (key, plan_of_run, compensation) for key, plan_of_run in plans.items() for compensation in config.compensations
+    ]
     known: dict[tuple[Any, ...], tuple[PruneReceipt, Asked | None]] = {}
     arms = []
-    for (method, kind, rate), own, compensation in track(todo, description="pruning and asking", transient=True):
+    for (method, kind, rate), plan_of_run, compensation in track(
+        todo, description="pruning and asking", transient=True
+    ):
         runs = []
-        for plan in own:
+        for plan in plan_of_run:
             # Different ways may come to the same heads: those are measured once.
             same = (compensation, *sorted(plan.removed.items()))
             if same not in known:
                 known[same] = _measured(config, subject, plan, compensation)
             runs.append(known[same])
-        asked = [found for _, found in runs if found is not None]
-        quality = quality_of(asked, whole) if whole is not None else None
-        arms.append(HeadArm(method, kind, rate, compensation, own[0].count, own[0].total, runs[0][0], quality))
+        qualities = [measured_quality for _, measured_quality in runs if measured_quality is not None]
+        quality = quality_of(qualities, whole) if whole is not None else None
+        arms.append(
+            HeadArm(method, kind, rate, compensation, plan_of_run[0].count, plan_of_run[0].total, runs[0][0], quality)
+        )
     name = config.model or "nano host, 16 heads in each of 4 layers"
     bench = HeadBench(name, None if whole is None else quality_of([whole], whole), tuple(arms), tuple(left_out))
     write_bench(bench, config.out, {name: str(value) for name, value in asdict(config).items()})
@@ -129,7 +135,7 @@ def _plans(config: HeadBenchConfig, subject: _Subject) -> tuple[Plans, list[tupl
         for kind in config.plans:
             for rate in config.rates:
                 try:
-                    plans[method, kind, rate] = [plan_heads(own, rate, kind) for own in scores]  # pyright: ignore[reportArgumentType]
+                    plans[method, kind, rate] = [plan_heads(one, rate, kind) for one in scores]  # pyright: ignore[reportArgumentType]
                 except RecipeError as error:
                     left_out.append((method, kind, rate, str(error)))
     return plans, left_out
@@ -145,5 +151,5 @@ def _measured(
     prune_heads(model, plan, compensation, subject.batches if compensation == "bias" else None)
     receipt = prune_receipt(probe, model, rounds=config.rounds, tokens=config.tokens)
     del probe
-    found = ask(subject.host, model, subject.samples) if subject.host is not None and subject.samples else None
-    return receipt, found
+    quality = ask(subject.host, model, subject.samples) if subject.host is not None and subject.samples else None
+    return receipt, quality

@@ -50,22 +50,22 @@ def plot_bench_heads(bench: HeadBench, path: Path) -> Path:
 
 def _accuracy(bench: HeadBench, plan: str, axis: Any) -> None:
     assert bench.whole is not None
-    own = [arm for arm in bench.arms if arm.plan == plan]
+    of_plan = [arm for arm in bench.arms if arm.plan == plan]
     methods = list(dict.fromkeys(arm.method for arm in bench.arms))
     kinds = list(dict.fromkeys(arm.compensation for arm in bench.arms))
-    lines = list(dict.fromkeys((arm.method, arm.compensation) for arm in own))
+    lines = list(dict.fromkeys((arm.method, arm.compensation) for arm in of_plan))
     # Colour tells what varies; where both do, colour is the method and the line the compensation.
     for number, (method, kind) in enumerate(lines):
         place = methods.index(method) if len(methods) > 1 else kinds.index(kind)
         style = STYLES[kinds.index(kind) % 4] if len(methods) > 1 else "-"
         label = method if len(kinds) == 1 else kind if len(methods) == 1 else f"{method}, {kind}"
-        arms = sorted((a for a in own if (a.method, a.compensation) == (method, kind)), key=lambda a: a.removed)
-        told = [a.quality.accuracy for a in arms if a.quality is not None]
+        arms = sorted((a for a in of_plan if (a.method, a.compensation) == (method, kind)), key=lambda a: a.removed)
+        accuracies = [a.quality.accuracy for a in arms if a.quality is not None]
         # Lines at one share stand side by side, so that their intervals can be told apart.
         places = [100 * a.removed / a.total + 0.35 * (number - (len(lines) - 1) / 2) for a in arms]
-        error = [[100 * (t.value - t.low) for t in told], [100 * (t.high - t.value) for t in told]]
+        error = [[100 * (t.value - t.low) for t in accuracies], [100 * (t.high - t.value) for t in accuracies]]
         axis.errorbar(
-            places, [100 * t.value for t in told], yerr=error, label=label, color=COLOURS[place % 4],
+            places, [100 * t.value for t in accuracies], yerr=error, label=label, color=COLOURS[place % 4],
             marker=MARKERS[place % 4], linestyle=style, linewidth=2, markersize=7, capsize=3, elinewidth=1.2,
         )  # fmt: skip
     axis.axhline(100 * bench.whole.accuracy.value, color="black", linestyle="--", linewidth=1.4, label="all heads")
@@ -78,24 +78,24 @@ def _accuracy(bench: HeadBench, plan: str, axis: Any) -> None:
 def _speed(bench: HeadBench, axis: Any) -> None:
     """Arms that lost equally many heads are equally fast, so they are one point: their geometric mean."""
     for name, colour, marker in (("prefill", COLOURS[0], "o"), ("decode", COLOURS[1], "s")):
-        found: dict[float, list[tuple[Interval, float]]] = {}
+        by_share: dict[float, list[tuple[Interval, float]]] = {}
         for arm in bench.arms:
             speed = arm.receipt.speed
             ratio = None if speed is None else getattr(speed, f"{name}_ratio")
             if ratio is not None:
-                own = found.setdefault(100 * arm.removed / arm.total, [])
-                own.append((ratio, getattr(speed, f"expected_{name}")))
-        if not found:
+                of_share = by_share.setdefault(100 * arm.removed / arm.total, [])
+                of_share.append((ratio, getattr(speed, f"expected_{name}")))
+        if not by_share:
             continue
-        places = sorted(found)
-        measured = [_pooled([ratio for ratio, _ in found[place]]) for place in places]
+        places = sorted(by_share)
+        measured = [_pooled([ratio for ratio, _ in by_share[place]]) for place in places]
         error = [[m.value - m.low for m in measured], [m.high - m.value for m in measured]]
         shift = -0.25 if name == "prefill" else 0.25
         axis.errorbar(
             [place + shift for place in places], [m.value for m in measured], yerr=error, fmt=marker, color=colour,
             markersize=7, capsize=3, elinewidth=1.2, label=f"{name}, measured",
         )  # fmt: skip
-        expected = [np.mean([own for _, own in found[place]]) for place in places]
+        expected = [np.mean([of_share for _, of_share in by_share[place]]) for place in places]
         axis.plot(places, expected, color=colour, linewidth=2, label=f"{name}, expected")
     axis.axhline(1, color="black", linestyle="--", linewidth=1.4)
     axis.set_xlim(left=0)
@@ -106,5 +106,5 @@ def _speed(bench: HeadBench, axis: Any) -> None:
 def _pooled(ratios: Sequence[Interval]) -> Interval:
     if len(ratios) == 1:
         return ratios[0]
-    found = bootstrap(np.log([ratio.value for ratio in ratios]))
-    return Interval(*np.exp([found.value, found.low, found.high]).tolist())
+    interval = bootstrap(np.log([ratio.value for ratio in ratios]))
+    return Interval(*np.exp([interval.value, interval.low, interval.high]).tolist())

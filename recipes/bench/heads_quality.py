@@ -74,13 +74,13 @@ def ask(host: NanoHost, model: Any, samples: Sequence[ChartSample]) -> Asked:
         model: What answers: the pruned model itself.
         samples: The questions.
     """
-    found = evaluate(replace(host, model=model), samples)
+    evaluation = evaluate(replace(host, model=model), samples)
     first = samples[:LOOKED_AT]
     prompt = encode(host, [s.image for s in first], [s.question for s in first])
     layers = {"all": range(len(model.model.language_model.layers))}
     # Of the question's tokens: of the answer's, a host that says one token or nothing would drop out of the average.
     report = modality_dominance(model, [prompt], layers=layers, queries="text")
-    return Asked(found, report.per_sample("all")["mdi"])
+    return Asked(evaluation, report.per_sample("all")["mdi"])
 
 
 def quality_of(runs: Sequence[Asked], whole: Asked) -> HeadQuality:

@@ -76,15 +76,15 @@ def write_bench(bench: HeadBench, out: Path, options: Mapping[str, str]) -> None
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    told = {
+    record = {
         "options": dict(options),
         "torch": torch.__version__,
         "host": bench.host,
         "whole": None if bench.whole is None else asdict(bench.whole),
         "arms": rows,
-        "left_out": [dict(zip(("method", "plan", "rate", "reason"), own, strict=True)) for own in bench.left_out],
+        "left_out": [dict(zip(("method", "plan", "rate", "reason"), left, strict=True)) for left in bench.left_out],
     }
-    (out / "bench.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     console = Console()
     for method in dict.fromkeys(arm.method for arm in bench.arms):
         console.print(_table(bench, method))
@@ -122,7 +122,7 @@ def arm_row(arm: HeadArm) -> dict[str, Any]:
 
 def _table(bench: HeadBench, method: str) -> Table:
     """What fits 80 columns; all intervals are in the files."""
-    asked = bench.whole is not None
+    has_quality = bench.whole is not None
     table = Table(
         title=f"heads by {method}; speed in times of the whole host",
         box=box.SIMPLE_HEAD,
@@ -131,7 +131,7 @@ def _table(bench: HeadBench, method: str) -> Table:
     )
     table.add_column("plan", no_wrap=True)
     table.add_column("for the\nrest", no_wrap=True)
-    worth = ("accuracy\n% [95%]", "made\nup %", "MDI") if asked else ("output\nmoved", "weights\nMB", "peak\nMB")
+    worth = ("accuracy\n% [95%]", "made\nup %", "MDI") if has_quality else ("output\nmoved", "weights\nMB", "peak\nMB")
     for name in ("rate", "heads\ngone", *worth, "pre-\nfill", "de-\ncode", "cache\nMB"):
         table.add_column(name, justify="right", no_wrap=True)
     if bench.whole is not None:
@@ -159,5 +159,5 @@ def _table(bench: HeadBench, method: str) -> Table:
 
 def _worth(quality: Any) -> list[str]:
     accuracy = quality.accuracy
-    told = f"{100 * accuracy.value:.0f} [{100 * accuracy.low:.0f}, {100 * accuracy.high:.0f}]"
-    return [told, f"{100 * quality.invented.value:.0f}", f"{quality.mdi.value:.1f}"]
+    text = f"{100 * accuracy.value:.0f} [{100 * accuracy.low:.0f}, {100 * accuracy.high:.0f}]"
+    return [text, f"{100 * quality.invented.value:.0f}", f"{quality.mdi.value:.1f}"]

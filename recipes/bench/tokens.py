@@ -93,17 +93,17 @@ def run_bench(config: BenchConfig) -> list[Arm]:
     times: list[list[tuple[float, float]]] = [[] for _ in settings]
     memory = [_memory(model, setting, prompts[0], config.tokens) for setting in settings]  # also the warm-up
     for number in track(range(config.rounds), description="timing", transient=True):
-        for own, setting in zip(times, settings, strict=True):
+        for row, setting in zip(times, settings, strict=True):
             with _pruned(model, setting):
-                own.append(answer_seconds(model, prompts[number % len(prompts)], config.tokens))
+                row.append(answer_seconds(model, prompts[number % len(prompts)], config.tokens))
     arms = []
-    for own, setting, (tokens, cache, peak) in track(
+    for row, setting, (tokens, cache, peak) in track(
         zip(times, settings, memory, strict=True), "quality", len(settings), transient=True
     ):
         with _pruned(model, setting):
             quality = answer_quality(host, samples, setting) if host is not None and samples else None
-        ratios = [mine[0] / base[0] for mine, base in zip(own, times[0], strict=True)]
-        first, decode = (statistics.median(values) for values in zip(*own, strict=True))
+        ratios = [mine[0] / base[0] for mine, base in zip(row, times[0], strict=True)]
+        first, decode = (statistics.median(values) for values in zip(*row, strict=True))
         name, keep = (UNTOUCHED, 1.0) if setting is None else (setting.selector, 1 - (setting.ratio or 0))
         speed = (config.tokens - 1) / decode
         arms.append(Arm(name, keep, tokens, 1e3 * first, statistics.median(ratios), speed, cache, peak, quality))
@@ -167,8 +167,8 @@ def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    told = {"options": {k: str(v) for k, v in asdict(config).items()}, "torch": torch.__version__, "arms": rows}
-    (config.out / "bench.json").write_text(json.dumps(told, indent=2) + "\n")
+    record = {"options": {k: str(v) for k, v in asdict(config).items()}, "torch": torch.__version__, "arms": rows}
+    (config.out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
     console = Console()
     console.print(_table(arms))
     from sfa_adapters.recipes.bench.tokens_figure import plot_bench
@@ -186,10 +186,14 @@ def _table(arms: Sequence[Arm]) -> Table:
         table.add_column("\n".join(name.split()), justify="right")
     for arm in arms:
         times = [f"{arm.first_ms:.0f}", f"{arm.first_ratio:.2f}", f"{arm.per_second:.0f}"]
-        found = arm.quality
+        measured_quality = arm.quality
         worth = [""] * 3
-        if found is not None:
-            worth = [f"{100 * found.accuracy.value:.0f}", f"{100 * found.invented.value:.0f}", f"{found.mdi.value:.2f}"]
+        if measured_quality is not None:
+            worth = [
+                f"{100 * measured_quality.accuracy.value:.0f}",
+                f"{100 * measured_quality.invented.value:.0f}",
+                f"{measured_quality.mdi.value:.2f}",
+            ]
         memory = [f"{arm.cache_mb:.2f}", f"{arm.peak_mb:.1f}"]
         table.add_row(arm.selector, f"{arm.keep:.0%}", *times, *memory, *worth)
     return table

@@ -50,16 +50,18 @@ def plot_bench(arms: Sequence[Measured], path: Path) -> Path:
     figure = Figure(figsize=(13 if has_quality else 7, 5.6), dpi=120, layout="constrained")
     axes: Any = figure.subplots(1, 2 if has_quality else 1, squeeze=False)[0]
     for number, name in enumerate(names):
-        own = sorted((arm for arm in arms if arm.selector == name), key=lambda arm: arm.keep)
+        of_selector = sorted((arm for arm in arms if arm.selector == name), key=lambda arm: arm.keep)
         colour, marker = LINES[number % len(LINES)]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.2, "markersize": 8, "label": name}
-        axes[-1].plot([100 * arm.keep for arm in own], [100 * arm.first_ratio for arm in own], **style)
+        axes[-1].plot([100 * arm.keep for arm in of_selector], [100 * arm.first_ratio for arm in of_selector], **style)
         if has_quality:
-            told = [arm.quality.accuracy for arm in own]
-            error = [[100 * (a.value - a.low) for a in told], [100 * (a.high - a.value) for a in told]]
+            accuracies = [arm.quality.accuracy for arm in of_selector]
+            error = [[100 * (a.value - a.low) for a in accuracies], [100 * (a.high - a.value) for a in accuracies]]
             # Arms at one share stand side by side, so that their intervals can be told apart.
-            places = [100 * arm.keep + 1.1 * (number - (len(names) - 1) / 2) for arm in own]
-            axes[0].errorbar(places, [100 * a.value for a in told], yerr=error, capsize=4, elinewidth=1.4, **style)
+            places = [100 * arm.keep + 1.1 * (number - (len(names) - 1) / 2) for arm in of_selector]
+            axes[0].errorbar(
+                places, [100 * a.value for a in accuracies], yerr=error, capsize=4, elinewidth=1.4, **style
+            )
     if has_quality:
         base = untouched.quality.accuracy
         axes[0].axhline(100 * base.value, color="black", linestyle="--", linewidth=1.4, label="untouched")

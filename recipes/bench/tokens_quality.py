@@ -55,9 +55,9 @@ def answer_quality(host: NanoHost, samples: Sequence[ChartSample], setting: Fast
         samples: The questions.
         setting: Of FastV, or None.
     """
-    found = evaluate(host, samples)
+    evaluation = evaluate(host, samples)
     ratios = [_dominance(host, sample, setting) for sample in samples[:LOOKED_AT]]
-    return Quality(found.accuracy, found.fabricated_share, bootstrap(np.array(ratios)))
+    return Quality(evaluation.accuracy, evaluation.fabricated_share, bootstrap(np.array(ratios)))
 
 
 def _dominance(host: NanoHost, sample: ChartSample, setting: FastVConfig | None) -> float:
@@ -71,9 +71,9 @@ def _dominance(host: NanoHost, sample: ChartSample, setting: FastVConfig | None)
         per_token: list[tuple[float, float]] = []
 
         def read(call: AttentionCall) -> None:
-            own = image if call.index < first else behind
-            mass = call.logits(slice(None)).softmax(-1).mean((0, 1, 2))[: len(own)]
-            per_token.append((float(mass[~own].mean()), float(mass[own].mean())))
+            places = image if call.index < first else behind
+            mass = call.logits(slice(None)).softmax(-1).mean((0, 1, 2))[: len(places)]
+            per_token.append((float(mass[~places].mean()), float(mass[places].mean())))
 
         token = model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
         with observe(model, read, modules="language"):

@@ -155,11 +155,11 @@ def _tell(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
     console = Console()
     counts = "heads" if plan is None else "removed"
     table = Table("layer", "lowest", "highest", counts, *(() if plan is None else ("which",)), box=box.SIMPLE_HEAD)
-    for number, (name, own) in enumerate(scores.values.items()):
-        row = [str(number), f"{min(own):.4g}", f"{max(own):.4g}", str(len(own))]
+    for number, (name, head_scores) in enumerate(scores.values.items()):
+        row = [str(number), f"{min(head_scores):.4g}", f"{max(head_scores):.4g}", str(len(head_scores))]
         if plan is not None:
             gone = plan.removed[name]
-            row[-1:] = [f"{len(gone)} of {len(own)}", " ".join(map(str, gone)) or "-"]
+            row[-1:] = [f"{len(gone)} of {len(head_scores)}", " ".join(map(str, gone)) or "-"]
         table.add_row(*row)
     console.print(table)
     skipped = scores.data.get("skipped") or {}

@@ -93,8 +93,8 @@ def rendered(
         )
     if labels == "boxes":
         return PageSet(images, boxes)
-    found = _labels(images, "ocr" if labels == "ocr" else "edges", f"{labels} labels, {split}")
-    return PageSet(images, (found + boxes) / 2 if labels == "mix" else found)
+    labelled = _labels(images, "ocr" if labels == "ocr" else "edges", f"{labels} labels, {split}")
+    return PageSet(images, (labelled + boxes) / 2 if labels == "mix" else labelled)
 
 
 def _labels(images: np.ndarray, source: Literal["edges", "ocr"], what: str) -> np.ndarray:

@@ -176,12 +176,12 @@ def train_density(config: TrainConfig) -> Trained:
             step += 1
             bar.advance(task)
             if step % config.every == 0 or step == config.steps:
-                found = validate(model, held)
-                history.append((step, found))
-                if found < best:
-                    best = found
+                validation = validate(model, held)
+                history.append((step, validation))
+                if validation < best:
+                    best = validation
                     save_file(_tensors(model), config.out / "best.part")
                     (config.out / "best.part").replace(config.out / "best.safetensors")
                 _save(config, model, optimizer, {"step": step, "best": best, "history": history})
-                bar.console.print(f"step {step}/{config.steps}: validation loss {found:.6f}, best {best:.6f}")
+                bar.console.print(f"step {step}/{config.steps}: validation loss {validation:.6f}, best {best:.6f}")
     return Trained(config.out / "best.safetensors", best, history)

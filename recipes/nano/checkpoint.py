@@ -74,11 +74,11 @@ def nano_checkpoint(family: str, folder: str | Path, seed: int = 0) -> Path:
 def _is_written(folder: Path, mark: Mapping[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    found = folder / MARK
-    if not found.is_file():
+    marked = folder / MARK
+    if not marked.is_file():
         raise RecipeError(f"{folder} holds something else than a nano host. Name a new folder, or delete this one.")
-    if json.loads(found.read_text()) != mark:
-        raise RecipeError(f"{folder} holds another nano host: {found.read_text()}. Name a new folder, or delete it.")
+    if json.loads(marked.read_text()) != mark:
+        raise RecipeError(f"{folder} holds another nano host: {marked.read_text()}. Name a new folder, or delete it.")
     return True
 
 

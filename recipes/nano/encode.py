@@ -74,9 +74,9 @@ def encode(
         `input_ids` and `attention_mask` [B, L], `pixel_values`, what else the host needs, and `labels`.
     """
     rows, targets = [], []
-    asked = _ids(host.tokenizer, [f"{q}\n" for q in questions])
-    answered = [[]] * len(asked) if answers is None else [[*ids, EOS] for ids in _ids(host.tokenizer, answers)]
-    for ids, answer in zip(asked, answered, strict=True):
+    question_ids = _ids(host.tokenizer, [f"{q}\n" for q in questions])
+    answered = [[]] * len(question_ids) if answers is None else [[*ids, EOS] for ids in _ids(host.tokenizer, answers)]
+    for ids, answer in zip(question_ids, answered, strict=True):
         prompt = [IMAGE] * host.image_tokens + ids
         rows.append(torch.tensor(prompt + answer))
         targets.append(torch.tensor([IGNORE] * len(prompt) + answer))

@@ -199,8 +199,8 @@ def finetune(
 def _loss(
     host: NanoHost, charts: Sequence[Printed], questions: Sequence[Sequence[Question]], scr: SCRLoss | None
 ) -> Tensor:
-    asked = [[(question.text, question.answer) for question in own] for own in questions]
-    batch = encode_packed(host, [chart.image for chart in charts], asked)
+    pairs = [[(question.text, question.answer) for question in of_picture] for of_picture in questions]
+    batch = encode_packed(host, [chart.image for chart in charts], pairs)
     if scr is None:
         return host.model(**batch, use_cache=False).loss
     with scr.watch():
@@ -211,7 +211,9 @@ def _loss(
 
 def evidence_mask(labels: Tensor, charts: Sequence[Printed], questions: Sequence[Sequence[Question]]) -> Tensor:
     """Where the marks are printed that each answer rests on, `[B, L, patches]`, for `SCRLoss`."""
-    boxes = [[_evidence(chart, question) for question in own] for chart, own in zip(charts, questions, strict=True)]
+    boxes = [
+        [_evidence(chart, question) for question in of_chart] for chart, of_chart in zip(charts, questions, strict=True)
+    ]
     side = PIXELS // PATCH
     return packed_evidence(labels, boxes, (PIXELS, PIXELS), (side, side))
 
@@ -228,10 +230,10 @@ def _groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise DataError("Nothing to train: every parameter is frozen.")
-    own = [parameter for parameter in trained if id(parameter) not in scalars]
+    others = [parameter for parameter in trained if id(parameter) not in scalars]
     groups = [
-        {"params": [p for p in own if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
         {"params": [p for p in trained if id(p) in scalars], "lr": config.bias_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

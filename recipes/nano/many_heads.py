@@ -49,23 +49,23 @@ def split_heads(state: dict[str, Tensor], old_heads: int, old_size: int) -> dict
     half = old_size // 2
     pairs = [torch.cat((torch.arange(a, half, 2), torch.arange(a, half, 2) + half)) for a in (0, 1)]
     values = [torch.arange(b * half, (b + 1) * half) for b in (0, 1)]
-    found = {}
+    weights = {}
     for name, tensor in state.items():
         kind = name.split(".")[-2]
         if "language_model" not in name or kind not in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            found[name] = tensor
+            weights[name] = tensor
             continue
         if kind == "o_proj":  # columns; two heads share each half of the values, so each gives half of it
             heads = tensor.unflatten(1, (old_heads, old_size))
-            found[name] = torch.cat([heads[:, :, values[b]].flatten(1) / 2 for _ in (0, 1) for b in (0, 1)], 1)
+            weights[name] = torch.cat([heads[:, :, values[b]].flatten(1) / 2 for _ in (0, 1) for b in (0, 1)], 1)
             continue
         heads = tensor.unflatten(0, (old_heads, old_size))
         chosen = pairs if kind in ("q_proj", "k_proj") else values
         parts = [chosen[a if kind != "v_proj" else b] for a in (0, 1) for b in (0, 1)]
         # Half of the products divided by sqrt(16), not sqrt(32): queries grow by sqrt(2) to keep the logits' size.
         scale = 2**0.5 if kind == "q_proj" else 1.0
-        found[name] = torch.cat([heads[:, part].flatten(0, 1) * scale for part in parts])
-    return found
+        weights[name] = torch.cat([heads[:, part].flatten(0, 1) * scale for part in parts])
+    return weights
 
 
 def build_many_heads() -> NanoHost:
@@ -79,10 +79,10 @@ def build_many_heads() -> NanoHost:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlavaOnevisionForConditionalGeneration(config)
-    own = split_heads({n: p.detach() for n, p in nano.model.named_parameters()}, old_heads, old_size)
+    weights = split_heads({n: p.detach() for n, p in nano.model.named_parameters()}, old_heads, old_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(own[name])
+            parameter.copy_(weights[name])
     model.generation_config = nano.model.generation_config
     return NanoHost(nano.name, model.eval(), nano.tokenizer, nano.image_tokens)
 

@@ -99,6 +99,6 @@ def host_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str]
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """The id of one token of the vocabulary."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number

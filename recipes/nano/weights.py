@@ -30,10 +30,10 @@ def read_weights(file: Path, command: str, sha256: str | None = None) -> dict[st
         raise WeightsError(f"No weights of the nano host at {file}. Train them: {command}")
     raw = file.read_bytes()
     if sha256 is not None:
-        found = hashlib.sha256(raw).hexdigest()
-        if found != sha256:
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != sha256:
             raise WeightsError(
-                f"{file} has sha256 {found}, expected {sha256}: the file is damaged or another one. "
+                f"{file} has sha256 {digest}, expected {sha256}: the file is damaged or another one. "
                 f"Install the package again, or train the weights: {command}"
             )
     try:

@@ -96,11 +96,11 @@ def chart_samples(
         `limit` samples.
     """
     samples: list[ChartSample] = []
-    for asked in ask(split, limit, seed, types):
-        chart = draw(asked.table, asked.kind)
-        answers = (asked.question.answer,)
-        kind, text = asked.question.type, asked.question.text
-        samples.append(ChartSample(chart.image, text, answers, chart.texts, kind, chart.kind, asked.id))
+    for one_question in ask(split, limit, seed, types):
+        chart = draw(one_question.table, one_question.kind)
+        answers = (one_question.question.answer,)
+        kind, text = one_question.question.type, one_question.question.text
+        samples.append(ChartSample(chart.image, text, answers, chart.texts, kind, chart.kind, one_question.id))
     return samples
 
 
@@ -122,15 +122,15 @@ def ask(split: Split, limit: int, seed: int = 0, types: Sequence[QuestionType] =
     """What `chart_samples` asks, with nothing drawn; arguments as there."""
     rng = np.random.default_rng(seed)
     tables = load_tables(split)
-    found: list[Asked] = []
+    questions: list[Asked] = []
     order: list[int] = []
-    while len(found) < limit:
+    while len(questions) < limit:
         order = order or rng.permutation(len(tables)).tolist()
         table = tables[order.pop()]
-        wanted = types[len(found) % len(types)]
+        wanted = types[len(questions) % len(types)]
         fitting = [q for q in questions_for(table) if q.type == wanted]
         if fitting:
             question = fitting[int(rng.integers(len(fitting)))]
             kinds = kinds_for(table)
-            found.append(Asked(table, question, kinds[int(rng.integers(len(kinds)))]))
-    return found
+            questions.append(Asked(table, question, kinds[int(rng.integers(len(kinds)))]))
+    return questions

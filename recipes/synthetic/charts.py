@@ -131,11 +131,11 @@ class Canvas:
     def texts(self) -> tuple[TextBox, ...]:
         """All that was written, with boxes in pixels from the top left corner."""
         renderer = self.canvas.get_renderer()
-        found = []
+        drawn_texts = []
         for artist, tag in zip(self.axes.texts, self.tags, strict=True):
             b = artist.get_window_extent(renderer)
-            found.append(TextBox(artist.get_text(), *tag, (b.x0, SIZE - b.y1, b.x1, SIZE - b.y0)))
-        return tuple(found)
+            drawn_texts.append(TextBox(artist.get_text(), *tag, (b.x0, SIZE - b.y1, b.x1, SIZE - b.y0)))
+        return tuple(drawn_texts)
 
     def image(self) -> np.ndarray:
         """The picture, uint8 [144, 144, 3]."""

@@ -29,8 +29,8 @@ def hangul_font() -> Path:
         return _of_system()
     path = Path(named).expanduser()
     if not path.is_file() or not _has_hangul(path):
-        found = "is not there" if not path.is_file() else "cannot write Korean"
-        raise DataError(f"{VARIABLE}={named} {found}. {HELP}{VARIABLE}=/path/to/font.ttf")
+        problem = "is not there" if not path.is_file() else "cannot write Korean"
+        raise DataError(f"{VARIABLE}={named} {problem}. {HELP}{VARIABLE}=/path/to/font.ttf")
     return path
 
 

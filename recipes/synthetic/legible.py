@@ -91,13 +91,13 @@ def mark_patches(
     series, row = mark
     name = _codes(table.rows[row])
     group = [-1] * LENGTH if len(table.series) == 1 else _codes(table.series[series])
-    found = np.zeros((2, side, side), dtype=bool)
+    marks = np.zeros((2, side, side), dtype=bool)
     for r in record.tolist():
         value = r[4 + LENGTH :] == name + group
         if value or (r[4 : 4 + LENGTH] == name and r[-1] == -1):
             box = (r[0] + shift[0], r[1] + shift[1], r[2] + shift[0], r[3] + shift[1])
-            found[(0 if value else 1, *_patches(*box, side, patch))] = True
-    return found[0].ravel(), found[1].ravel()
+            marks[(0 if value else 1, *_patches(*box, side, patch))] = True
+    return marks[0].ravel(), marks[1].ravel()
 
 
 def reading_targets(records: Sequence[np.ndarray], shifts: Sequence[tuple[int, int]], side: int, patch: int) -> Tensor:

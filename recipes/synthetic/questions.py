@@ -55,21 +55,23 @@ def questions_for(table: Table) -> list[Question]:
         marks that differ, larger minus smaller.
     """
     value, difference, largest, among, inside, end = PHRASES
-    found: list[Question] = []
+    questions: list[Question] = []
     for s, name in enumerate(table.series):
         where = f"{inside}{name}{end}" if name else end
         values, rows = table.values[s], table.rows
-        found += [Question(f"{value}{row}{where}", table.text(s, i), "value", ((s, i),)) for i, row in enumerate(rows)]
+        questions += [
+            Question(f"{value}{row}{where}", table.text(s, i), "value", ((s, i),)) for i, row in enumerate(rows)
+        ]
         if values.count(max(values)) == 1:
             top = values.index(max(values))
-            found.append(Question(f"{largest}{where}", rows[top], "largest", ((s, top),)))
+            questions.append(Question(f"{largest}{where}", rows[top], "largest", ((s, top),)))
         for i, j in combinations(range(len(rows)), 2):
             gap = f"{abs(values[i] - values[j]):.{table.decimals}f}"
             if float(gap) > 0:
-                found.append(
+                questions.append(
                     Question(f"{difference}{rows[i]}{among}{rows[j]}{where}", gap, "difference", ((s, i), (s, j)))
                 )
-    return found
+    return questions
 
 
 def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generator) -> list[Question]:
@@ -83,10 +85,10 @@ def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generato
     Returns:
         Questions without repeats; at least one.
     """
-    asked = questions_for(table)
+    candidates = questions_for(table)
     picked: list[Question] = []
     for kind, mean in zip(QUESTION_TYPES, means, strict=True):
-        pool = [q for q in asked if q.type == kind]
+        pool = [q for q in candidates if q.type == kind]
         count = int(mean + rng.random())
         picked += [pool[i] for i in rng.permutation(len(pool))[:count]]
-    return picked or asked[:1]
+    return picked or candidates[:1]

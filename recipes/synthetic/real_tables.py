@@ -250,8 +250,8 @@ def _held_out() -> Iterator[Table | None]:
 
 @cache
 def _all_tables() -> tuple[Table, ...]:
-    found = {t.id: t for part in (_gapminder(), _vega(), _held_out()) for t in part if t is not None}
-    return tuple(found.values())
+    tables = {t.id: t for part in (_gapminder(), _vega(), _held_out()) for t in part if t is not None}
+    return tuple(tables.values())
 
 
 def load_tables(split: Split) -> list[Table]:

@@ -58,8 +58,8 @@ def rendered_rows(
     if name not in SPLITS:
         raise DataError(f"Rendered {kind} have no split {split!r}. Use one of {', '.join(SPLITS)}.")
     font = hangul_font() if language == "ko" else None
-    asked = tuple(enumerate(ask(name, DEFAULT if limit is None else limit, seed)))  # pyright: ignore[reportArgumentType]
-    return RenderedRows(kind == "charts", name, asked, font)  # pyright: ignore[reportArgumentType]
+    questions = tuple(enumerate(ask(name, DEFAULT if limit is None else limit, seed)))  # pyright: ignore[reportArgumentType]
+    return RenderedRows(kind == "charts", name, questions, font)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +88,13 @@ class RenderedRows(Sequence[Row]):
     def __getitem__(self, index: "int | slice") -> "Row | RenderedRows":
         if isinstance(index, slice):
             return replace(self, asked=self.asked[index])
-        number, asked = self.asked[index]
-        table, question = asked.table, asked.question
+        number, numbered_question = self.asked[index]
+        table, question = numbered_question.table, numbered_question.question
         if self.font is not None:
             table = in_korean(table, number)
             question = korean_question(question, table)
         if self.charts:
-            image, texts, size, title = *_chart(replace(asked, table=table), self.font), CHART, ""
+            image, texts, size, title = *_chart(replace(numbered_question, table=table), self.font), CHART, ""
         else:
             face = _face() if self.font is None else self.font
             page = draw_page(table, face, number, *(() if self.font is None else (WORDS,)))
@@ -111,18 +111,18 @@ class RenderedRows(Sequence[Row]):
             boxes=tuple(marks[mark] for mark in question.marks),
             page_size=(size, size),
             kind=question.type,
-            where=f"{source} ({self.split}), {asked.id}",
+            where=f"{source} ({self.split}), {numbered_question.id}",
         )
 
 
-def _chart(asked: Asked, font: Path | None) -> tuple[np.ndarray, tuple[TextBox, ...]]:
+def _chart(question: Asked, font: Path | None) -> tuple[np.ndarray, tuple[TextBox, ...]]:
     if font is None:
-        chart = draw(asked.table, asked.kind)
+        chart = draw(question.table, question.kind)
     else:
         import matplotlib
 
         with matplotlib.rc_context({"font.family": [_family(font), "DejaVu Sans"]}):
-            chart = draw(asked.table, asked.kind)
+            chart = draw(question.table, question.kind)
     return chart.image, chart.texts
 
 

@@ -44,11 +44,11 @@ def _names(rng: np.random.Generator, n: int, level: Level, known: list[str]) -> 
         return tuple(MONTHS[(start + i) % 12] for i in range(n)), True
     if pick < 0.5:
         return tuple(known[i] for i in rng.choice(len(known), n, replace=False)), False
-    found: dict[str, None] = {}  # a set would come in another order in every process
-    while len(found) < n:
+    names: dict[str, None] = {}  # a set would come in another order in every process
+    while len(names) < n:
         length = int(rng.choice([1, 2, 3])) if level == "easy" else int(rng.choice([2, 3, 3, 3]))
-        found["".join(chr(65 + c) for c in rng.integers(0, 26, length))] = None
-    return tuple(found), False
+        names["".join(chr(65 + c) for c in rng.integers(0, 26, length))] = None
+    return tuple(names), False
 
 
 def augmented_table(rng: np.random.Generator, level: Level, known: list[str]) -> Table:
@@ -134,8 +134,8 @@ def render_shard(folder: Path, level: Level, count: int, seed: int, workers: int
             for i in range(chunks)
         ]
         for job in track(as_completed(jobs), total=chunks, description=f"rendering {folder.name}"):
-            start, found = job.result()
-            lines[start] = found
+            start, rendered = job.result()
+            lines[start] = rendered
     temporary = folder / "tables.part"
     temporary.write_text("\n".join(line for start in sorted(lines) for line in lines[start]), encoding="utf-8")
     temporary.rename(folder / "tables.jsonl")  # last: a shard that was cut off is rendered again

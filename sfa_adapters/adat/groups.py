@@ -87,17 +87,17 @@ def drop_blank_groups(
         PlanError: A key is missing, or the batch holds videos.
     """
     policy = policy or GroupPolicy()
-    found = find_tower(model)
+    located = find_tower(model)
     core: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-    if found.backbone.name != "qwen2_5_vit" or core is None:
+    if located.backbone.name != "qwen2_5_vit" or core is None:
         raise InjectionError(f"drop_blank_groups is for Qwen2.5-VL; {type(model).__name__} takes inject_adat(model).")
     missing = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"} - set(inputs)
     if missing or inputs.get("pixel_values_videos") is not None:
         what = f"lacks {sorted(missing)}" if missing else "holds videos"
         raise PlanError(f"The batch {what}; give what the processor returns for text and still images.")
-    vision: Any = found.tower.config
+    vision: Any = located.tower.config
     grids = [(int(h), int(w)) for _, h, w in inputs["image_grid_thw"].tolist()]
-    statistics = image_statistics(found)
+    statistics = image_statistics(located)
     assert statistics is not None
     kept = _kept(inputs["pixel_values"], grids, vision, policy, statistics)
     tower, tokens = _tower_inputs(inputs, grids, kept, vision)

@@ -60,17 +60,17 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
         tokenizer = AdaptiveTokenizer(policy=tokenizer)
     tokenizer = tokenizer or AdaptiveTokenizer()
     check_allowed(model, "adat", InjectionError)
-    found = find_tower(model)
-    _check(found, tokenizer)
-    tower, seam = found.tower, found.backbone.patches
+    located = find_tower(model)
+    _check(located, tokenizer)
+    tower, seam = located.tower, located.backbone.patches
     assert seam is not None
     projection: Any = tower.get_submodule(seam.projection)
-    geometry = found.backbone.geometry(tower)
+    geometry = located.backbone.geometry(tower)
     assert geometry.grid is not None
     state = AdatState(
         tower,
         tokenizer,
-        found.backbone,
+        located.backbone,
         seam,
         geometry.prefix_tokens,
         geometry.grid,
@@ -79,21 +79,21 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     if tokenizer.residual:
         width, weight = projection.out_channels, projection.weight
         tower.add_module(RESIDUAL_NAME, LargePatchResidual(width, weight.device, weight.dtype))
-    above = len(found.name) + 1 if found.name else 0
-    watch_forwards(tower, [name[above:] for name, _ in found.attentions], ADAT, state)
-    watch_input(tower, found.backbone, ADAT, state, seam.images)
+    above = len(located.name) + 1 if located.name else 0
+    watch_forwards(tower, [name[above:] for name, _ in located.attentions], ADAT, state)
+    watch_input(tower, located.backbone, ADAT, state, seam.images)
     attach(tower.get_submodule(seam.tokens_in), ADAT, state, pre=exchange_hook)
-    for _, attention in found.attentions:
-        attach_to_attention(attention, ADAT, state, found.backbone.mask_argument, attention_hook, attended_hook)
+    for _, attention in located.attentions:
+        attach_to_attention(attention, ADAT, state, located.backbone.mask_argument, attention_hook, attended_hook)
     attach(tower.get_submodule(seam.tokens_out), ADAT, state, post=lay_out_hook)
     if tower is not tower.get_submodule(seam.tokens_out):
         attach(tower, ADAT, state, post=tower_hook)
     return model
 
 
-def _check(found: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
-    tower, backbone, seam = found.tower, found.backbone, found.backbone.patches
-    where = found.name or type(tower).__name__
+def _check(located: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
+    tower, backbone, seam = located.tower, located.backbone, located.backbone.patches
+    where = located.name or type(tower).__name__
     if seam is None:
         raise InjectionError(
             f"{where} is a {backbone.name} tower; adaptive tokens need a fixed grid with absolute position embeddings. "

@@ -169,11 +169,11 @@ class PatchPolicy:
     def _merged(self, patch: int) -> list[Level]:
         """(Threshold, n, patch) of each level; of levels with the same n the lowest threshold decides."""
         cell = self.cell_of(patch)
-        found: dict[int, Level] = {}
+        merged: dict[int, Level] = {}
         for threshold, size in self.levels:
             side = max(1, (2 * cell + size) // (2 * size))
-            found[side] = (threshold, side, size)
-        return list(found.values())
+            merged[side] = (threshold, side, size)
+        return list(merged.values())
 
     def _own_patch_density(self, patch: int) -> float:
         """A density that picks the level nearest to the tower's own patch size: what `scorer="uniform"` gives."""

@@ -151,10 +151,12 @@ class AdatState:
         height, width = (side // patch * patch for side in images.shape[-2:])
         if not height or not width:
             raise PlanError(f"An image of {tuple(images.shape[-2:])} px is smaller than one patch of {patch} px.")
-        found = self.seam.statistics(self.tower)
+        known_statistics = self.seam.statistics(self.tower)
         mean, std = (
             torch.tensor(chosen or default, device=images.device, dtype=torch.float32).view(3, 1, 1)
-            for chosen, default in zip((self.tokenizer.image_mean, self.tokenizer.image_std), found, strict=True)
+            for chosen, default in zip(
+                (self.tokenizer.image_mean, self.tokenizer.image_std), known_statistics, strict=True
+            )
         )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
@@ -166,47 +168,47 @@ class AdatState:
 
     # -- 2: in front of the encoder -----------------------------------------------------------------------------------
 
-    def exchange(self, own: Tensor) -> Tensor:
+    def exchange(self, tokens: Tensor) -> Tensor:
         """The planned tokens instead of the tower's own.
 
         Args:
-            own: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
+            tokens: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
 
         Returns:
             `[1, T, D]`, prefix tokens in front of each image.
         """
-        now = self.forward_of(own)
+        now = self.forward_of(tokens)
         images = self.waiting_images if now is self.latest else now.images
         self.waiting_images = None
         if images is None and backward_task() != NOT_IN_BACKWARD:
             images = now.images
-        if images is None or len(now.plans) != len(own):
+        if images is None or len(now.plans) != len(tokens):
             raise LayoutError(
                 "Embedded tokens reached the encoder without images in front of them: adaptive tokens need the images. "
                 "Call the tower with pixel values, not with embeddings."
             )
         plan = now.plans[0]
         grid = tuple(side // plan.patch for side in plan.image_size)
-        if own.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
+        if tokens.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
             raise LayoutError(
-                f"The tower embedded {own.shape[1]} tokens, expected {grid[0]}x{grid[1]} and {self.prefix_tokens}."
+                f"The tower embedded {tokens.shape[1]} tokens, expected {grid[0]}x{grid[1]} and {self.prefix_tokens}."
             )
         tower = self.tower
         projection: Any = tower.get_submodule(self.seam.projection)
         residual: Any = tower._modules.get(RESIDUAL_NAME)
         positions = self._positions(tower, grid)
-        prefix, patches = own[:, : self.prefix_tokens], own[:, self.prefix_tokens :]
-        found = self.embedder(projection, positions, now.plans, images, patches, residual)
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        exchanged = self.embedder(projection, positions, now.plans, images, patches, residual)
         if residual is not None and torch.is_grad_enabled():
             # Without a large patch in the batch its parameters would have no gradient, and DDP would stop.
-            found[0] = found[0] + 0.0 * sum(p.sum() for p in residual.parameters())
+            exchanged[0] = exchanged[0] + 0.0 * sum(p.sum() for p in residual.parameters())
         lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in now.plans)
         plans, count = now.plans, self.prefix_tokens
         if now.packing is None:  # a recomputation has it already, and SFA, too
             now.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
             if (sfa := state_of(tower, "sfa")) is not None:  # its bias follows
                 sfa.packing = now.packing
-        return torch.cat([part for pair in zip(prefix, found, strict=True) for part in pair])[None]
+        return torch.cat([part for pair in zip(prefix, exchanged, strict=True) for part in pair])[None]
 
     def _positions(self, tower: nn.Module, grid: tuple[int, ...]) -> Tensor:
         table = self.seam.positions(tower).unflatten(0, self.own_grid)

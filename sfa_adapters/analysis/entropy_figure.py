@@ -97,9 +97,9 @@ def _violins(axis: Any, report: _Report) -> None:
     axis.set_xticks(range(len(layers)), layers)
 
 
-def _course(axis: Any, found: Any, number: int, label: str, shift: float = 0.0) -> None:
+def _course(axis: Any, course: Any, number: int, label: str, shift: float = 0.0) -> None:
     axis.errorbar(
-        np.arange(len(found)) + shift, [i.value for i in found], around(found), label=label,
+        np.arange(len(course)) + shift, [i.value for i in course], around(course), label=label,
         color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-        markersize=9 if len(found) <= 12 else 5, linewidth=2.4, capsize=4, elinewidth=1.8,
+        markersize=9 if len(course) <= 12 else 5, linewidth=2.4, capsize=4, elinewidth=1.8,
     )  # fmt: skip

@@ -33,18 +33,20 @@ class _Map(Protocol):
     def how(self) -> dict[str, Any]: ...
 
 
-def plot_map(found: _Map, image: np.ndarray | None = None) -> Figure:
+def plot_map(heat_map: _Map, image: np.ndarray | None = None) -> Figure:
     """Draws one map.
 
     Args:
-        found: The map, an `AttentionMap`.
+        heat_map: The map, an `AttentionMap`.
         image: The page below it, uint8 `[H, W, 3]`.
     """
     figure = new_figure(6.6, 6.9)
     axis = figure.subplots()
-    highest = 100 * float(found.values.max())
-    shown = _draw(axis, _page(image, found.values.shape), 100 * found.values, HEAT, (0.0, highest), found.patch)
-    plain_page(axis, f"{_name(found)}; {100 * found.elsewhere:.0f}% elsewhere")
+    highest = 100 * float(heat_map.values.max())
+    shown = _draw(
+        axis, _page(image, heat_map.values.shape), 100 * heat_map.values, HEAT, (0.0, highest), heat_map.patch
+    )
+    plain_page(axis, f"{_name(heat_map)}; {100 * heat_map.elsewhere:.0f}% elsewhere")
     _bar(figure, shown, axis, UNIT)
     return figure
 
@@ -73,8 +75,8 @@ def plot_maps(image: np.ndarray | None, before: _Map, after: _Map) -> Figure:
     axes: Any = figure.subplots(1, 3)
     highest = 100 * max(float(before.values.max()), float(after.values.max()))
     shown: Any = None
-    for axis, found, title in zip(axes, (before, after), ("before", "after"), strict=False):
-        shown = _draw(axis, page, 100 * found.values, HEAT, (0.0, highest), found.patch)
+    for axis, heat_map, title in zip(axes, (before, after), ("before", "after"), strict=False):
+        shown = _draw(axis, page, 100 * heat_map.values, HEAT, (0.0, highest), heat_map.patch)
         plain_page(axis, title)
     _bar(figure, shown, list(axes[:2]), UNIT)
     change = 100 * (after.values - before.values)
@@ -85,11 +87,11 @@ def plot_maps(image: np.ndarray | None, before: _Map, after: _Map) -> Figure:
     return figure
 
 
-def _name(found: _Map) -> str:
-    how = found.how
+def _name(heat_map: _Map) -> str:
+    how = heat_map.how
     if how["query"] == "answer token":
         return f"answer token {how['answer_token']}"
-    place = "all patches" if found.patch is None else f"row {found.patch[0]}, column {found.patch[1]}"
+    place = "all patches" if heat_map.patch is None else f"row {heat_map.patch[0]}, column {heat_map.patch[1]}"
     return f"rollout, {place}" if how["query"] == "rollout" else place
 
 

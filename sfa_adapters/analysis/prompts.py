@@ -96,8 +96,8 @@ def prompt_groups(inputs: Mapping[str, Any], kinds: TokenKinds, sample: int = 0)
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
-        told = f"is {tuple(ids.shape)}" if isinstance(ids, Tensor) else "is missing"
-        raise DataError(f"Sample {sample}: input_ids {told}; prompts are needed as [batch, length].")
+        described = f"is {tuple(ids.shape)}" if isinstance(ids, Tensor) else "is missing"
+        raise DataError(f"Sample {sample}: input_ids {described}; prompts are needed as [batch, length].")
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"Sample {sample}: attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}; it must "

@@ -81,8 +81,8 @@ class Report(ABC):
     def to_json(self) -> str:
         """Everything as JSON: `options`, `table` (NaN and infinity are null) and `skipped`."""
         skipped = {"counts": self.skipped.counts(), "samples": [vars(skip) for skip in self.skipped]}
-        told = {"options": self.options(), "table": [_finite(row) for row in self.table()], "skipped": skipped}
-        return json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+        record = {"options": self.options(), "table": [_finite(row) for row in self.table()], "skipped": skipped}
+        return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes `table` as CSV."""
@@ -121,8 +121,8 @@ def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int
     """
     count = len(values[0])
     drawn = np.random.default_rng(seed).integers(0, count, (rounds, count))
-    low, high = np.quantile(formula(*(own[drawn].mean(1) for own in values)), (0.025, 0.975))
-    return Interval(float(formula(*(own.mean() for own in values))), float(low), float(high))
+    low, high = np.quantile(formula(*(value[drawn].mean(1) for value in values)), (0.025, 0.975))
+    return Interval(float(formula(*(value.mean() for value in values))), float(low), float(high))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -74,10 +74,10 @@ def evaluate(
     parts = (recipe.name, recipe.data, recipe.eval_split)
     parts += () if pruned is None else ("pruned", pruned.plan, pruned.compensation)
     folder = out or Path("sfa-eval") / "-".join(_plain(part) for part in parts)
-    said = answer_rows(host, recipe_rows(recipe, False), folder / "predictions.jsonl", ocr=ocr)
+    answered_rows = answer_rows(host, recipe_rows(recipe, False), folder / "predictions.jsonl", ocr=ocr)
     if not first:
         return
-    if not any(p.answers for p in said):
+    if not any(p.answers for p in answered_rows):
         typer.echo(f"No row has a true answer: nothing to score. The answers are in {folder}/predictions.jsonl")
         return
     chosen = chosen or metric_for(recipe.data, recipe.data_config)
@@ -86,7 +86,7 @@ def evaluate(
     if other is not None and against is not None:
         before = _named(against.resolve().parent.name, facts_of_answers(against), notes)
         runs[before if before != name else f"{before} (before)"] = other
-    runs[name] = said
+    runs[name] = answered_rows
     tables = {"scores": score_table(runs, chosen, f"{name} on {recipe.data}, {recipe.eval_split}")}
     if all(any(p.printed for p in each) for each in runs.values()):
         tables["hallucination"] = hallucination_table(runs)
@@ -139,14 +139,14 @@ def ablate(
         control = "baseline" if "baseline" in one else None
         seed = f"; seed {numbers[0]}" if len(numbers) > 1 else ""
         tables["table1"] = score_table(one, chosen, f"{base.name} on {base.data}, {base.eval_split}{seed}", control)
-        if all(any(p.printed for p in said) for said in one.values()):
+        if all(any(p.printed for p in predictions) for predictions in one.values()):
             tables["table2"] = hallucination_table(
                 one, f"Numeric hallucination: {base.name} on {base.data}{seed}", control
             )
     _leave(tables, folder)
     if done.failed:
-        told = "; ".join(f"{name}: {reason}" for name, reason in done.failed.items())
-        raise TrainingError(f"{len(done.failed)} rows failed and are in no table. {told}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in done.failed.items())
+        raise TrainingError(f"{len(done.failed)} rows failed and are in no table. {reasons}")
 
 
 def _source(model: str, nano: bool, out: Path | None) -> str | Recipe:

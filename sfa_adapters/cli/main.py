@@ -74,9 +74,9 @@ def inspect(
     """Show the vision tower of MODEL and what SFA would add to it. Reads only its configuration, no weights."""
     from sfa_adapters.recipes.inspect_model import inspect_model
 
-    found = inspect_model(model, trust_remote_code)
+    inspection = inspect_model(model, trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        typer.echo(json.dumps(inspection.as_dict(), indent=2))
         return
     from rich import box
     from rich.console import Console
@@ -84,9 +84,9 @@ def inspect(
 
     console = Console()
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", found.model)
-    facts.add_row("class", f"{found.model_class}, {found.model_parameters:,} parameters")
-    for line in str(found.sfa).splitlines():
+    facts.add_row("model", inspection.model)
+    facts.add_row("class", f"{inspection.model_class}, {inspection.model_parameters:,} parameters")
+    for line in str(inspection.sfa).splitlines():
         label, _, text = line.partition(" ")
         if label != "adapters":
             facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
@@ -95,12 +95,12 @@ def inspect(
     layers = Table("layer", "path in the tower", "attention", "parameters", box=box.SIMPLE_HEAD)
     layers.columns[1].overflow = layers.columns[2].overflow = "fold"  # names are never cut
     layers.columns[0].justify = layers.columns[-1].justify = "right"
-    for layer in found.layers:
+    for layer in inspection.layers:
         count = f"{layer.parameters:,}" if layer.parameters else "not read by the host"
-        path = layer.path.removeprefix(f"{found.sfa.tower}.")  # below the tower, so that it fits a line
+        path = layer.path.removeprefix(f"{inspection.sfa.tower}.")  # below the tower, so that it fits a line
         layers.add_row(str(layer.index), path, layer.attention.rpartition(".")[2], count)
     layers.add_section()
-    layers.add_row("", "", "all", f"{found.sfa.num_parameters:,}")
+    layers.add_row("", "", "all", f"{inspection.sfa.num_parameters:,}")
     console.print(layers)
 
 

@@ -76,13 +76,13 @@ def plan(
 ) -> None:
     """Predict the memory that RECIPE needs on each GPU, before anything is downloaded. Exit code 2: it does not fit."""
     resolved = _resolve(recipe, config, {} if plan is None else {"plan": plan}, settings, nano)
-    found = _predict(resolved, gpus, _bytes(memory), batch, tiles)
+    prediction = _predict(resolved, gpus, _bytes(memory), batch, tiles)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        typer.echo(json.dumps(prediction.as_dict(), indent=2))
     else:
-        _show(found)
-    if not found.fits:
-        raise RecipeError(found.advice)
+        _show(prediction)
+    if not prediction.fits:
+        raise RecipeError(prediction.advice)
 
 
 @app.command(epilog="Example:  sfa recipes")
@@ -96,9 +96,9 @@ def recipes() -> None:
 
     table = Table("recipe and its host", "trains", "lr", "of SFA", box=box.SIMPLE_HEAD)
     table.columns[0].no_wrap = True
-    for found in RECIPES.values():
-        host = f"[bold]{found.name}[/bold]\n{found.model}"
-        table.add_row(host, f"{_trains(found)}\nplan {found.plan}\n", f"{found.lr:g}", f"{found.sfa_lr:g}")
+    for recipe in RECIPES.values():
+        host = f"[bold]{recipe.name}[/bold]\n{recipe.model}"
+        table.add_row(host, f"{_trains(recipe)}\nplan {recipe.plan}\n", f"{recipe.lr:g}", f"{recipe.sfa_lr:g}")
     console = Console()
     console.print(table)
     console.print("Run one: sfa train NAME. On a CPU in minutes: sfa train NAME --nano", soft_wrap=True)
@@ -127,9 +127,11 @@ def _dry_run(recipe: Recipe) -> None:
     usual = RECIPES.get(recipe.name)
     table = Table("setting", "value", "of the recipe", title=recipe.name)
     for field in dataclasses.fields(recipe):
-        value, own = getattr(recipe, field.name), getattr(usual, field.name, None)
-        changed = usual is not None and value != own
-        table.add_row(field.name, _text(value), _text(own) if changed else "", style="bold" if changed else None)
+        value, current_value = getattr(recipe, field.name), getattr(usual, field.name, None)
+        changed = usual is not None and value != current_value
+        table.add_row(
+            field.name, _text(value), _text(current_value) if changed else "", style="bold" if changed else None
+        )
     console.print(table)
     _show(_predict(recipe, 2, A100, None, None))
     rows = training_rows(recipe)
@@ -152,11 +154,11 @@ def _predict(recipe: Recipe, gpus: int, memory: float, batch: int | None, tiles:
     return predict_memory(recipe, architecture(recipe), gpus=gpus, memory=memory, batch=batch, tiles=tiles)
 
 
-def _show(found: MemoryPlan) -> None:
+def _show(prediction: MemoryPlan) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(found.table())
+    console.print(prediction.table())
 
 
 def _trains(recipe: Recipe) -> str:
@@ -175,9 +177,9 @@ def _text(value: object) -> str:
 
 def _bytes(size: str) -> float:
     """Bytes of `40GB`, `24GiB` or `40`, which is GB."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm]i?b?)?\s*", size, re.IGNORECASE)
-    if not found or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm]i?b?)?\s*", size, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
         raise RecipeError(f"--memory {size!r} is no size of memory. Write e.g. 40GB.")
-    unit = (found[2] or "gb").lower()
+    unit = (match[2] or "gb").lower()
     base = 1024 if "i" in unit else 1000
-    return float(found[1]) * base ** (3 if unit[0] == "g" else 2)
+    return float(match[1]) * base ** (3 if unit[0] == "g" else 2)

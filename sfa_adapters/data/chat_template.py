@@ -43,15 +43,15 @@ class Prompt:
         self.image_token: str = getattr(processor, "image_token", "<image>")
         image_id = getattr(processor, "image_token_id", None)
         self.image_id: int = tokenizer.convert_tokens_to_ids(self.image_token) if image_id is None else image_id
-        asked = _rendered(processor, self.image_token, answered=False)
-        if asked.count(QUESTION) != 1 or asked.partition(QUESTION)[0].count(self.image_token) != 1:
+        rendered = _rendered(processor, self.image_token, answered=False)
+        if rendered.count(QUESTION) != 1 or rendered.partition(QUESTION)[0].count(self.image_token) != 1:
             raise RecipeError(
                 f"The chat template of {type(processor).__name__} must write one {self.image_token} in front of the "
-                f"question, it writes {asked!r}. Load the processor that belongs to the host."
+                f"question, it writes {rendered!r}. Load the processor that belongs to the host."
             )
-        self.head, _, self.tail = asked.partition(QUESTION)
+        self.head, _, self.tail = rendered.partition(QUESTION)
         bos = tokenizer.bos_token
-        self.adds_special = not (bos and asked.startswith(bos))
+        self.adds_special = not (bos and rendered.startswith(bos))
         self._controls = _pattern(processor, tokenizer)
         self.end_id = self._end(processor)
         self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -79,9 +79,9 @@ class Prompt:
 
     def _cut(self, text: str) -> list[str]:
         parts, start = [], 0
-        for found in self._controls.finditer(text):
-            parts.append(text[start : found.start() + 1])
-            start = found.start() + 1
+        for match in self._controls.finditer(text):
+            parts.append(text[start : match.start() + 1])
+            start = match.start() + 1
         return [*parts, text[start:]]
 
     def _encode(self, text: str) -> list[int]:
@@ -90,8 +90,8 @@ class Prompt:
     def _end(self, processor: ProcessorMixin) -> int:
         """The control token that the template writes behind an answer, else the tokenizer's own end."""
         after = _rendered(processor, self.image_token, answered=True).partition(ANSWER)[2]
-        found = self._controls.match(after.lstrip())
-        token = found[0] if found else self.tokenizer.eos_token
+        control_match = self._controls.match(after.lstrip())
+        token = control_match[0] if control_match else self.tokenizer.eos_token
         if token is None:
             raise RecipeError("The tokenizer has no token that ends a text (eos_token), and the template writes none.")
         return self.tokenizer.convert_tokens_to_ids(token)

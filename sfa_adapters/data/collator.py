@@ -105,7 +105,7 @@ class Collator:
         first, rest = self.prompt.pieces(row.question)
         processor: Any = self.processor
         try:
-            found = processor(
+            processed = processor(
                 images=[Image.fromarray(page.image)],
                 text=[first],
                 return_tensors="pt",
@@ -115,12 +115,12 @@ class Collator:
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             height, width = page.image.shape[:2]
             raise DataError(f"{row.id}: the processor cannot take the image, {width} x {height} ({error}).") from error
-        tensors = dict(found)
+        tensors = dict(processed)
         answer = [*self.prompt.ids(row.target), self.end_id] if self.train else []
         length = tensors["input_ids"].shape[1] + len(rest)
         tail = torch.tensor([[*rest, *answer]], dtype=torch.long)
         for name in [
-            n for n, value in tensors.items() if n not in PICTURES and value.shape == found["input_ids"].shape
+            n for n, value in tensors.items() if n not in PICTURES and value.shape == processed["input_ids"].shape
         ]:
             fill = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}.get(name, torch.zeros_like(tail))
             tensors[name] = torch.cat((tensors[name], fill), dim=1)
@@ -147,7 +147,7 @@ class Collator:
 
 def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """One image per sample after the other; where each has a dimension of tiles, short ones are filled with zeros."""
-    found = {}
+    images = {}
     for name in PICTURES:
         if name not in samples[0]:
             continue
@@ -155,5 +155,5 @@ def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         if name == "pixel_values" and parts[0].ndim == 5:
             most = max(part.shape[1] for part in parts)
             parts = [torch.nn.functional.pad(p, (0, 0, 0, 0, 0, 0, 0, most - p.shape[1])) for p in parts]
-        found[name] = torch.cat(parts)
-    return found
+        images[name] = torch.cat(parts)
+    return images

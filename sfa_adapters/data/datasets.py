@@ -68,10 +68,10 @@ class Questions(Dataset[dict[str, Any]]):
             raise IndexError(f"There is no row {index}, there are {count}.")
         skipped: list[Skipped] = []
         for step in range(min(count, MOST_SKIPPED)):
-            found = _open(self.rows, (index + step) % count, self.answered)
-            if not isinstance(found, Skipped):
-                return found | {"skipped": tuple(skipped)}
-            skipped.append(found)
+            opened = _open(self.rows, (index + step) % count, self.answered)
+            if not isinstance(opened, Skipped):
+                return opened | {"skipped": tuple(skipped)}
+            skipped.append(opened)
         raise _hopeless(skipped)
 
 
@@ -104,15 +104,15 @@ class StreamedQuestions(IterableDataset[dict[str, Any]]):
         skipped: list[Skipped] = []
         passed = 0
         for row in self._own():
-            found = row if isinstance(row, Skipped) else _example(row, self.answered)
-            if isinstance(found, Skipped):
-                skipped.append(found)
+            example = row if isinstance(row, Skipped) else _example(row, self.answered)
+            if isinstance(example, Skipped):
+                skipped.append(example)
                 if len(skipped) == MOST_SKIPPED:
                     raise _hopeless(skipped)
                 continue
             passed += 1
             if self.epoch or passed > self._share():
-                yield found | {"skipped": tuple(skipped)}
+                yield example | {"skipped": tuple(skipped)}
             skipped = []
         if not passed and skipped:
             raise _hopeless(skipped)

@@ -38,6 +38,6 @@ def evidence_of(
     places = image_tokens(batch["input_ids"], image_id).places
     mask = torch.zeros(places.shape)
     grids = (batch["image_grid_thw"][:, 1:] // merge).tolist()
-    for number, (own, size, (down, across)) in enumerate(zip(boxes, sizes, grids, strict=True)):
-        mask[number, : down * across] = boxes_to_tokens(own, size, (down, across))
+    for number, (page_boxes, size, (down, across)) in enumerate(zip(boxes, sizes, grids, strict=True)):
+        mask[number, : down * across] = boxes_to_tokens(page_boxes, size, (down, across))
     return {"evidence_mask": mask}

@@ -58,7 +58,7 @@ def find_split(source: Path, split: str, config: str | None = None) -> list[Loca
             )
         return _grouped([source])
     folder = source / config if config and (source / config).is_dir() else source
-    found: list[Path] = []
+    files: list[Path] = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.suffix not in FORMATS or not path.is_file() or any(part.startswith(".") for part in inside.parts):
@@ -69,19 +69,19 @@ def find_split(source: Path, split: str, config: str | None = None) -> list[Loca
             and (path.suffix == ".parquet" or path.stem == "metadata")
         )
         if shallow and named:
-            found.append(path)
-    if not found:
+            files.append(path)
+    if not files:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
         raise DataError(f"{folder} holds no split {split!r}: looked for {NAMES.format(split)}. Found: {there}.")
-    first = next(f for f in ("parquet", "json", "csv") if any(FORMATS[p.suffix] == f for p in found))
-    found = [path for path in found if FORMATS[path.suffix] == first]
+    first = next(f for f in ("parquet", "json", "csv") if any(FORMATS[p.suffix] == f for p in files))
+    files = [path for path in files if FORMATS[path.suffix] == first]
     if first == "parquet":
-        homes = {path.parent.relative_to(folder) for path in found}
+        homes = {path.parent.relative_to(folder) for path in files}
         homes = {home.parent if _says(home.name, split) else home for home in homes}
         if len(homes) > 1:
             names = ", ".join(sorted(map(str, homes)))
             raise DataError(f"{folder} holds several data sets ({names}). Say which one: config=...")
-    return _grouped(found)
+    return _grouped(files)
 
 
 class FileImages:

@@ -109,12 +109,12 @@ def _from_disk(
 
     images = FileImages(source if source.is_dir() else source.parent)
     if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
-        found = _loaded(lambda: datasets.load_from_disk(str(source)), str(source))
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                raise DataError(f"{source} holds no split {split!r}. Found: {', '.join(map(str, found))}.")
-            found = found[split]
-        return [_part(found.to_iterable_dataset() if streaming else found, str(source), split, images, "", columns)]
+        stored = _loaded(lambda: datasets.load_from_disk(str(source)), str(source))
+        if isinstance(stored, datasets.DatasetDict):
+            if split not in stored:
+                raise DataError(f"{source} holds no split {split!r}. Found: {', '.join(map(str, stored))}.")
+            stored = stored[split]
+        return [_part(stored.to_iterable_dataset() if streaming else stored, str(source), split, images, "", columns)]
     parts = []
     for group in find_split(source, split, config):
         one = len(group.files) == 1

@@ -111,14 +111,14 @@ class Columns:
             raise DataError(f"columns has a field {wrong[0]!r}. Fields are {', '.join(FIELDS)}.")
         gone = [f"{name} ({column!r})" for name, column in given.items() if column not in there]
         packed = not given and "images" in there and "texts" in there
-        found = {name: next((c for c in FIELDS[name] if c in there), "") for name in FIELDS} | given
-        missing = gone or ([] if packed else [name for name in NEEDED if not found[name]])
+        columns = {name: next((c for c in FIELDS[name] if c in there), "") for name in FIELDS} | given
+        missing = gone or ([] if packed else [name for name in NEEDED if not columns[name]])
         if missing:
             raise DataError(
                 f"{where}: no column for {', '.join(missing)}. There are: {', '.join(there) or 'none'}. Known are: "
                 f"{'; '.join(KNOWN)}. Name other columns: columns={{'question': 'my_question', ...}}."
             )
-        return cls({name: column for name, column in found.items() if column}, packed, tuple(there))
+        return cls({name: column for name, column in columns.items() if column}, packed, tuple(there))
 
     def count(self, record: Mapping[str, Any]) -> int:
         """How many questions a record holds."""
@@ -149,10 +149,10 @@ class Columns:
         question = values["question"]
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{where}: no question in column {self.names['question']!r} (found {question!r}).")
-        own = values.get("id")
+        row_id = values.get("id")
         kind = self.kind(record) or kind
         yield Row(
-            id=name if own is None or own == "" else str(own),
+            id=name if row_id is None or row_id == "" else str(row_id),
             image=_image(image, where, file),
             question=question.strip(),
             answers=_texts(values["answers"], f"{where}, column {self.names['answers']!r}"),
@@ -211,7 +211,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = value if isinstance(value, list | tuple) else [value]
-    found = []
+    texts = []
     for one in values:
         if isinstance(one, float) and math.isnan(one):
             one = None  # an empty cell of a table
@@ -219,16 +219,16 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
             raise DataError(f"{where}: found {one!r}, expected a text, a number, or a list of them.")
         text = "" if one is None else f"{one:.15g}" if isinstance(one, float) else str(one).strip()
         if text:
-            found.append(text)
-    return tuple(found)
+            texts.append(text)
+    return tuple(texts)
 
 
 def _boxes(values: Mapping[str, Any], where: str) -> tuple[Box, ...]:
     boxes, corner = values.get("boxes"), values.get("bbox")
-    found = [] if boxes is None else [tuple(float(v) for v in box) for box in boxes]
+    boxes_read = [] if boxes is None else [tuple(float(v) for v in box) for box in boxes]
     if corner is not None and len(corner) == 4:
         left, top, width, height = (float(v) for v in corner)
-        found.append((left, top, left + width, top + height))
-    if any(len(box) != 4 for box in found):
+        boxes_read.append((left, top, left + width, top + height))
+    if any(len(box) != 4 for box in boxes_read):
         raise DataError(f"{where}: boxes {boxes!r} must be (left, top, right, bottom) each.")
-    return tuple((b[0], b[1], b[2], b[3]) for b in found)
+    return tuple((b[0], b[1], b[2], b[3]) for b in boxes_read)

@@ -45,13 +45,13 @@ class Part:
             DataError: The record cannot be used; names it.
         """
         where, name = f"{self.where}, row {number}", f"{self.name}-{number}"
-        found = list(self.columns.rows(record, where, name, self.images, self.kind))
-        if self.answered and not all(row.answers for row in found):
+        read_rows = list(self.columns.rows(record, where, name, self.images, self.kind))
+        if self.answered and not all(row.answers for row in read_rows):
             column = self.columns.names.get("answers", "texts")
             raise DataError(
                 f"{where}: no answer in column {column!r} (found {record[column]!r}). Remove or repair the row."
             )
-        return found
+        return read_rows
 
 
 class TableRows(Sequence[Row]):

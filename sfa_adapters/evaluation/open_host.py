@@ -91,10 +91,10 @@ def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
     except (OSError, ValueError) as error:
         raise RecipeError(f"There is no head plan {path}; make one with: sfa calibrate heads --rate 0.2") from error
     try:
-        told = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
-        told = None  # from_json says what is wrong
-    if isinstance(told, dict) and "plan" in told:
+        content = None  # from_json says what is wrong
+    if isinstance(content, dict) and "plan" in content:
         raise RecipeError(f"{path} belongs to a model of save_pruned: evaluate its folder, without a head plan.")
     try:
         return HeadPlan.from_json(text)

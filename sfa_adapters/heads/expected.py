@@ -117,10 +117,10 @@ def _stays(model: nn.Module, base: nn.Module, decoder: nn.Module, plan: HeadPlan
         if id(attention) not in inside:
             continue
         groups = plan.num_kv_heads[name]
-        told = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-        rows = {part: getattr(getattr(attention, part, None), "out_features", None) for part in told}
+        wanted = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+        rows = {part: getattr(getattr(attention, part, None), "out_features", None) for part in wanted}
         width = getattr(attention, "head_dim", 0)
-        if not width or rows != {part: count * width for part, count in told.items()}:
+        if not width or rows != {part: count * width for part, count in wanted.items()}:
             raise InjectionError(
                 f"{name} ({type(attention).__name__}) projects to {rows} channels in heads of {width}, but the plan is "
                 f"for {heads} query and {groups} key/value heads: it was made for another model."

@@ -120,7 +120,7 @@ def _refuse_shared(model: nn.Module, inside: Mapping[str, nn.Module]) -> None:
 
 def weights_digest(modules: Mapping[str, nn.Module]) -> str:
     """Of names, shapes and some entries of each weight, in bfloat16: the same however the model was loaded."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, module in modules.items():
         for name, parameter in module.named_parameters():
             flat = parameter.detach().flatten()
@@ -128,8 +128,8 @@ def weights_digest(modules: Mapping[str, nn.Module]) -> str:
             count = min(_SAMPLED, flat.numel())
             chosen = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
             values = flat[chosen].to(torch.bfloat16).float().cpu()
-            found.update(f"{path}.{name} {tuple(parameter.shape)} {values.tolist()}".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{path}.{name} {tuple(parameter.shape)} {values.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -60,16 +60,16 @@ class PrunedFacts:
         return {**vars(self), "rate": self.rate}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> PrunedFacts:
+    def from_dict(cls, record: Mapping[str, Any]) -> PrunedFacts:
         """What `to_dict` gave.
 
         Raises:
             RecipeError: It is something else.
         """
         try:
-            return cls(**{name: value for name, value in told.items() if name != "rate"})
+            return cls(**{name: value for name, value in record.items() if name != "rate"})
         except (TypeError, AttributeError) as error:
-            raise RecipeError(f"These are no facts of a pruned model: {told!r}.") from error
+            raise RecipeError(f"These are no facts of a pruned model: {record!r}.") from error
 
 
 def plan_facts(plan: HeadPlan, compensation: str) -> PrunedFacts:
@@ -77,8 +77,8 @@ def plan_facts(plan: HeadPlan, compensation: str) -> PrunedFacts:
     gone = {path: list(heads) for path, heads in sorted(plan.removed.items()) if heads}
     digest = hashlib.sha256(json.dumps(gone).encode()).hexdigest()[:8]
     kind, method = (plan.how.get(name) for name in ("kind", "method"))
-    told = [None if value is None else str(value) for value in (kind, method)]
-    return PrunedFacts(digest, told[0], told[1], plan.count, plan.total, compensation)
+    names = [None if value is None else str(value) for value in (kind, method)]
+    return PrunedFacts(digest, names[0], names[1], plan.count, plan.total, compensation)
 
 
 def pruned_facts(model: nn.Module) -> PrunedFacts | None:
@@ -111,7 +111,7 @@ def pruned_folder(model: str | Path) -> bool:
     if not path.is_file():
         return False
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return True  # whoever loads it says what is wrong
-    return not (isinstance(told, Mapping) and "layers" in told and "plan" not in told)
+    return not (isinstance(record, Mapping) and "layers" in record and "plan" not in record)

@@ -55,7 +55,7 @@ def plan_heads(
     """
     rate = checked_rate(rate, kind)
     kept = _protected(tuple(scores.values), protect)
-    values = {name: own for name, own in scores.values.items() if name not in kept}
+    values = {name: head_scores for name, head_scores in scores.values.items() if name not in kept}
     if not values:
         raise RecipeError(f"protect keeps all {len(kept)} layers: no head can go.")
     heads = scores.num_heads
@@ -111,7 +111,7 @@ def _quotas(
 
 
 def _protected(names: tuple[str, ...], protect: Iterable[int | str]) -> set[str]:
-    found: set[str] = set()
+    protected: set[str] = set()
     for wanted in [protect] if isinstance(protect, int | str) else protect:
         if isinstance(wanted, int):
             fitting: set[str] = {names[wanted]} if 0 <= wanted < len(names) else set()
@@ -121,5 +121,5 @@ def _protected(names: tuple[str, ...], protect: Iterable[int | str]) -> set[str]
             raise RecipeError(
                 f"protect={wanted!r} fits no layer. There are 0 to {len(names) - 1}, {names[0]} to {names[-1]}."
             )
-        found |= fitting
-    return found
+        protected |= fitting
+    return protected

@@ -45,9 +45,9 @@ class _Part:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Part:
-        own = module.__dict__
+        attributes = module.__dict__
         configs = module.configs.values() if isinstance(module, SFALayer) else ()
-        values = {name: own[name] for name in (*numbers(), PRUNED) if name in own}
+        values = {name: attributes[name] for name in (*numbers(), PRUNED) if name in attributes}
         return cls(module, dict(module._parameters), values, tuple((config, config.tower) for config in configs))
 
     def put_back(self) -> None:
@@ -165,12 +165,12 @@ def output_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         RecipeError: There are none, or they are not finite.
     """
     with evaluating(model):
-        found: Any = model(**inputs)
-    if not isinstance(found, Tensor):
-        logits = getattr(found, "logits", None)
-        found = getattr(found, "last_hidden_state", None) if logits is None else logits
-    if not isinstance(found, Tensor):
+        output: Any = model(**inputs)
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        output = getattr(output, "last_hidden_state", None) if logits is None else logits
+    if not isinstance(output, Tensor):
         raise RecipeError(f"{type(model).__name__} gives neither logits nor hidden states for the probe batch.")
-    if not bool(found.isfinite().all()):
+    if not bool(output.isfinite().all()):
         raise RecipeError(f"{type(model).__name__} gives values that are not finite for the probe batch.")
-    return found.detach().float().cpu()
+    return output.detach().float().cpu()

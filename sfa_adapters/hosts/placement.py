@@ -70,7 +70,7 @@ def placement(recipe: Recipe, spec: VLMSpec, model: nn.Module, device: str | Non
         RecipeError: The plan cannot be followed with these GPUs and processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    own = device or _own_device()
+    device_of_process = device or _own_device()
     if recipe.plan == "split":
         if processes > 1:
             raise RecipeError(
@@ -87,7 +87,7 @@ def placement(recipe: Recipe, spec: VLMSpec, model: nn.Module, device: str | Non
                 f"--config_file {accelerate_config('fsdp2')} ..."
             )
         return {"": device or "cpu"}  # accelerate moves each process's shard to its device
-    return {"": own}
+    return {"": device_of_process}
 
 
 def split_map(places: Places, first: Any, second: Any) -> dict[str, Any]:

@@ -165,8 +165,8 @@ def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
 
 def unread_prefixes(model: nn.Module, places: Places) -> tuple[str, ...]:
     """Prefixes of parameters that no gradient reaches: layers behind `vision_feature_layer`, and what follows them."""
-    found = find_tower(model)
-    dead = [name.rpartition(".")[0] for name, _ in found.attentions[found.used_layers :]]
+    located = find_tower(model)
+    dead = [name.rpartition(".")[0] for name, _ in located.attentions[located.used_layers :]]
     return tuple(f"{name}." for name in (*dead, *(f"{places.tower}.{child}" for child in places.unread)))
 
 

@@ -92,10 +92,10 @@ def check_loaded(model: nn.Module, spec: VLMSpec, plan: PlanName) -> None:
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     wanted = linear - set(kept_modules(model, spec)) if plan == "nf4" else set()
-    found = four_bit_modules(model)
-    if wrong := sorted(found - wanted):
+    packed = four_bit_modules(model)
+    if wrong := sorted(packed - wanted):
         raise RecipeError(f"plan={plan}: {len(wrong)} layers are in 4-bit and must not be: {some(wrong)}.")
-    if missing := sorted(wanted - found):
+    if missing := sorted(wanted - packed):
         raise RecipeError(
             f"plan={plan}: {len(missing)} layers of the language model are not in 4-bit: {some(missing)}."
         )

@@ -111,16 +111,16 @@ def write_recipe(recipe: Recipe, path: str | Path) -> Path:
 
 def _read(file: Path) -> Mapping[Any, Any]:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"There is no file {file}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if found is None:
+    if settings is None:
         return {}
-    if not isinstance(found, Mapping):
+    if not isinstance(settings, Mapping):
         raise RecipeError(f"{file} must hold one `key: value` for each setting, e.g. `lr: 2e-5`.")
-    return found
+    return settings
 
 
 def _known(key: object, where: str) -> str:

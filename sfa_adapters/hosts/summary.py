@@ -93,5 +93,5 @@ def _adapter(host: Host, row: str) -> str:
     return "-"
 
 
-def _kinds(found: Iterable[str]) -> str:
-    return ", ".join(kind for kind, _ in Counter(found).most_common())
+def _kinds(kinds: Iterable[str]) -> str:
+    return ", ".join(kind for kind, _ in Counter(kinds).most_common())

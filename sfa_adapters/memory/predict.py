@@ -57,11 +57,11 @@ def predict_memory(
     if tiles is not None and _setting(recipe) == "max_tiles":
         recipe = recipe.replace(max_tiles=tiles)
     census = take_census(recipe, architecture_config)
-    found = _predict(recipe, architecture_config, census, gpus, memory)
-    if found.fits:
-        return found
+    prediction = _predict(recipe, architecture_config, census, gpus, memory)
+    if prediction.fits:
+        return prediction
     savings = tuple(_savings(recipe, architecture_config, census, gpus, memory))
-    return replace(found, savings=savings)
+    return replace(prediction, savings=savings)
 
 
 def _predict(recipe: Recipe, config: Any, census: Census, gpus: int, memory: float) -> MemoryPlan:
@@ -118,29 +118,29 @@ def _savings(recipe: Recipe, config: Any, census: Census, gpus: int, memory: flo
     """Single changes that make it fit; if none does, the first few together that do."""
     alone = False
     together: dict[str, Any] = {}
-    told: list[str] = []
+    listed: list[str] = []
     for changes, text in _changes(recipe):
         single = _predict(recipe.replace(**changes), config, census, gpus, memory)
-        if single.fits and not _told_already(text, told):
+        if single.fits and not _told_already(text, listed):
             alone = True
-            told.append(text)
+            listed.append(text)
             yield text, single.peak
     if alone:
         return
-    told = []
+    listed = []
     for changes, text in _changes(recipe):
         kind = text.partition("=")[0]
-        told = [other for other in told if other.partition("=")[0] != kind] + [text]
+        listed = [other for other in listed if other.partition("=")[0] != kind] + [text]
         together |= changes
         both = _predict(recipe.replace(**together), config, census, gpus, memory)
         if both.fits:
-            yield " with ".join(told), both.peak
+            yield " with ".join(listed), both.peak
             return
 
 
-def _told_already(text: str, told: list[str]) -> bool:
+def _told_already(text: str, listed: list[str]) -> bool:
     """Of one setting the mildest change that helps is enough."""
-    return any(other.partition("=")[0] == text.partition("=")[0] for other in told)
+    return any(other.partition("=")[0] == text.partition("=")[0] for other in listed)
 
 
 def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:

@@ -58,12 +58,12 @@ class KeptTokens:
         Raises:
             PlanError: The cache was filled by another batch.
         """
-        found = self.columns.shape[0]
-        if found == batch:
+        size = self.columns.shape[0]
+        if size == batch:
             return self
-        if found != 1:
+        if size != 1:
             raise PlanError(
-                f"The cache was filled with {found} samples and is used with {batch}: which of them kept which image "
+                f"The cache was filled with {size} samples and is used with {batch}: which of them kept which image "
                 "tokens is not known. Fill a new cache with this batch."
             )
         columns, live = self.columns.expand(batch, -1), self.live.expand(batch, -1)
@@ -134,8 +134,8 @@ def visible_tokens(mask: Any, batch: int, queries: int, past: int | Tensor, devi
     place = torch.arange(queries, device=device)
     if mask.ndim == 2:
         return mask[:, -queries:].bool().expand(batch, -1).to(device)
-    own = (place + past).view(1, queries, 1).to(mask.device)
-    diagonal = mask[:, 0].gather(2, own.expand(mask.shape[0], -1, -1)).squeeze(-1)
+    query_places = (place + past).view(1, queries, 1).to(mask.device)
+    diagonal = mask[:, 0].gather(2, query_places.expand(mask.shape[0], -1, -1)).squeeze(-1)
     return _seen(diagonal).expand(batch, -1).to(device)
 
 
@@ -162,8 +162,8 @@ def pruned_mask(mask: Any, kept: KeptTokens, rows: Tensor | None, queries: int, 
             return live
         place = torch.arange(slots, device=device)
         first = slots - queries if rows is None else kept.slots - queries
-        own = place[first : first + queries, None]
-        causal, itself = place[None, :] <= own, place[None, :] == own
+        query_places = place[first : first + queries, None]
+        causal, itself = place[None, :] <= query_places, place[None, :] == query_places
         return (causal & live[:, None, None, :]) | itself
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedAttentionError(

@@ -129,8 +129,8 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
         if model.training and self.scr_config.active and self._scr is None and self._scr_random is not None:
             self._scr = SCRLoss(model, self.scr_config)
             self._scr.generator.set_state(self._scr_random)
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = found[0] if return_outputs else found
+        computed: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = computed[0] if return_outputs else computed
         if model.training:
             wrong = not bool(loss.detach().isfinite())
             if self.largest(int(wrong)):
@@ -140,7 +140,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
                     "learning rate, or look at the rows."
                 )
                 raise self._with_batch(error) if wrong else error
-        return found
+        return computed
 
     def _check_labels(self, inputs: dict[str, Any], ids: Sequence[str]) -> None:
         problem: TrainingError | None = None
@@ -163,9 +163,9 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
         """The largest of a number over all processes."""
         if self.args.world_size <= 1:
             return number
-        told = torch.tensor(number, device=self.args.device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return int(told)
+        number_here = torch.tensor(number, device=self.args.device)
+        torch.distributed.all_reduce(number_here, torch.distributed.ReduceOp.MAX)
+        return int(number_here)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; beside the loss stand the learning rates of all parts."""
@@ -178,10 +178,10 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
 
     def all_skipped(self) -> list[Skipped]:
         """The rows that were passed over so far, in all processes."""
-        told: list[tuple[str, str]] = sorted(self.skipped.items())
+        reasons: list[tuple[str, str]] = sorted(self.skipped.items())
         if self.args.world_size > 1:
-            told = sorted(dict(gather_object(told)).items())
-        return list(itertools.starmap(Skipped, told))
+            reasons = sorted(dict(gather_object(reasons)).items())
+        return list(itertools.starmap(Skipped, reasons))
 
 
 class _Both:
@@ -215,5 +215,5 @@ def _trainable_although_quantized(model: Any) -> Iterator[None]:
 
 def _statistics(host: Host) -> dict[str, Any]:
     images = getattr(host.processor, "image_processor", None)
-    found = {name: getattr(images, name, None) for name in ("image_mean", "image_std")}
-    return found if all(isinstance(value, list | tuple) for value in found.values()) else {}
+    statistics = {name: getattr(images, name, None) for name in ("image_mean", "image_std")}
+    return statistics if all(isinstance(value, list | tuple) for value in statistics.values()) else {}

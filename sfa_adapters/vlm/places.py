@@ -137,14 +137,14 @@ def _path_of(model: nn.Module, module: nn.Module | None) -> str:
 
 def _between(model: nn.Module, others: tuple[str, ...]) -> tuple[str, ...]:
     """The largest modules (or bare parameters) that hold parameters and nothing of the other parts."""
-    found: dict[str, None] = {}
+    parts: dict[str, None] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         if _inside(name, *others) or CHILD_NAME in name.split("."):
             continue
         segments = name.split(".")
         prefixes = [".".join(segments[:depth]) for depth in range(1, len(segments) + 1)]
-        found[next(p for p in prefixes if not any(_inside(other, p) for other in others))] = None
-    return tuple(found)
+        parts[next(p for p in prefixes if not any(_inside(other, p) for other in others))] = None
+    return tuple(parts)
 
 
 def _layer_classes(model: nn.Module, tower: str) -> tuple[str, ...]:

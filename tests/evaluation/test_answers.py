@@ -633,7 +633,7 @@ def test_the_rows_of_table_1_are_what_they_say() -> None:
 def test_an_ablation_goes_on_where_it_was(tmp_path: Path) -> None:
     runs, lines = Runs(), list[str]()
     runs.broken = {"base-only-col-1"}
-    done = run_ablation(BASE, term_variants(), runs, runs.untrained, tmp_path, (0, 1), told=lines.append)
+    done = run_ablation(BASE, term_variants(), runs, runs.untrained, tmp_path, (0, 1), report=lines.append)
     assert len(runs.seen) == 20
     assert {r.seed for r in runs.seen} == {0, 1}
     assert len({r.folder for r in runs.seen}) == 20
@@ -642,7 +642,7 @@ def test_an_ablation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [len(done.runs[name]) for name in ("all terms", "only col")] == [2, 1]
     assert done.first_seed()["no bias (control)"][0].prediction == "0"
     runs.broken.clear()
-    again = run_ablation(BASE, term_variants(), runs, runs.untrained, tmp_path, (0, 1), told=lines.append)
+    again = run_ablation(BASE, term_variants(), runs, runs.untrained, tmp_path, (0, 1), report=lines.append)
     assert [r.name for r in runs.seen[20:]] == ["base-only-col-1"]
     assert not again.failed
     assert sum("done before" in line for line in lines) == 19

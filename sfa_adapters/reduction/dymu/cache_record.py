@@ -62,13 +62,13 @@ class CacheRecord:
         Raises:
             LayoutError: The batch is no multiple of the one that filled the cache.
         """
-        found = len(self.mask)
-        if found == batch:
+        size = len(self.mask)
+        if size == batch:
             return self
-        if batch % found:
-            raise LayoutError(f"The cache was filled with {found} samples and is used with {batch}; fill a new one.")
+        if batch % size:
+            raise LayoutError(f"The cache was filled with {size} samples and is used with {batch}; fill a new one.")
         parts = (self.mask, self.full_mask, self.owner, *(self.rotation or ()))
-        grown = [part.repeat_interleave(batch // found, 0) for part in parts]
+        grown = [part.repeat_interleave(batch // size, 0) for part in parts]
         return CacheRecord(grown[0], grown[1], grown[2], (grown[3], grown[4]) if self.rotation else None)
 
 
@@ -118,8 +118,8 @@ def _repeated(image: Tensor, keys: ImageKeys, wanted: int) -> ImageKeys:
         return keys
     parts = keys.key.split(counts)
     shifted = [part + again * keys.count for part in parts for again in range(repeats)]
-    own = [part for part in keys.is_represented.split(counts) for _ in range(repeats)]
-    return ImageKeys(torch.cat(shifted), torch.cat(own), keys.count * repeats)
+    represented = [part for part in keys.is_represented.split(counts) for _ in range(repeats)]
+    return ImageKeys(torch.cat(shifted), torch.cat(represented), keys.count * repeats)
 
 
 def chosen_rows(mask: Tensor, kept: KeptOfPrompt) -> Tensor:
@@ -148,16 +148,16 @@ def visible_tokens(mask: Any, batch: int, length: int, device: torch.device, pre
 
 
 def grown(
-    before: CacheRecord | None, short: Tensor, full: Tensor, own: Tensor, rotation: tuple[Tensor, Tensor] | None
+    before: CacheRecord | None, short: Tensor, full: Tensor, new: Tensor, rotation: tuple[Tensor, Tensor] | None
 ) -> CacheRecord:
     if before is None:
-        return CacheRecord(short, full, own, rotation)
+        return CacheRecord(short, full, new, rotation)
     turned = rotation
     if rotation is not None and before.rotation is not None:
         turned = (torch.cat((before.rotation[0], rotation[0]), 1), torch.cat((before.rotation[1], rotation[1]), 1))
     return CacheRecord(
         torch.cat((before.mask, short), 1),
         torch.cat((before.full_mask, full), 1),
-        torch.cat((before.owner, own + before.mask.shape[1]), 1),
+        torch.cat((before.owner, new + before.mask.shape[1]), 1),
         turned,
     )

@@ -60,9 +60,9 @@ class _Means:
             self.total = [0.0] * self.places
         even = self.units * (1.0 - self.keep) / self.places
         wanted = even if self.merges is None else images * self.merges[place]
-        found = threshold_of(pairs.score, round(wanted))
-        self.total[place] += found
-        return found
+        threshold = threshold_of(pairs.score, round(wanted))
+        self.total[place] += threshold
+        return threshold
 
 
 def calibrate_dymu(

@@ -88,12 +88,12 @@ def save_dymu(config: DyMUConfig, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     values = config.thresholds if isinstance(config.thresholds, tuple) else (config.thresholds,)
-    told = {k: v for k, v in asdict(config).items() if k != "thresholds"}
-    told["one_threshold"] = not isinstance(config.thresholds, tuple)
+    record = {k: v for k, v in asdict(config).items() if k != "thresholds"}
+    record["one_threshold"] = not isinstance(config.thresholds, tuple)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"thresholds": torch.tensor(values, dtype=torch.float64)}, folder / WEIGHTS_NAME, {"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{folder} cannot be written ({error.strerror}); name another folder.") from error
     return folder
@@ -117,10 +117,10 @@ def load_dymu(folder: str | Path) -> DyMUConfig:
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} has no {name}; save_dymu or `sfa calibrate dymu` writes it.")
     try:
-        told = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         values = load_file(folder / WEIGHTS_NAME)["thresholds"].double().flatten().tolist()
-        single = bool(told.pop("one_threshold"))
-        config = DyMUConfig(**told)
+        single = bool(record.pop("one_threshold"))
+        config = DyMUConfig(**record)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise

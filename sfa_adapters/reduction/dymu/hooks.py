@@ -152,14 +152,16 @@ def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if output.get("hidden_states") is not None:
         maps = [None, *tokens.history]  # entry k is the output of layer k - 1
         output["hidden_states"] = tuple(
-            states if states is None or not _is_merged(states, own, tokens) else tokens.lay_back(states, own)
-            for states, own in zip(output["hidden_states"], maps, strict=False)
+            states
+            if states is None or not _is_merged(states, layer_states, tokens)
+            else tokens.lay_back(states, layer_states)
+            for states, layer_states in zip(output["hidden_states"], maps, strict=False)
         )
     return output
 
 
-def _is_merged(states: Tensor, own: Merged | None, tokens: TowerTokens) -> bool:
-    if own is None:
+def _is_merged(states: Tensor, merged: Merged | None, tokens: TowerTokens) -> bool:
+    if merged is None:
         return False
-    count = sum(own.lengths) * tokens.unit + tokens.prefix * len(own.lengths)
+    count = sum(merged.lengths) * tokens.unit + tokens.prefix * len(merged.lengths)
     return math.prod(states.shape[:-1]) == count

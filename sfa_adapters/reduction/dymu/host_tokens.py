@@ -77,22 +77,22 @@ class HostTokens:
             return None
         merged = tokens.history[min(state.feature_layer, len(tokens.history) - 1)]
         if tokens.packed:
-            found = _of_adaptive_tokens(self.tower, merged, self.side)
+            keys = _of_adaptive_tokens(self.tower, merged, self.side)
         elif merged is None:
             return None
         elif self.kind == "merged_groups":
             assert state.window_index is not None
             index = state.window_index.to(merged.owner.device)
-            key, own = torch.empty_like(merged.owner), torch.empty_like(merged.is_represented)
-            key[index], own[index] = merged.owner, merged.is_represented
-            return ImageKeys(key, own, len(merged.size))
+            key, represented = torch.empty_like(merged.owner), torch.empty_like(merged.is_represented)
+            key[index], represented[index] = merged.owner, merged.is_represented
+            return ImageKeys(key, represented, len(merged.size))
         else:
             images = len(tokens.lengths)
-            found = ImageKeys(merged.owner.view(images, -1), merged.is_represented.view(images, -1), len(merged.size))
-        found = self._with_prefix(found, state.prefix)
+            keys = ImageKeys(merged.owner.view(images, -1), merged.is_represented.view(images, -1), len(merged.size))
+        keys = self._with_prefix(keys, state.prefix)
         if self.kind == "packed_tiles":
-            return found
-        return ImageKeys(found.key.flatten(), found.is_represented.flatten(), found.count)
+            return keys
+        return ImageKeys(keys.key.flatten(), keys.is_represented.flatten(), keys.count)
 
     @property
     def _strategy(self) -> str:
@@ -102,27 +102,27 @@ class HostTokens:
     def _with_prefix(self, keys: ImageKeys, prefix: int) -> ImageKeys:
         """Prefix tokens stand for themselves; the strategy "default" drops the first token, whatever it is."""
         images = len(keys.key)
-        own = torch.arange(images * prefix, device=keys.key.device).view(images, prefix) + keys.count
+        prefix_keys = torch.arange(images * prefix, device=keys.key.device).view(images, prefix) + keys.count
         drop = 1 if self._strategy == "default" else 0
-        key = torch.cat((own, keys.key), 1)[:, drop:]
-        is_represented = torch.cat((torch.ones_like(own, dtype=torch.bool), keys.is_represented), 1)[:, drop:]
+        key = torch.cat((prefix_keys, keys.key), 1)[:, drop:]
+        is_represented = torch.cat((torch.ones_like(prefix_keys, dtype=torch.bool), keys.is_represented), 1)[:, drop:]
         return ImageKeys(key, is_represented, keys.count + images * prefix)
 
 
-def find_host(model: nn.Module, found: FoundTower, strict: bool = True) -> HostTokens | None:
+def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> HostTokens | None:
     """The host around a tower; None for a bare tower.
 
     Args:
         model: What holds the tower.
-        found: The tower.
+        located: The tower.
         strict: Whether a host of another kind is an error; else None.
 
     Raises:
         InjectionError: It is of a kind whose image tokens are not understood.
     """
-    if not found.name:
+    if not located.name:
         return None
-    core: Any = model.get_submodule(found.name.rpartition(".")[0])
+    core: Any = model.get_submodule(located.name.rpartition(".")[0])
     language_model = getattr(core, "language_model", None)
     spec = find_spec(core)
     tokens = None if spec is None or spec.refusal("dymu") is not None else spec.image_tokens
@@ -142,7 +142,7 @@ def find_host(model: nn.Module, found: FoundTower, strict: bool = True) -> HostT
         raise InjectionError(f"{type(core).__name__} makes one token of {side}x{side} patches; DyMU knows 1x1 and 2x2.")
     layers: Any = getattr(config, "vision_feature_layer", -1)
     layers = tuple(layers) if isinstance(layers, (list, tuple)) else (int(layers),)
-    return HostTokens(core, found.tower, language_model, kind, side, layers)
+    return HostTokens(core, located.tower, language_model, kind, side, layers)
 
 
 def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:
@@ -178,47 +178,47 @@ def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any])
             kind[0], down[0], right[0] = 1, row, column
         features.append(torch.stack((kind, down, right), -1).double())
         columns.append(wide)
-    told = {**called, "image_features": features}
-    if told.get("image_newline") is not None:
-        told["image_newline"] = torch.zeros(3, dtype=torch.float64, device=device)
-    packed, _ = method(**told)
-    start, found, own, total = 0, [], [], keys.count
+    arguments = {**called, "image_features": features}
+    if arguments.get("image_newline") is not None:
+        arguments["image_newline"] = torch.zeros(3, dtype=torch.float64, device=device)
+    packed, _ = method(**arguments)
+    start, token_keys, represented, total = 0, [], [], keys.count
     for places, number, wide in zip(packed, tiles, columns, strict=True):
         kind, down, right = places.round().long().unbind(-1)  # where tokens were resized, the nearest one counts
         which = torch.where(kind == 2, down // count * wide + right // count + (1 if number > 1 else 0), 0)
         inside = (start + which, down % count * count + right % count)
         is_newline = kind == 0
         fresh = total + is_newline.cumsum(0) - 1
-        found.append(torch.where(is_newline, fresh, keys.key[inside]))
-        own.append(is_newline | keys.is_represented[inside])
+        token_keys.append(torch.where(is_newline, fresh, keys.key[inside]))
+        represented.append(is_newline | keys.is_represented[inside])
         start, total = start + number, total + len(places)
-    return ImageKeys(torch.cat(found), torch.cat(own), total)
+    return ImageKeys(torch.cat(token_keys), torch.cat(represented), total)
 
 
 def _of_adaptive_tokens(tower: nn.Module, merged: Any, side: int) -> ImageKeys:
     """Patches that lie in the same tokens came out equal: those of one large token, and those of merged ones."""
     adat = features_of(tower)["adat"]
-    found, first, start = [], 0, 0
+    token_keys, first, start = [], 0, 0
     for plan in adat.plans:
         patch, token, _ = plan.grid_pairs()
         owner = torch.arange(plan.num_tokens) if merged is None else merged.owner[start : start + plan.num_tokens].cpu()
         start += plan.num_tokens
         patches = plan.uniform_tokens
         pairs = torch.zeros(patches, dtype=torch.long).index_add(0, patch, torch.ones_like(patch))
-        own = torch.zeros(patches, dtype=torch.long).index_copy(0, patch, owner[token])
+        represented = torch.zeros(patches, dtype=torch.long).index_copy(0, patch, owner[token])
         # A patch in several tokens is a mixture that no other patch has.
-        label = torch.where(pairs == 1, own, int(owner.max()) + 1 + torch.arange(patches))
+        label = torch.where(pairs == 1, represented, int(owner.max()) + 1 + torch.arange(patches))
         if side > 1:
             height, width = (length // plan.patch for length in plan.image_size)
             grid = label.view(height // side, side, width // side, side).permute(0, 2, 1, 3).reshape(-1, side**2)
             label = torch.unique(grid, dim=0, return_inverse=True)[1]
         label = torch.unique(label, return_inverse=True)[1] + first
         first = int(label.max()) + 1
-        found.append(label)
-    key = torch.stack(found)
+        token_keys.append(label)
+    key = torch.stack(token_keys)
     device = next(tower.parameters()).device
     # The first patch of a token represents it.
     place = torch.arange(key.numel())
     earliest = torch.full((first,), key.numel()).scatter_reduce(0, key.flatten(), place, "amin")
-    own = (earliest[key.flatten()] == place).view_as(key)
-    return ImageKeys(key.to(device), own.to(device), first)
+    represented = (earliest[key.flatten()] == place).view_as(key)
+    return ImageKeys(key.to(device), represented.to(device), first)

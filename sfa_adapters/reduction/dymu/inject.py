@@ -71,9 +71,9 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
     """
     config = config or DyMUConfig()
     check_allowed(model, "dymu", InjectionError)
-    found = find_tower(model)
-    host = None if config.language == "off" else find_host(model, found)
-    state = _plan(found, config, find_host(model, found, strict=False))
+    located = find_tower(model)
+    host = None if config.language == "off" else find_host(model, located)
+    state = _plan(located, config, find_host(model, located, strict=False))
     if host is not None:
         state.language = LanguageState(state, host, config.language == "vtu")
         if state.language.vtu:
@@ -82,7 +82,7 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
         if fastv is not None and fastv.at_input:
             raise InjectionError("FastV with prune_at='input' works on what DyMU leaves: call inject_dymu first.")
     try:
-        _hook_tower(found, state)
+        _hook_tower(located, state)
         if state.language is not None:
             _hook_language(state)
     except BaseException:
@@ -91,10 +91,10 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
     return model
 
 
-def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> TowerState:
+def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> TowerState:
     """Checks everything that can be wrong with the tower, without touching it."""
-    tower, backbone = found.tower, found.backbone
-    where = found.name or type(tower).__name__
+    tower, backbone = located.tower, located.backbone
+    where = located.name or type(tower).__name__
     flat = backbone.segment_layouts is not None
     if backbone.patches is None and not flat:
         raise InjectionError(
@@ -103,48 +103,48 @@ def _plan(found: FoundTower, config: DyMUConfig, host: HostTokens | None) -> Tow
         )
     if DYMU in features_of(tower):
         raise InjectionError(f"{where} merges tokens already; call eject_dymu(model) first.")
-    places = _places(found, host)
-    signature = {"backbone": backbone.name, "num_layers": len(found.attentions), "places": places}
+    places = _places(located, host)
+    signature = {"backbone": backbone.name, "num_layers": len(located.attentions), "places": places}
     if config.tower is not None and any(config.tower.get(k) != v for k, v in signature.items()):
         raise AdapterMismatchError(f"These thresholds were calibrated for {config.tower}; {where} is {signature}.")
     needed = 2 if flat or (host is not None and host.side == 2) else 1
     side = needed if config.side is None else config.side
     if side < needed:
         raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")
-    heads = {int(getattr(module, "num_heads", 0)) for _, module in found.attentions}
+    heads = {int(getattr(module, "num_heads", 0)) for _, module in located.attentions}
     if len(heads) != 1:
         raise InjectionError(
             f"The layers of {where} have {sorted(heads)} heads: tokens merge by heads of equal number."
         )
     geometry = backbone.geometry(tower)
     return TowerState(
-        tower, backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(found, host), heads.pop()
+        tower, backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(located, host), heads.pop()
     )
 
 
-def _places(found: FoundTower, host: HostTokens | None) -> int:
-    return max(0, found.used_layers - 1)
+def _places(located: FoundTower, host: HostTokens | None) -> int:
+    return max(0, located.used_layers - 1)
 
 
-def _first_read(found: FoundTower, host: HostTokens | None) -> int:
+def _first_read(located: FoundTower, host: HostTokens | None) -> int:
     """The first layer whose output the host reads; later ones have merged more."""
     layers = [] if host is None else host.feature_layers
-    total = len(found.attentions)
+    total = len(located.attentions)
     return min([total - 1, *((layer if layer >= 0 else total + 1 + layer) - 1 for layer in layers)])
 
 
 def tower_signature(model: nn.Module) -> dict[str, Any]:
     """What a saved configuration says about the tower that it is for."""
-    found = find_tower(model)
-    places = _places(found, find_host(model, found, strict=False))
-    return {"backbone": found.backbone.name, "num_layers": len(found.attentions), "places": places}
+    located = find_tower(model)
+    places = _places(located, find_host(model, located, strict=False))
+    return {"backbone": located.backbone.name, "num_layers": len(located.attentions), "places": places}
 
 
-def _hook_tower(found: FoundTower, state: TowerState) -> None:
-    tower, backbone = found.tower, found.backbone
+def _hook_tower(located: FoundTower, state: TowerState) -> None:
+    tower, backbone = located.tower, located.backbone
     watch_input(tower, backbone, DYMU, state)
-    for number, (path, attention) in enumerate(found.attentions):
-        local = path[len(found.name) + 1 :] if found.name else path
+    for number, (path, attention) in enumerate(located.attentions):
+        local = path[len(located.name) + 1 :] if located.name else path
         layer = tower.get_submodule(local.rpartition(".")[0])
         attach(layer, DYMU, state, pre=layer_hook, place=(number, attention))
         attach_to_attention(attention, DYMU, state, backbone.mask_argument, attention_hook, attended_hook)

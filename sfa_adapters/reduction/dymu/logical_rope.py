@@ -165,10 +165,10 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     positions = positions[..., -length:]
     rotation = full_rotation(module, embeds, positions) if state.vtu else None
     state.kept = None if keys is None else choose_kept(_image_places(state, inputs, embeds, length), keys)
-    own = torch.arange(length, device=embeds.device).expand(batch, -1)
+    every_token = torch.arange(length, device=embeds.device).expand(batch, -1)
     short = visible
     if state.kept is not None:
-        own = state.kept.owner
+        every_token = state.kept.owner
         short = visible.gather(1, state.kept.index) * state.kept.live
         positions = keep_positions(positions, state.kept.index, channels=False)
         embeds = keep_states(embeds, state.kept.index)
@@ -178,7 +178,7 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         fastv = features_of(module).get("fastv")
         if fastv is not None:  # where it prunes further inside, it knows its tokens by what the host was called with
             fastv.keep_noted(state.fed_again, None if state.kept is None else state.kept.index)
-    state.record = grown(before, short, visible, own, rotation)
+    state.record = grown(before, short, visible, every_token, rotation)
     new |= {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": state.record.mask}
     if square:  # one's own mask: which token sees which
         assert isinstance(mask, Tensor)
@@ -187,7 +187,7 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         slots = state.record.mask.shape[1]
         new["cache_position"] = torch.arange(slots - embeds.shape[1], slots, device=embeds.device)
     if state.vtu:
-        state.unmerged = Unmerged(state.record.mask.shape[1], state.record.owner, state.record.full_mask, own,
+        state.unmerged = Unmerged(state.record.mask.shape[1], state.record.owner, state.record.full_mask, every_token,
                                   embeds.shape[1], state.record.rotation)  # pyright: ignore[reportArgumentType]  # fmt: skip
     return args, new
 

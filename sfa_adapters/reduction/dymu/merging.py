@@ -62,8 +62,8 @@ class Merged:
     @classmethod
     def start(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Merged:
         """Nothing merged yet."""
-        own = torch.arange(sum(lengths), device=device)
-        return cls(tuple(lengths), torch.ones(len(own), device=device), own, own)
+        every_token = torch.arange(sum(lengths), device=device)
+        return cls(tuple(lengths), torch.ones(len(every_token), device=device), every_token, every_token)
 
     @property
     def is_represented(self) -> Tensor:
@@ -96,10 +96,10 @@ def pair_scores(metric: Tensor, lengths: Sequence[int]) -> Pairs:
     even, odd = padded[:, ::2], padded[:, 1::2]
     hidden = beyond[:, None, 1::2]
     step = max(1, BLOCK // max(1, len(lengths) * odd.shape[1]))
-    found = [
+    maxima = [
         (block @ odd.transpose(1, 2)).masked_fill(hidden, float("-inf")).max(-1) for block in even.split(step, dim=1)
     ]
-    score, partner = (torch.cat([block[k] for block in found], dim=1) for k in range(2))
+    score, partner = (torch.cat([block[k] for block in maxima], dim=1) for k in range(2))
     paired = ((place[::2] < counts[:, None]) & (counts[:, None] > 1)).flatten().nonzero()[:, 0]  # on the CPU: no wait
     pick = paired.to(device)
     first = start.to(device)[:, None]
@@ -121,18 +121,20 @@ def merge_above(merged: Merged, pairs: Pairs, threshold: float) -> tuple[Merged,
         The units that are left, and for each of the units before the number of the one it is part of, `[U]`, int64;
         None where nothing merges.
     """
-    own = torch.arange(len(merged.size), device=merged.size.device)
-    into = own.index_copy(0, pairs.source, torch.where(pairs.score > threshold, pairs.target, pairs.source))
-    stays = into == own  # targets are of odd place and never move, so one step leads to a unit that stays
+    every_token = torch.arange(len(merged.size), device=merged.size.device)
+    into = every_token.index_copy(0, pairs.source, torch.where(pairs.score > threshold, pairs.target, pairs.source))
+    stays = into == every_token  # targets are of odd place and never move, so one step leads to a unit that stays
     image = torch.repeat_interleave(
-        torch.arange(len(merged.lengths)), torch.tensor(merged.lengths, dtype=torch.long), output_size=len(own)
-    ).to(own.device)
-    left = torch.zeros(len(merged.lengths), dtype=torch.long, device=own.device).index_add(0, image, stays.long())
+        torch.arange(len(merged.lengths)), torch.tensor(merged.lengths, dtype=torch.long), output_size=len(every_token)
+    ).to(every_token.device)
+    left = torch.zeros(len(merged.lengths), dtype=torch.long, device=every_token.device).index_add(
+        0, image, stays.long()
+    )
     lengths = tuple(left.tolist())
     if lengths == merged.lengths:
         return None
     target = (stays.cumsum(0) - 1)[into]
-    size = torch.zeros(sum(lengths), device=own.device).index_add(0, target, merged.size)
+    size = torch.zeros(sum(lengths), device=every_token.device).index_add(0, target, merged.size)
     return Merged(lengths, size, merged.origin[stays], target[merged.owner]), target
 
 

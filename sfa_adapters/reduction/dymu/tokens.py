@@ -53,8 +53,8 @@ def packed_rows(lengths: Sequence[int], unit: int, prefix: int, device: torch.de
     start = tokens.cumsum(0) - tokens
     image = torch.repeat_interleave(torch.arange(len(lengths)), counts)
     first = torch.arange(len(image)) * unit + prefix * (image + 1)
-    own = (start[:, None] + torch.arange(prefix)).flatten()
-    return own.to(device), (first[:, None] + torch.arange(unit)).to(device)
+    prefix_rows = (start[:, None] + torch.arange(prefix)).flatten()
+    return prefix_rows.to(device), (first[:, None] + torch.arange(unit)).to(device)
 
 
 @dataclass(eq=False)
@@ -119,7 +119,7 @@ class TowerTokens:
         index = self._origins(merged).cpu().split(list(self.token_lengths))
 
         def chosen(block_map: Tensor | None) -> list[TokenLayout]:
-            return [layout.select(own) for layout, own in zip(build(block_map), index, strict=True)]
+            return [layout.select(image_layout) for layout, image_layout in zip(build(block_map), index, strict=True)]
 
         return Packing(self.token_lengths, chosen)
 
@@ -130,9 +130,9 @@ class TowerTokens:
         start = (counts.cumsum(0) - counts).to(self.device)
         within = (merged.origin - start[image])[:, None] * self.unit + torch.arange(self.unit, device=self.device)
         within = within if self.order is None else self.order[within]
-        own, rows = self._rows(merged)
-        out = torch.empty(len(own) + rows.numel(), dtype=torch.long, device=self.device)
-        out[own] = torch.arange(self.prefix, device=self.device).repeat(len(self.lengths))
+        sequence_rows, rows = self._rows(merged)
+        out = torch.empty(len(sequence_rows) + rows.numel(), dtype=torch.long, device=self.device)
+        out[sequence_rows] = torch.arange(self.prefix, device=self.device).repeat(len(self.lengths))
         out[rows.flatten()] = within.flatten() + self.prefix
         return out
 
@@ -158,9 +158,9 @@ class TowerTokens:
         size = torch.ones(len(units), device=self.device) if self.merged is None else self.merged.size
         new = weighted_mean(units, size, target, merged.size)
         self.merged = merged
-        own, rows = self._rows(merged)
-        out = states.new_zeros(len(own) + rows.numel(), width)
-        out = out.index_copy(0, own, front).index_copy(0, rows.flatten(), new.flatten(0, 1))
+        sequence_rows, rows = self._rows(merged)
+        out = states.new_zeros(len(sequence_rows) + rows.numel(), width)
+        out = out.index_copy(0, sequence_rows, front).index_copy(0, rows.flatten(), new.flatten(0, 1))
         return out if self.flat else out[None]
 
     def _rows(self, merged: Merged | None) -> tuple[Tensor, Tensor]:
@@ -190,14 +190,14 @@ class TowerTokens:
 
     def _back_index(self, merged: Merged) -> Tensor:
         """Row now of every token at first, `[T0]`."""
-        own, rows = self._rows(merged)
+        sequence_rows, rows = self._rows(merged)
         own_first, rows_first = packed_rows(self.lengths, self.unit, self.prefix, self.device)
-        found = torch.empty(len(own) + rows_first.numel(), dtype=torch.long, device=self.device)
-        found[own_first] = own
-        found[rows_first.flatten()] = rows[merged.owner].flatten()
+        index = torch.empty(len(sequence_rows) + rows_first.numel(), dtype=torch.long, device=self.device)
+        index[own_first] = sequence_rows
+        index[rows_first.flatten()] = rows[merged.owner].flatten()
         if self.order is None:
-            return found
-        grid = found.view(len(self.lengths), -1)  # all images have one grid
+            return index
+        grid = index.view(len(self.lengths), -1)  # all images have one grid
         laid = grid.clone()
         laid[:, self.prefix + self.order] = grid[:, self.prefix :]
         return laid.flatten()

@@ -150,8 +150,8 @@ class TowerState:
             threshold = self.thresholds[place]
             if self.calibrator is not None:
                 threshold = self.calibrator(place, pairs, len(now.lengths))
-            found = merge_above(now, pairs, threshold)
-        return states if found is None else tokens.merge(states, *found)
+            merged_now = merge_above(now, pairs, threshold)
+        return states if merged_now is None else tokens.merge(states, *merged_now)
 
 
 def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +180,14 @@ def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
     sfa = state_of(state.tower, "sfa")
     if sfa is not None:
         ends = F.pad(torch.tensor(merged.lengths).cumsum(0) * unit, (1, 0))
-        own = torch.arange(len(merged.size))
+        every_group = torch.arange(len(merged.size))
         places = seen["places"].to(before.device)[merged.origin].flatten(0, 1)
-        told = {"position_ids": places, "window_index": own, "cu_seqlens": ends, "page_grids": seen["pages"]}
-        count, description = state.backbone.describe_input(state.tower, (), told)  # pyright: ignore[reportOptionalCall]
+        given_inputs = {
+            "position_ids": places,
+            "window_index": every_group,
+            "cu_seqlens": ends,
+            "page_grids": seen["pages"],
+        }
+        count, description = state.backbone.describe_input(state.tower, (), given_inputs)  # pyright: ignore[reportOptionalCall]
         sfa.inputs[count] = description
     return new

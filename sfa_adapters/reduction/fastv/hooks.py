@@ -257,10 +257,10 @@ class FastVState:
 
     def _once(self, name: str, value: Any, make: Callable[[Any], Any]) -> Any:
         """All layers get the same objects, so each is pruned once per forward."""
-        found = self.memo.get((name, id(value)))
-        if found is None or found[0] is not value:
-            found = self.memo[name, id(value)] = (value, make(value))
-        return found[1]
+        known = self.memo.get((name, id(value)))
+        if known is None or known[0] is not value:
+            known = self.memo[name, id(value)] = (value, make(value))
+        return known[1]
 
     def leave_layer(self, number: int, layer: nn.Module, output: Any) -> Any:
         """Behind a decoder layer, also behind one that failed, whose output is None.
@@ -270,12 +270,12 @@ class FastVState:
         """
         if number == self.config.layer - 1 and self.reader is not None:
             reader, self.reader = self.reader, None
-            found = reader.close()
+            scores = reader.close()
             if output is not None:
-                if found is None:
+                if scores is None:
                     raise UnsupportedAttentionError(_unseen(self.config.selector, number, _kind(layer)))
                 assert self.prompt is not None
-                self.prompt.importance = found
+                self.prompt.importance = scores
                 if self.scoring:
                     raise Scored
         prompt = self.prompt

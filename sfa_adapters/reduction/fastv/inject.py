@@ -188,8 +188,8 @@ def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
     return find_tower(model) if config.selector == "density" else None
 
 
-def _statistics(config: FastVConfig, found: FoundTower | None) -> tuple[Any, Any] | None:
-    return None if found is None else image_statistics(found, config.image_mean, config.image_std)
+def _statistics(config: FastVConfig, located: FoundTower | None) -> tuple[Any, Any] | None:
+    return None if located is None else image_statistics(located, config.image_mean, config.image_std)
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

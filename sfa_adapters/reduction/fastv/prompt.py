@@ -73,9 +73,9 @@ class Prompt:
         """Fetches the counts, once."""
         if not self.budgets:
             batch = len(self.image)
-            found = self.counts.read()
-            self.images, self.reals, self.behind = found[:batch], found[batch : 2 * batch], found[2 * batch]
-            self.start = found[-1] if isinstance(self.past, Tensor) else self.past
+            numbers = self.counts.read()
+            self.images, self.reals, self.behind = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch]
+            self.start = numbers[-1] if isinstance(self.past, Tensor) else self.past
             self.budgets = [budget(count) for count in self.images]
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -150,9 +150,9 @@ def placeholders(noted: Mapping[str, Any], ids: tuple[int, ...], batch: int, len
     """
     tokens, types = noted.get("input_ids"), noted.get("mm_token_type_ids")
     if tokens is not None:
-        found = image_places(tokens, ids)
+        places = image_places(tokens, ids)
     elif types is not None and types.shape[-1] == length:
-        found = types > 0
+        places = types > 0
     elif "inputs_embeds" in noted:
         raise PlanError(
             "FastV tells image tokens by their ids, but the model was called with inputs_embeds alone. Pass input_ids "
@@ -160,12 +160,12 @@ def placeholders(noted: Mapping[str, Any], ids: tuple[int, ...], batch: int, len
         )
     else:
         return None
-    if tuple(found.shape) != (batch, length):
+    if tuple(places.shape) != (batch, length):
         raise PlanError(
-            f"The prompt has {tuple(found.shape)} ids, but the language model sees {(batch, length)} tokens: the host "
+            f"The prompt has {tuple(places.shape)} ids, but the language model sees {(batch, length)} tokens: the host "
             "expands its placeholders inside. Let its processor write one placeholder per image token."
         )
-    return found
+    return places
 
 
 def prompt_of(

@@ -143,11 +143,11 @@ def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind
     return new
 
 
-def _static_mask(mask: Tensor, kept: KeptTokens, own: Tensor) -> Tensor:
+def _static_mask(mask: Tensor, kept: KeptTokens, mask_of_call: Tensor) -> Tensor:
     """A causal mask over the slots: the one that came was made for columns that have no slot."""
     slots = mask.shape[-1]
     live = torch.nn.functional.pad(kept.live, (0, slots - kept.slots), value=True).to(mask.device)
-    seen = (torch.arange(slots, device=mask.device) <= own.to(mask.device)[:, None]) & live[:, None, None, :]
+    seen = (torch.arange(slots, device=mask.device) <= mask_of_call.to(mask.device)[:, None]) & live[:, None, None, :]
     if mask.dtype == torch.bool:
         return seen
     return torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)

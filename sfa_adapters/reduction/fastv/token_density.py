@@ -160,13 +160,13 @@ def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
     mean, std = _known(statistics)
     assert images.grids is not None
     merge, patch = images.merge, images.patch
-    found = []
+    densities = []
     for part, (h, w) in zip(images.pixels.split([h * w for h, w in images.grids]), images.grids, strict=True):
         # [rows, columns, merge, merge, channels, frames, patch, patch]; a still image repeats its only frame
         flat = part.float().view(h // merge, w // merge, merge, merge, 3, -1, patch, patch)[..., 0, :, :]
         page = flat.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, h * patch, w * patch)
-        found.append(_map(page, mean, std, merge * patch, (h // merge, w // merge)).flatten())
-    return torch.cat(found)
+        densities.append(_map(page, mean, std, merge * patch, (h // merge, w // merge)).flatten())
+    return torch.cat(densities)
 
 
 def _known(statistics: Statistics | None) -> Statistics:
