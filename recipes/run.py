@@ -7,7 +7,7 @@
     <folder>/results.md, .json, .png         what that is worth
     <folder>/log.csv, training.png, bias.csv, bias.png, skipped.jsonl
 
-What is evaluated is what was saved: the trained host is loaded again from `final`. Call `run` in every process.
+Evaluation reloads the saved checkpoint, from `final`. Call `run` in every process.
 """
 
 from __future__ import annotations

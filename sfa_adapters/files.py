@@ -48,8 +48,8 @@ def writing(what: str, folder: Path, advice: str = "") -> Iterator[None]:
             raise
         with suppress(OSError):
             free = f" {shutil.disk_usage(_existing(folder)).free / 1e9:.2f} GB are free there."
-            raise TrainingError(_told(what, folder, error, free, advice)) from error
-        raise TrainingError(_told(what, folder, error, "", advice)) from error
+            raise TrainingError(_message(what, folder, error, free, advice)) from error
+        raise TrainingError(_message(what, folder, error, "", advice)) from error
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 
 
-def _told(what: str, folder: Path, error: Exception, free: str, advice: str) -> str:
+def _message(what: str, folder: Path, error: Exception, free: str, advice: str) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
     return " ".join(f"{what} could not be written to {folder}: {reason}.{free} {advice}".split())

@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _told(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
+def _facts_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
     """What the host will have lost, from files alone."""
     if head_plan is not None:
         return plan_facts(read_head_plan(head_plan, compensation), compensation)
@@ -77,7 +77,7 @@ def _model_class(name: str, family: str) -> type:
 
         def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
             # The name of the class is all that lmms-eval takes from a model into its results.
-            facts = _told(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
+            facts = _facts_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
             return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
 
         facts: PrunedFacts | None = None

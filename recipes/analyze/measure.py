@@ -20,7 +20,7 @@ from torch import Tensor
 from sfa_adapters.analysis import attention_entropy, hallucination_report, modality_dominance
 from sfa_adapters.analysis.maps import attention_map, attention_rollout
 from sfa_adapters.errors import DataError
-from sfa_adapters.hosts.user_supplied import load_own, own_prompt
+from sfa_adapters.hosts.user_supplied import load_user_model, user_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.metrics import RelaxedMode
 from sfa_adapters.recipes.analyze.predictions import read_predictions
@@ -94,9 +94,9 @@ def run_dominance(
         host, samples = _nano(charts)
         prompts_of_host, prompts = host.model, [encode(host, [sample.image], [sample.question]) for sample in samples]
     else:
-        prompts_of_host, processor = load_own(model)
+        prompts_of_host, processor = load_user_model(model)
         tokenizer = processor.tokenizer
-        prompts = [own_prompt(processor, as_image(path), question or "") for path in images]
+        prompts = [user_prompt(processor, as_image(path), question or "") for path in images]
     tracked = track(prompts, description="dominance", transient=True)
     report = modality_dominance(prompts_of_host, tracked, queries=queries, layers=layers, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
     columns = ("stage", "average", "mdi", "mdi_low", "mdi_high", "aei_text")
@@ -137,9 +137,9 @@ def run_map(
         inputs, question_text = encode(host, [page], [samples[chart].question]), samples[chart].question
         question_text = f"{question_text!r}; true answer {samples[chart].answer!r}"
     else:
-        host_model, processor = load_own(model)
+        host_model, processor = load_user_model(model)
         page, question_text = as_image(image), repr(question)
-        inputs = own_prompt(processor, page, question or "")
+        inputs = user_prompt(processor, page, question or "")
     place = None
     if patch is not None:
         parts = patch.split(",")

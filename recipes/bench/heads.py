@@ -25,7 +25,7 @@ from sfa_adapters.heads.compensation import Compensation
 from sfa_adapters.heads.plan import HeadPlan, plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
-from sfa_adapters.hosts.user_supplied import load_own, own_prompt
+from sfa_adapters.hosts.user_supplied import load_user_model, user_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench.heads_figure import plot_bench_heads
 from sfa_adapters.recipes.bench.heads_quality import Asked, ask, chart_batches, quality_of
@@ -106,8 +106,8 @@ def _subject(config: HeadBenchConfig) -> _Subject:
         subject.samples = chart_samples("test", config.questions) if config.questions else []
     else:
         pages = [as_image(path) for path in config.images]  # a bad one is told before a model is loaded
-        model, processor = load_own(config.model, attn_implementation="sdpa")
-        prompts = [own_prompt(processor, page, config.question or "") for page in pages]
+        model, processor = load_user_model(config.model, attn_implementation="sdpa")
+        prompts = [user_prompt(processor, page, config.question or "") for page in pages]
         subject = _Subject(model, prompts, prompts)
     subject.model.eval().to(config.device, dtype)
     for batch in (*subject.batches, *subject.labelled):

@@ -35,7 +35,7 @@ class HeadQuality:
 
     Attributes:
         accuracy: Relaxed accuracy.
-        change: Accuracy minus that of the whole host on the same questions, drawn again in pairs.
+        change: Accuracy minus that of the whole host on the same questions, paired bootstrap.
         invented: Share of readable numeric answers with a number that is printed nowhere on the chart.
         mdi: Modality dominance (arXiv 2508.10552) of the question's tokens over all layers: above 1, a text token
             gets more attention than an image token.

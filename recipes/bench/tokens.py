@@ -26,7 +26,7 @@ from rich.table import Table
 
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import DataError
-from sfa_adapters.hosts.user_supplied import load_own, own_prompt
+from sfa_adapters.hosts.user_supplied import load_user_model, user_prompt
 from sfa_adapters.images import as_image
 from sfa_adapters.recipes.bench.options import BenchConfig
 from sfa_adapters.recipes.bench.tokens_quality import Quality, answer_quality
@@ -121,8 +121,8 @@ def _subject(config: BenchConfig) -> tuple[Any, list[dict[str, Any]], Any, list[
         model: Any = host.model
     else:
         host, samples = None, []
-        model, processor = load_own(config.model, attn_implementation="sdpa")
-        prompts = [own_prompt(processor, as_image(path), config.question or "") for path in config.images]
+        model, processor = load_user_model(config.model, attn_implementation="sdpa")
+        prompts = [user_prompt(processor, as_image(path), config.question or "") for path in config.images]
     model.eval().to(config.device, dtype)
     moved = [{name: _placed(value, model) for name, value in prompt.items()} for prompt in prompts]
     return model, moved, host, samples if config.questions else []

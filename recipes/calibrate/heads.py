@@ -117,12 +117,12 @@ def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
 
 
 def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, Sequence[Any]]:
-    from sfa_adapters.hosts.user_supplied import load_own, own_prompt
+    from sfa_adapters.hosts.user_supplied import load_user_model, user_prompt
 
     for path in images:  # a bad one is told before a model is loaded
         as_image(path)
-    host, processor = load_own(model)
-    return host, _Prompts(images, lambda path: own_prompt(processor, as_image(path), question))
+    host, processor = load_user_model(model)
+    return host, _Prompts(images, lambda path: user_prompt(processor, as_image(path), question))
 
 
 class _Prompts(Sequence[Any]):

@@ -176,7 +176,7 @@ def plot_dominance(report: DominanceReport) -> Figure:
         axis.set_yscale("log")
         _log_ticks(axis)
         axis.set_xticks(
-            range(len(stages)), [_told(stage, report.stages[stage]) for stage in stages], fontsize=LABEL - 1
+            range(len(stages)), [_stage_label(stage, report.stages[stage]) for stage in stages], fontsize=LABEL - 1
         )
         axis.set_xlim(-0.35, len(stages) - 0.4)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -184,7 +184,7 @@ def plot_dominance(report: DominanceReport) -> Figure:
     return figure
 
 
-def _told(stage: str, layers: tuple[int, ...]) -> str:
+def _stage_label(stage: str, layers: tuple[int, ...]) -> str:
     near = layers == tuple(range(layers[0], layers[-1] + 1))
     listed = f"{layers[0]}-{layers[-1]}" if near and len(layers) > 2 else ", ".join(map(str, layers))
     return f"{stage}\nlayers {listed}"

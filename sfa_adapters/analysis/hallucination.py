@@ -72,7 +72,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class HallucinationReport:
-    """Classes of all answers, with 95% intervals (samples drawn again).
+    """Classes of all answers, with 95% intervals (bootstrap over samples).
 
     Attributes:
         judged: the samples that have a class, in their order; at least one.

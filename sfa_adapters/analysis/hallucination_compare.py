@@ -88,7 +88,7 @@ def compare(reports: Mapping[str, _Report]) -> Figure:
 
 
 def paired_change(before: _Report, after: _Report) -> list[dict[str, Any]]:
-    """How the shares changed on the same samples; samples are drawn again in pairs.
+    """How the shares changed on the same samples; paired bootstrap over samples.
 
     Args:
         before: first `HallucinationReport`.

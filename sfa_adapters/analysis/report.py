@@ -47,7 +47,7 @@ class Skips(list[Skip]):
         """How many for each reason."""
         return dict(Counter(skip.reason for skip in self))
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Reasons and counts in one line."""
         return "; ".join(f"{reason} ({count})" for reason, count in self.counts().items())
 
@@ -58,7 +58,7 @@ class Skips(list[Skip]):
             DataError: `kept` is 0; lists the reasons.
         """
         if not kept:
-            raise DataError(f"None of the {len(self)} {what} can be measured. {self.told() or 'Give at least one.'}")
+            raise DataError(f"None of the {len(self)} {what} can be measured. {self.message() or 'Give at least one.'}")
 
 
 class Report(ABC):
@@ -114,7 +114,7 @@ def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int
         formula: Takes one mean of each of `values`, elementwise.
         *values: One number per sample each, `[N]`.
         seed: Of the resampling.
-        rounds: How often the samples are drawn again.
+        rounds: bootstrap rounds.
 
     Returns:
         Value and 95% interval; one sample has an interval without width.

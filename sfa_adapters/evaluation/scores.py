@@ -153,7 +153,7 @@ def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
 
 
 def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> ScoreTable:
-    """Means with 95% intervals (rows drawn again, 2,000 times).
+    """Means with 95% intervals (bootstrap over rows, 2,000 rounds).
 
     Args:
         predictions: All answers.
@@ -190,7 +190,7 @@ def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> S
 
 
 def _average(parts: Sequence[np.ndarray], seed: int, rounds: int = 2000) -> Interval:
-    """Mean of the means of several groups; each is drawn again by itself, so that their sizes stay."""
+    """Mean of the means of several groups; each is resampled by itself, so that their sizes stay."""
     rng = np.random.default_rng(seed)
     drawn = [part[rng.integers(0, len(part), (rounds, len(part)))].mean(1) for part in parts]
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
@@ -204,7 +204,7 @@ class Comparison:
     Attributes:
         metric: By which rule.
         of: Rows that were scored.
-        difference: Mean of the second minus mean of the first, with its 95% interval (rows drawn again in pairs).
+        difference: Mean of the second minus mean of the first, with its 95% interval (paired bootstrap over rows).
         better: Rows on which the second scores higher.
         worse: Rows on which it scores lower.
         p_value: Of the exact two-sided sign test on those rows; for right or wrong it is McNemar's exact test.

@@ -25,7 +25,7 @@ __all__ = ["Table", "ablation_table", "hallucination_of", "hallucination_table",
 
 NONE = "-"
 OTHER_COLUMNS = ("run", "points", "change", "better / worse", "p", "truncated", "failed")
-PERCENT = "Percent, with 95% intervals (questions drawn again)."
+PERCENT = "Percent, with 95% intervals (bootstrap over questions)."
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _typed(name: str, value: Any, where: str) -> Any:
     try:
         return _read_as(hint, value)
     except (ValueError, TypeError):
-        raise RecipeError(f"{name}={value!r} {where} must be {_told(hint)}.") from None
+        raise RecipeError(f"{name}={value!r} {where} must be {_expected(hint)}.") from None
 
 
 def _read_as(hint: Any, value: Any) -> Any:
@@ -196,9 +196,9 @@ _WORDS: Mapping[Any, str] = {
 }
 
 
-def _told(hint: Any) -> str:
+def _expected(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
-        return f"{_told(next(kind for kind in get_args(hint) if kind is not type(None)))}, or none"
+        return f"{_expected(next(kind for kind in get_args(hint) if kind is not type(None)))}, or none"
     if get_origin(hint) is tuple:
         return f"a list like {'0,1,2' if get_args(hint)[0] is int else 'row,col'}"
     if get_origin(hint) is Literal:

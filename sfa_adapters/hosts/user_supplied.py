@@ -8,10 +8,10 @@ import numpy as np
 
 from sfa_adapters.errors import DataError
 
-__all__ = ["load_own", "own_prompt"]
+__all__ = ["load_user_model", "user_prompt"]
 
 
-def load_own(model: str, **options: Any) -> tuple[Any, Any]:
+def load_user_model(model: str, **options: Any) -> tuple[Any, Any]:
     """A vision-language model in eval mode, and its processor.
 
     Args:
@@ -41,7 +41,7 @@ def load_own(model: str, **options: Any) -> tuple[Any, Any]:
     return host, processor
 
 
-def own_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, Any]:
+def user_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, Any]:
     """A question about a page as the host's own processor puts it, with its chat template where it has one.
 
     Args:

@@ -11,7 +11,7 @@ from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.activations import Activations, activations_of
 from sfa_adapters.memory.report import DeviceMemory, MemoryPlan
 from sfa_adapters.memory.shapes import lengths_of
-from sfa_adapters.memory.weights import Census, Weights, take_census, weights_of
+from sfa_adapters.memory.weights import ParameterCounts, Weights, count_parameters, weights_of
 from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = ["WORKSPACE", "DeviceMemory", "MemoryPlan", "predict_memory"]
@@ -56,18 +56,18 @@ def predict_memory(
     lengths_of(recipe, architecture_config, tiles)  # says what cannot be asked of this host
     if tiles is not None and _setting(recipe) == "max_tiles":
         recipe = recipe.replace(max_tiles=tiles)
-    census = take_census(recipe, architecture_config)
-    prediction = _predict(recipe, architecture_config, census, gpus, memory)
+    counts = count_parameters(recipe, architecture_config)
+    prediction = _predict(recipe, architecture_config, counts, gpus, memory)
     if prediction.fits:
         return prediction
-    savings = tuple(_savings(recipe, architecture_config, census, gpus, memory))
+    savings = tuple(_savings(recipe, architecture_config, counts, gpus, memory))
     return replace(prediction, savings=savings)
 
 
-def _predict(recipe: Recipe, config: Any, census: Census, gpus: int, memory: float) -> MemoryPlan:
+def _predict(recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, memory: float) -> MemoryPlan:
     lengths = lengths_of(recipe, config)
     vision, text = activations_of(recipe, config, lengths, recipe.micro_batch)
-    front, model = weights_of(recipe, census)
+    front, model = weights_of(recipe, counts)
     if recipe.plan == "split":
         halves = (
             _device("GPU 0", "tower, projector", front, _peak(recipe, front, vision)),
@@ -82,7 +82,7 @@ def _predict(recipe: Recipe, config: Any, census: Census, gpus: int, memory: flo
     peak = max(vision.kept(on) + _peak(recipe, everything, text), _peak(recipe, everything, vision))
     one = _device("GPU 0", "everything", everything, peak, exchanged=gpus > 1)
     if recipe.plan == "fsdp2" and gpus > 1:
-        one = _sharded(recipe, census, one, gpus)
+        one = _sharded(recipe, counts, one, gpus)
     devices = tuple(replace(one, device=f"GPU {number}") for number in range(gpus))
     return MemoryPlan(recipe, devices, memory, lengths)
 
@@ -97,10 +97,10 @@ def _device(name: str, holds: str, weights: Weights, activations: int, exchanged
     return DeviceMemory(name, holds, weights.stored, gradients, moments, activations, WORKSPACE + weights.unpacked)
 
 
-def _sharded(recipe: Recipe, census: Census, whole: DeviceMemory, gpus: int) -> DeviceMemory:
+def _sharded(recipe: Recipe, counts: ParameterCounts, whole: DeviceMemory, gpus: int) -> DeviceMemory:
     """One shard, with what is gathered: everything outside the layers, one layer, and the next one on its way."""
     size = 2 if recipe.dtype != "float32" else 4
-    gathered = (census.outside + 2 * census.largest_layer) * size
+    gathered = (counts.outside + 2 * counts.largest_layer) * size
     return replace(
         whole,
         holds=f"1/{gpus} of everything",
@@ -114,14 +114,16 @@ def _sharded(recipe: Recipe, census: Census, whole: DeviceMemory, gpus: int) -> 
 # -- what would save it -----------------------------------------------------------------------------------------------
 
 
-def _savings(recipe: Recipe, config: Any, census: Census, gpus: int, memory: float) -> Iterator[tuple[str, int]]:
+def _savings(
+    recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, memory: float
+) -> Iterator[tuple[str, int]]:
     """Single changes that make it fit; if none does, the first few together that do."""
     alone = False
     together: dict[str, Any] = {}
     listed: list[str] = []
     for changes, text in _changes(recipe):
-        single = _predict(recipe.replace(**changes), config, census, gpus, memory)
-        if single.fits and not _told_already(text, listed):
+        single = _predict(recipe.replace(**changes), config, counts, gpus, memory)
+        if single.fits and not _listed_already(text, listed):
             alone = True
             listed.append(text)
             yield text, single.peak
@@ -132,13 +134,13 @@ def _savings(recipe: Recipe, config: Any, census: Census, gpus: int, memory: flo
         kind = text.partition("=")[0]
         listed = [other for other in listed if other.partition("=")[0] != kind] + [text]
         together |= changes
-        both = _predict(recipe.replace(**together), config, census, gpus, memory)
+        both = _predict(recipe.replace(**together), config, counts, gpus, memory)
         if both.fits:
             yield " with ".join(listed), both.peak
             return
 
 
-def _told_already(text: str, listed: list[str]) -> bool:
+def _listed_already(text: str, listed: list[str]) -> bool:
     """Of one setting the mildest change that helps is enough."""
     return any(other.partition("=")[0] == text.partition("=")[0] for other in listed)
 

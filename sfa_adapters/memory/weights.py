@@ -1,4 +1,4 @@
-"""`Census`: how many weights a host has in each of its parts, counted on the meta device, and what they take up."""
+"""`ParameterCounts`: how many weights a host has in each of its parts, counted on the meta device, and their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfa_adapters.hosts.spec import Part
 from sfa_adapters.inject import describe
 from sfa_adapters.vlm.records import vlm_spec
 
-__all__ = ["Census", "Weights", "four_bit_bytes", "take_census", "weights_of"]
+__all__ = ["ParameterCounts", "Weights", "count_parameters", "four_bit_bytes", "weights_of"]
 
 FLOAT = 4
 # bitsandbytes: one scale per 64 weights, in 8 bits, and one float32 scale per 256 of these; then two code books.
@@ -24,7 +24,7 @@ BLOCK, NESTED, CODES = 64, 256, 4 * (16 + 256 + 1)
 
 
 @dataclass(frozen=True)
-class Census:
+class ParameterCounts:
     """Numbers of weights.
 
     Attributes:
@@ -61,7 +61,7 @@ class Weights:
     unpacked: int = 0
 
 
-def take_census(recipe: Recipe, config: Any) -> Census:
+def count_parameters(recipe: Recipe, config: Any) -> ParameterCounts:
     """Builds a host on the meta device and counts.
 
     Args:
@@ -88,7 +88,7 @@ def take_census(recipe: Recipe, config: Any) -> Census:
     options: dict[str, Any] = {"terms": list(recipe.sfa_terms)}
     options["layers_to_transform"] = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
     sfa = describe(model, SFAConfig(**options)).num_parameters if recipe.sfa else 0
-    return Census(parts, unread, matrices, sfa, max(layers), sum(parts.values()) - sum(layers))
+    return ParameterCounts(parts, unread, matrices, sfa, max(layers), sum(parts.values()) - sum(layers))
 
 
 def _count(module: nn.Module) -> int:
@@ -102,36 +102,36 @@ def four_bit_bytes(rows: int, columns: int) -> int:
     return -(-numbers // 2) + blocks + FLOAT * -(-blocks // NESTED) + CODES
 
 
-def weights_of(recipe: Recipe, census: Census) -> tuple[Weights, Weights]:
+def weights_of(recipe: Recipe, counts: ParameterCounts) -> tuple[Weights, Weights]:
     """Weights of tower with projector and SFA, and of the language model with its LoRA; see `prepare`.
 
     Args:
         recipe: What trains, and in which precision.
-        census: Of its host.
+        counts: Of its host.
     """
-    return _front(recipe, census), _language_model(recipe, census)
+    return _front(recipe, counts), _language_model(recipe, counts)
 
 
-def _front(recipe: Recipe, census: Census) -> Weights:
+def _front(recipe: Recipe, counts: ParameterCounts) -> Weights:
     compute = FLOAT if recipe.dtype == "float32" else 2
-    vision, projector = census.parts["vision"], census.parts["projector"]
+    vision, projector = counts.parts["vision"], counts.parts["projector"]
     wide = FLOAT if not recipe.freeze_vision else compute
-    stored = vision * wide + projector * (wide if recipe.freeze_projector else FLOAT) + census.sfa * FLOAT
-    trained = 0 if recipe.freeze_vision else vision - census.unread
+    stored = vision * wide + projector * (wide if recipe.freeze_projector else FLOAT) + counts.sfa * FLOAT
+    trained = 0 if recipe.freeze_vision else vision - counts.unread
     trained += 0 if recipe.freeze_projector else projector
     casts = 2 * trained if compute != FLOAT else 0
-    return Weights(stored, trained + census.sfa, casts)
+    return Weights(stored, trained + counts.sfa, casts)
 
 
-def _language_model(recipe: Recipe, census: Census) -> Weights:
+def _language_model(recipe: Recipe, counts: ParameterCounts) -> Weights:
     compute = FLOAT if recipe.dtype == "float32" else 2
-    total = census.parts["llm"]
-    lora = recipe.lora_llm * sum(rows + columns for rows, columns in census.matrices)
+    total = counts.parts["llm"]
+    lora = recipe.lora_llm * sum(rows + columns for rows, columns in counts.matrices)
     trained = lora + (0 if recipe.freeze_llm else total)
     casts = 2 * trained if compute != FLOAT else 0
     if recipe.plan == "nf4":
-        packed = sum(four_bit_bytes(*shape) for shape in census.matrices)
-        rest = total - sum(rows * columns for rows, columns in census.matrices)
-        largest = max(rows * columns for rows, columns in census.matrices)
+        packed = sum(four_bit_bytes(*shape) for shape in counts.matrices)
+        rest = total - sum(rows * columns for rows, columns in counts.matrices)
+        largest = max(rows * columns for rows, columns in counts.matrices)
         return Weights(packed + rest * compute + lora * FLOAT, trained, casts, largest * compute)
     return Weights(total * (compute if recipe.freeze_llm else FLOAT) + lora * FLOAT, trained, casts)

@@ -69,7 +69,7 @@ class SCRLoss:
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self._watch = Watch(model, self.config)
         self._seen: Seen | None = None
-        self._told: set[Term] = set()
+        self._reported: set[Term] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -147,8 +147,8 @@ class SCRLoss:
         return total, terms
 
     def _check_gradient(self, term: Term, value: Tensor) -> None:
-        if torch.is_grad_enabled() and not value.requires_grad and term not in self._told:
-            self._told.add(term)
+        if torch.is_grad_enabled() and not value.requires_grad and term not in self._reported:
+            self._reported.add(term)
             warnings.warn(
                 f"The {term} term has no gradient: every parameter in front of its layers is frozen. Train the vision "
                 f"tower or adapters in it, or set {term}=0.",

@@ -38,7 +38,7 @@ from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.prepare import Host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.predict import predict_memory
-from sfa_adapters.memory.weights import take_census
+from sfa_adapters.memory.weights import count_parameters
 from sfa_adapters.observe import observe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint, nano_settings
 from sfa_adapters.reduction import DyMUConfig, FastVConfig, eject_dymu, eject_fastv, inject_dymu, inject_fastv
@@ -300,10 +300,10 @@ class VLMContract:
             with pytest.raises(SFAError, match=re.escape(reason)):
                 predict_memory(recipe, config, gpus=1)
             return
-        census = take_census(recipe, config)
+        counts = count_parameters(recipe, config)
         names = [name for name, _ in host.model.named_parameters() if host.places.part_of(name) != "sfa"]
         weights = dict(host.model.named_parameters())
-        assert sum(census.parts.values()) == sum(weights[name].numel() for name in names)
+        assert sum(counts.parts.values()) == sum(weights[name].numel() for name in names)
         one, four = (predict_memory(recipe, config, gpus=1, batch=batch) for batch in (1, 4))
         assert four.devices[0].activations > one.devices[0].activations > 0
 

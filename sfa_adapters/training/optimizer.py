@@ -1,4 +1,4 @@
-"""Who learns how fast, in how many steps, and in which order the rows come."""
+"""Parameter groups, schedule and sampling order."""
 
 from __future__ import annotations
 

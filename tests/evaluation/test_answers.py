@@ -218,7 +218,7 @@ def test_the_average_of_the_two_splits() -> None:
     assert [s.group for s in table.scores] == ["all", "human", "augmented", "average of splits"]
     assert (table["all"].mean.value, table["human"].mean.value) == (pytest.approx(4 / 6), 0.5)
     assert table.mean.value == pytest.approx((0.5 + 0.75) / 2)
-    # Slowly: each split drawn again by itself.
+    # Slowly: each split resampled by itself.
     rng, means = np.random.default_rng(1), []
     for _ in range(4000):
         means.append((rng.choice([1, 0], 2).mean() + rng.choice([1, 1, 1, 0], 4).mean()) / 2)

@@ -377,16 +377,16 @@ def test_a_run_on_a_pruned_host_says_so(pruned: Path, plan: HeadPlan, tmp_path: 
     assert facts.label in (result.trained / "README.md").read_text()
     again = open_host(tmp_path / "run")
     assert pruned_facts(again.model) == facts
-    assert lmms_plugin._told(str(tmp_path / "run"), None, "none") == facts
+    assert lmms_plugin._facts_of(str(tmp_path / "run"), None, "none") == facts
     assert json.loads((result.trained / "adapter_config.json").read_text())["tower"]["num_heads"][0] == 2
 
 
 def test_what_the_plug_in_tells_before_loading(base: Path, plan: HeadPlan, plan_file: Path, pruned: Path) -> None:
-    assert lmms_plugin._told(str(base), None, "none") is None
-    assert lmms_plugin._told(str(base), str(plan_file), "residual") == plan_facts(plan, "residual")
-    assert lmms_plugin._told(str(pruned), None, "none") == plan_facts(plan, "absorb")
+    assert lmms_plugin._facts_of(str(base), None, "none") is None
+    assert lmms_plugin._facts_of(str(base), str(plan_file), "residual") == plan_facts(plan, "residual")
+    assert lmms_plugin._facts_of(str(pruned), None, "none") == plan_facts(plan, "absorb")
     with pytest.raises(RecipeError, match="evaluate that folder"):
-        lmms_plugin._told(str(base), str(plan_file), "bias")
+        lmms_plugin._facts_of(str(base), str(plan_file), "bias")
 
 
 # -- lmms-eval itself -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.activations import activations_of
 from sfa_adapters.memory.predict import WORKSPACE, predict_memory
 from sfa_adapters.memory.shapes import TEXT_TOKENS, Lengths, lengths_of
-from sfa_adapters.memory.weights import four_bit_bytes, take_census, weights_of
+from sfa_adapters.memory.weights import count_parameters, four_bit_bytes, weights_of
 from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
@@ -111,7 +111,7 @@ def test_weights_are_as_many_bytes_as_the_loaded_host_has(
         state = weight.quant_state
         scales = (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
         found += sum(tensor.numel() * tensor.element_size() for tensor in scales)
-    front, model = weights_of(wanted, take_census(wanted, host.model.config))
+    front, model = weights_of(wanted, count_parameters(wanted, host.model.config))
     assert front.stored + model.stored == pytest.approx(found, rel=1e-6)
     trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad)
     assert front.trained + model.trained == trained

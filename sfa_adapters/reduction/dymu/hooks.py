@@ -6,8 +6,8 @@ behind the last layer that the host reads.
 
 Hooks: (1) the tower's input tells its grid (`TowerState.record_input`); (2) a projection hands over its keys; (3) each
 layer merges in front of itself; (4) its attention gets sizes through its mask argument; (5) behind the layers, and
-behind the tower for recorded hidden states, tokens are laid back onto the regular grid. They find their state in the
-module, so that copies of a model have their own.
+behind the tower for recorded hidden states, tokens are scattered back onto the regular grid. They find their state in
+the module, so that copies of a model have their own.
 """
 
 from __future__ import annotations
@@ -117,16 +117,16 @@ def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> N
 # -- 5: behind the layers ---------------------------------------------------------------------------------------------
 
 
-def lay_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def scatter_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the module whose output is the sequence."""
     tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
     if isinstance(output, Tensor):
-        return tokens.lay_back(output, tokens.merged)
+        return tokens.scatter_back(output, tokens.merged)
     if isinstance(output, tuple):
-        return (tokens.lay_back(output[0], tokens.merged), *output[1:])
-    output["last_hidden_state"] = tokens.lay_back(output["last_hidden_state"], tokens.merged)
+        return (tokens.scatter_back(output[0], tokens.merged), *output[1:])
+    output["last_hidden_state"] = tokens.scatter_back(output["last_hidden_state"], tokens.merged)
     return output
 
 
@@ -135,7 +135,7 @@ def merger_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
-    return (tokens.lay_back(args[0], tokens.merged), *args[1:]), kwargs
+    return (tokens.scatter_back(args[0], tokens.merged), *args[1:]), kwargs
 
 
 def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -148,13 +148,13 @@ def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return None
     final = output.get("last_hidden_state")
     if state.flat and final is not None and len(final) != sum(tokens.lengths) * tokens.unit:
-        output["last_hidden_state"] = tokens.lay_back(final, tokens.merged)
+        output["last_hidden_state"] = tokens.scatter_back(final, tokens.merged)
     if output.get("hidden_states") is not None:
         maps = [None, *tokens.history]  # entry k is the output of layer k - 1
         output["hidden_states"] = tuple(
             states
             if states is None or not _is_merged(states, layer_states, tokens)
-            else tokens.lay_back(states, layer_states)
+            else tokens.scatter_back(states, layer_states)
             for states, layer_states in zip(output["hidden_states"], maps, strict=False)
         )
     return output

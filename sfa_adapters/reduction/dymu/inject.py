@@ -19,9 +19,9 @@ from sfa_adapters.reduction.dymu.hooks import (
     attended_hook,
     attention_hook,
     keys_hook,
-    lay_back_hook,
     layer_hook,
     merger_hook,
+    scatter_back_hook,
     tower_hook,
 )
 from sfa_adapters.reduction.dymu.host_tokens import PACK, HostTokens, find_host
@@ -155,7 +155,7 @@ def _hook_tower(located: FoundTower, state: TowerState) -> None:
     else:
         assert backbone.patches is not None
         # In front of ADAT's hooks, which expect the tokens that they made.
-        attach(tower.get_submodule(backbone.patches.tokens_out), DYMU, state, post=lay_back_hook, prepend=True)
+        attach(tower.get_submodule(backbone.patches.tokens_out), DYMU, state, post=scatter_back_hook, prepend=True)
     attach(tower, DYMU, state, post=tower_hook, prepend=True)
 
 

@@ -169,7 +169,7 @@ class TowerTokens:
 
     # -- laying back --------------------------------------------------------------------------------------------------
 
-    def lay_back(self, states: Tensor, merged: Merged | None) -> Tensor:
+    def scatter_back(self, states: Tensor, merged: Merged | None) -> Tensor:
         """States of merged tokens as the tower has them without merging.
 
         Args:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.errors import PlanError
-from sfa_adapters.reduction.fastv.query_rows import asking_rows
+from sfa_adapters.reduction.fastv.query_rows import query_rows
 from sfa_adapters.reduction.fastv.selectors import ImageTokens, Selector, select
 from sfa_adapters.reduction.image_tokens import Counts, image_places
 from sfa_adapters.reduction.kept_tokens import keep_states, visible_tokens
@@ -192,6 +192,6 @@ def prompt_of(
     labels, logits = noted.get("labels"), noted.get("logits_to_keep")
 
     def asking(texts: int) -> tuple[Tensor, Tensor]:
-        return asking_rows(image, valid, labels, logits, texts if query == "mean" else 0)
+        return query_rows(image, valid, labels, logits, texts if query == "mean" else 0)
 
     return Prompt(image, valid, past, Counts(torch.cat(numbers)), asking)

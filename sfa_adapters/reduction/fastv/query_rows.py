@@ -17,13 +17,13 @@ from torch import Tensor
 from sfa_adapters.attention_call import HIDDEN, AttentionCall
 from sfa_adapters.observe import Seam
 
-__all__ = ["AttentionReader", "asking_rows", "row_attention"]
+__all__ = ["AttentionReader", "query_rows", "row_attention"]
 
 IGNORED = -100  # labels that are no target
 BLOCK_BYTES = 2**25  # of logits at a time
 
 
-def asking_rows(
+def query_rows(
     image: Tensor, valid: Tensor, labels: Any = None, logits_to_keep: Any = None, texts: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The rows that ask.
