@@ -1,9 +1,8 @@
 """The tower of Qwen2.5-VL: a flat sequence of patches of all images, in window order, with 2-D RoPE and no CLS.
 
 Blocks attend inside windows of 8x8 patches (ragged at the borders of an image), four blocks inside whole images; both
-are given
-as boundaries (`cu_seqlens`) of consecutive segments, and the attention runs once per segment. It takes no mask, but a
-`position_bias` (transformers 5.14 and later, sdpa).
+are given as boundaries (`cu_seqlens`) of consecutive segments, and the attention runs once per segment. It takes no
+mask, but a `position_bias` (transformers 5.14 and later, sdpa).
 
 Order of tokens: the processor lists 2x2 groups of patches row by row, the four patches of a group next to each other;
 the tower then sorts groups by window. `window_order` says which place each token of that sequence has.

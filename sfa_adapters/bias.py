@@ -3,10 +3,9 @@
     phi(i, j) = w_row * same_row(i, j) + w_col * same_col(i, j) - w_dist * manhattan(i, j) + e[block_i] * e[block_j]
 
 phi is in logits: it is added to q.k / sqrt(d) before the softmax. It is zero whenever i or j is a prefix token.
-`same_row` is
-1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the shorter one.
-`manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend on
-resolution.
+`same_row` is 1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the
+shorter one. `manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend
+on resolution.
 
 phi needs no N x N matrix: it is a row table, a column table and a rank-1 block term (`BiasFactors`).
 

@@ -1,8 +1,7 @@
 """Where each visual token lies on the page: row, column, extent, block, prefix and padding.
 
-Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token
-(r, c) has
-row r, column c and extent 1; on an adaptive one a token that covers 1.75 x 1.75 finest cells has extent 1.75.
+Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token (r,
+c) has row r, column c and extent 1; on an adaptive one a token that covers 1.75 x 1.75 finest cells has extent 1.75.
 
 Shape letters: B batch, N tokens, U distinct (start, extent) pairs on one axis.
 """
