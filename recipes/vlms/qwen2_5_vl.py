@@ -78,7 +78,8 @@ SPEC = register_vlm(
         memory=MemoryRules(lengths=_lengths, tower=_tower, layer=_layer, projector=_projector, fixed_grid=False),
         nano=_nano,
         refuses={
-            "adat": "its tower has no fixed grid of patches. Leave adat out, and set max_pixels for fewer tokens.",
+            "adat": "its tower has no fixed grid of patches. Leave adat out; for fewer tokens set max_pixels, or use "
+            "drop_blank_groups.",
             "text_density": "the density of text is not measured for a host without a fixed grid of patches.",
         },
     )
