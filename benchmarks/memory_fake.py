@@ -70,15 +70,20 @@ def _compare(recipe: Recipe) -> None:
         print(f"{line}, {time.process_time() - began:.1f} s of CPU", flush=True)
 
 
+def _flat(host: Host) -> bool:
+    """Whether its tower works on one sequence of patches."""
+    return host.spec.image_tokens is not None and host.spec.image_tokens.kind == "merged_groups"
+
+
 def _tower(host: Host, lengths: Lengths, config: Any) -> Callable[[], object]:
     def run() -> object:
         core: Any = host.model.model
-        if host.spec.image_tokens.kind == "merged_groups":
+        if _flat(host):
             grid = torch.tensor([[1, 64, lengths.tower // 64]])
             return core.get_image_features(torch.empty(lengths.tower, 3 * 2 * 14 * 14), image_grid_thw=grid)
         side = pair(config.vision_config.image_size)[0]
         pixels = torch.empty(lengths.pixels // side**2, 3, side, side)
-        if host.spec.images.batched_tiles:
+        if host.spec.images is not None and host.spec.images.batched_tiles:
             return core.get_image_features(pixels[None], image_sizes=[[3 * side, 3 * side]])
         return core.get_image_features(pixels)
 
@@ -90,7 +95,7 @@ def _language_model(host: Host, lengths: Lengths, config: Any) -> Callable[[], o
         length = lengths.sequence
         embeddings = torch.empty(1, length, config.text_config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         labels = torch.ones(1, length, dtype=torch.long)
-        three = host.spec.image_tokens.kind == "merged_groups"
+        three = _flat(host)
         more = {"position_ids": torch.zeros(3, 1, length, dtype=torch.long)} if three else {}
         return host.model(inputs_embeds=embeddings * 1, labels=labels, use_cache=False, **more).loss
 
