@@ -1,4 +1,8 @@
-"""Folders that are there whole or not at all: written under another name, flushed to the disk, then renamed."""
+"""Files and folders that are there whole or not at all: written under another name, flushed, then renamed.
+
+Everything that the library writes in this way goes through `write_whole` and `draft_folder`; what an error of the disk
+is called (`TrainingError` in a run, `RecipeError` elsewhere) is up to the caller.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,52 @@ from sfa_adapters.errors import RecipeError, TrainingError
 __all__ = [
     "MANIFEST",
     "can_be_made",
+    "draft_folder",
     "is_disk_error",
     "require_writable",
     "seal",
     "what_is_missing",
     "whole_folder",
+    "write_whole",
     "writing",
 ]
 
 MANIFEST = "manifest.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, UTF-8; a kill or a full disk leaves the one that was there. Its folder is made.
+
+    Args:
+        path: The file.
+        text: Its whole content.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _flush(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def draft_folder(partial: Path) -> Iterator[Path]:
+    """An empty folder to write into under another name; the caller renames it. What is left of it goes in any case.
+
+    Args:
+        partial: Its name; what a killed process left there is removed first.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -66,15 +107,9 @@ def whole_folder(folder: Path, advice: str = "") -> Iterator[Path]:
         TrainingError: It cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    with writing(str(folder.name), folder.parent, advice):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            seal(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with writing(str(folder.name), folder.parent, advice), draft_folder(partial):
+        yield partial
+        seal(partial, folder)
 
 
 def seal(partial: Path, folder: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.files import is_disk_error
+from sfa_adapters.files import draft_folder, is_disk_error
 from sfa_adapters.hosts.recipe import DEFAULT_PROMPT, Recipe
 from sfa_adapters.recipes.nano.hosts import build_host
 from sfa_adapters.vlm.records import registered_vlms, vlm_spec
@@ -54,9 +53,7 @@ def nano_checkpoint(family: str, folder: str | Path, seed: int = 0) -> Path:
         return folder
     model, processor = build_host(family, seed)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
-            draft = Path(parent, folder.name)
+        with draft_folder(folder.with_name(f".{folder.name}-{os.getpid()}")) as draft:
             model.save_pretrained(draft)
             processor.save_pretrained(draft)
             (draft / MARK).write_text(json.dumps(mark))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
+from sfa_adapters.files import write_whole
 from sfa_adapters.heads.metadata import PrunedFacts
 
 __all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
@@ -170,16 +171,9 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         RecipeError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RecipeError(f"{path} cannot be written ({error.strerror}). Choose a folder that can be.") from error
 
 

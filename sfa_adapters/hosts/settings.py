@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.files import writing
+from sfa_adapters.files import write_whole, writing
 from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["load_recipe", "write_recipe"]
@@ -101,11 +101,8 @@ def write_recipe(recipe: Recipe, path: str | Path) -> Path:
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
-    draft = path.with_name(f".{path.name}.partial")
     with writing(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, text)
     return path
 
 

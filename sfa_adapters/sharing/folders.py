@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.files import MANIFEST, what_is_missing
+from sfa_adapters.files import MANIFEST, draft_folder, what_is_missing
 
 __all__ = ["CARD", "SHARED_FILES", "adapter_files", "file_errors", "new_folder", "result_files"]
 
@@ -48,15 +47,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise RecipeError(f"{folder} is there already. Choose another folder, or remove it first.")
     partial = folder.absolute().with_name(f".{folder.absolute().name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with file_errors(folder):
-            partial.mkdir(parents=True)
-            yield partial
-            if folder.exists():
-                folder.rmdir()
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with file_errors(folder), draft_folder(partial):
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
 
 
 @contextmanager
