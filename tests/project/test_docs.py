@@ -3,10 +3,16 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sfa_adapters import registry
+from sfa_adapters.registry import registered_backbones
+from sfa_adapters.vlm import records
+from sfa_adapters.vlm.records import registered_vlms
 from tests.support.paths import ROOT
 
 PAGES = [
@@ -16,6 +22,19 @@ PAGES = [
 ]
 
 
+@pytest.fixture
+def own_records() -> Iterator[None]:
+    """Pages register towers and hosts; other tests must not see them."""
+    registered_backbones(), registered_vlms()
+    tables: list[dict[str, Any]] = [registry._BACKBONES, records._SPECS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+
+
+@pytest.mark.usefixtures("own_records")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

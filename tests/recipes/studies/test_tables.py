@@ -243,5 +243,5 @@ def test_a_choice_does_not_change_what_was_tuned() -> None:
     chosen = {name: {**options, "lr": 1.0, "sfa_lr": 2.0} for name, options in settings.arms.items()}
     before, after = settings.tuning_jobs(), replace(settings, arms=chosen).tuning_jobs()
     assert [job.digest for job in before] == [job.digest for job in after]
-    assert len({job.digest for job in before}) == len(before) == 28
-    assert {job.options["lr"] for job in before} == {0.0003, 0.0006, 0.0012}
+    assert len({job.digest for job in before}) == len(before) == 30
+    assert {job.options["lr"] for job in before} == {0.00015, 0.0003, 0.0006, 0.0012}
