@@ -59,7 +59,9 @@ def test_the_code_is_clean() -> None:
 HEAVY = ("torch", "transformers", "peft", "numpy", "timm", "PIL", "huggingface_hub", "accelerate")
 
 
-@pytest.mark.parametrize("arguments", [None, ["--help"], ["train", "--help"], ["bench", "heads", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [None, ["--help"], ["train", "--help"], ["calibrate", "heads", "--help"], ["bench", "heads", "--help"]]
+)
 def test_importing_and_help_wait_for_no_heavy_package(arguments: list[str] | None) -> None:
     call = f"from sfa_adapters.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
     use = "assert 'sfa_adapters.moved' not in sys.modules\n" if arguments is None else call
