@@ -4,10 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters import processor_statistics
 from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
-
-# The statistics that CLIP's image processor normalises with.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -23,7 +21,7 @@ def positions(tower: nn.Module) -> Tensor:
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What its image processor normalises with."""
-    return MEAN, STD
+    return processor_statistics.CLIP
 
 
 CLIP = register_backbone(
@@ -42,5 +40,6 @@ CLIP = register_backbone(
             tokens_out="encoder",
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:CLIP",
     )
 )

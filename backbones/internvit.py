@@ -4,11 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters import processor_statistics
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
-
-# The statistics of ImageNet, which InternVL's image processor normalises with.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -33,7 +31,7 @@ def check_patches(tower: nn.Module) -> None:
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What its image processor normalises with."""
-    return MEAN, STD
+    return processor_statistics.IMAGENET
 
 
 INTERNVIT = register_backbone(
@@ -53,5 +51,6 @@ INTERNVIT = register_backbone(
             check=check_patches,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:INTERNVIT",
     )
 )

@@ -115,5 +115,6 @@ INTERNVIT_REMOTE = register_backbone(
         wrap_attention=wrap,
         unwrap_attention=unwrap,
         check=check,
+        small_towers="sfa_adapters.testing.towers_remote:INTERNVIT_REMOTE",
     )
 )

@@ -1,9 +1,8 @@
 """The tower of Qwen2.5-VL: a flat sequence of patches of all images, in window order, with 2-D RoPE and no CLS.
 
 Blocks attend inside windows of 8x8 patches (ragged at the borders of an image), four blocks inside whole images; both
-are given
-as boundaries (`cu_seqlens`) of consecutive segments, and the attention runs once per segment. It takes no mask, but a
-`position_bias` (transformers 5.14 and later, sdpa).
+are given as boundaries (`cu_seqlens`) of consecutive segments, and the attention runs once per segment. It takes no
+mask, but a `position_bias` (transformers 5.14 and later, sdpa).
 
 Order of tokens: the processor lists 2x2 groups of patches row by row, the four patches of a group next to each other;
 the tower then sorts groups by window. `window_order` says which place each token of that sequence has.
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters import processor_statistics
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import Backbone, Geometry, register_backbone
@@ -119,6 +119,11 @@ def _places(description: Whole | Given) -> tuple[Sequence[int], Sequence[tuple[i
     return list(itertools.accumulate(t * h * w for t, h, w in sizes)), [(h, w) for _, h, w in sizes], row, column
 
 
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What its image processor normalises with."""
+    return processor_statistics.CLIP
+
+
 QWEN_VIT = register_backbone(
     Backbone(
         name="qwen2_5_vit",
@@ -128,5 +133,7 @@ QWEN_VIT = register_backbone(
         mask_argument="position_bias",
         describe_input=describe_input,
         segment_layouts=segment_layouts,
+        statistics=statistics,
+        small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
     )
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters import processor_statistics
 from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
 
 
@@ -30,7 +31,7 @@ def has_head(tower: nn.Module) -> bool:
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What its image processor normalises with."""
-    return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    return processor_statistics.HALF
 
 
 SIGLIP = register_backbone(
@@ -54,6 +55,7 @@ SIGLIP = register_backbone(
             pools=has_head,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_transformers:SIGLIP",
     )
 )
 
@@ -69,5 +71,6 @@ IDEFICS = register_backbone(
         geometry=geometry,
         grid_of_input=pixel_grid,
         image_module="embeddings",
+        small_towers="sfa_adapters.testing.towers_transformers:IDEFICS",
     )
 )

@@ -49,8 +49,8 @@ def pools(tower: nn.Module) -> bool:
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """As the pretrained configuration has them, or one half."""
     model: Any = tower
-    found = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(found.get("mean", (0.5, 0.5, 0.5))), tuple(found.get("std", (0.5, 0.5, 0.5)))
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(settings.get("mean", (0.5, 0.5, 0.5))), tuple(settings.get("std", (0.5, 0.5, 0.5)))
 
 
 TIMM_VIT = register_backbone(
@@ -72,5 +72,6 @@ TIMM_VIT = register_backbone(
             pools=pools,
             statistics=statistics,
         ),
+        small_towers="sfa_adapters.testing.towers_timm:TIMM_VIT",
     )
 )

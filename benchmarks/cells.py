@@ -20,7 +20,7 @@ from rich.progress import track
 from benchmarks.common import write_result
 from sfa_adapters.adat import PatchPlan, PatchPolicy
 from sfa_adapters.adat.scorers import score, to_cells
-from sfa_adapters.recipes.pages import SIZE, Page, PageKind, box_density, render_page
+from sfa_adapters.recipes.synthetic.pages import SIZE, Page, PageKind, box_density, render_page
 
 KINDS: tuple[PageKind, ...] = ("text", "table", "chart", "mixed", "sparse")
 PATCH = 14
@@ -58,12 +58,12 @@ def main() -> None:
         maps = [density(page, cell, args.scorer) for page in track(pages, f"cell {cell}", transient=True)]
         for budget in (None, 1.0, 0.5):
             policy = PatchPolicy(cell=cell, budget=budget)
-            plans = [policy.plan(found, (SIZE, SIZE), PATCH) for found in maps]
+            plans = [policy.plan(heat_map, (SIZE, SIZE), PATCH) for heat_map in maps]
             ratios = [plan.ratio for plan in plans]
             seen = np.sum([covered(plan, page) for plan, page in zip(plans, pages, strict=True)], axis=0)
-            fine, own, words = seen.tolist()
+            fine, counts, words = seen.tolist()
             cells = (cell, budget or "none", f"{np.mean(ratios):.2f}", f"{max(ratios):.2f}")
-            lines.append(f"| {' | '.join(map(str, cells))} | {fine / words:.2f} | {own / words:.2f} |")
+            lines.append(f"| {' | '.join(map(str, cells))} | {fine / words:.2f} | {counts / words:.2f} |")
     Console().print("\n".join(lines), markup=False)
     command = f"python -m benchmarks.cells {' '.join(sys.argv[1:])}".strip()
     print("written:", write_result(f"cells-{args.scorer}", torch.device("cpu"), command, lines))

@@ -22,9 +22,9 @@ from rich.progress import track
 from benchmarks.common import compare, write_result
 from sfa_adapters.adat import DensityEstimator, density_labels
 from sfa_adapters.adat.labels import box_density
-from sfa_adapters.recipes.evaluate import Interval, bootstrap
-from sfa_adapters.recipes.pages import KINDS, SIZE, Page, mixture, render_page, text_page
-from sfa_adapters.recipes.scans import PHOTOGRAPHS, photograph
+from sfa_adapters.recipes.nano.evaluate import Interval, bootstrap
+from sfa_adapters.recipes.synthetic.pages import KINDS, SIZE, Page, mixture, render_page, text_page
+from sfa_adapters.recipes.synthetic.scans import PHOTOGRAPHS, photograph
 
 TEXT = 0.3
 HEIGHTS = (3, 4, 5, 6, 7, 8, 10, 12, 16, 20)
@@ -42,9 +42,9 @@ def estimator(weights: Path | None) -> Scorer:
     return run
 
 
-def correlation(found: np.ndarray, true: np.ndarray, rounds: int = 2000) -> Interval:
+def correlation(estimate: np.ndarray, true: np.ndarray, rounds: int = 2000) -> Interval:
     """Pearson's correlation over all cells of `[pages, rows, columns]`, its interval by resampling pages."""
-    x, y = found.reshape(len(found), -1).astype(np.float64), true.reshape(len(true), -1).astype(np.float64)
+    x, y = estimate.reshape(len(estimate), -1).astype(np.float64), true.reshape(len(true), -1).astype(np.float64)
     sums = np.stack(
         [np.full(len(x), x.shape[1]), x.sum(1), y.sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)], 1
     )
@@ -90,24 +90,29 @@ def agreement(scorers: dict[str, Scorer], pages: Sequence[Page], ocr: int) -> li
         "|---|---|---|---|" + "---|" * 4,
     ]
 
-    def row(name: str, against: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    def row(name: str, against: str, estimate: np.ndarray, wanted: np.ndarray) -> None:
         kinds = np.array([p.kind for p in pages[: len(wanted)]])
-        parts = [f"{correlation(found[kinds == k], wanted[kinds == k], 10).value:.3f}" for k in KINDS[:4]]
-        loss = bootstrap(((found - wanted) ** 2).mean(axis=(1, 2)))
-        cells = [name, against, str(correlation(found, wanted)), f"{loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}]"]
+        parts = [f"{correlation(estimate[kinds == k], wanted[kinds == k], 10).value:.3f}" for k in KINDS[:4]]
+        loss = bootstrap(((estimate - wanted) ** 2).mean(axis=(1, 2)))
+        cells = [
+            name,
+            against,
+            str(correlation(estimate, wanted)),
+            f"{loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}]",
+        ]
         lines.append("| " + " | ".join([*cells, *parts]) + " |")
 
-    for name, found in maps.items():
-        row(name, "printed boxes", found, true)
+    for name, estimate in maps.items():
+        row(name, "printed boxes", estimate, true)
     edges = maps["edges"]
-    for name, found in maps.items():
+    for name, estimate in maps.items():
         if name != "edges":
-            row(name, "edges", found, edges)
+            row(name, "edges", estimate, edges)
     if ocr:
         images = [p.image for p in pages[:ocr]]
         read = np.stack([density_labels(image, source="ocr") for image in track(images, "OCR", transient=True)])
-        for name, found in maps.items():
-            row(name, f"OCR, {ocr} pages", found[:ocr], read)
+        for name, estimate in maps.items():
+            row(name, f"OCR, {ocr} pages", estimate[:ocr], read)
         row("OCR", f"printed boxes, {ocr} pages", read, true[:ocr])
     return lines
 
@@ -123,11 +128,11 @@ def scanned_page(scorers: dict[str, Scorer], ocr: bool) -> list[str]:
     for name, scorer in scorers.items():
         cells = []
         for image in sizes:
-            found = scorer(image)
-            text = f"mean {found.mean():.2f}, text in {100 * (found > TEXT).mean():.0f}% of the cells"
+            density = scorer(image)
+            text = f"mean {density.mean():.2f}, text in {100 * (density > TEXT).mean():.0f}% of the cells"
             if ocr:
-                read = density_labels(image, found.shape, "ocr")
-                text = f"correlation {np.corrcoef(found.ravel(), read.ravel())[0, 1]:.3f}; {text}"
+                read = density_labels(image, density.shape, "ocr")
+                text = f"correlation {np.corrcoef(density.ravel(), read.ravel())[0, 1]:.3f}; {text}"
             cells.append(text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

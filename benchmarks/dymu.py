@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.common import compare, write_result
-from sfa_adapters.recipes.data import chart_samples
-from sfa_adapters.recipes.encode import encode
-from sfa_adapters.recipes.evaluate import evaluate, paired_difference
-from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.recipes.pages import text_page
-from sfa_adapters.reduction.calibrate import calibrate_dymu
-from sfa_adapters.reduction.dymu import dymu_state, eject_dymu, inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
+from sfa_adapters.recipes.nano.encode import encode
+from sfa_adapters.recipes.nano.evaluate import evaluate, paired_difference
+from sfa_adapters.recipes.nano.models import load_nano
+from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
+from sfa_adapters.recipes.synthetic.pages import text_page
+from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu
 
 LAYERS = 6
 
@@ -62,14 +62,14 @@ def time_table(rounds: int) -> list[str]:
     tower, images = CLIPVisionModel(config).eval(), pages(2, 336)
 
     def candidate(thresholds: DyMUConfig | None) -> Callable[[], object]:
-        own = CLIPVisionModel(config).eval()
-        own.load_state_dict(tower.state_dict())
+        clip_tower = CLIPVisionModel(config).eval()
+        clip_tower.load_state_dict(tower.state_dict())
         if thresholds is not None:
-            inject_dymu(own, thresholds)
+            inject_dymu(clip_tower, thresholds)
 
         def run() -> None:
             with torch.no_grad():
-                own(images)
+                clip_tower(images)
 
         return run
 
@@ -106,13 +106,13 @@ def accuracy_table(charts: int) -> list[str]:
                 counted.extend(tokens.lengths if final is None else final.lengths)
 
         handle = host.model.get_submodule("model.vision_tower").register_forward_hook(count)
-        found = evaluate(host, samples)
+        evaluation = evaluate(host, samples)
         handle.remove()
         eject_dymu(host.model)
-        lost = paired_difference(plain, found)
+        lost = paired_difference(plain, evaluation)
         name = {"off": "tower only"}.get(language, language)
         rows.append(
-            f"| {sum(counted) / len(counted):.1f} | {name} | {100 * found.accuracy.value:.1f} | "
+            f"| {sum(counted) / len(counted):.1f} | {name} | {100 * evaluation.accuracy.value:.1f} | "
             f"{100 * lost.value:+.1f} [{100 * lost.low:+.1f}, {100 * lost.high:+.1f}] |"
         )
     return rows

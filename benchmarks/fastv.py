@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from benchmarks.common import Row, compare, write_result
 from sfa_adapters.compat import cache_of_output, with_cache
-from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
+from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
 
 IMAGE, VOCABULARY, TEXT = 1, 1000, 40
 HEAD = ["| candidate | tokens behind | ms | ratio | quartiles | peak MB | faster |", "|---|---|---|---|---|---|---|"]

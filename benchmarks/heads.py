@@ -44,12 +44,12 @@ HEAD = ["| shape | heads gone | what | ms | faster | 95% interval | expected |",
 def build(shape: str, scale: int, device: torch.device, dtype: torch.dtype) -> Any:
     """A language model of random weights with the proportions of a host's, the same at every call."""
     config, kind, options = SHAPES[shape]
-    own = dict(options)
+    settings = dict(options)
     for name in DIVIDED:
-        own[name] //= scale
+        settings[name] //= scale
     torch.manual_seed(0)
     with torch.device(device):
-        return kind(config(**own, max_position_embeddings=4096)).to(dtype).eval()
+        return kind(config(**settings, max_position_embeddings=4096)).to(dtype).eval()
 
 
 def receipt_of(model: Any, rate: float, args: argparse.Namespace) -> PruneReceipt:
@@ -80,7 +80,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    told: list[dict[str, Any]] = []
+    summary_lines: list[dict[str, Any]] = []
     rows, notes = list(HEAD), []
     work = [(shape, rate) for shape in SHAPES for rate in args.rates]
     for shape, rate in track(work, description="receipts", transient=True):
@@ -88,7 +88,7 @@ def main() -> None:
         attention = sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
         share = attention * dtype.itemsize / decode_bytes(model)
         receipt = receipt_of(model, rate, args)
-        told.append({"shape": shape, "rate": rate, "attention_share": share, "receipt": receipt.to_dict()})
+        summary_lines.append({"shape": shape, "rate": rate, "attention_share": share, "receipt": receipt.to_dict()})
         rows += lines_of(shape, receipt)
         assert receipt.speed is not None
         notes.append(f"* {shape}, {rate:.0%} asked, attention is {share:.0%} of what a step reads. {sizes(receipt)} "
@@ -100,7 +100,9 @@ def main() -> None:
     Console().print("\n".join(lines), markup=False)
     command = f"python -m benchmarks.heads {' '.join(sys.argv[1:])}".strip()
     path = write_result(f"heads-scale{args.scale}-{args.dtype}", device, command, lines)
-    path.with_suffix(".json").write_text(json.dumps({"options": vars(args), "receipts": told}, indent=2) + "\n")
+    path.with_suffix(".json").write_text(
+        json.dumps({"options": vars(args), "receipts": summary_lines}, indent=2) + "\n"
+    )
     print("written:", path, "and .json")
 
 

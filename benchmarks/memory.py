@@ -22,14 +22,15 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import write_result
+from sfa_adapters.hosts.load import Host, prepare
+from sfa_adapters.hosts.placement import dispatch, skeleton, split_map
+from sfa_adapters.hosts.quantization import check_loaded, quantization
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.memory.predict import WORKSPACE, predict_memory
+from sfa_adapters.memory.shapes import Lengths, lengths_of
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.training.four_bit import check_loaded, quantization
-from sfa_adapters.training.hosts import HOSTS, Host, prepare
-from sfa_adapters.training.memory import WORKSPACE, predict_memory
 from sfa_adapters.training.optimizer import build_optimizer
-from sfa_adapters.training.plans import dispatch, skeleton, split_map
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.sizes import Lengths, lengths_of
+from sfa_adapters.vlm.records import vlm_spec
 
 PLANS = ("nf4", "split", "bf16")
 STEPS = 10
@@ -91,7 +92,7 @@ def build(recipe: Recipe, config: Any) -> Host:
     """The host with random weights, placed and in the precision of its plan."""
     from transformers import AutoModelForImageTextToText
 
-    spec = HOSTS[recipe.family]
+    spec = vlm_spec(recipe.family)
     dtype = getattr(torch, recipe.dtype)
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -115,7 +116,7 @@ def build(recipe: Recipe, config: Any) -> Host:
             )
     check_loaded(model, spec, recipe.plan)
     if recipe.plan == "split":
-        dispatch(model, split_map(spec, "cuda:0", "cuda:0"))
+        dispatch(model, split_map(spec.places(model), "cuda:0", "cuda:0"))
     return prepare(model, None, recipe)
 
 
@@ -124,22 +125,25 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     batch, vision = recipe.micro_batch, config.vision_config
     ids = torch.randint(3, 1000, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = config.image_token_id
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    if recipe.family == "qwen2_5_vl":
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    spec = vlm_spec(recipe.family)
+    assert spec.images is not None
+    assert spec.image_tokens is not None
+    if spec.image_tokens.kind == "merged_groups":
         merge = vision.spatial_merge_size
         rows = max(r for r in range(1, int((lengths.image) ** 0.5) + 1) if lengths.image % r == 0)
-        found["image_grid_thw"] = torch.tensor([[1, rows * merge, lengths.image // rows * merge]] * batch)
-        found["mm_token_type_ids"] = (ids == config.image_token_id).int()
-        found["pixel_values"] = torch.randn(batch * lengths.tower, lengths.pixels * 3 // lengths.tower)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows * merge, lengths.image // rows * merge]] * batch)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        inputs["pixel_values"] = torch.randn(batch * lengths.tower, lengths.pixels * 3 // lengths.tower)
     else:
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         tiles = lengths.pixels // side**2
-        shape = (batch, tiles) if recipe.family == "llava_onevision" else (batch * tiles,)
-        found["pixel_values"] = torch.randn(*shape, 3, side, side)
-        if recipe.family == "llava_onevision":
+        shape = (batch, tiles) if spec.images.batched_tiles else (batch * tiles,)
+        inputs["pixel_values"] = torch.randn(*shape, 3, side, side)
+        if spec.images.batched_tiles:
             fitting = [p for p in config.image_grid_pinpoints if p[0] // side * (p[1] // side) == tiles - 1]
-            found["image_sizes"] = torch.tensor([max(fitting)] * batch)
-    return {name: tensor.cuda() for name, tensor in found.items()}
+            inputs["image_sizes"] = torch.tensor([max(fitting)] * batch)
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import compare, write_result
-from sfa_adapters.recipes.attention_study import STATISTICS, unseen_charts
-from sfa_adapters.recipes.encode import encode_packed
-from sfa_adapters.recipes.finetune import evidence_mask
-from sfa_adapters.recipes.nano import load_nano
-from sfa_adapters.recipes.questions import questions_for
+from sfa_adapters.recipes.analyze.attention_study import STATISTICS, unseen_charts
+from sfa_adapters.recipes.nano.encode import encode_packed
+from sfa_adapters.recipes.nano.finetune import evidence_mask
+from sfa_adapters.recipes.nano.models import load_nano
+from sfa_adapters.recipes.synthetic.questions import questions_for
 from sfa_adapters.scr import SCRConfig, SCRLoss
 
 TERMS = ("entropy", "grounding", "stability")
@@ -32,10 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     host, charts = load_nano(), unseen_charts(16)
     host.model.train()
-    asked = [questions_for(chart.table)[:5] for chart in charts]
-    pairs = [[(question.text, question.answer) for question in own] for own in asked]
+    questions = [questions_for(chart.table)[:5] for chart in charts]
+    pairs = [[(question.text, question.answer) for question in of_chart] for of_chart in questions]
     batch = encode_packed(host, [chart.image for chart in charts], pairs)
-    evidence = evidence_mask(batch["labels"], charts, asked)
+    evidence = evidence_mask(batch["labels"], charts, questions)
 
     def step(*terms: str) -> Callable[[], object]:
         weights = {term: 0.3 * (term in terms) for term in TERMS}

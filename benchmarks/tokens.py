@@ -26,7 +26,7 @@ from benchmarks.common import compare, write_result
 from benchmarks.encoder import build
 from sfa_adapters import inject_sfa
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat, latest_plans
-from sfa_adapters.recipes.pages import PageKind, render_page
+from sfa_adapters.recipes.synthetic.pages import PageKind, render_page
 
 KINDS: tuple[PageKind, ...] = ("text", "table", "chart", "mixed")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

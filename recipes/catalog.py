@@ -9,18 +9,18 @@ from types import MappingProxyType
 from transformers import PretrainedConfig
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.load import read_config
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes import internvl3_5_8b, llava_1_5_7b, llava_onevision_7b, qwen2_5_vl_7b
-from sfa_adapters.recipes.nano_checkpoint import NANO
-from sfa_adapters.recipes.nano_hosts import build_host
-from sfa_adapters.training.hosts import read_config
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.recipes.nano.checkpoint import NANO
+from sfa_adapters.recipes.nano.hosts import build_host
 
 __all__ = ["RECIPES", "architecture", "find_recipe", "training_rows"]
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        found.name: found
-        for found in (
+        recipe.name: recipe
+        for recipe in (
             internvl3_5_8b.recipe(),
             internvl3_5_8b.published(),
             llava_onevision_7b.recipe(),

@@ -21,8 +21,8 @@ from torch import nn
 
 from sfa_adapters import SFAConfig, describe
 from sfa_adapters.errors import SFAError
-from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.heads.kinds import read_geometry
+from sfa_adapters.heads.metadata import pruned_folder
 from sfa_adapters.heads.prune import Target, slice_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits
@@ -30,7 +30,7 @@ from sfa_adapters.inject import Description
 from sfa_adapters.registry import find_tower, qualified_name
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.recipe import Recipe
+    from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["Inspection", "LayerRow", "ModelNotFoundError", "build_without_weights", "inspect_model"]
 
@@ -104,10 +104,10 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
         layers = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
         config = SFAConfig(terms=list(recipe.sfa_terms), layers_to_transform=layers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    found, sfa = find_tower(model), describe(model, config)
+    located, sfa = find_tower(model), describe(model, config)
     layers = tuple(
         LayerRow(index, path, qualified_name(module), sfa.layer_parameters[index])
-        for index, (path, module) in enumerate(found.attentions)
+        for index, (path, module) in enumerate(located.attentions)
     )
     return Inspection(name, type(model).__name__, total, sfa, layers)
 

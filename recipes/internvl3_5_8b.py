@@ -15,7 +15,7 @@ import sys
 
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen3Config
 
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["architecture", "main", "published", "recipe"]
 

@@ -16,7 +16,7 @@ import sys
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["architecture", "main", "recipe"]
 

@@ -14,7 +14,7 @@ import sys
 
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["architecture", "main", "recipe"]
 

@@ -7,7 +7,7 @@
     <folder>/results.md, .json, .png         what that is worth
     <folder>/log.csv, training.png, bias.csv, bias.png, skipped.jsonl
 
-What is evaluated is what was saved: the trained host is loaded again from `final`. Call `run` in every process.
+Evaluation reloads the saved checkpoint, from `final`. Call `run` in every process.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.datasets import Questions, StreamedQuestions
+from sfa_adapters.data.open_rows import open_rows
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
 from sfa_adapters.evaluation.open_host import open_host
 from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
-from sfa_adapters.heads.facts import folder_facts
+from sfa_adapters.files import can_be_made, require_writable
+from sfa_adapters.heads.metadata import folder_facts
+from sfa_adapters.hosts.load import load_host
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.hosts.settings import write_recipe
 from sfa_adapters.recipes.catalog import architecture
-from sfa_adapters.recipes.nano_checkpoint import NANO, nano_settings
-from sfa_adapters.recipes.nano_checkpoint import nano as nano_host
-from sfa_adapters.recipes.rendered_rows import RENDERED, rendered_rows
+from sfa_adapters.recipes.nano.checkpoint import NANO, nano_settings
+from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
 from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
+from sfa_adapters.recipes.synthetic.rendered_rows import RENDERED, rendered_rows
 from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.folders import can_be_made, require_writable
-from sfa_adapters.training.hosts import load_host
-from sfa_adapters.training.questions import Questions, StreamedQuestions
-from sfa_adapters.training.recipe import Recipe
-from sfa_adapters.training.rows import open_rows
 from sfa_adapters.training.runs import checkpoint_to_resume
-from sfa_adapters.training.settings import write_recipe
-from sfa_adapters.training.trainer import FINAL, train
+from sfa_adapters.training.train import FINAL, train
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.columns import Row
+    from sfa_adapters.data.rows import Row
 
 __all__ = ["RunResult", "recipe_rows", "run"]
 
@@ -139,7 +139,7 @@ def run(
     result = RunResult(folder, folder / FINAL)
     trained = _check(recipe, result, resume)
     _require_memory(planned)
-    training, asked = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
+    training, row_sets = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
     require_writable(folder)
     if nano:  # a refused run leaves no host behind
         with processes.main_process_first():  # `save_pretrained` writes in the first process only
@@ -148,23 +148,23 @@ def run(
         console.print(f"{folder} is trained already: it is evaluated, not trained again.")
     if processes.is_main_process:
         write_recipe(recipe, folder / "recipe.yaml")
-    said: dict[str, list[Prediction]] = {}
+    prediction_files: dict[str, list[Prediction]] = {}
     if evaluate and baseline:
-        console.print(f"Asking {recipe.model} {len(asked):,} questions before training.")
-        said["untrained"] = _answers(recipe, None, asked, folder / "baseline.jsonl", console)
+        console.print(f"Asking {recipe.model} {len(row_sets):,} questions before training.")
+        prediction_files["untrained"] = _answers(recipe, None, row_sets, folder / "baseline.jsonl", console)
         result = replace(result, baseline=folder / "baseline.jsonl")
     if not trained:
         _train(recipe, training, folder, resume, console, processes)
     if evaluate:
         console.print("Asking the trained host.")
-        said["trained"] = _answers(recipe, result.trained, asked, folder / "predictions.jsonl", console)
+        prediction_files["trained"] = _answers(recipe, result.trained, row_sets, folder / "predictions.jsonl", console)
         result = replace(result, predictions=folder / "predictions.jsonl")
     if processes.is_main_process:
-        if said:
+        if prediction_files:
             metric = metric_for(recipe.data, recipe.data_config)
-            scores = {name: score(each, metric) for name, each in said.items()}
+            scores = {name: score(each, metric) for name, each in prediction_files.items()}
             result = replace(result, scores=scores["trained"], baseline_scores=scores.get("untrained"))
-            _report(recipe, said, metric, folder, console)
+            _report(recipe, prediction_files, metric, folder, console)
             _tell_facts(result, recipe)
         if share:
             for warning in write_card(result.trained):
@@ -195,7 +195,7 @@ def _require_memory(recipe: Recipe) -> None:
     """Before anything is loaded; on a CPU nobody knows how much there is."""
     if not torch.cuda.is_available():
         return
-    from sfa_adapters.training.memory import predict_memory
+    from sfa_adapters.memory.predict import predict_memory
 
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     gpus = int(os.environ.get("WORLD_SIZE", "1")) if recipe.plan != "split" else torch.cuda.device_count()
@@ -209,11 +209,11 @@ def _train(
 ) -> None:
     host = load_host(recipe)
     questions = Questions(rows) if isinstance(rows, Sequence) else StreamedQuestions(rows, seed=recipe.seed)
-    found = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
+    result = train(host, questions, Collator(host.processor, host.spec, recipe), resume=resume, console=console)
     if processes.is_main_process:
-        scalars = dict(found.scalars) or None
-        counts = {"steps": found.steps, "examples": found.steps * recipe.batch_size, "skipped": len(found.skipped)}
-        write_facts(folder / FINAL, RunFacts.here(seconds=found.seconds, loss=found.loss, scalars=scalars, **counts))
+        scalars = dict(result.scalars) or None
+        counts = {"steps": result.steps, "examples": result.steps * recipe.batch_size, "skipped": len(result.skipped)}
+        write_facts(folder / FINAL, RunFacts.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts))
     processes.wait_for_everyone()
     if recipe.plan != "fsdp2":  # there no process has the whole host
         _picture(recipe, host.model)
@@ -228,12 +228,12 @@ def _answers(
     plan = {"plan": "bf16"} if recipe.plan == "fsdp2" else {}
     settings = {name: getattr(recipe, name) for name in ("eval_batch", "num_workers", "eval_split", "eval_limit")}
     host = open_host(recipe if trained is None else trained, **plan, **settings)
-    said = answer_rows(host, rows, out, progress=not console.quiet)
+    predictions = answer_rows(host, rows, out, progress=not console.quiet)
     if trained is not None and recipe.plan == "fsdp2":
         _picture(recipe, host.model)
     del host
     _free()
-    return said
+    return predictions
 
 
 def _picture(recipe: Recipe, model: nn.Module) -> None:
@@ -260,7 +260,9 @@ def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, f
         console.print(table.to_terminal())
         for note in table.notes:
             console.print(f"  {note}", highlight=False, markup=False)
-    draw_scores({name: score(said, metric) for name, said in runs.items()}, folder / "results.png", recipe.name)
+    draw_scores(
+        {name: score(predictions, metric) for name, predictions in runs.items()}, folder / "results.png", recipe.name
+    )
 
 
 def _tell_facts(result: RunResult, recipe: Recipe) -> None:
@@ -271,5 +273,5 @@ def _tell_facts(result: RunResult, recipe: Recipe) -> None:
     where |= {} if pruned is None else {"pruned": pruned.to_dict()}
     hosts = [", ".join(words) for words in (cut, ["untrained", *cut])]
     measured = ((result.scores, {"host": hosts[0]} if cut else {}), (result.baseline_scores, {"host": hosts[1]}))
-    scores = tuple({**found.to_dict(), **where, **more} for found, more in measured if found is not None)
+    scores = tuple({**fact.to_dict(), **where, **more} for fact, more in measured if fact is not None)
     write_facts(result.trained, replace(read_facts(result.trained), scores=scores))

@@ -32,7 +32,7 @@ def draw_scores(runs: Mapping[str, ScoreTable], path: Path, title: str = "") -> 
     from matplotlib.figure import Figure
 
     first = next(iter(runs.values()))
-    groups = [found.group for found in first.scores]
+    groups = [score.group for score in first.scores]
     width = 0.8 / len(runs)
     figure = Figure(figsize=(2.4 + 1.6 * len(groups), 3.6), dpi=160, layout="constrained")
     axis: Any = figure.subplots()

@@ -9,12 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from sfa_adapters.attention import attend
     from sfa_adapters.axial_ramp import AxialRamp
     from sfa_adapters.bias import StructuralBias
     from sfa_adapters.config import SFAConfig
     from sfa_adapters.errors import SFAError
     from sfa_adapters.heads.axial_heads import calibrate_axial
+    from sfa_adapters.hooks import features_of
     from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
     from sfa_adapters.layout import TokenLayout
     from sfa_adapters.module import SFAAttention
@@ -40,6 +43,7 @@ __all__ = [
     "check_rates",
     "describe",
     "eject_sfa",
+    "features_of",
     "inject_sfa",
     "largest_scalars",
     "load_sfa",
@@ -56,6 +60,7 @@ _MODULES = {
     "config": ("SFAConfig",),
     "errors": ("SFAError",),
     "heads.axial_heads": ("calibrate_axial",),
+    "hooks": ("features_of",),
     "inject": ("describe", "eject_sfa", "inject_sfa", "load_sfa", "save_sfa"),
     "layout": ("TokenLayout",),
     "module": ("SFAAttention",),
@@ -87,6 +92,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _OldPaths:
+    """Asked for modules that no other finder knows, such as those at their old paths; costs nothing before."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """See `sfa_adapters.moved`."""
+        if not name.startswith(f"{__name__}."):
+            return None
+        from sfa_adapters.moved import spec_of
+
+        return spec_of(name)
+
+
+sys.meta_path.append(_OldPaths)
 # Where PEFT is imported already, torch is too, and `PeftModel.from_pretrained` may come without another import of ours.
 if "peft" in sys.modules:
     import_module(_PEFT_METHOD)

@@ -2,14 +2,12 @@
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
 * `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
-  kernels and
-  with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j + e_i e_j,
-  so q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a low-rank
-  bias into q
-  and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this library's.) Adding a constant
-  per query
-  changes no softmax, so the last kind of each table is subtracted and dropped, and prefix keys get one channel that
-  puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS token.
+  kernels and with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j
+  + e_i e_j, so q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a
+  low-rank bias into q and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this
+  library's.) Adding a constant per query changes no softmax, so the last kind of each table is subtracted and dropped,
+  and prefix keys get one channel that puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS
+  token.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
 Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.

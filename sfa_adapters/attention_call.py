@@ -63,9 +63,9 @@ class AttentionCall:
 
     @property
     def _left(self) -> Tensor:
-        found = self.query if self.scores is None else self.scores
-        assert found is not None
-        return found
+        source = self.query if self.scores is None else self.scores
+        assert source is not None
+        return source
 
     @property
     def batch_size(self) -> int:

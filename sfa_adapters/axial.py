@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.choices import AXES, INITS, Init
 from sfa_adapters.errors import InjectionError
 
 __all__ = [
@@ -28,10 +29,6 @@ __all__ = [
     "start_values",
 ]
 
-Init = Literal["normal", "axial"]
-INITS: tuple[Init, ...] = get_args(Init)
-# The terms that a head can start strong in. Sorted as `calibrate_axial` gives heads away.
-AXES = ("row", "col")
 # Heads of one layer by axis, e.g. {"row": [0, 3], "col": [1]}.
 LayerHeads = dict[str, list[int]]
 

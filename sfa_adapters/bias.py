@@ -3,10 +3,9 @@
     phi(i, j) = w_row * same_row(i, j) + w_col * same_col(i, j) - w_dist * manhattan(i, j) + e[block_i] * e[block_j]
 
 phi is in logits: it is added to q.k / sqrt(d) before the softmax. It is zero whenever i or j is a prefix token.
-`same_row` is
-1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the shorter one.
-`manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend on
-resolution.
+`same_row` is 1[row_i = row_j] on a regular grid; for tokens of different sizes it is the overlap of their rows over the
+shorter one. `manhattan` is the distance of the centres divided by its largest value on the grid, so phi does not depend
+on resolution.
 
 phi needs no N x N matrix: it is a row table, a column table and a rank-1 block term (`BiasFactors`).
 
@@ -17,19 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.axial import Init, check_start, first_heads, start_values
+from sfa_adapters.axial import check_start, first_heads, start_values
+from sfa_adapters.choices import TERMS, Init, Term
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout
 
 __all__ = ["TERMS", "BiasFactors", "StructuralBias", "StructuralWeights", "Term", "bias_factors"]
-
-Term = Literal["row", "col", "dist", "block"]
-TERMS: tuple[Term, ...] = get_args(Term)
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,8 @@ class BiasFactors:
 def look_up(one_hot: Tensor, tables: Tensor) -> Tensor:
     """Rows of per-head tables for each token: `[(B,) N, K]` and `[H, K, E]` to `[(B,) H, N, E]`."""
     heads, kinds, width = tables.shape
-    found = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
-    return found.unflatten(-1, (heads, width)).movedim(-2, -3)
+    chosen = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
+    return chosen.unflatten(-1, (heads, width)).movedim(-2, -3)
 
 
 def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_heads: int) -> BiasFactors:

@@ -74,8 +74,8 @@ def check_versions() -> None:
 
 def _release(text: str) -> tuple[int, ...]:
     """(2, 16) of "2.16.0.dev20261101+cu130": what is before a release counts as the release; zeros do not count."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
+    release_match = re.match(r"\d+(\.\d+)*", text)
+    numbers = [int(part) for part in release_match[0].split(".")] if release_match else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -165,8 +165,7 @@ def _name_of(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
     for name in CACHE_NAMES:
         if name in kwargs:
             return name
-    module = module.get_base_model() if hasattr(module, "get_base_model") else module  # pyright: ignore[reportCallIssue]
-    known = inspect.signature(module.forward).parameters
+    known = inspect.signature(plain_model(module).forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
@@ -184,6 +183,17 @@ def _unknown(what: Any, seen: str) -> str:
         "without the cache would give other tokens. Install a tested version of transformers "
         f"(>={TESTED['transformers'][0]},<{TESTED['transformers'][1]}), or pass use_cache=False."
     )
+
+
+# -- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model without wrappers of PEFT, however many there are."""
+    inner: Any = model
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
 
 
 # -- other names ------------------------------------------------------------------------------------------------------

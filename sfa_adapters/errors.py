@@ -3,6 +3,7 @@
 __all__ = [
     "AdapterMismatchError",
     "BiasNotAppliedError",
+    "ContractError",
     "DataError",
     "InjectionError",
     "LayoutError",
@@ -55,6 +56,10 @@ class BiasNotAppliedError(SFAError, RuntimeError):
 
 class AdapterMismatchError(SFAError, ValueError):
     """A saved adapter belongs to another tower, or was written by a newer version of this library."""
+
+
+class ContractError(SFAError, ValueError):
+    """A contract suite of `sfa_adapters.testing` cannot run: a small tower says too little, or cannot be found."""
 
 
 class WeightsError(SFAError, ValueError):

@@ -136,8 +136,8 @@ def plot_bias(
             axis.plot(grid[1] // 2, grid[0] // 2, "o", markersize=7, markerfacecolor="none", markeredgecolor="black")
             axis.set(xticks=[], yticks=[])
             scalars = {"row": weights.row, "col": weights.col, "dist": weights.dist}
-            told = [f"{name} {values[head].item():+.2f}" for name, values in scalars.items() if values is not None]
-            axis.set_xlabel("\n".join((" ".join(told[:2]), *told[2:])), fontsize=12, labelpad=2)
+            labels = [f"{name} {values[head].item():+.2f}" for name, values in scalars.items() if values is not None]
+            axis.set_xlabel("\n".join((" ".join(labels[:2]), *labels[2:])), fontsize=12, labelpad=2)
             if number == next(n for n in shown if layers[n].num_heads > head):
                 axis.set_title(f"head {head}", fontsize=13)
         line[0].set_ylabel(f"layer {layers[number].index}", fontsize=13)

@@ -220,31 +220,31 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
     config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
     path = find_tower(model, config.tower_path).name
     layers = [entry for entry in injected_layers(model) if not path or entry[0].startswith(f"{path}.")]
-    own: dict[int, int] = {}
+    counts: dict[int, int] = {}
     if layers:
         adapters = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.configs))
         active = tuple(dict.fromkeys(name for _, _, layer in layers for name in layer.active))
         name = (active or adapters or ("",))[0]
         plan = plan_injection(model, SFAConfig(tower_path=path), adapter_name="")
         for layer in (layer for _, _, layer in layers if name in layer.configs):
-            own[layer.index] = sum(p.numel() for p in layer.tensors(name).values())
+            counts[layer.index] = sum(p.numel() for p in layer.tensors(name).values())
     else:
         plan = plan_injection(model, config, adapter_name="")
         assert config.num_blocks is not None
         for index in plan.layers:
             shapes = parameter_shapes(plan.num_heads[index], config.num_blocks, config.terms)
-            own[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
+            counts[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
         adapters, active = (), ()
     heads = one_or_each(plan.num_heads)
     return Description(
         backbone=plan.found.backbone.name,
         tower=plan.found.name,
         tower_class=type(plan.found.tower).__name__,
-        num_layers=len(own),
+        num_layers=len(counts),
         tower_layers=len(plan.found.attentions),
         num_heads=heads if isinstance(heads, int) else tuple(heads),
-        num_parameters=sum(own.values()),
-        layer_parameters=tuple(own.get(index, 0) for index in range(len(plan.found.attentions))),
+        num_parameters=sum(counts.values()),
+        layer_parameters=tuple(counts.get(index, 0) for index in range(len(plan.found.attentions))),
         grid=plan.geometry.grid,
         prefix_tokens=plan.geometry.prefix_tokens,
         adapters=adapters,

@@ -19,12 +19,14 @@ from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
 from sfa_adapters.forward_hooks import hidden_states_of
+from sfa_adapters.hooks import detach
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
+from sfa_adapters.mask_argument import attach_to_attention, give_mask, given_mask, unused_mask
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.scalar_layer import ScalarLayer
 from sfa_adapters.state_keys import PEFT_PREFIX
-from sfa_adapters.tower import TowerState
+from sfa_adapters.tower import SFA, TowerState
 
 __all__ = ["CHILD_NAME", "SFALayer", "attach_layer", "detach_layer"]
 
@@ -44,10 +46,7 @@ class SFALayer(ScalarLayer):
     def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
         super().__init__(num_heads, index, name)
         self.state = state
-        self.pending: LazyMask | None = None
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
-        self.mask_position: int | None = None
-        self.hook_ids: tuple[int, ...] = ()
         self.saved_by_peft = False  # an adapter that PEFT knows
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -128,7 +127,7 @@ class SFALayer(ScalarLayer):
         return self._dense[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pending": None, "_dense": None}
+        return {**self.__dict__, "_dense": None}
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -182,49 +181,27 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
 def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
     """Puts the layer beside the weights of its attention module and hooks it in."""
     attention.add_module(CHILD_NAME, layer)
-    parameters = list(inspect.signature(type(attention).forward).parameters)
-    argument = layer.state.backbone.mask_argument
-    # `self` is the first parameter. Arguments that a module takes through **kwargs have no position.
-    layer.mask_position = parameters.index(argument) - 1 if argument in parameters else None
-    pre = attention.register_forward_pre_hook(add_bias, with_kwargs=True)
-    post = attention.register_forward_hook(check_bias_used)
-    layer.hook_ids = (pre.id, post.id)
+    attach_to_attention(attention, SFA, layer.state, layer.state.backbone.mask_argument, add_bias, check_bias_used)
     layer.state.layers.append(layer)
 
 
 def detach_layer(attention: nn.Module) -> None:
     """Takes the layer out again; the module is as it was."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
-    remove_hooks(attention, layer.hook_ids)
+    detach(attention, SFA)
     layer.state.layers.remove(layer)
     delattr(attention, CHILD_NAME)
-
-
-def remove_hooks(module: nn.Module, ids: tuple[int, ...]) -> None:
-    """Removes forward hooks by id: unlike handles, ids stay valid in copies and pickles of a model."""
-    for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
-        for number in ids:
-            hooks.pop(number, None)
 
 
 def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     hidden_states: Any = hidden_states_of(args, kwargs)
-    position = layer.mask_position
-    positional = position is not None and len(args) > position
-    backbone = layer.state.backbone
-    given = args[position] if position is not None and positional else kwargs.get(backbone.mask_argument)
-    bounds = None if backbone.segment_layouts is None else _segment_bounds(attention, layer, args, kwargs)
+    segmented = layer.state.backbone.segment_layouts is not None
+    bounds = _segment_bounds(attention, layer, args, kwargs) if segmented else None
     layer.state.see_states(hidden_states, layer)
-    mask = layer.build_mask(hidden_states, given, bounds)
-    layer.pending = mask
-    if mask is None:
-        return None
-    if positional:
-        assert position is not None
-        return (*args[:position], mask, *args[position + 1 :]), kwargs
-    return args, {**kwargs, backbone.mask_argument: mask}
+    mask = layer.build_mask(hidden_states, given_mask(attention, SFA, args, kwargs), bounds)
+    return give_mask(attention, SFA, mask, args, kwargs)
 
 
 def _segment_bounds(
@@ -255,9 +232,8 @@ def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) ->
     Raises:
         BiasNotAppliedError: The attention implementation dropped the mask; names the layer and the implementation.
     """
-    layer: SFALayer = getattr(attention, CHILD_NAME)
-    mask, layer.pending = layer.pending, None
-    if mask is not None and not mask.used:
+    if unused_mask(attention, SFA) is not None:
+        layer: SFALayer = getattr(attention, CHILD_NAME)
         implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
         raise BiasNotAppliedError(
             f"{layer.name} ({type(attention).__name__}) ran without using its bias: the attention implementation "

@@ -1,8 +1,7 @@
 """Where each visual token lies on the page: row, column, extent, block, prefix and padding.
 
-Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token
-(r, c) has
-row r, column c and extent 1; on an adaptive one a token that covers 1.75 x 1.75 finest cells has extent 1.75.
+Positions are real numbers in cells of the finest grid ("pixels of the finest grid"): on a regular 32x32 grid token (r,
+c) has row r, column c and extent 1; on an adaptive one a token that covers 1.75 x 1.75 finest cells has extent 1.75.
 
 Shape letters: B batch, N tokens, U distinct (start, extent) pairs on one axis.
 """
@@ -99,9 +98,9 @@ class TokenLayout:
     def __post_init__(self) -> None:
         shape = self.block.shape
         if self.rows.index.shape != shape or self.columns.index.shape != shape:
-            found = [tuple(axis.index.shape) for axis in (self.rows, self.columns)]
+            shapes = [tuple(axis.index.shape) for axis in (self.rows, self.columns)]
             raise LayoutError(
-                f"block {tuple(shape)}, row {found[0]} and column {found[1]} "
+                f"block {tuple(shape)}, row {shapes[0]} and column {shapes[1]} "
                 "must have one shape, [tokens] or [batch, tokens]."
             )
         if not 0 <= self.prefix_tokens <= shape[-1]:

@@ -19,39 +19,37 @@ from typing import TYPE_CHECKING, Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_plan
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
-from sfa_adapters.heads.facts import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.hosts.spec import HOSTS
 from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from sfa_adapters.training.recipe import Family
+__all__ = ["manifests", "models"]
 
-__all__ = ["MODELS", "manifests"]
 
-# Name in lmms-eval -> name of its class here, and the family that `pretrained` must be of.
-MODELS: Mapping[str, tuple[str, Family]] = {
-    "sfa_internvl": ("SFAInternVL", "internvl"),
-    "sfa_llava_onevision": ("SFALlavaOnevision", "llava_onevision"),
-    "sfa_llava": ("SFALlava", "llava"),
-    "sfa_qwen2_5_vl": ("SFAQwen2_5_VL", "qwen2_5_vl"),
-}
+def models() -> Mapping[str, tuple[str, str]]:
+    """Name in lmms-eval -> name of its class here, and the family that `pretrained` must be of."""
+    heads = "ForConditionalGeneration"
+    return {f"sfa_{name}": (f"SFA{spec.model_class.removesuffix(heads)}", name) for name, spec in HOSTS.items()}
 
 
 def manifests() -> list[Any]:
     """What lmms-eval gets from the entry point: one `ModelManifest` for each of our models."""
     manifest = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
-    return [manifest(name, simple_class_path=f"{__name__}.{made}") for name, (made, _) in MODELS.items()]
+    return [manifest(name, simple_class_path=f"{__name__}.{made}") for name, (made, _) in models().items()]
 
 
 def __getattr__(name: str) -> Any:
-    for made, family in MODELS.values():
-        if name == made:
-            return _model_class(name, family)
+    if name.startswith("SFA"):
+        for made, family in models().values():
+            if name == made:
+                return _model_class(name, family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _told(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
+def _facts_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
     """What the host will have lost, from files alone."""
     if head_plan is not None:
         return plan_facts(read_head_plan(head_plan, compensation), compensation)
@@ -60,7 +58,7 @@ def _told(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFa
 
 
 @functools.cache
-def _model_class(name: str, family: Family) -> type:
+def _model_class(name: str, family: str) -> type:
     """The class that lmms-eval makes its model from."""
     try:
         lmms: Any = importlib.import_module("lmms_eval.api.model").lmms
@@ -79,7 +77,7 @@ def _model_class(name: str, family: Family) -> type:
 
         def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
             # The name of the class is all that lmms-eval takes from a model into its results.
-            facts = _told(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
+            facts = _facts_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
             return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
 
         facts: PrunedFacts | None = None
@@ -130,13 +128,13 @@ def _model_class(name: str, family: Family) -> type:
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             prompts = [(r.args[0], self._images(r.args[2:]), self._target(r.args)) for r in requests]
-            found = [(float("inf"), False)] * len(requests)
+            likelihoods = [(float("inf"), False)] * len(requests)
             for number, chance, greedy in self._shown(self.answers.loglikelihood(prompts), requests):
                 # Negative: lmms-eval takes the smallest value for the likeliest answer, because its own models give
                 # losses.
-                found[number] = (-chance, greedy)
+                likelihoods[number] = (-chance, greedy)
             # A bare pair would be made a text by the evaluator of 0.7, on which every task of choices fails.
-            return [result(text=pair) for pair in found]
+            return [result(text=pair) for pair in likelihoods]
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
             raise NotImplementedError(f"{name} answers in one turn; tasks of several rounds are not for it.")

@@ -1,11 +1,10 @@
 """The lazy mask: a structural bias that travels through a model's own mask argument.
 
 Every attention module of transformers and timm hands its mask to `scaled_dot_product_attention` or adds it to the
-scores. The
-objects here implement `__torch_function__` (the pattern of `torch.nn.attention.bias.CausalBias`), so they are asked
-in both
-cases: SDPA gets the attention computed by `sfa_adapters.attention.attend`, anything else gets a dense tensor. Each mask
-remembers that it was asked: a mask that no operation touched means an attention backend that drops it.
+scores. The objects here implement `__torch_function__` (the pattern of `torch.nn.attention.bias.CausalBias`), so they
+are asked in both cases: SDPA gets the attention computed by `sfa_adapters.attention.attend`, anything else gets a dense
+tensor. Each mask remembers that it was asked: a mask that no operation touched means an attention backend that drops
+it.
 """
 
 from __future__ import annotations

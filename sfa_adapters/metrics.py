@@ -32,8 +32,10 @@ RelaxedMode = Literal["reference", "strict"]
 OCRBenchKind = Literal["text", "handwritten_maths"]
 TOLERANCE = 0.05
 FEWEST = 4  # answers of `vqa_accuracy`: three others must be able to agree
-_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
-_DIGITS |= {"eight": "8", "nine": "9", "ten": "10", "none": "0"}
+_DIGITS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10", "none": "0",
+}  # fmt: skip
 # Written without an apostrophe; left out where that is another word (well, were, ill, its).
 _NOT = re.compile(r"(ai|are|ca|could|did|does|do|had|has|have|is|must|need|should|was|were|wo|would)nt")
 _SHORT = re.compile(
@@ -69,22 +71,22 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
     if mode not in get_args(RelaxedMode):
         raise ValueError(f"Unknown mode {mode!r}. Use 'reference' or 'strict'.")
     if mode == "reference":
-        said, true = _reference_float(prediction), _reference_float(target)
-        if said is not None and true:
-            return abs(said - true) / abs(true) <= TOLERANCE
+        predicted, true = _reference_float(prediction), _reference_float(target)
+        if predicted is not None and true:
+            return abs(predicted - true) / abs(true) <= TOLERANCE
         return prediction.lower() == target.lower()
-    said, true = quantity_of(prediction), quantity_of(target)
-    if said is None or true is None or not (math.isfinite(said.value) and math.isfinite(true.value)):
+    predicted, true = quantity_of(prediction), quantity_of(target)
+    if predicted is None or true is None or not (math.isfinite(predicted.value) and math.isfinite(true.value)):
         return _plain(prediction) == _plain(target)
-    return _same_quantity(said, true)
+    return _same_quantity(predicted, true)
 
 
-def _same_quantity(said: Quantity, true: Quantity) -> bool:
-    if said.unit and true.unit and said.unit != true.unit:
+def _same_quantity(predicted: Quantity, true: Quantity) -> bool:
+    if predicted.unit and true.unit and predicted.unit != true.unit:
         return False
-    exact = true.exact or said.unit in LABELS
+    exact = true.exact or predicted.unit in LABELS
     # Brackets are a minus in accounts, and nothing elsewhere.
-    pairs = [(a, b) for a in _readings(said) for b in _readings(true)]
+    pairs = [(a, b) for a in _readings(predicted) for b in _readings(true)]
     return any(a == b or (not exact and b != 0 and abs(a - b) / abs(b) <= TOLERANCE) for a, b in pairs)
 
 
@@ -98,10 +100,10 @@ def _plain(text: str) -> str:
 
 def _accepted(answers: str | Sequence[str]) -> tuple[str, ...]:
     """All true answers as a tuple."""
-    found = (answers,) if isinstance(answers, str) else tuple(answers)
-    if not found or not all(isinstance(answer, str) for answer in found):
+    accepted = (answers,) if isinstance(answers, str) else tuple(answers)
+    if not accepted or not all(isinstance(answer, str) for answer in accepted):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"answers={answers!r} must be a text, or a sequence of at least one text.")
-    return found
+    return accepted
 
 
 def exact_match(prediction: str, answers: str | Sequence[str]) -> bool:
@@ -147,8 +149,8 @@ def anls(prediction: str, answers: str | Sequence[str], threshold: float = 0.5) 
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold={threshold!r} must be from 0 to 1.")
-    said = _folded(prediction)
-    return max(_similarity(said, _folded(answer), threshold) for answer in _accepted(answers))
+    predicted = _folded(prediction)
+    return max(_similarity(predicted, _folded(answer), threshold) for answer in _accepted(answers))
 
 
 def _similarity(a: str, b: str, threshold: float) -> float:
@@ -189,8 +191,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         raise DataError(
             f"vqa_accuracy needs the answers of at least {FEWEST} people, found {people!r}. Use exact_match."
         )
-    said = _vqa_text(prediction)
-    matches = sum(_vqa_text(answer) == said for answer in people)
+    predicted = _vqa_text(prediction)
+    matches = sum(_vqa_text(answer) == predicted for answer in people)
     agreeing, others = matches * min(3, matches - 1), (len(people) - matches) * min(3, matches)
     return (agreeing + others) / (3 * len(people))
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from sfa_adapters.attention_call import AttentionCall, row_blocks
 from sfa_adapters.compat import cache_of
 from sfa_adapters.errors import NoMatchingBackboneError, ObservationError, UnknownInterfaceError
+from sfa_adapters.hooks import attached_while
 from sfa_adapters.mask import LazyMask
 from sfa_adapters.packing import PackedMask
 from sfa_adapters.readers import Reader
@@ -93,16 +94,11 @@ def observe(
         raise ObservationError("No reader was given: nothing would be read.")
     observation = Observation(tuple(chosen))
     served: set[int] = set()
-    handles = []
-    try:
+    with attached_while("observe") as attach:
         for index, (name, module) in enumerate(chosen.items()):
             watcher = _Watcher(name, index, module, listed, observation, block_bytes, served)
-            handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(watcher.leave, always_call=True))
+            attach(module, observation, pre=watcher.enter, post=watcher.leave, always_call=True)
         yield observation
-    finally:
-        for handle in handles:
-            handle.remove()
     unread = [name for name in chosen if name not in observation.calls]
     if len(unread) == len(chosen) or (modules is not None and unread):
         raise ObservationError(
@@ -192,9 +188,9 @@ def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) ->
     states = {reader: reader.begin(call) for reader in wanted}
     for rows in row_blocks(call, index, block_bytes, trim=True):
         for reader, mask in wanted.items():
-            own = rows if mask is None else rows.choose(mask[rows.index])
-            if own is not None:
-                reader.block(states[reader], call, own)
+            chosen_rows = rows if mask is None else rows.choose(mask[rows.index])
+            if chosen_rows is not None:
+                reader.block(states[reader], call, chosen_rows)
     for reader in wanted:
         reader.keep(call, reader.end(states[reader], call))
     return tuple(wanted)
@@ -284,18 +280,18 @@ def attention_modules(model: nn.Module, modules: Modules = None) -> dict[str, nn
         vision = dict(find_tower(model).attentions)
     except NoMatchingBackboneError:
         vision = {}
-    found = {
+    modules_found = {
         name: module
         for name, module in model.named_modules()
         if name in vision or (hasattr(module, "q_proj") and hasattr(module, "k_proj"))
     }
     chosen: set[str] = set()
     for pattern in ["*"] if modules is None else [modules] if isinstance(modules, str) else modules:
-        fitting = {name for name in found if _fits(name, pattern, name in vision)}
+        fitting = {name for name in modules_found if _fits(name, pattern, name in vision)}
         if not fitting:
-            raise ObservationError(_no_module(model, pattern, found))
+            raise ObservationError(_no_module(model, pattern, modules_found))
         chosen |= fitting
-    return {name: module for name, module in found.items() if name in chosen}
+    return {name: module for name, module in modules_found.items() if name in chosen}
 
 
 def _fits(name: str, pattern: str, is_vision: bool) -> bool:
@@ -304,11 +300,11 @@ def _fits(name: str, pattern: str, is_vision: bool) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _no_module(model: nn.Module, wanted: Any, found: Mapping[str, nn.Module]) -> str:
-    names = list(found)
-    told = f"{len(names)}, from {names[0]} to {names[-1]}" if names else "none"
+def _no_module(model: nn.Module, wanted: Any, modules: Mapping[str, nn.Module]) -> str:
+    names = list(modules)
+    listed = f"{len(names)}, from {names[0]} to {names[-1]}" if names else "none"
     return (
-        f"modules={wanted!r} fits no attention module of {type(model).__name__}. It has: {told}. "
+        f"modules={wanted!r} fits no attention module of {type(model).__name__}. It has: {listed}. "
         "Use 'vision', 'language', a pattern over these paths, or None for all."
     )
 

@@ -44,5 +44,5 @@ def ocr_texts(image: Any) -> tuple[str, ...]:
     """
     picture = as_image(image)
     # All three steps, angle correction too: without it, labels that stand upright (rotated ticks) are read upside down.
-    found = ocr_engine()(np.ascontiguousarray(picture[..., ::-1]), use_det=True, use_cls=True, use_rec=True).txts
-    return tuple(found or ())
+    texts = ocr_engine()(np.ascontiguousarray(picture[..., ::-1]), use_det=True, use_cls=True, use_rec=True).txts
+    return tuple(texts or ())

@@ -1,9 +1,8 @@
 """Makes SFA a name that PEFT knows.
 
 PEFT registers third-party methods with `register_peft_method`, but refuses names that are not members of its closed
-enum
-`PeftType`, and an enum cannot be extended through its public interface. So the member is added here, at import, once,
-and only if PEFT does not have it. Nothing else of PEFT is touched. This file can go the day PEFT ships the name.
+enum `PeftType`, and an enum cannot be extended through its public interface. So the member is added here, at import,
+once, and only if PEFT does not have it. Nothing else of PEFT is touched. This file can go the day PEFT ships the name.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sfa_adapters.bias import TERMS, StructuralWeights
+from sfa_adapters.choices import DEFAULT_SFA_LR
 from sfa_adapters.errors import InjectionError, TrainingError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.tuner import injected_layers
@@ -28,8 +29,6 @@ __all__ = [
     "structural_layers",
 ]
 
-# For Adam and its kin. Recipes, `sfa_parameter_groups` and `SFATrainerMixin` take it from here.
-DEFAULT_SFA_LR = 0.1
 SFA_GROUP = "sfa"  # name of the parameter group of the scalars
 
 

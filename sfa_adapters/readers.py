@@ -200,8 +200,8 @@ class GroupMass(Reader):
         member = (groups.unsqueeze(-2) == torch.arange(number, device=call.device)[:, None]).float()  # [(B,) G, R]
         member = member.reshape(-1, 1, *member.shape[-2:])
         mass = self.over_heads(_mass(self.groups, call, rows))
-        found = [member @ mass, member.sum(-1, keepdim=True)]
-        state[:] = [old + new for old, new in zip(state, found, strict=True)] if state else found
+        values = [member @ mass, member.sum(-1, keepdim=True)]
+        state[:] = [old + new for old, new in zip(state, values, strict=True)] if state else values
 
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
         """Means; zero over zero is NaN."""
@@ -219,8 +219,8 @@ class MeanPerKey(Reader):
         """Adds sums and counts."""
         weights = self.row_weights(call, rows)[:, None, None]  # [1 or B, 1, 1, R]
         attended = (weights @ self.over_heads(rows.probabilities)).squeeze(2)
-        found = [fitted(attended, call.num_keys, 0.0), weights.sum(-1)]
-        state[:] = [old + new for old, new in zip(state, found, strict=True)] if state else found
+        values = [fitted(attended, call.num_keys, 0.0), weights.sum(-1)]
+        state[:] = [old + new for old, new in zip(state, values, strict=True)] if state else values
 
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
         """Means; zero over zero is NaN."""

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.read_layers import count_read_layers
 
 __all__ = [
-    "STATE_NAME",
     "Backbone",
     "FoundTower",
     "Geometry",
@@ -30,8 +30,6 @@ __all__ = [
     "registered_backbones",
 ]
 
-# A tower that carries SFA has its state under this name.
-STATE_NAME = "_sfa_state"
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 
 
@@ -102,6 +100,9 @@ class Backbone:
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
+        statistics: Of towers without `patches`: as there.
+        small_towers: Where small towers of this kind stand for the contract suite: `module:NAME` of a sequence of
+            `sfa_adapters.testing.TowerCase`. Imported when the suite runs, never before.
     """
 
     name: str
@@ -118,6 +119,17 @@ class Backbone:
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    small_towers: str | None = None
+    statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
+
+    def statistics_of(self, tower: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation that images of a tower are normalised with, by channel; None if not known.
+
+        Args:
+            tower: Of this kind.
+        """
+        read = self.statistics if self.patches is None else self.patches.statistics
+        return None if read is None else read(tower)
 
     def is_tower(self, module: nn.Module) -> bool:
         """Whether the module is a tower of this kind."""
@@ -260,7 +272,7 @@ def _choose_tower(
             )
         return fitting[0]
     if len(towers) > 1:
-        adapted = [entry for entry in towers if STATE_NAME in entry[1].__dict__]
+        adapted = [entry for entry in towers if state_of(entry[1], "sfa") is not None]
         if len(adapted) != 1:
             raise InjectionError(
                 f"{type(model).__name__} has several vision towers{', all with SFA' if adapted else ''}: {names}. Say "

@@ -32,12 +32,14 @@ def check_same_tower(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
         if saved.get(key) != live[key]
     ]
     advice = "Load the adapter on the model it was trained with, or inject with a fresh SFAConfig."
-    heads, own = (_each_layer(counts, live["num_layers"]) for counts in (saved.get("num_heads"), live["num_heads"]))
-    if heads is None or own is None:
+    heads, live_counts = (
+        _each_layer(counts, live["num_layers"]) for counts in (saved.get("num_heads"), live["num_heads"])
+    )
+    if heads is None or live_counts is None:
         differences.append(f"num_heads: adapter {saved.get('num_heads')!r}, model {live['num_heads']!r}")
-    elif heads != own:
-        advice = advice if differences else _advice(heads, own)
-        differences.append(_other_heads(heads, own))
+    elif heads != live_counts:
+        advice = advice if differences else _advice(heads, live_counts)
+        differences.append(_other_heads(heads, live_counts))
     if differences:
         raise AdapterMismatchError(f"This SFAConfig belongs to another tower ({'; '.join(differences)}). {advice}")
 
@@ -53,8 +55,8 @@ def _other_heads(saved: list[int], live: list[int]) -> str:
     if len({*saved}) == len({*live}) == 1:
         return f"num_heads: adapter {saved[0]}, model {live[0]}"
     wrong = [index for index, counts in enumerate(zip(saved, live, strict=True)) if counts[0] != counts[1]]
-    told = f"num_heads of layer {wrong[0]}: adapter {saved[wrong[0]]}, model {live[wrong[0]]}"
-    return told + (f"; {len(wrong)} of {len(saved)} layers differ" if len(wrong) > 1 else "")
+    difference = f"num_heads of layer {wrong[0]}: adapter {saved[wrong[0]]}, model {live[wrong[0]]}"
+    return difference + (f"; {len(wrong)} of {len(saved)} layers differ" if len(wrong) > 1 else "")
 
 
 def _advice(saved: list[int], live: list[int]) -> str:

@@ -78,9 +78,11 @@ def _before_loading(
         for record in record_keys(state_dict)[:1]:
             check_same_meaning(read_record(state_dict[record], source), sfa_configs(model), source)
         for adapter in sorted(names & {key.adapter for key in keys.values() if key.adapter is not None}):
-            own = {name: key for name, key in keys.items() if key.adapter == adapter}
-            fitted = fit_scalars(model, {n: state_dict[prefix + n] for n in own}, adapter, own, source)
-            for name in own:
+            adapter_keys = {name: key for name, key in keys.items() if key.adapter == adapter}
+            fitted = fit_scalars(
+                model, {n: state_dict[prefix + n] for n in adapter_keys}, adapter, adapter_keys, source
+            )
+            for name in adapter_keys:
                 del state_dict[prefix + name]
             state_dict.update({prefix + name: value for name, value in fitted.items()})
     except AdapterMismatchError:

@@ -28,7 +28,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval
     Args:
         values: one number or truth value per sample, [N].
         seed: of the resampling.
-        rounds: how often the samples are drawn again.
+        rounds: bootstrap rounds.
 
     Returns:
         Mean and 95% interval.
@@ -62,7 +62,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 def seeds_bootstrap(values: Sequence[np.ndarray], seed: int = 0, rounds: int = 2000) -> Interval:
     """Mean over training runs and their test samples, with an interval that knows both (hierarchical bootstrap).
 
-    Runs are drawn again, then the samples inside each drawn run. For paired arms pass the differences sample by sample.
+    Runs are resampled, then the samples inside each of them. For paired arms pass the differences sample by sample.
     With few runs the interval is too narrow: three seeds say little about a fourth.
 
     Args:

@@ -46,13 +46,13 @@ def token_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> list[fl
     wait(model.device)
     watch = _Stopwatch()
     answer(model, prompt, tokens, streamer=watch)
-    found = [after - before for before, after in zip([watch.start, *watch.stamps], watch.stamps, strict=False)]
-    if len(found) != tokens:
+    seconds = [after - before for before, after in zip([watch.start, *watch.stamps], watch.stamps, strict=False)]
+    if len(seconds) != tokens:
         raise RecipeError(
-            f"The answer ended after {len(found)} of {tokens} tokens: the generation_config of {type(model).__name__} "
-            "stops it (max_time, stop_strings). Take that out to measure time."
+            f"The answer ended after {len(seconds)} of {tokens} tokens: the generation_config of "
+            f"{type(model).__name__} stops it (max_time, stop_strings). Take that out to measure time."
         )
-    return found
+    return seconds
 
 
 def answer_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[float, float]:

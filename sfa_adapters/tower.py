@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.packing import Packing
 from sfa_adapters.ramp_watch import RampWatch
-from sfa_adapters.registry import STATE_NAME, Backbone, Geometry
+from sfa_adapters.registry import Backbone, Geometry
+from sfa_adapters.tower_input import TowerInput
 
-__all__ = ["STATE_NAME", "TowerState"]
+__all__ = ["SFA", "TowerState"]
+
+# The name of the feature, for `sfa_adapters.hooks`.
+SFA = "sfa"
 
 # Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
 # fold.
@@ -55,16 +59,14 @@ class TowerState:
 
     # -- the forward under way --------------------------------------------------------------------------------------
 
-    def see_input(self, seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes the shape of the images that the tower is about to see: a forward begins."""
+    def record_input(self, given: TowerInput) -> None:
+        """Records how the tokens of the images lie that the tower is called with: a forward begins."""
         forward = TowerForward()
-        if self.backbone.grid_of_input is not None:
-            grid = self.backbone.grid_of_input(seer, args, kwargs) or self.geometry.grid
-            if grid is not None:
-                forward.grids[grid[0] * grid[1] + self.geometry.prefix_tokens] = grid
-        elif self.backbone.describe_input is not None:
-            tokens, description = self.backbone.describe_input(seer, args, kwargs)
-            forward.inputs[tokens] = description
+        num_tokens, arrangement = given.arrangement()
+        if self.backbone.grid_of_input is None:
+            forward.inputs[num_tokens] = arrangement
+        elif arrangement is not None:
+            forward.grids[num_tokens] = arrangement
         for num_tokens, arrangement in (*forward.grids.items(), *forward.inputs.items()):
             self._see(num_tokens, arrangement)
         if torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
 """The hooks with which a tower keeps its `TowerState` up to date. No forward is changed.
 
-Beside those of `forward_hooks`: (1) in front of its image module the shape of the images is noted; (2) behind its
-embedding the autograd graph begins where scalars train.
+Beside those of `forward_hooks` and the watcher of `tower_input`: behind its embedding the autograd graph begins where
+scalars train.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.forward_hooks import add_hook, holders_of, unwatch_forwards, watch_forwards
+from sfa_adapters.forward_hooks import holders_of, watch_forwards
 from sfa_adapters.forwards import begin_gradient
-from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.hooks import attach, detach, state_of
+from sfa_adapters.tower import SFA, TowerState
+from sfa_adapters.tower_input import watch_input
 
 __all__ = ["hook_tower", "unhook_idle_towers"]
-
-LOG_NAME = "_sfa_log"
 
 
 def hook_tower(tower: nn.Module, attentions: Sequence[str], state: TowerState) -> None:
@@ -29,40 +29,23 @@ def hook_tower(tower: nn.Module, attentions: Sequence[str], state: TowerState) -
         attentions: Paths in it of all its attention layers.
         state: What its layers share.
     """
-    watch_forwards(tower, attentions, state.log, LOG_NAME)
-    tower.__dict__[STATE_NAME] = state
-    seer = tower.get_submodule(state.backbone.image_module)
-    seer.__dict__[STATE_NAME] = state
-    add_hook(seer, LOG_NAME, seer.register_forward_pre_hook(see_tower_input, with_kwargs=True))
+    watch_forwards(tower, attentions, SFA, state)
+    watch_input(tower, state.backbone, SFA, state)
     above_any, above_all = holders_of(attentions)
     for path in above_all:
         for name, child in tower.get_submodule(path).named_children():
             child_path = f"{path}.{name}" if path else name
             beside = child_path not in above_any and child_path not in attentions
             if beside and next(child.parameters(), None) is not None:
-                child.__dict__[STATE_NAME] = state
-                add_hook(child, LOG_NAME, child.register_forward_hook(begin_graph))
+                attach(child, SFA, state, post=begin_graph)
 
 
 def unhook_idle_towers(model: nn.Module) -> list[nn.Module]:
-    """Takes hooks and states out of all towers that have no SFA layer any more, and returns those towers."""
-    states = [module.__dict__[STATE_NAME] for module in model.modules() if STATE_NAME in module.__dict__]
-    idle = {id(state) for state in states if not state.layers} | {id(state.log) for state in states if not state.layers}
-    towers: list[nn.Module] = []
-    for module in list(model.modules()):
-        state, log = module.__dict__.get(STATE_NAME), module.__dict__.get(LOG_NAME)
-        if id(state) not in idle and id(log) not in idle:
-            continue
-        if state is not None and log is not None:
-            towers.append(module)
-        unwatch_forwards(module, LOG_NAME)
-        module.__dict__.pop(STATE_NAME, None)
-    return towers
-
-
-def see_tower_input(seer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the module that `Backbone.image_module` names: notes the grid of the images."""
-    seer.__dict__[STATE_NAME].see_input(seer, args, kwargs)
+    """Takes hooks and states out of all towers that have no SFA layer any more; returns the modules that had some."""
+    idle = [module for module in model.modules() if (state := state_of(module, SFA)) is not None and not state.layers]
+    for module in idle:
+        detach(module, SFA)
+    return idle
 
 
 def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -72,7 +55,7 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    state: TowerState = module.__dict__[STATE_NAME]
+    state: TowerState = state_of(module, SFA)
     if state.log.current() is None or not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     begins = not output.requires_grad and _must_begin(state)

@@ -17,6 +17,7 @@ from torch import nn
 from sfa_adapters.axial import check_heads
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
+from sfa_adapters.hooks import state_of
 from sfa_adapters.layer import (
     CHILD_NAME,
     SFALayer,
@@ -27,7 +28,7 @@ from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_b
 from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
 from sfa_adapters.state_keys import plain_path
-from sfa_adapters.tower import STATE_NAME, TowerState
+from sfa_adapters.tower import SFA, TowerState
 from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
 
 __all__ = [
@@ -95,23 +96,23 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
         AdapterMismatchError: The configuration was saved with an adapter of another tower.
     """
     check_adapter_name(adapter_name)
-    found = find_tower(model, config.tower_path)
-    if found.backbone.check is not None:
-        found.backbone.check(found.tower)
-    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in found.attentions)
+    located = find_tower(model, config.tower_path)
+    if located.backbone.check is not None:
+        located.backbone.check(located.tower)
+    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in located.attentions)
     if min(heads) < 1:
-        name, module = found.attentions[heads.index(min(heads))]
+        name, module = located.attentions[heads.index(min(heads))]
         raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
-    geometry = found.backbone.geometry(found.tower)
-    plan = InjectionPlan(found, geometry, heads, _choose_layers(found, config.layers_to_transform))
+    geometry = located.backbone.geometry(located.tower)
+    plan = InjectionPlan(located, geometry, heads, _choose_layers(located, config.layers_to_transform))
     if config.init == "axial" and config.tower is None:  # a saved adapter brings its values
         check_heads(config.init_heads, config.terms, plan.num_heads, plan.layers)
     for name, _, layer in injected_layers(model):
-        elsewhere = bool(found.name) and not name.startswith(f"{found.name}.")
+        elsewhere = bool(located.name) and not name.startswith(f"{located.name}.")
         if elsewhere and adapter_name in layer.configs:
             raise InjectionError(
                 f"{layer.state.tower_name} has an SFA adapter named {adapter_name!r}: choose another adapter_name for "
-                f"{found.name}, so that each is saved in a folder of its own."
+                f"{located.name}, so that each is saved in a folder of its own."
             )
     for _, name, module in plan.targets:
         layer = getattr(module, CHILD_NAME, None)
@@ -155,8 +156,8 @@ def check_adapter_name(name: Any) -> None:
         )
 
 
-def _choose_layers(found: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
-    total, used = len(found.attentions), found.used_layers
+def _choose_layers(located: FoundTower, wanted: list[int] | int | None) -> tuple[int, ...]:
+    total, used = len(located.attentions), located.used_layers
     if wanted is None:
         return tuple(range(used))
     indices = [wanted] if isinstance(wanted, int) else list(wanted)
@@ -198,30 +199,32 @@ def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
         if config.tower is not None:
-            told = config.tower["num_heads"]
-            heads: list[int] = [told] * config.tower["num_layers"] if isinstance(told, int) else told
+            saved_counts = config.tower["num_heads"]
+            heads: list[int] = (
+                [saved_counts] * config.tower["num_layers"] if isinstance(saved_counts, int) else saved_counts
+            )
             heads = [counts.get(number, count) for number, count in enumerate(heads)]
             config.tower = {**config.tower, "num_heads": one_or_each(heads)}
 
 
 def prepare_tower(plan: InjectionPlan) -> TowerState:
     """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
-    found = plan.found
-    tower = found.tower
-    if STATE_NAME in tower.__dict__:
-        return tower.__dict__[STATE_NAME]
-    state = TowerState(found.backbone, plan.geometry, found.name)
+    located = plan.found
+    tower = located.tower
+    if (there := state_of(tower, SFA)) is not None:
+        return there
+    state = TowerState(located.backbone, plan.geometry, located.name)
     implementation = getattr(getattr(tower, "config", None), "_attn_implementation", None)
     if isinstance(implementation, str) and "flash" in implementation:
         logger.warning(
             "%s ran on %s, which takes no bias; it is moved to sdpa, where the folded bias uses the same flash kernel.",
-            found.name or type(tower).__name__,
+            located.name or type(tower).__name__,
             implementation,
         )
         tower.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
         tower.__dict__[ORIGINAL_IMPLEMENTATION] = implementation
-    above = len(found.name) + 1 if found.name else 0
-    hook_tower(tower, [name[above:] for name, _ in found.attentions], state)
+    above = len(located.name) + 1 if located.name else 0
+    hook_tower(tower, [name[above:] for name, _ in located.attentions], state)
     return state
 
 
@@ -252,8 +255,8 @@ def add_adapter(
 
 def injected_layers(model: nn.Module) -> list[tuple[str, nn.Module, SFALayer]]:
     """Path, attention module and SFA layer of every adapted layer of a model, in order."""
-    found = [(name, module, module._modules.get(CHILD_NAME)) for name, module in model.named_modules()]
-    return [(name, module, layer) for name, module, layer in found if isinstance(layer, SFALayer)]
+    children = [(name, module, module._modules.get(CHILD_NAME)) for name, module in model.named_modules()]
+    return [(name, module, layer) for name, module, layer in children if isinstance(layer, SFALayer)]
 
 
 def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -270,10 +273,10 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
             if original is not module:
                 model.set_submodule(name, original)
-    for tower in unhook_idle_towers(model):
-        implementation = tower.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
+    for module in unhook_idle_towers(model):
+        implementation = module.__dict__.pop(ORIGINAL_IMPLEMENTATION, None)
         if implementation is not None:
-            tower.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
     for module in [] if injected_layers(model) else model.modules():
         if LOAD_HOOK in module.__dict__:
             module._load_state_dict_pre_hooks.pop(module.__dict__.pop(LOAD_HOOK), None)

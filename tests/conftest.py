@@ -20,7 +20,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the weights of a nano host that was never trained, for demos that need no good answers."""
     from safetensors.torch import save_file
 
-    from sfa_adapters.recipes.nano import build_nano
+    from sfa_adapters.recipes.nano.models import build_nano
 
     path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
     model = build_nano("llava_onevision").model

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sfa_adapters import AxialRamp, SFAConfig, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError, SFAWarning, TrainingError
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.towers import CASES, set_checkpointing
+from tests.support import compare
+from tests.support.towers import CASES, set_checkpointing
 
 SIGLIP = next(case for case in CASES if case.backbone == "siglip")
 MISSED = r"AxialRamp\.step\(\) never ran"
@@ -38,7 +38,7 @@ def train(model: Any, steps: int, ramp: AxialRamp | None = None, accumulate: int
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
         for _ in range(accumulate):
-            support.loss_of(SIGLIP.hidden(model, SIGLIP.inputs(0))).backward()
+            compare.loss_of(SIGLIP.hidden(model, SIGLIP.inputs(0))).backward()
         optimizer.step()
         optimizer.zero_grad()
         if ramp is not None:
@@ -51,7 +51,7 @@ def test_it_comes_to_its_strength_exactly(steps: int, strength: float, dtype: to
     """In any number of steps and precision, also when it is interrupted; other heads do not change."""
     config = SFAConfig(init="axial", init_strength=strength, init_warmup_steps=steps, keep_float32=False)
     model = inject_sfa(SIGLIP.build(), config).to(dtype)
-    before = {name: p.clone() for name, p in support.structural(model).items()}
+    before = {name: p.clone() for name, p in compare.structural(model).items()}
     assert rows(model)[0] == 0
     pause = data.draw(st.integers(0, steps))
     ramp = AxialRamp(model)
@@ -64,7 +64,7 @@ def test_it_comes_to_its_strength_exactly(steps: int, strength: float, dtype: to
         ramp.step()
     assert ramp.done == ramp.steps == steps
     target = torch.tensor(strength, dtype=dtype)
-    for name, parameter in support.structural(model).items():
+    for name, parameter in compare.structural(model).items():
         expected = before[name].clone()
         if "sfa_row" in name:
             expected[0] = target

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sfa_adapters import compat
 from sfa_adapters.compat import TESTED, cache_of, cache_of_output, check_versions, with_cache
 from sfa_adapters.errors import UnknownInterfaceError, UntestedVersionWarning
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = ("sfa_adapters", "backbones", "recipes", "benchmarks")
 CACHE = DynamicCache(config=LlamaConfig(num_hidden_layers=1))

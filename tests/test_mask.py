@@ -12,9 +12,9 @@ from sfa_adapters.attention import Backend
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.mask import SegmentedMask, StructuralMask
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.reference import softmax_attention
-from tests.towers import CASES
+from tests.support import compare
+from tests.support.reference import softmax_attention
+from tests.support.towers import CASES
 
 LAYOUT = TokenLayout.regular(3, 4, 1)
 
@@ -48,9 +48,9 @@ def test_eager_attention_adds_the_mask(parts):
         mask = StructuralMask(bias.factors(LAYOUT))
         biased = add(mask)
         assert mask.used
-        support.assert_close(biased, scores + bias(LAYOUT))
+        compare.assert_close(biased, scores + bias(LAYOUT))
     expected = softmax_attention(query.double(), key.double(), value.double(), bias(LAYOUT).double())
-    support.assert_close(((scores + StructuralMask(bias.factors(LAYOUT))).softmax(-1) @ value).double(), expected)
+    compare.assert_close(((scores + StructuralMask(bias.factors(LAYOUT))).softmax(-1) @ value).double(), expected)
 
 
 def test_looking_at_a_mask_is_not_using_it(parts):
@@ -72,9 +72,9 @@ def test_the_models_own_mask_is_kept(parts, kind: str, backend: Any):
     expected = softmax_attention(query.double(), key.double(), value.double(), bias(LAYOUT).double(), allowed)
     mask: Any = StructuralMask(bias.factors(LAYOUT), own, backend)
     fused = F.scaled_dot_product_attention(query, key, value, mask)
-    support.assert_close(fused.double(), expected)
+    compare.assert_close(fused.double(), expected)
     scores = query @ key.transpose(-2, -1) * 8**-0.5 + StructuralMask(bias.factors(LAYOUT), own, backend)
-    support.assert_close((scores.softmax(-1) @ value).double(), expected)
+    compare.assert_close((scores.softmax(-1) @ value).double(), expected)
 
 
 def test_grouped_keys_are_repeated(parts):
@@ -107,7 +107,7 @@ def test_attention_layer(backend):
     out = layer(states)
     query, key, value = (t.unflatten(-1, (4, 8)).transpose(1, 2).double() for t in layer.qkv(states).chunk(3, -1))
     expected = softmax_attention(query, key, value, layer.structural_bias(LAYOUT).double()).transpose(1, 2).flatten(2)
-    support.assert_close(out.double(), F.linear(expected, layer.proj.weight.double(), layer.proj.bias.double()))
+    compare.assert_close(out.double(), F.linear(expected, layer.proj.weight.double(), layer.proj.bias.double()))
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
     other = layer(states[:, :5], layout=TokenLayout.regular(2, 2, 1))
@@ -126,17 +126,17 @@ def test_the_budget_decides_what_is_kept(megabytes: float, kept: bool):
     case = CASES[0]
     tower, inputs = case.fresh()
     inject_sfa(tower, SFAConfig(backend="dense", mask_cache_mb=megabytes))
-    support.read(case, tower, inputs)
+    compare.read(case, tower, inputs)
     assert cached(tower) == [kept] * 3
 
 
 def test_nothing_is_kept_with_gradients_or_by_folding():
     case = CASES[0]
-    tower, inputs = support.injected(case, backend="dense")
+    tower, inputs = compare.injected(case, backend="dense")
     case.hidden(tower, inputs)
     assert cached(tower) == [False] * 3
-    folded, _ = support.injected(case, backend="folded")
-    support.read(case, folded, inputs)
+    folded, _ = compare.injected(case, backend="folded")
+    compare.read(case, folded, inputs)
     assert cached(folded) == [False] * 3
 
 

@@ -28,9 +28,9 @@ from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError, ObservationError
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.readers import KeyMass, MeanPerKey, RowEntropy, RowProbabilities, TopKeys
-from tests import support
-from tests.hosts import HostCase, every_host
-from tests.towers import SMALL, TowerCase, every_tower, lively, set_eager
+from tests.support import compare
+from tests.support.hosts import HostCase, every_host
+from tests.support.towers import SMALL, TowerCase, every_tower, lively, set_eager
 
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -89,10 +89,10 @@ def test_language_models(config: Any, implementation: str, padding: str) -> None
     real = inputs["attention_mask"].bool()
     for layer, wanted in zip(seen.layers, dense_attention(model, inputs), strict=True):
         (found,), (found_entropy,), (found_mean,) = (r.results[layer] for r in (rows, entropy, mean))
-        support.assert_close(found.transpose(1, 2)[real], wanted.transpose(1, 2)[real])
-        support.assert_close(found_entropy.transpose(1, 2)[real], entropy_of(wanted).transpose(1, 2)[real])
+        compare.assert_close(found.transpose(1, 2)[real], wanted.transpose(1, 2)[real])
+        compare.assert_close(found_entropy.transpose(1, 2)[real], entropy_of(wanted).transpose(1, 2)[real])
         means = torch.stack([w[:, keep].mean(1) for w, keep in zip(wanted, real, strict=True)])
-        support.assert_close(found_mean, means)
+        compare.assert_close(found_mean, means)
 
 
 @every_language
@@ -115,9 +115,9 @@ def test_decoding_steps_read_the_rows_that_a_whole_forward_has(config: Any, impl
         for step, found in enumerate(steps):
             visible = 11 + step
             assert found.shape[:3] == (2, 4, 1)
-            support.assert_close(found[..., 0, :visible], wanted[:, :, 10 + step, :visible])
+            compare.assert_close(found[..., 0, :visible], wanted[:, :, 10 + step, :visible])
             assert found[..., visible:].abs().max().item() == 0 if found.shape[-1] > visible else True
-        support.assert_close(prompt_rows.results[layer][0][..., 0, :10], wanted[:, :, 9, :10])
+        compare.assert_close(prompt_rows.results[layer][0][..., 0, :10], wanted[:, :, 9, :10])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -132,14 +132,14 @@ def test_keys_that_fell_out_of_a_sliding_window_keep_their_places(implementation
     for layer, wanted in zip(mass.results, dense_attention(model, whole), strict=True):
         for step, found in enumerate(mass.results[layer]):
             row = wanted[:, :, 10 + step]
-            support.assert_close(
+            compare.assert_close(
                 found[:, :, 0], torch.stack([row[..., :10][..., parity == g].sum(-1) for g in (0, 1)], -1)
             )
             odd = row[..., :10][..., parity == 1]
-            support.assert_close(entropy.results[layer][step][..., 0], entropy_of(odd / odd.sum(-1, keepdim=True)))
+            compare.assert_close(entropy.results[layer][step][..., 0], entropy_of(odd / odd.sum(-1, keepdim=True)))
             values, places = row.topk(2)
             assert torch.equal(top.results[layer][step][:, :, 0].long(), places)
-            support.assert_close(top.results[layer][step][:, :, 1], values)
+            compare.assert_close(top.results[layer][step][:, :, 1], values)
 
 
 def test_beams_and_half_precision_are_left_alone() -> None:
@@ -185,7 +185,7 @@ def test_towers_equal_their_dense_attention(tower: str, with_sfa: bool, implemen
     pixels = {"pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
     if with_sfa:
         torch.manual_seed(3)
-        inject_sfa(model, support.strong_config(backend="folded"))
+        inject_sfa(model, compare.strong_config(backend="folded"))
     entropy, rows = RowEntropy(), RowProbabilities()
     with torch.no_grad():
         plain = model(**pixels).last_hidden_state
@@ -194,30 +194,30 @@ def test_towers_equal_their_dense_attention(tower: str, with_sfa: bool, implemen
     assert torch.equal(plain, watched)
     assert len(seen.layers) == 3
     for layer, wanted in zip(seen.layers, dense_attention(model, pixels), strict=True):
-        support.assert_close(rows.results[layer][0], wanted)
-        support.assert_close(entropy.results[layer][0], entropy_of(wanted))
+        compare.assert_close(rows.results[layer][0], wanted)
+        compare.assert_close(entropy.results[layer][0], entropy_of(wanted))
 
 
 @every_tower
 @pytest.mark.parametrize("with_sfa", [False, True])
 def test_every_tower_can_be_observed_and_stays_as_it_is(case: TowerCase, with_sfa: bool) -> None:
-    model, inputs = support.injected(case) if with_sfa else case.fresh()
-    plain = support.read(case, model, inputs)
+    model, inputs = compare.injected(case) if with_sfa else case.fresh()
+    plain = compare.read(case, model, inputs)
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     entropy = RowEntropy()
     with observe(model, entropy, modules="vision") as seen:
-        assert torch.equal(support.read(case, model, inputs), plain)
+        assert torch.equal(compare.read(case, model, inputs), plain)
     assert len(seen.layers) == case.layers
-    if case.has_eager:
-        tower, _ = support.injected(case) if with_sfa else case.fresh()
+    if case.eager_takes_bias:
+        tower, _ = compare.injected(case) if with_sfa else case.fresh()
         set_eager(case, tower)
         dense = RowEntropy()
         with observe(tower, dense):
-            support.read(case, tower, inputs)
+            compare.read(case, tower, inputs)
         for layer in seen.layers:
             found, wanted = entropy.results[layer], dense.results[layer]
             for one, other in zip(found, wanted, strict=True):
-                support.assert_close(one.nan_to_num(-1), other.nan_to_num(-1), 2e-5)
+                compare.assert_close(one.nan_to_num(-1), other.nan_to_num(-1), 2e-5)
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
 
 
@@ -229,7 +229,7 @@ def test_images_packed_by_adaptive_tokens_are_read_one_by_one(with_sfa: bool) ->
     )
     if with_sfa:
         torch.manual_seed(3)
-        inject_sfa(model, support.strong_config())
+        inject_sfa(model, compare.strong_config())
     pages = torch.ones(2, 3, 56, 56)
     pages[0, :, ::4, :28] = -1.0
     together, alone = RowEntropy(), RowEntropy()
@@ -242,7 +242,7 @@ def test_images_packed_by_adaptive_tokens_are_read_one_by_one(with_sfa: bool) ->
     for layer, found in together.results.items():
         assert [len(x[0, 0]) for x in found] == [len(x[0, 0]) for x in alone.results[layer]]
         for one, other in zip(found, alone.results[layer], strict=True):
-            support.assert_close(one, other)
+            compare.assert_close(one, other)
 
 
 # -- whole models --
@@ -262,7 +262,7 @@ def test_tower_and_language_model_of_every_host(host: HostCase) -> None:
     assert not set(vision.layers) & set(text.layers)
     last = mass.results[text.layers[-1]][0]
     assert last.shape == (2, 4, length, 2)
-    support.assert_close(last.sum(-1), torch.ones(2, 4, length))
+    compare.assert_close(last.sum(-1), torch.ones(2, 4, length))
     assert last[:, :, -1, 1].min() > 0
 
 

@@ -11,9 +11,11 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.hooks import attachment_of
+from sfa_adapters.tower_input import TowerInput
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.towers import CASES, SMALL, TowerCase, images, lively
+from tests.support import compare
+from tests.support.towers import CASES, SMALL, TowerCase, images, lively
 
 RESIZED = [case for case in CASES if case.resized is not None]
 
@@ -22,7 +24,7 @@ def test_timm_forward_features_sees_the_grid_of_its_image():
     """A transposed grid has the same number of tokens, so only the image can tell."""
     model: Any = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=96, dynamic_img_size=True, num_classes=0)
     model.eval()
-    inject_sfa(model, support.strong_config())
+    inject_sfa(model, compare.strong_config())
     images = [torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)]
     with torch.no_grad():
         expected = []
@@ -33,20 +35,20 @@ def test_timm_forward_features_sees_the_grid_of_its_image():
         intermediate = model.forward_intermediates(images[0], intermediates_only=True, norm=True, output_fmt="NLC")[-1]
     for mine, reference in zip(found, expected, strict=True):
         assert torch.equal(mine, reference)
-    support.assert_close(intermediate, expected[0][:, 1:])
+    compare.assert_close(intermediate, expected[0][:, 1:])
 
 
 def test_ejecting_the_active_adapter_activates_what_is_left():
     """Warnings are errors here: PEFT would warn once per layer."""
     case = next(case for case in CASES if case.name == "clip")
     model, inputs = case.fresh()
-    inject_sfa(model, support.strong_config(), adapter_name="first")
-    expected = support.read(case, model, inputs)
-    inject_sfa(model, support.strong_config(), adapter_name="second")
-    assert support.difference(support.read(case, model, inputs), expected) > 1e-3
+    inject_sfa(model, compare.strong_config(), adapter_name="first")
+    expected = compare.read(case, model, inputs)
+    inject_sfa(model, compare.strong_config(), adapter_name="second")
+    assert compare.difference(compare.read(case, model, inputs), expected) > 1e-3
     eject_sfa(model, "second")
     assert describe(model).active == ("first",)
-    assert torch.equal(support.read(case, model, inputs), expected)
+    assert torch.equal(compare.read(case, model, inputs), expected)
 
 
 # -- images that reach the layers on other ways than the tower's call --------------------------------------------------
@@ -56,7 +58,7 @@ def six_by_six() -> Any:
     """A tower of 6x6 patches; images of 9x4 and 4x9 have as many."""
     config = SiglipVisionConfig(**SMALL, image_size=84, patch_size=14, vision_use_head=False)
     torch.manual_seed(3)
-    return inject_sfa(lively(lambda: SiglipVisionModel(config))(), support.strong_config())
+    return inject_sfa(lively(lambda: SiglipVisionModel(config))(), compare.strong_config())
 
 
 def strip(seed: int = 0, height: int = 126, width: int = 56) -> Tensor:
@@ -123,21 +125,21 @@ def fail(*_: Any) -> None:
 @pytest.mark.parametrize("case", [case for case in RESIZED if case.backbone != "qwen2_5_vit"], ids=str)
 def test_a_peft_model_that_calls_forward_past_the_hooks_of_the_tower(case: TowerCase):
     """PEFT does so for some task types."""
-    tower, _ = support.injected(case)
+    tower, _ = compare.injected(case)
     assert case.resized is not None
     inputs = case.resized(0)
-    expected = support.read(case, tower, inputs)
-    scalars = list(support.structural(tower).values())
-    wrapped: Any = get_peft_model(case.build(), support.strong_config(task_type=TaskType.FEATURE_EXTRACTION))  # pyright: ignore[reportArgumentType]
-    for parameter, values in zip(support.structural(wrapped).values(), scalars, strict=True):
+    expected = compare.read(case, tower, inputs)
+    scalars = list(compare.structural(tower).values())
+    wrapped: Any = get_peft_model(case.build(), compare.strong_config(task_type=TaskType.FEATURE_EXTRACTION))  # pyright: ignore[reportArgumentType]
+    for parameter, values in zip(compare.structural(wrapped).values(), scalars, strict=True):
         parameter.data.copy_(values.data)
-    assert torch.equal(support.read(case, wrapped.base_model, inputs), expected)
+    assert torch.equal(compare.read(case, wrapped.base_model, inputs), expected)
 
 
 def test_waiting_forwards_do_not_pile_up():
     """A tower whose adapter is switched off, or whose embedding alone is used, keeps nothing."""
     model: Any = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=96, dynamic_img_size=True, num_classes=0)
-    wrapped: Any = get_peft_model(model.eval(), support.strong_config())
+    wrapped: Any = get_peft_model(model.eval(), compare.strong_config())
     log = injected_layers(wrapped)[0][2].state.log
     with torch.no_grad():
         for height, width in ((64, 96), (96, 64)) * 10:
@@ -155,7 +157,7 @@ def test_waiting_forwards_do_not_pile_up():
 
 
 def qwen() -> tuple[nn.Module, Any]:
-    return support.injected(next(case for case in CASES if case.backbone == "qwen2_5_vit"))
+    return compare.injected(next(case for case in CASES if case.backbone == "qwen2_5_vit"))
 
 
 def test_a_segmented_layer_without_its_segments_is_an_error_that_names_them():
@@ -185,7 +187,7 @@ def test_segments_may_be_positional():
         kwargs.pop("position_bias", None)
         for given, named in (((*args, bounds), {}), ((), {"hidden_states": args[0], "cu_seqlens": bounds})):
             state.log.enter(tower)
-            state.see_input(tower, (), inputs)
+            state.record_input(TowerInput(attachment_of(tower, "sfa").place, tower, (), inputs))
             out = attention(*given, **named, **kwargs)
             state.log.leave()
             assert out.shape == args[0].shape

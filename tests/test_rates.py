@@ -20,8 +20,8 @@ from sfa_adapters import SFAConfig, check_rates, inject_sfa, largest_scalars, sf
 from sfa_adapters.errors import InjectionError, SFAWarning, TrainingError
 from sfa_adapters.rate_check import NEEDED_LOGITS, bounded, check_learned, starting_strength, sum_of_rates
 from sfa_adapters.rates import DEFAULT_SFA_LR
-from tests import support
-from tests.towers import CASES
+from tests.support import compare
+from tests.support.towers import CASES
 
 SIGLIP = next(case for case in CASES if case.backbone == "siglip")
 
@@ -57,7 +57,7 @@ def test_only_what_trains() -> None:
     assert len(groups[0]["params"]) == len(lora)
     torch.optim.AdamW(groups)
     frozen = adapted()
-    support.freeze_base(frozen)
+    compare.freeze_base(frozen)
     assert [group["name"] for group in sfa_parameter_groups(frozen, 1e-4)] == ["sfa"]
 
 
@@ -187,7 +187,7 @@ def test_the_start_counts() -> None:
     with pytest.warns(SFAWarning, match=r"scalars start at 2\.5"):
         check_rates(0.01, 10, start=grows)
     only = adapted(terms=["block"], init_std=0.0)
-    support.fill(only, -2.0)
+    compare.fill(only, -2.0)
     assert starting_strength(only) == 2.0
 
 
@@ -263,13 +263,13 @@ def test_a_bias_that_hardly_acts() -> None:
 def test_at_the_default_rate_scalars_learn(rate: float, learns: bool) -> None:
     """A loop of one's own; a scalar does not get further than the sum of its rates."""
     model, inputs = adapted(), SIGLIP.inputs(0)
-    support.freeze_base(model)
+    compare.freeze_base(model)
     optimizer = torch.optim.AdamW(sfa_parameter_groups(model, 1e-4, sfa_lr=rate))
-    before = {name: p.detach().clone() for name, p in support.structural(model).items()}
+    before = {name: p.detach().clone() for name, p in compare.structural(model).items()}
     for _ in range(12):
         optimizer.zero_grad()
-        support.loss_of(SIGLIP.hidden(model, inputs)).backward()
+        compare.loss_of(SIGLIP.hidden(model, inputs)).backward()
         optimizer.step()
-    moved = max(support.difference(p, before[name]) for name, p in support.structural(model).items())
+    moved = max(compare.difference(p, before[name]) for name, p in compare.structural(model).items())
     assert moved <= 1.2 * 12 * rate
     assert (moved > 0.5) == learns

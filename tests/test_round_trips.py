@@ -19,9 +19,9 @@ from trl import SFTConfig, SFTTrainer
 from sfa_adapters import inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.tuner import injected_layers
-from tests import support
-from tests.hosts import HOSTS
-from tests.towers import CASES
+from tests.support import compare
+from tests.support.hosts import HOSTS
+from tests.support.towers import CASES
 
 TOWER = next(case for case in CASES if case.name == "siglip")
 HOST = next(case for case in HOSTS if case.name == "llava_onevision")
@@ -54,16 +54,16 @@ def lora() -> LoraConfig:
 
 
 def lora_then_sfa(model: Any) -> nn.Module:
-    return inject_sfa(get_peft_model(model, lora()), support.strong_config(block_grid=(2, 8)))
+    return inject_sfa(get_peft_model(model, lora()), compare.strong_config(block_grid=(2, 8)))
 
 
 # A block grid that sixteen numbers do not tell.
 INJECTIONS: dict[str, Callable[[Any, Subject], nn.Module]] = {
-    "inject_sfa": lambda model, _: inject_sfa(model, support.strong_config(block_grid=(2, 8))),
-    "get_peft_model": lambda model, _: get_peft_model(model, support.strong_config(block_grid=(2, 8))),
+    "inject_sfa": lambda model, _: inject_sfa(model, compare.strong_config(block_grid=(2, 8))),
+    "get_peft_model": lambda model, _: get_peft_model(model, compare.strong_config(block_grid=(2, 8))),
     "lora_then_sfa": lambda model, _: lora_then_sfa(model),
     "modules_to_save": lambda model, subject: get_peft_model(
-        model, support.strong_config(block_grid=(2, 8), modules_to_save=[subject.extra])
+        model, compare.strong_config(block_grid=(2, 8), modules_to_save=[subject.extra])
     ),
 }
 every_injection = pytest.mark.parametrize("way", INJECTIONS)
@@ -97,7 +97,7 @@ def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_save_pretrained(subject: Subject, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model: Any = injected(subject, way)
     expected = subject.read(model)
-    assert support.difference(expected, subject.read(subject.build())) > 1e-3
+    assert compare.difference(expected, subject.read(subject.build())) > 1e-3
     model.save_pretrained(tmp_path)
     again = reload(subject, way, tmp_path)
     assert torch.equal(subject.read(again), expected)
@@ -127,7 +127,7 @@ def test_save_sfa(subject: Subject, way: str, reader: str, tmp_path: Path):
         if reader == "peft":
             base = base.merge_and_unload()  # PEFT puts one method into a PeftModel
             again: Any = PeftModel.from_pretrained(base, tmp_path / "sfa only")
-            support.assert_close(subject.read(again), expected)
+            compare.assert_close(subject.read(again), expected)
             return
     again = load_sfa(base, tmp_path / "sfa only") if reader == "load_sfa" else PeftModel.from_pretrained(
         base, tmp_path / "sfa only"
@@ -184,9 +184,9 @@ def trained(kind: str, model: Any, subject: Subject, folder: Path, **options: An
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets it itself
 def test_checkpoint_of_a_trainer(subject: Subject, way: str, kind: str, tmp_path: Path):
     before = injected(subject, way)
-    start = [p.detach().clone() for p in support.structural(before).values()]
+    start = [p.detach().clone() for p in compare.structural(before).values()]
     model = trained(kind, before, subject, tmp_path)
-    moved = [not torch.equal(old, new) for old, new in zip(start, support.structural(model).values(), strict=True)]
+    moved = [not torch.equal(old, new) for old, new in zip(start, compare.structural(model).values(), strict=True)]
     assert all(moved)
     assert torch.equal(subject.read(reload(subject, way, tmp_path / "checkpoint-1")), subject.read(model))
 
@@ -203,7 +203,7 @@ class Stop(TrainerCallback):
 def test_a_trainer_that_resumes_has_its_scalars_back(subject: Subject, way: str, tmp_path: Path):
     model = trained("Trainer", injected(subject, way), subject, tmp_path)
     again = injected(subject, way)
-    support.fill(again, 0.0)
+    compare.fill(again, 0.0)
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
     trainer = PlainTrainer(
         again,
@@ -214,7 +214,7 @@ def test_a_trainer_that_resumes_has_its_scalars_back(subject: Subject, way: str,
     )
     with pytest.raises(StopIteration):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    for old, new in zip(support.structural(model).values(), support.structural(again).values(), strict=True):
+    for old, new in zip(compare.structural(model).values(), compare.structural(again).values(), strict=True):
         assert torch.equal(old, new)
 
 
@@ -233,7 +233,7 @@ def test_torch_save_of_the_state_dict(subject: Subject, way: str, tmp_path: Path
     model = injected(subject, way)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     again = INJECTIONS[way](subject.build(), subject)
-    support.fill(again, 0.0)
+    compare.fill(again, 0.0)
     assert not torch.equal(subject.read(again), subject.read(model))
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(subject.read(again), subject.read(model))

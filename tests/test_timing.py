@@ -11,7 +11,7 @@ from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer_seconds, cache_bytes, call_seconds, peak_bytes, peak_of, token_seconds
-from tests.pruning import language_model, text_inputs
+from tests.support.pruning import language_model, text_inputs
 
 PLAIN = text_inputs(padded=False)
 

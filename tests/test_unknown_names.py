@@ -16,12 +16,12 @@ from transformers import LlamaConfig
 from sfa_adapters import compat, observe
 from sfa_adapters.errors import UnknownInterfaceError
 from sfa_adapters.readers import MeanPerKey
-from sfa_adapters.reduction.dymu import inject_dymu
-from sfa_adapters.reduction.dymu_config import DyMUConfig
-from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
-from sfa_adapters.reduction.image_tokens import find_decoder
-from tests.dymu_support import BY_NAME, THRESHOLD
-from tests.fastv_prompts import FAMILIES, Ask, prompt
+from sfa_adapters.reduction.dymu.config import DyMUConfig
+from sfa_adapters.reduction.dymu.inject import inject_dymu
+from sfa_adapters.reduction.fastv.inject import FastVConfig, inject_fastv
+from sfa_adapters.vlm.parts import find_decoder
+from tests.support.dymu import BY_NAME, THRESHOLD
+from tests.support.fastv_prompts import FAMILIES, Ask, prompt
 from tests.test_observe import language, prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}

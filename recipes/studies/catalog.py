@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from rich.console import Console
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.studies.options import StudyOptions
 from sfa_adapters.recipes.studies.report import print_report, print_tuning, write_report
 from sfa_adapters.recipes.studies.results_file import read_rows
 from sfa_adapters.recipes.studies.runner import run_jobs
@@ -32,62 +31,30 @@ STUDIES: Mapping[str, str] = {
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Options of `sfa study`.
-
-    Attributes:
-        name: Which study.
-        out: Folder of the results; a folder with results of the same study is gone on with.
-        workers: Processes, each with one thread.
-        tune: Make the runs on the tuning seeds instead of the reported ones.
-        report: Make no runs; only table and figures of what is there.
-        settings: Another YAML file than the study's own.
-        arms: Only these arms; all by default.
-        seeds: Only these seeds; all by default.
-        budgets: Only these budgets, written `steps=500`; all by default.
-
-    Raises:
-        DataError: There is no such study.
-    """
-
-    name: str
-    out: Path
-    workers: int = 1
-    tune: bool = False
-    report: bool = False
-    settings: Path | None = None
-    arms: Sequence[str] = ()
-    seeds: Sequence[int] = ()
-    budgets: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if self.name not in STUDIES:
-            raise DataError(f"No study is called {self.name!r}. There are {', '.join(STUDIES)}.")
-
-
 def run_study(options: StudyOptions, console: Console | None = None) -> None:
     """Makes the runs that are missing, then the table and the figures.
 
     Raises:
-        DataError: An option, or the results in the folder, do not fit the study.
+        DataError: There is no such study; or an option, or the results in the folder, do not fit it.
     """
+    if options.name not in STUDIES:
+        raise DataError(f"No study is called {options.name!r}. There are {', '.join(STUDIES)}.")
     console = console or Console()
     settings = load_settings(options.settings or options.name)
     train: Callable[[Job], object] = import_module(STUDIES[options.name]).train
-    path = options.out / (TUNING if options.tune else ROWS)
+    path = options.folder / (TUNING if options.tune else ROWS)
     jobs = _chosen(settings.tuning_jobs() if options.tune else settings.jobs(), settings, options)
     if not options.report:
         run_jobs(train, jobs, path, options.workers, console)  # pyright: ignore[reportArgumentType]
     rows = read_rows(path)
     if not rows:
-        raise DataError(f"{path} has no runs yet. Run: sfa study {options.name} --out {options.out}")
+        raise DataError(f"{path} has no runs yet. Run: sfa study {options.name} --out {options.folder}")
     if options.tune:
         print_tuning(settings, rows, console)
         return
     print_report(settings, rows, console)
-    write_report(settings, rows, options.out, read_rows(options.out / TUNING))
-    console.print(f"table, figures and rows are in {options.out}/")
+    write_report(settings, rows, options.folder, read_rows(options.folder / TUNING))
+    console.print(f"table, figures and rows are in {options.folder}/")
 
 
 def _chosen(jobs: Sequence[Job], settings: StudySettings, options: StudyOptions) -> list[Job]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sfa_adapters.errors import DataError, WeightsError
-from sfa_adapters.recipes.nano_words import CHATML
+from sfa_adapters.recipes.nano.tokenizer import CHATML
 from sfa_adapters.recipes.studies.dinov2 import VISION, dinov2_state, internvl_state
 from sfa_adapters.recipes.studies.pretrained_pictures import MEAN, STD
 from sfa_adapters.recipes.studies.wheels import SMOLLM2_FILE, wheel_path

@@ -11,13 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from sfa_adapters.recipes.charts import Chart, draw, kinds_for
-from sfa_adapters.recipes.packing import pack
-from sfa_adapters.recipes.questions import Question
-from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.nano.packing import pack
 from sfa_adapters.recipes.studies.pretrained_pictures import MEAN, STD
-from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, cut_tables, draw_table, value_questions
-from sfa_adapters.recipes.tables import Table
+from sfa_adapters.recipes.synthetic.charts import Chart, draw, kinds_for
+from sfa_adapters.recipes.synthetic.questions import Question
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.table_pictures import (
+    TablePicture,
+    TableSize,
+    cut_tables,
+    draw_table,
+    value_questions,
+)
+from sfa_adapters.recipes.synthetic.tables import Table
 
 __all__ = ["Examples", "Packer", "alignment_examples", "batches", "pixel_values", "table_examples"]
 

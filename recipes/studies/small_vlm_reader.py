@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfa_adapters.recipes.packing import IGNORE, right_answers
+from sfa_adapters.recipes.nano.packing import IGNORE, right_answers
 from sfa_adapters.recipes.studies.small_vlm import load_small_vlm
 from sfa_adapters.recipes.studies.small_vlm_batches import Examples, Packer, batches
 from sfa_adapters.recipes.studies.training import Stepper

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sfa_adapters import SFAConfig, calibrate_axial, inject_sfa, largest_scalars, sfa_parameter_groups
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.small_vlm_batches import (
     Examples,
     alignment_examples,
@@ -32,7 +32,7 @@ from sfa_adapters.recipes.studies.small_vlm_batches import (
     table_examples,
 )
 from sfa_adapters.recipes.studies.small_vlm_reader import Reader
-from sfa_adapters.recipes.table_pictures import TableSize
+from sfa_adapters.recipes.synthetic.table_pictures import TableSize
 
 __all__ = ["train"]
 

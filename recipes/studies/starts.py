@@ -21,9 +21,9 @@ from torch import nn
 from sfa_adapters import AxialRamp, SFAConfig, inject_sfa, largest_scalars
 from sfa_adapters.axial import LayerHeads
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.shuffled_places import shuffle_places
 
 __all__ = ["HOSTS", "StartHost", "attach", "train"]
 

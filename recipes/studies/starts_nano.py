@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from sfa_adapters import calibrate_axial
-from sfa_adapters.recipes.charts import Chart, draw, kinds_for
-from sfa_adapters.recipes.encode import pixel_values
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector
-from sfa_adapters.recipes.nano import PIXELS, load_nano
-from sfa_adapters.recipes.sources import load_tables
+from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
+from sfa_adapters.recipes.nano.models import PIXELS, load_nano
+from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
 from sfa_adapters.recipes.studies.starts import attach
-from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, table_pictures
-from sfa_adapters.recipes.teacher_forcing import exact_matches
+from sfa_adapters.recipes.synthetic.charts import Chart, draw, kinds_for
+from sfa_adapters.recipes.synthetic.real_tables import load_tables
+from sfa_adapters.recipes.synthetic.table_pictures import TablePicture, TableSize, ask_all, table_pictures
 
 __all__ = ["NanoStart", "build"]
 

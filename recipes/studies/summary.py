@@ -115,15 +115,15 @@ def by_pictures(settings: StudySettings, lines: Sequence[ArmLine]) -> list[Pictu
             rest = {name: value for name, value in line.budget.items() if name != "pictures"}
             group = groups.setdefault(f"{line.arm} {rest}", (line.arm, rest, {}))
             group[2][line.budget["pictures"]] = line.tests[settings.tests[0]]
-    found = []
+    table_lines = []
     for arm, rest, scores in groups.values():
         if len(scores) > 1:
             ordered = dict(sorted(scores.items()))
             fewest = {
                 t: next((n for n, score in ordered.items() if score.value >= t), None) for t in settings.thresholds
             }
-            found.append(PicturesLine(arm, rest, ordered, fewest))
-    return found
+            table_lines.append(PicturesLine(arm, rest, ordered, fewest))
+    return table_lines
 
 
 def steps_to(curve: Sequence[tuple[int, float]], threshold: float) -> int | None:

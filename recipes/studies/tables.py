@@ -19,18 +19,24 @@ import torch
 from sfa_adapters import SFAConfig, calibrate_axial, inject_sfa, largest_scalars
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat
 from sfa_adapters.errors import DataError
-from sfa_adapters.recipes.attention_study import BAND, OFF, STATISTICS
-from sfa_adapters.recipes.charts import Chart
-from sfa_adapters.recipes.encode import pixel_values
-from sfa_adapters.recipes.finetune import FinetuneConfig, finetune, train_tower_and_projector
-from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost, load_nano
-from sfa_adapters.recipes.questions import Question
-from sfa_adapters.recipes.shuffled_places import shuffle_places
+from sfa_adapters.recipes.analyze.attention_study import BAND, OFF, STATISTICS
+from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector
+from sfa_adapters.recipes.nano.models import PATCH, PIXELS, NanoHost, load_nano
+from sfa_adapters.recipes.nano.teacher_forcing import exact_matches
 from sfa_adapters.recipes.studies.results_file import Outcome
 from sfa_adapters.recipes.studies.settings import Job
+from sfa_adapters.recipes.studies.shuffled_places import shuffle_places
 from sfa_adapters.recipes.studies.tables_measures import answer_measures, attention_measures
-from sfa_adapters.recipes.table_pictures import TablePicture, TableSize, ask_all, larger_charts, table_pictures
-from sfa_adapters.recipes.teacher_forcing import exact_matches
+from sfa_adapters.recipes.synthetic.charts import Chart
+from sfa_adapters.recipes.synthetic.questions import Question
+from sfa_adapters.recipes.synthetic.table_pictures import (
+    TablePicture,
+    TableSize,
+    ask_all,
+    larger_charts,
+    table_pictures,
+)
 from sfa_adapters.scr import SCRConfig
 
 __all__ = ["train"]

@@ -9,13 +9,13 @@ import numpy as np
 
 from sfa_adapters.analysis import attention_entropy, hallucination_report, modality_dominance
 from sfa_adapters.analysis.hallucination import Judgement
-from sfa_adapters.recipes.attention_study import STATISTICS
-from sfa_adapters.recipes.charts import Chart
-from sfa_adapters.recipes.encode import encode, pixel_values
-from sfa_adapters.recipes.evaluate import generate_answers
-from sfa_adapters.recipes.nano import PATCH, PIXELS, NanoHost
-from sfa_adapters.recipes.questions import Question
-from sfa_adapters.recipes.table_pictures import TablePicture
+from sfa_adapters.recipes.analyze.attention_study import STATISTICS
+from sfa_adapters.recipes.nano.encode import encode, pixel_values
+from sfa_adapters.recipes.nano.evaluate import generate_answers
+from sfa_adapters.recipes.nano.models import PATCH, PIXELS, NanoHost
+from sfa_adapters.recipes.synthetic.charts import Chart
+from sfa_adapters.recipes.synthetic.questions import Question
+from sfa_adapters.recipes.synthetic.table_pictures import TablePicture
 from sfa_adapters.scr.targets import boxes_to_tokens
 
 __all__ = ["answer_measures", "attention_measures", "text_regions"]

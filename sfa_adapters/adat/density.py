@@ -106,9 +106,9 @@ class DensityEstimator(nn.Module):
                 f"No weights of the density estimator at {file}. Install the package again, or: {COMMAND}"
             )
         raw = file.read_bytes()
-        if path is None and (found := hashlib.sha256(raw).hexdigest()) != SHA256:
+        if path is None and (digest := hashlib.sha256(raw).hexdigest()) != SHA256:
             raise WeightsError(
-                f"{file} has sha256 {found}, expected {SHA256}: the file is damaged or another one. Install the "
+                f"{file} has sha256 {digest}, expected {SHA256}: the file is damaged or another one. Install the "
                 f"package again, or train the weights: {COMMAND}"
             )
         try:

@@ -89,7 +89,7 @@ class PatchEmbedder:
         positions: Tensor,
         plans: Sequence[PatchPlan],
         images: Tensor,
-        own: Tensor,
+        embedded: Tensor,
         residual: LargePatchResidual | None = None,
     ) -> list[Tensor]:
         """Embeds.
@@ -99,7 +99,7 @@ class PatchEmbedder:
             positions: Position embeddings of the page, `[rows, columns, D]` in the tower's own patches.
             plans: One plan per image, all of one policy and one image size.
             images: What the tower was given, `[B, channels, height, width]`.
-            own: The tower's own tokens with their positions, without prefix, `[B, rows * columns, D]`.
+            embedded: The tower's own tokens with their positions, without prefix, `[B, rows * columns, D]`.
             residual: Adds what small patches say to large ones.
 
         Returns:
@@ -111,20 +111,21 @@ class PatchEmbedder:
         down, right = first.padded_size[0] - height, first.padded_size[1] - width
         if down or right:
             page = F.pad(page, (0, right, 0, down), mode="replicate")
-        tokens = [own.new_empty(plan.num_tokens, own.shape[-1]) for plan in plans]
+        tokens = [embedded.new_empty(plan.num_tokens, embedded.shape[-1]) for plan in plans]
         level = torch.stack([plan.level for plan in plans])
         for number, n in enumerate(first.sides):
-            chosen = [(plan.token_level == number).nonzero()[:, 0].to(own.device) for plan in plans]
+            chosen = [(plan.token_level == number).nonzero()[:, 0].to(embedded.device) for plan in plans]
             if not any(len(rows) for rows in chosen):
                 continue
-            index = [plan.index[plan.token_level == number].to(own.device) for plan in plans]
+            index = [plan.index[plan.token_level == number].to(embedded.device) for plan in plans]
             if n * first.patch == first.cell:
                 columns = width // first.patch
-                found = [o[_page_index(i, first, n, columns)] for o, i in zip(own, index, strict=True)]
+                chosen_pages = [o[_page_index(i, first, n, columns)] for o, i in zip(embedded, index, strict=True)]
             else:
-                found = self._level(projection, positions, first, page, level == number, n, index, residual)
+                chosen_pages = self._level(projection, positions, first, page, level == number, n, index, residual)
             tokens = [
-                t.index_copy(0, rows, new.to(t.dtype)) for t, rows, new in zip(tokens, chosen, found, strict=True)
+                t.index_copy(0, rows, new.to(t.dtype))
+                for t, rows, new in zip(tokens, chosen, chosen_pages, strict=True)
             ]
         return tokens
 
@@ -206,23 +207,23 @@ def position_table(positions: Tensor, plan: PatchPlan, n: int) -> Tensor:
         return torch.einsum("jc,icd->ijd", weights[1], table).flatten(0, 1).to(positions.dtype)
 
 
-def axis_weights(count: int, size: float, own: int, device: torch.device | None = None) -> Tensor:
+def axis_weights(count: int, size: float, side: int, device: torch.device | None = None) -> Tensor:
     """How much each own patch counts for each token, along one axis.
 
     Args:
         count: Tokens along the axis.
         size: Side of a token, in own patches.
-        own: Own patches along the axis.
+        side: Own patches along the axis.
         device: Where the result is needed.
 
     Returns:
-        `[count, own]`, fp32; rows sum to one, but for tokens that lie wholly behind the page.
+        `[count, side]`, fp32; rows sum to one, but for tokens that lie wholly behind the page.
     """
     start = torch.arange(count, device=device, dtype=torch.float64) * size
-    edge = torch.arange(own, device=device, dtype=torch.float64)
+    edge = torch.arange(side, device=device, dtype=torch.float64)
     if size > 1:
         shared = torch.minimum(start[:, None] + size, edge + 1) - torch.maximum(start[:, None], edge)
         shared = shared.clamp(min=0)
         return (shared / shared.sum(-1, keepdim=True).clamp(min=1e-9)).float()
-    centre = (start + size / 2 - 0.5).clamp(0, own - 1)
+    centre = (start + size / 2 - 0.5).clamp(0, side - 1)
     return (1 - (centre[:, None] - edge).abs()).clamp(min=0).float()

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.errors import InjectionError, PlanError
+from sfa_adapters.normalisation import Statistics, image_statistics
 from sfa_adapters.registry import find_tower
 
 __all__ = ["GroupPolicy", "drop_blank_groups"]
-
-# The statistics that the image processor of Qwen2.5-VL normalises with.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +87,19 @@ def drop_blank_groups(
         PlanError: A key is missing, or the batch holds videos.
     """
     policy = policy or GroupPolicy()
-    found = find_tower(model)
+    located = find_tower(model)
     core: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-    if found.backbone.name != "qwen2_5_vit" or core is None:
+    if located.backbone.name != "qwen2_5_vit" or core is None:
         raise InjectionError(f"drop_blank_groups is for Qwen2.5-VL; {type(model).__name__} takes inject_adat(model).")
     missing = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"} - set(inputs)
     if missing or inputs.get("pixel_values_videos") is not None:
         what = f"lacks {sorted(missing)}" if missing else "holds videos"
         raise PlanError(f"The batch {what}; give what the processor returns for text and still images.")
-    vision: Any = found.tower.config
+    vision: Any = located.tower.config
     grids = [(int(h), int(w)) for _, h, w in inputs["image_grid_thw"].tolist()]
-    kept = _kept(inputs["pixel_values"], grids, vision, policy)
+    statistics = image_statistics(located)
+    assert statistics is not None
+    kept = _kept(inputs["pixel_values"], grids, vision, policy, statistics)
     tower, tokens = _tower_inputs(inputs, grids, kept, vision)
     new = {**inputs, **_text_inputs(core, inputs, tokens), **tower}
     return _embedded(core, new) if for_generate else new
@@ -116,10 +116,12 @@ def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in batch.items() if k not in gone} | {"inputs_embeds": embeds}
 
 
-def _kept(pixel_values: Tensor, grids: list[tuple[int, int]], vision: Any, policy: GroupPolicy) -> list[Tensor]:
+def _kept(
+    pixel_values: Tensor, grids: list[tuple[int, int]], vision: Any, policy: GroupPolicy, statistics: Statistics
+) -> list[Tensor]:
     """Which groups of each image stay, bool [groups], in the order of the processor (row by row)."""
     merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
-    mean, std = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in statistics)
     kept = []
     for part, (h, w) in zip(pixel_values.split([h * w for h, w in grids]), grids, strict=True):
         # [rows, columns, 2, 2, channels, frames, patch, patch]; a still image repeats its only frame

@@ -11,8 +11,7 @@ from sfa_adapters.adat.embed import LargePatchResidual, PatchEmbedder
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.adat.tokenizer import (
-    ADAT_LOG,
-    ADAT_STATE,
+    ADAT,
     RESIDUAL_NAME,
     AdaptiveTokenizer,
     AdatState,
@@ -20,19 +19,19 @@ from sfa_adapters.adat.tokenizer import (
     attention_hook,
     exchange_hook,
     lay_out_hook,
-    plan_hook,
     tower_hook,
 )
 from sfa_adapters.errors import InjectionError
-from sfa_adapters.forward_hooks import unwatch_forwards, watch_forwards
-from sfa_adapters.layer import remove_hooks
+from sfa_adapters.forward_hooks import watch_forwards
+from sfa_adapters.hooks import attach, detach_all, features_of, state_of
+from sfa_adapters.mask_argument import attach_to_attention
 from sfa_adapters.registry import FoundTower, find_tower
-from sfa_adapters.tower import STATE_NAME
+from sfa_adapters.tower_input import watch_input
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["eject_adat", "inject_adat", "latest_plans", "token_padding"]
 
 Model = TypeVar("Model", bound=nn.Module)
-HOOK_IDS = "_adat_hook_ids"
 
 
 def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None = None) -> Model:
@@ -60,16 +59,18 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     if isinstance(tokenizer, PatchPolicy):
         tokenizer = AdaptiveTokenizer(policy=tokenizer)
     tokenizer = tokenizer or AdaptiveTokenizer()
-    found = find_tower(model)
-    _check(found, tokenizer)
-    tower, seam = found.tower, found.backbone.patches
+    check_allowed(model, "adat", InjectionError)
+    located = find_tower(model)
+    _check(located, tokenizer)
+    tower, seam = located.tower, located.backbone.patches
     assert seam is not None
     projection: Any = tower.get_submodule(seam.projection)
-    geometry = found.backbone.geometry(tower)
+    geometry = located.backbone.geometry(tower)
     assert geometry.grid is not None
     state = AdatState(
+        tower,
         tokenizer,
-        found.backbone,
+        located.backbone,
         seam,
         geometry.prefix_tokens,
         geometry.grid,
@@ -78,27 +79,27 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     if tokenizer.residual:
         width, weight = projection.out_channels, projection.weight
         tower.add_module(RESIDUAL_NAME, LargePatchResidual(width, weight.device, weight.dtype))
-    above = len(found.name) + 1 if found.name else 0
-    watch_forwards(tower, [name[above:] for name, _ in found.attentions], state.log, ADAT_LOG)
-    _hook(tower.get_submodule(seam.images), state, tower, pre=plan_hook)
-    _hook(tower.get_submodule(seam.tokens_in), state, tower, pre=exchange_hook)
-    for _, attention in found.attentions:
-        _hook(attention, state, tower, pre=attention_hook, post=attended_hook)
-    _hook(tower.get_submodule(seam.tokens_out), state, tower, post=lay_out_hook)
+    above = len(located.name) + 1 if located.name else 0
+    watch_forwards(tower, [name[above:] for name, _ in located.attentions], ADAT, state)
+    watch_input(tower, located.backbone, ADAT, state, seam.images)
+    attach(tower.get_submodule(seam.tokens_in), ADAT, state, pre=exchange_hook)
+    for _, attention in located.attentions:
+        attach_to_attention(attention, ADAT, state, located.backbone.mask_argument, attention_hook, attended_hook)
+    attach(tower.get_submodule(seam.tokens_out), ADAT, state, post=lay_out_hook)
     if tower is not tower.get_submodule(seam.tokens_out):
-        _hook(tower, state, tower, post=tower_hook)
+        attach(tower, ADAT, state, post=tower_hook)
     return model
 
 
-def _check(found: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
-    tower, backbone, seam = found.tower, found.backbone, found.backbone.patches
-    where = found.name or type(tower).__name__
+def _check(located: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
+    tower, backbone, seam = located.tower, located.backbone, located.backbone.patches
+    where = located.name or type(tower).__name__
     if seam is None:
         raise InjectionError(
             f"{where} is a {backbone.name} tower; adaptive tokens need a fixed grid with absolute position embeddings. "
             "For Qwen2.5-VL there is drop_blank_groups."
         )
-    if ADAT_STATE in tower.get_submodule(seam.images).__dict__:
+    if ADAT in features_of(tower):
         raise InjectionError(f"{where} has adaptive tokens already; call eject_adat(model) first.")
     if seam.check is not None:
         seam.check(tower)
@@ -116,15 +117,6 @@ def _check(found: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
         )
 
 
-def _hook(module: nn.Module, state: AdatState, tower: nn.Module, pre: Any = None, post: Any = None) -> None:
-    module.__dict__[ADAT_STATE] = (state, tower)
-    ids = module.__dict__.setdefault(HOOK_IDS, [])
-    if pre is not None:
-        ids.append(module.register_forward_pre_hook(pre, with_kwargs=True).id)
-    if post is not None:
-        ids.append(module.register_forward_hook(post).id)
-
-
 def eject_adat(model: Model) -> Model:
     """Takes adaptive tokens out again; the model is as it was, bit for bit.
 
@@ -137,23 +129,20 @@ def eject_adat(model: Model) -> Model:
     Raises:
         InjectionError: The model has no adaptive tokens.
     """
-    _, tower = _state(model)
-    for module in tower.modules():
-        remove_hooks(module, module.__dict__.pop(HOOK_IDS, ()))
-        module.__dict__.pop(ADAT_STATE, None)
-        unwatch_forwards(module, ADAT_LOG)
-    if STATE_NAME in tower.__dict__:
-        tower.__dict__[STATE_NAME].packing = None
+    tower = _state(model).tower
+    detach_all(tower, ADAT)
+    if (sfa := state_of(tower, "sfa")) is not None:
+        sfa.packing = None
     if RESIDUAL_NAME in tower._modules:
         delattr(tower, RESIDUAL_NAME)
     return model
 
 
-def _state(model: nn.Module) -> tuple[AdatState, nn.Module]:
-    found = next((m.__dict__[ADAT_STATE] for m in model.modules() if ADAT_STATE in m.__dict__), None)
-    if found is None:
+def _state(model: nn.Module) -> AdatState:
+    state: AdatState | None = features_of(model).get(ADAT)
+    if state is None:
         raise InjectionError(f"{type(model).__name__} has no adaptive tokens; call inject_adat(model) first.")
-    return found
+    return state
 
 
 def latest_plans(model: nn.Module) -> tuple[PatchPlan, ...]:
@@ -162,7 +151,7 @@ def latest_plans(model: nn.Module) -> tuple[PatchPlan, ...]:
     Raises:
         InjectionError: The model has no adaptive tokens, or has not seen an image yet.
     """
-    plans = _state(model)[0].plans
+    plans = _state(model).plans
     if not plans:
         raise InjectionError(f"{type(model).__name__} has not seen an image since inject_adat.")
     return plans
@@ -174,6 +163,6 @@ def token_padding(model: nn.Module) -> Tensor:
     Raises:
         InjectionError: As `latest_plans`.
     """
-    prefix = _state(model)[0].prefix_tokens
+    prefix = _state(model).prefix_tokens
     lengths = torch.tensor([prefix + plan.num_tokens for plan in latest_plans(model)])
     return torch.arange(int(lengths.max())) >= lengths[:, None]

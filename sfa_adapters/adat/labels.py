@@ -104,10 +104,10 @@ def ocr_boxes(image: np.ndarray) -> np.ndarray:
     Raises:
         ModuleNotFoundError: `rapidocr` or `onnxruntime` is missing; the text says how to install them.
     """
-    found = _ocr_engine()(np.ascontiguousarray(image[..., ::-1]), use_det=True, use_cls=False, use_rec=False).boxes
-    if found is None or len(found) == 0:
+    text_boxes = _ocr_engine()(np.ascontiguousarray(image[..., ::-1]), use_det=True, use_cls=False, use_rec=False).boxes
+    if text_boxes is None or len(text_boxes) == 0:
         return np.zeros((0, 4))
-    corners = np.asarray(found, dtype=np.float64)
+    corners = np.asarray(text_boxes, dtype=np.float64)
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
 

@@ -27,7 +27,7 @@ def check_page(image_size: tuple[int, int], patch: int) -> None:
     Raises:
         PlanError: The patch is not a positive whole number, a side is shorter than one patch or no multiple of it.
     """
-    if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
+    if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(f"patch={patch!r} must be the side of the tower's own patches, a whole number of pixels.")
     height, width = image_size
     if height < patch or width < patch:
@@ -219,7 +219,8 @@ class PatchPlan:
         """
         row, column, n = self._places()
         unit = self.patch * n  # side of a patch in units of 1 / n px, in which all edges are whole numbers
-        first, count, limits = [], [], (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
+        first, count = list[Tensor](), list[Tensor]()
+        limits = (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
         for place, limit in zip((row, column), limits, strict=True):
             first.append(place * self.cell // unit)
             count.append((-(-(place + 1) * self.cell // unit)).clamp(max=limit) - first[-1])

@@ -50,7 +50,8 @@ class PatchPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", _checked_levels(self.levels))
-        if self.cell is not None and (not isinstance(self.cell, int) or isinstance(self.cell, bool) or self.cell < 1):
+        whole = isinstance(self.cell, int) and not isinstance(self.cell, bool)
+        if self.cell is not None and (not whole or self.cell < 1):
             raise PlanError(
                 f"cell={self.cell!r} must be a whole number of pixels, or None for twice the tower's patch."
             )
@@ -148,7 +149,7 @@ class PatchPolicy:
         if not math.isfinite(ratio) or ratio <= 0:
             raise PlanError(f"ratio={ratio} must be a finite number above 0.")
         cell, merged = self.cell_of(patch), self._merged(patch)
-        values, shares = [], []
+        values, shares = list[Tensor](), list[Tensor]()
         for density, size in zip(densities, image_sizes, strict=True):
             check_page(size, patch)
             values.append(_checked_density(density, cell_grid(size, cell), size, cell))
@@ -168,11 +169,11 @@ class PatchPolicy:
     def _merged(self, patch: int) -> list[Level]:
         """(Threshold, n, patch) of each level; of levels with the same n the lowest threshold decides."""
         cell = self.cell_of(patch)
-        found: dict[int, Level] = {}
+        merged: dict[int, Level] = {}
         for threshold, size in self.levels:
             side = max(1, (2 * cell + size) // (2 * size))
-            found[side] = (threshold, side, size)
-        return list(found.values())
+            merged[side] = (threshold, side, size)
+        return list(merged.values())
 
     def _own_patch_density(self, patch: int) -> float:
         """A density that picks the level nearest to the tower's own patch size: what `scorer="uniform"` gives."""
@@ -189,7 +190,8 @@ def _checked_levels(levels: Sequence[tuple[float, int]]) -> tuple[tuple[float, i
         raise PlanError("levels is empty; give at least one, such as [(0.0, 14)].")
     for number, pair in enumerate(pairs):
         where = f"levels[{number}]={pair!r}"
-        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], int) or pair[1] < 1:
+        whole = len(pair) == 2 and isinstance(pair[1], int) and not isinstance(pair[1], bool)  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        if not whole or pair[1] < 1:
             raise PlanError(f"{where} must be (density, patch) with a patch of whole pixels, at least 1.")
         if not 0 <= pair[0] < 1:
             raise PlanError(f"{where}: the density must lie in [0, 1); no cell is denser than 1.")
@@ -205,7 +207,8 @@ def _checked_levels(levels: Sequence[tuple[float, int]]) -> tuple[tuple[float, i
 
 
 def _check_budget(budget: float) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not number or not math.isfinite(budget) or budget <= 0:
         raise PlanError(
             f"budget={budget!r} must be above 0 and finite: a share of the tower's tokens (float) or a number (int)."
         )

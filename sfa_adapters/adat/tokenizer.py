@@ -22,14 +22,17 @@ from sfa_adapters.adat.policy import PatchPolicy
 from sfa_adapters.errors import BiasNotAppliedError, InjectionError, LayoutError, PlanError
 from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.forwards import NOT_IN_BACKWARD, ForwardLog, TowerForward, backward_task
+from sfa_adapters.hooks import state_of
+from sfa_adapters.mask_argument import give_mask, given_mask, unused_mask
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.registry import Backbone, PatchSeam
-from sfa_adapters.tower import STATE_NAME
+from sfa_adapters.tower_input import TowerInput
 
-__all__ = ["ADAT_LOG", "ADAT_STATE", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
+__all__ = ["ADAT", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
 
 Output = Literal["grid", "tokens"]
-ADAT_STATE, ADAT_LOG, RESIDUAL_NAME = "_adat_state", "_adat_log", "adat_residual"
+# The name of the feature, for `sfa_adapters.hooks`, and of the child module of the tower with the learned residual.
+ADAT, RESIDUAL_NAME = "adat", "adat_residual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,12 @@ class AdatState:
     """One tower's tokenizer at work.
 
     Attributes:
+        tower: The tower.
         latest: The latest forward.
         log: Which forward hidden states belong to, when checkpointing runs layers again.
     """
 
+    tower: nn.Module
     tokenizer: AdaptiveTokenizer
     backbone: Backbone
     seam: PatchSeam
@@ -132,12 +137,13 @@ class AdatState:
 
     # -- 1: in front of the patch embedding ---------------------------------------------------------------------------
 
-    def see_images(self, tower: nn.Module, images: Any) -> None:
-        """Scores and plans a batch of images.
+    def record_input(self, given: TowerInput) -> None:
+        """Scores and plans the batch of images that the tower is called with.
 
         Raises:
             PlanError: It is not a batch of RGB images, or smaller than a patch.
         """
+        images = given.images
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             shape = tuple(getattr(images, "shape", ()))
             raise PlanError(f"Adaptive tokens need images [batch, 3, height, width]; the tower was given {shape}.")
@@ -145,10 +151,12 @@ class AdatState:
         height, width = (side // patch * patch for side in images.shape[-2:])
         if not height or not width:
             raise PlanError(f"An image of {tuple(images.shape[-2:])} px is smaller than one patch of {patch} px.")
-        found = self.seam.statistics(tower)
+        known_statistics = self.seam.statistics(self.tower)
         mean, std = (
             torch.tensor(chosen or default, device=images.device, dtype=torch.float32).view(3, 1, 1)
-            for chosen, default in zip((self.tokenizer.image_mean, self.tokenizer.image_std), found, strict=True)
+            for chosen, default in zip(
+                (self.tokenizer.image_mean, self.tokenizer.image_std), known_statistics, strict=True
+            )
         )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
@@ -160,47 +168,47 @@ class AdatState:
 
     # -- 2: in front of the encoder -----------------------------------------------------------------------------------
 
-    def exchange(self, tower: nn.Module, own: Tensor) -> Tensor:
+    def exchange(self, tokens: Tensor) -> Tensor:
         """The planned tokens instead of the tower's own.
 
         Args:
-            tower: The tower.
-            own: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
+            tokens: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
 
         Returns:
             `[1, T, D]`, prefix tokens in front of each image.
         """
-        now = self.forward_of(own)
+        now = self.forward_of(tokens)
         images = self.waiting_images if now is self.latest else now.images
         self.waiting_images = None
         if images is None and backward_task() != NOT_IN_BACKWARD:
             images = now.images
-        if images is None or len(now.plans) != len(own):
+        if images is None or len(now.plans) != len(tokens):
             raise LayoutError(
                 "Embedded tokens reached the encoder without images in front of them: adaptive tokens need the images. "
                 "Call the tower with pixel values, not with embeddings."
             )
         plan = now.plans[0]
         grid = tuple(side // plan.patch for side in plan.image_size)
-        if own.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
+        if tokens.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
             raise LayoutError(
-                f"The tower embedded {own.shape[1]} tokens, expected {grid[0]}x{grid[1]} and {self.prefix_tokens}."
+                f"The tower embedded {tokens.shape[1]} tokens, expected {grid[0]}x{grid[1]} and {self.prefix_tokens}."
             )
+        tower = self.tower
         projection: Any = tower.get_submodule(self.seam.projection)
         residual: Any = tower._modules.get(RESIDUAL_NAME)
         positions = self._positions(tower, grid)
-        prefix, patches = own[:, : self.prefix_tokens], own[:, self.prefix_tokens :]
-        found = self.embedder(projection, positions, now.plans, images, patches, residual)
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        exchanged = self.embedder(projection, positions, now.plans, images, patches, residual)
         if residual is not None and torch.is_grad_enabled():
             # Without a large patch in the batch its parameters would have no gradient, and DDP would stop.
-            found[0] = found[0] + 0.0 * sum(p.sum() for p in residual.parameters())
+            exchanged[0] = exchanged[0] + 0.0 * sum(p.sum() for p in residual.parameters())
         lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in now.plans)
         plans, count = now.plans, self.prefix_tokens
         if now.packing is None:  # a recomputation has it already, and SFA, too
             now.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
-            if STATE_NAME in tower.__dict__:  # SFA's bias follows
-                tower.__dict__[STATE_NAME].packing = now.packing
-        return torch.cat([part for pair in zip(prefix, found, strict=True) for part in pair])[None]
+            if (sfa := state_of(tower, "sfa")) is not None:  # its bias follows
+                sfa.packing = now.packing
+        return torch.cat([part for pair in zip(prefix, exchanged, strict=True) for part in pair])[None]
 
     def _positions(self, tower: nn.Module, grid: tuple[int, ...]) -> Tensor:
         table = self.seam.positions(tower).unflatten(0, self.own_grid)
@@ -246,35 +254,26 @@ class AdatState:
 # -- the hooks: functions that find the state in their module, so that copies of a model have their own ----------------
 
 
-def plan_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the patch embedding."""
-    state, tower = _state_and_tower(module)
-    state.see_images(tower, args[0] if args else kwargs.get("pixel_values", kwargs.get("x")))
-
-
 def exchange_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the first module behind the embedding."""
-    state, tower = _state_and_tower(module)
+    state: AdatState = state_of(module, ADAT)
     if args:
-        return (state.exchange(tower, args[0]), *args[1:]), kwargs
+        return (state.exchange(args[0]), *args[1:]), kwargs
     name = "inputs_embeds" if "inputs_embeds" in kwargs else "hidden_states"
-    return args, {**kwargs, name: state.exchange(tower, kwargs[name])}
+    return args, {**kwargs, name: state.exchange(kwargs[name])}
 
 
 def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention layer: its mask keeps the images apart, unless SFA's mask does so already."""
-    state, _ = _state_and_tower(module)
-    name = state.backbone.mask_argument
-    given = kwargs.get(name)
+    state: AdatState = state_of(module, ADAT)
+    given = given_mask(module, ADAT, args, kwargs)
     if isinstance(given, PackedMask):
-        return None
+        return give_mask(module, ADAT, None, args, kwargs)
     packing = state.forward_of(hidden_states_of(args, kwargs), module).packing
     assert packing is not None
-    if given is not None or len(args) > 1:
+    if given is not None:
         raise InjectionError(f"{type(module).__name__} got a mask of its own, which fits no adaptive tokens.")
-    mask = PackedMask(packing.lengths)
-    module.__dict__[MASK] = mask
-    return args, {**kwargs, name: mask}
+    return give_mask(module, ADAT, PackedMask(packing.lengths), args, kwargs)
 
 
 def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -283,8 +282,8 @@ def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
     Raises:
         BiasNotAppliedError: The attention implementation dropped the mask.
     """
-    mask = module.__dict__.pop(MASK, None)
-    if mask is not None and not mask.used and len(mask.lengths) > 1:
+    mask: PackedMask | None = unused_mask(module, ADAT)
+    if mask is not None and len(mask.lengths) > 1:
         raise BiasNotAppliedError(
             f"{type(module).__name__} dropped the mask that keeps images apart. Load the model with "
             "attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa')."
@@ -293,7 +292,7 @@ def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
 
 def lay_out_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the module whose output is the sequence."""
-    state, _ = _state_and_tower(module)
+    state: AdatState = state_of(module, ADAT)
     if isinstance(output, Tensor):
         return state.lay_out(output)
     if isinstance(output, tuple):
@@ -304,7 +303,7 @@ def lay_out_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of the tower: recorded hidden states leave it as the last one does."""
-    state = _state_and_tower(tower)[0]
+    state: AdatState = state_of(tower, ADAT)
 
     def lay(states: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(state.lay_out(s) if state.is_packed(s) else s for s in states)
@@ -314,10 +313,3 @@ def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, dict) and output.get("hidden_states") is not None:
         output["hidden_states"] = lay(output["hidden_states"])
     return output
-
-
-MASK = "_adat_mask"
-
-
-def _state_and_tower(module: nn.Module) -> tuple[AdatState, nn.Module]:
-    return module.__dict__[ADAT_STATE]

@@ -80,9 +80,9 @@ def _token_grid(
             options = [(int(sizes[index, 1]) // merge, int(sizes[index, 2]) // merge)]
         else:
             options = _merged_grids(model)
-    for found in options:
-        if found is not None and count in (found[0] * found[1], found[0] * found[1] + 1):
-            return found
+    for option in options:
+        if option is not None and count in (option[0] * option[1], option[0] * option[1] + 1):
+            return option
     raise DataError(
         f"The prompt has {count} image tokens, which is none of the grids {[o for o in options if o]} (one more for a "
         "newline). Give prompts with one image of one tile, or say how its tokens lie: grid=(rows, columns)."
@@ -91,10 +91,10 @@ def _token_grid(
 
 def _merged_grids(model: nn.Module) -> list[tuple[int, int] | None]:
     try:
-        found = find_tower(model)
+        located = find_tower(model)
     except NoMatchingBackboneError:
         return []
-    own = found.backbone.geometry(found.tower).grid
-    if own is None:
+    patches = located.backbone.geometry(located.tower).grid
+    if patches is None:
         return []
-    return [(own[0] // s, own[1] // s) for s in (1, 2, 3, 4) if own[0] % s == own[1] % s == 0]
+    return [(patches[0] // s, patches[1] // s) for s in (1, 2, 3, 4) if patches[0] % s == patches[1] % s == 0]

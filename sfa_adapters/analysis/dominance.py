@@ -11,7 +11,6 @@ Only two numbers of a row are kept, never the row itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import GroupMass, KeyMass
+from sfa_adapters.vlm.parts import forward_names
 
 __all__ = ["modality_dominance"]
 
@@ -101,7 +101,7 @@ def modality_dominance(
             inputs = to_device(inputs, model)
             groups = prompt_groups(inputs, kinds, number)
             asking = text_queries(groups) if queries == "text" else groups
-            reasons = [_unusable(own, ask) for own, ask in zip(groups, asking, strict=True)]
+            reasons = [_unusable(group, ask) for group, ask in zip(groups, asking, strict=True)]
             masses = counts = None
             if None in reasons:
                 read = [names[layer] for layer in needed]
@@ -113,14 +113,14 @@ def modality_dominance(
                 if reason is None:
                     assert masses is not None
                     assert counts is not None
-                    own = np.stack([masses[row, [needed.index(n) for n in ns]].mean(0) for ns in stages.values()])
+                    group = np.stack([masses[row, [needed.index(n) for n in ns]].mean(0) for ns in stages.values()])
                     if not counts[row]:
                         reason = "the answer is one token, which is no query"
-                    elif not (own > 0).all():
+                    elif not (group > 0).all():
                         reason = "no attention on the text or on the image"
                     else:
                         tokens = [int((groups[row] == kind).sum()) for kind in (TEXT, IMAGE)]
-                        kept.append((number, own, tokens, int(counts[row])))
+                        kept.append((number, group, tokens, int(counts[row])))
                 if reason is not None:
                     skipped.append(Skip(number, reason))
                 number += 1
@@ -142,21 +142,21 @@ def stage_layers(layers: Stages, count: int) -> dict[str, tuple[int, ...]]:
     if layers == "2/2/2":
         middle = count // 2
         stages = {"early": range(2), "middle": range(middle - 1, middle + 1), "late": range(count - 2, count)}
-        found = {name: tuple(n for n in numbers if 0 <= n < count) for name, numbers in stages.items()}
+        inside = {name: tuple(n for n in numbers if 0 <= n < count) for name, numbers in stages.items()}
     elif layers == "thirds":
         ends = (0, count // 3, 2 * count // 3, count)
         names = ("early", "middle", "late")
-        found = {name: tuple(range(ends[i], ends[i + 1])) for i, name in enumerate(names)}
+        inside = {name: tuple(range(ends[i], ends[i + 1])) for i, name in enumerate(names)}
     elif isinstance(layers, Mapping):
-        found = {str(name): tuple(int(n) for n in numbers) for name, numbers in layers.items()}
+        inside = {str(name): tuple(int(n) for n in numbers) for name, numbers in layers.items()}
     else:
         raise DataError(f"layers={layers!r} must be '2/2/2', 'thirds' or layer numbers by stage.")
     wrong = {
-        name: numbers for name, numbers in found.items() if not numbers or not all(0 <= n < count for n in numbers)
+        name: numbers for name, numbers in inside.items() if not numbers or not all(0 <= n < count for n in numbers)
     }
-    if wrong or not found:
+    if wrong or not inside:
         raise DataError(f"layers={layers!r}: the language model has the layers 0 to {count - 1}; cannot use {wrong}.")
-    return found
+    return inside
 
 
 def text_queries(groups: Tensor) -> Tensor:
@@ -199,8 +199,7 @@ def _asked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean masses of the text queries of each sample, `[B, layers, 2]`, and how many queries there are, `[B]`."""
     mass = GroupMass(asking, groups, heads="mean")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
+    known = forward_names(model)
     spare = {"use_cache": False, "logits_to_keep": 1}  # all logits of a long prompt would need gigabytes
     with observe(model, [mass, Aligned(groups.shape[1])], modules=layers):
         model(**inputs, **{name: value for name, value in spare.items() if name in known})

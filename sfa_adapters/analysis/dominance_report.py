@@ -120,12 +120,12 @@ class DominanceReport(Report):
         """
         rows: list[Row] = []
         for number, (stage, layers) in enumerate(self.stages.items()):
-            for average, found in (
+            for average, measure in (
                 ("mean of ratios", self.mean_of_ratios(stage)),
                 ("ratio of means", self.ratio_of_means(stage)),
             ):
                 row: Row = {"stage": stage, "layers": " ".join(map(str, layers)), "average": average}
-                for name, interval in found.items():
+                for name, interval in measure.items():
                     row |= interval_columns(name, interval)
                 for name, values in (("mass", self.mass[:, number]), ("tokens", self.tokens)):
                     row |= {
@@ -167,16 +167,16 @@ def plot_dominance(report: DominanceReport) -> Figure:
             axis.plot(place - 0.12 + spread, values, ".", color="#aaaaaa", markersize=8, label=label)
         averages = {"mean of ratios": report.mean_of_ratios, "ratio of means": report.ratio_of_means}
         for number, (label, average) in enumerate(averages.items()):
-            found = [average(stage)[name] for stage in stages]
+            intervals = [average(stage)[name] for stage in stages]
             axis.errorbar(
-                np.arange(len(stages)) + 0.12 + 0.16 * number, [i.value for i in found], around(found),
+                np.arange(len(stages)) + 0.12 + 0.16 * number, [i.value for i in intervals], around(intervals),
                 color=COLOURS[number], fmt=MARKERS[number], markersize=10, capsize=5, elinewidth=2.2,
                 label=f"{label}, 95% interval",
             )  # fmt: skip
         axis.set_yscale("log")
         _log_ticks(axis)
         axis.set_xticks(
-            range(len(stages)), [_told(stage, report.stages[stage]) for stage in stages], fontsize=LABEL - 1
+            range(len(stages)), [_stage_label(stage, report.stages[stage]) for stage in stages], fontsize=LABEL - 1
         )
         axis.set_xlim(-0.35, len(stages) - 0.4)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -184,7 +184,7 @@ def plot_dominance(report: DominanceReport) -> Figure:
     return figure
 
 
-def _told(stage: str, layers: tuple[int, ...]) -> str:
+def _stage_label(stage: str, layers: tuple[int, ...]) -> str:
     near = layers == tuple(range(layers[0], layers[-1] + 1))
     listed = f"{layers[0]}-{layers[-1]}" if near and len(layers) > 2 else ", ".join(map(str, layers))
     return f"{stage}\nlayers {listed}"

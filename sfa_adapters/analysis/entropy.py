@@ -21,6 +21,7 @@ from sfa_adapters.analysis.entropy_report import EntropyReport
 from sfa_adapters.analysis.forward import Inputs, TowerPass, evaluating, fixed_tower, run_tower, tower_layers
 from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import Modules
 from sfa_adapters.readers import RowEntropy
 
@@ -78,8 +79,8 @@ def attention_entropy(
     low, high = _thresholds(threshold)
     if keys not in ("all", "patches"):
         raise DataError(f"keys={keys!r} must be 'all' or 'patches'.")
-    found, layers = fixed_tower(model), tower_layers(model, modules)
-    prefix = found.backbone.geometry(found.tower).prefix_tokens
+    located, layers = fixed_tower(model), tower_layers(model, modules)
+    prefix = located.backbone.geometry(located.tower).prefix_tokens
     # Cut to the number of keys by the reader.
     among = torch.arange(LONGEST) >= prefix if keys == "patches" and prefix else None
     given = None if regions is None else iter(regions)
@@ -102,8 +103,8 @@ def attention_entropy(
                 # [units, layers, images, heads, patches]
                 rows = torch.stack([torch.stack([r.results[name][forward] for name in layers]) for r in readers])
                 rows = rows[..., seen.prefix :]
-                for own, image in zip(maps, rows.unbind(2), strict=True):
-                    dense, sparse = own == 1, own == 0
+                for entropies, image in zip(maps, rows.unbind(2), strict=True):
+                    dense, sparse = entropies == 1, entropies == 0
                     counts = [int(dense.sum()), int(sparse.sum())]
                     if all(counts):
                         means = torch.stack([image[..., dense].mean(-1), image[..., sparse].mean(-1)], 1)
@@ -137,16 +138,13 @@ def _statistics(
     model: nn.Module, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation that images were normalised with, `[3, 1, 1]` each."""
-    found = fixed_tower(model)
-    seam = found.backbone.patches
-    own = (None, None) if seam is None else seam.statistics(found.tower)
-    mean, std = (
-        given if given is not None else known for given, known in zip((image_mean, image_std), own, strict=True)
-    )
+    located = fixed_tower(model)
+    known = image_statistics(located, image_mean, image_std)
+    mean, std = (image_mean, image_std) if known is None else known
     if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise DataError(
             f"image_mean={mean}, image_std={std} must be three numbers each, deviations above 0: what the images of "
-            f"this {found.backbone.name} tower were normalised with, which scores of pages need. Or give regions=...."
+            f"this {located.backbone.name} tower were normalised with, which scores of pages need. Or give regions=...."
         )
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
@@ -172,15 +170,19 @@ def _given(regions: Iterator[Any], seen: TowerPass, number: int) -> Tensor:
     """The maps of the images of one forward, int64 `[n, rows, columns]`."""
     maps = []
     for _ in seen.images:
-        found = next(regions, None)
-        if found is None:
+        region = next(regions, None)
+        if region is None:
             raise DataError(f"There are {number} region maps, but more images.")
-        own = torch.as_tensor(found)
-        if tuple(own.shape) != seen.grid or own.is_floating_point() or not bool(((own >= -1) & (own <= 1)).all()):
+        dense = torch.as_tensor(region)
+        if (
+            tuple(dense.shape) != seen.grid
+            or dense.is_floating_point()
+            or not bool(((dense >= -1) & (dense <= 1)).all())
+        ):
             raise DataError(
-                f"The region map of image {number} is {own.dtype} {tuple(own.shape)}; it must be {seen.grid} truth "
+                f"The region map of image {number} is {dense.dtype} {tuple(dense.shape)}; it must be {seen.grid} truth "
                 "values, or integers 1 (dense), 0 (sparse), -1 (neither)."
             )
-        maps.append(own.long())
+        maps.append(dense.long())
         number += 1
     return torch.stack(maps).to(seen.images.device)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sfa_adapters.analysis.report import COLOURS, LABEL, MARKERS, TITLE, around, new_figure, plain, spaced
+from sfa_adapters.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from sfa_adapters.analysis.entropy_report import EntropyReport
 
 __all__ = ["plot_entropy"]
 
@@ -20,11 +19,26 @@ REGIONS = ("dense text", "sparse")  # as in `EntropyReport.values`
 MOST_LAYERS = 6  # violins; more cannot be told apart at half the width
 
 
-def plot_entropy(reports: Mapping[str, EntropyReport]) -> Figure:
+class _Report(Protocol):
+    """What is drawn of an `EntropyReport`, which draws itself with this file and thus cannot be imported here."""
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def images(self) -> tuple[int, ...]: ...
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def unit(self) -> str: ...
+    def mean(self, region: int, layer: int | None = None) -> Interval: ...
+    def ratio(self, layer: int | None = None) -> Interval: ...
+
+
+def plot_entropy(reports: Mapping[str, _Report]) -> Figure:
     """Draws one report, or several with common scales.
 
     Args:
-        reports: By name, at least one.
+        reports: `EntropyReport`s by name, at least one.
 
     Returns:
         A panel of violins for each report, over all images and heads, with the mean as a line; and one panel of layer
@@ -71,7 +85,7 @@ def _panels(figure: Figure, count: int) -> tuple[list[Any], Any]:
     return [figure.add_subplot(cells[n // 2, n % 2]) for n in range(count)], figure.add_subplot(cells[-1, :])
 
 
-def _violins(axis: Any, report: EntropyReport) -> None:
+def _violins(axis: Any, report: _Report) -> None:
     layers = spaced(report.values.shape[2], MOST_LAYERS)
     for region, side in enumerate(("low", "high")):
         values = [report.values[:, region, layer].ravel() for layer in layers]
@@ -83,9 +97,9 @@ def _violins(axis: Any, report: EntropyReport) -> None:
     axis.set_xticks(range(len(layers)), layers)
 
 
-def _course(axis: Any, found: Any, number: int, label: str, shift: float = 0.0) -> None:
+def _course(axis: Any, course: Any, number: int, label: str, shift: float = 0.0) -> None:
     axis.errorbar(
-        np.arange(len(found)) + shift, [i.value for i in found], around(found), label=label,
+        np.arange(len(course)) + shift, [i.value for i in course], around(course), label=label,
         color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-        markersize=9 if len(found) <= 12 else 5, linewidth=2.4, capsize=4, elinewidth=1.8,
+        markersize=9 if len(course) <= 12 else 5, linewidth=2.4, capsize=4, elinewidth=1.8,
     )  # fmt: skip

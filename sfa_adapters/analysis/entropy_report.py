@@ -95,8 +95,8 @@ class EntropyReport(Report):
     def options(self) -> dict[str, Any]:
         """How it was measured."""
         share = self.patches.sum(0) / self.patches.sum()
-        told = {"normalize": self.normalize, "seed": self.seed, "layers": list(self.layers)}
-        return self.how | told | {"dense_share_of_patches": float(share[DENSE])}
+        option_values = {"normalize": self.normalize, "seed": self.seed, "layers": list(self.layers)}
+        return self.how | option_values | {"dense_share_of_patches": float(share[DENSE])}
 
     def figure(self) -> Figure:
         """Violins of all images and heads for up to six layers, and the mean of each layer with its interval."""

@@ -14,6 +14,7 @@ from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import CallReader, Modules, attention_modules, observe
 from sfa_adapters.readers import Reader
 from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_input import TowerInput, watching_input
 
 __all__ = [
     "Heads",
@@ -78,14 +79,14 @@ def fixed_tower(model: nn.Module) -> FoundTower:
         NoMatchingBackboneError: No tower was found.
         ObservationError: The tower attends within windows of images of any size (Qwen-type).
     """
-    found = find_tower(model)
-    if found.backbone.grid_of_input is None:
+    located = find_tower(model)
+    if located.backbone.grid_of_input is None:
         raise ObservationError(
-            f"A {found.backbone.name} tower attends within windows, image after image, and its patches have no fixed "
+            f"A {located.backbone.name} tower attends within windows, image after image, and its patches have no fixed "
             "grid: this analysis reads towers with one grid per image (SigLIP, CLIP, InternViT, Idefics, timm). "
             "observe(model, RowEntropy()) gives the rows of every window."
         )
-    return found
+    return located
 
 
 def tower_layers(model: nn.Module, modules: Modules = "vision") -> tuple[str, ...]:
@@ -94,10 +95,10 @@ def tower_layers(model: nn.Module, modules: Modules = "vision") -> tuple[str, ..
     Raises:
         ObservationError: A module outside of the tower is among them, or none fits.
     """
-    found = fixed_tower(model)
-    inside = [name for name, _ in found.attentions]
+    located = fixed_tower(model)
+    inside = [name for name, _ in located.attentions]
     if modules == "vision":
-        return tuple(inside[: found.used_layers])
+        return tuple(inside[: located.used_layers])
     chosen = tuple(attention_modules(model, modules))
     outside = [name for name in chosen if name not in inside]
     if outside:
@@ -123,18 +124,16 @@ def run_tower(
         DataError: There are no images among the inputs.
         ObservationError: The tower's tokens are not its grid of patches (adaptive or merged ones), or as in `observe`.
     """
-    found = fixed_tower(model)
-    geometry = found.backbone.geometry(found.tower)
+    located = fixed_tower(model)
+    geometry = located.backbone.geometry(located.tower)
     seen: list[TowerPass] = []
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+    def record(given: TowerInput) -> None:
+        images, grid = given.images, given.grid
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise DataError(f"The tower takes images [n, 3, H, W]; it got {tuple(getattr(images, 'shape', ()))}.")
-        assert found.backbone.grid_of_input is not None
-        grid = found.backbone.grid_of_input(module, args, kwargs) or geometry.grid
         assert grid is not None
-        real = kwargs.get("patch_attention_mask")
+        real = given.kwargs.get("patch_attention_mask")
         real = torch.ones(len(images), *grid, dtype=torch.bool) if real is None else real.bool().reshape(-1, *grid)
         seen.append(TowerPass(images.detach(), grid, geometry.prefix_tokens, real.to(images.device)))
 
@@ -144,13 +143,9 @@ def run_tower(
         if call.layer == layers[0]:
             counted.append((call.batch_size, call.num_queries))
 
-    seer = found.tower.get_submodule(found.backbone.image_module)
-    handle = seer.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with observe(model, [*readers, count], modules=layers):
-            _call(model, found.tower, inputs)
-    finally:
-        handle.remove()
+    watching = watching_input(located.tower, located.backbone, "analysis", record)
+    with watching, observe(model, [*readers, count], modules=layers):
+        _call(model, located.tower, inputs)
     expected = [(len(s.images), s.prefix + s.grid[0] * s.grid[1]) for s in seen]
     if counted != expected:
         raise ObservationError(
@@ -168,8 +163,10 @@ def _call(model: nn.Module, tower: nn.Module, inputs: Inputs) -> None:
         return
     images = inputs["pixel_values"] if isinstance(inputs, Mapping) else inputs
     if not isinstance(images, Tensor) or images.ndim < 3 or images.shape[-3] != 3 or not images.is_floating_point():
-        told = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"Images must be floating point [..., 3, height, width], normalised for the tower; got {told}.")
+        described = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(
+            f"Images must be floating point [..., 3, height, width], normalised for the tower; got {described}."
+        )
     weight = next(tower.parameters())
     tower(images.reshape(-1, *images.shape[-3:]).to(weight.device, weight.dtype))
 

@@ -72,7 +72,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class HallucinationReport:
-    """Classes of all answers, with 95% intervals (samples drawn again).
+    """Classes of all answers, with 95% intervals (bootstrap over samples).
 
     Attributes:
         judged: the samples that have a class, in their order; at least one.
@@ -87,8 +87,8 @@ class HallucinationReport:
     @property
     def counts(self) -> dict[AnswerClass, int]:
         """Number of answers in each class."""
-        found = Counter(j.kind for j in self.judged)
-        return {kind: found[kind] for kind in CLASSES}
+        kinds = Counter(j.kind for j in self.judged)
+        return {kind: kinds[kind] for kind in CLASSES}
 
     @property
     def shares(self) -> dict[AnswerClass, Interval]:
@@ -144,8 +144,8 @@ class HallucinationReport:
             {"index": j.index, "kind": j.kind, "unprinted": [f"{n:.15g}" for n in j.unprinted], "strict": j.strict}
             for j in self.judged
         ]
-        told = {"mode": self.mode, "table": finite, "judged": judged, "skipped": [vars(s) for s in self.skipped]}
-        return json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+        record = {"mode": self.mode, "table": finite, "judged": judged, "skipped": [vars(s) for s in self.skipped]}
+        return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes `table` as CSV."""
@@ -203,9 +203,9 @@ def hallucination_report(
     read: dict[bytes, tuple[str, ...]] = {}  # several questions are asked about one chart
     judged: list[Judgement] = []
     skipped: list[Skipped] = []
-    for index, (said, true) in enumerate(zip(predictions, answers, strict=True)):
-        if not isinstance(said, str):
-            raise DataError(f"Sample {index}: the prediction is {said!r}, expected a text.")
+    for index, (prediction, true) in enumerate(zip(predictions, answers, strict=True)):
+        if not isinstance(prediction, str):
+            raise DataError(f"Sample {index}: the prediction is {prediction!r}, expected a text.")
         accepted = [text for text in _texts(true, f"Sample {index}: the answer") if text.strip()]
         if not accepted:
             skipped.append(Skipped(index, NO_ANSWER))
@@ -216,7 +216,7 @@ def hallucination_report(
         except _UnreadableError as error:
             skipped.append(Skipped(index, *error.args))
             continue
-        judged.append(_judge(index, said, accepted, there, mode))
+        judged.append(_judge(index, prediction, accepted, there, mode))
     if not judged:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in Counter(s.reason for s in skipped).items())
         raise DataError(f"None of the {len(predictions)} samples can be judged. {reasons or 'Give at least one.'}")
@@ -253,9 +253,9 @@ def _read(image: Any, read: dict[bytes, tuple[str, ...]]) -> tuple[str, ...]:
     return read[key]
 
 
-def _judge(index: int, said: str, accepted: Sequence[str], there: Sequence[str], mode: RelaxedMode) -> Judgement:
-    numbers, unprinted = tuple(numbers_in(said)), tuple(unprinted_numbers(said, there))
+def _judge(index: int, prediction: str, accepted: Sequence[str], there: Sequence[str], mode: RelaxedMode) -> Judgement:
+    numbers, unprinted = tuple(numbers_in(prediction)), tuple(unprinted_numbers(prediction, there))
     kind: AnswerClass = "fabricated" if unprinted else "misread" if numbers else "other"
-    if any(relaxed_accuracy(said, true, mode) for true in accepted):
+    if any(relaxed_accuracy(prediction, true, mode) for true in accepted):
         kind = "correct"
-    return Judgement(index, kind, numbers, unprinted, any(relaxed_accuracy(said, t, "strict") for t in accepted))
+    return Judgement(index, kind, numbers, unprinted, any(relaxed_accuracy(prediction, t, "strict") for t in accepted))

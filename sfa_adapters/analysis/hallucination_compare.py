@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sfa_adapters.errors import DataError
-from sfa_adapters.statistics import bootstrap
+from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from sfa_adapters.analysis.hallucination import HallucinationReport
 
 __all__ = ["compare", "paired_change"]
 
 CLASS_COLORS = ("C2", "C1", "C3", "C7")  # correct green, misread orange, fabricated red, other gray
 
 
-def compare(reports: Mapping[str, HallucinationReport]) -> Figure:
+class _Judgement(Protocol):
+    @property
+    def index(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+
+
+class _Report(Protocol):
+    """What is read of a `HallucinationReport`, which draws itself with this file and thus cannot be imported here."""
+
+    @property
+    def judged(self) -> Sequence[_Judgement]: ...
+    @property
+    def skipped(self) -> Sequence[object]: ...
+    @property
+    def counts(self) -> Mapping[Any, int]: ...
+    @property
+    def shares(self) -> Mapping[Any, Interval]: ...
+
+
+def compare(reports: Mapping[str, _Report]) -> Figure:
     """Draws reports side by side, for instance before and after training.
 
     Args:
-        reports: one colour for each; the names stand in the legend.
+        reports: each a `HallucinationReport`, with a colour of its own; the names stand in the legend.
 
     Returns:
         A figure: per class one bar for each report, its share in percent, and the 95% interval.
@@ -69,11 +87,11 @@ def compare(reports: Mapping[str, HallucinationReport]) -> Figure:
     return figure
 
 
-def paired_change(before: HallucinationReport, after: HallucinationReport) -> list[dict[str, Any]]:
-    """How the shares changed on the same samples; samples are drawn again in pairs.
+def paired_change(before: _Report, after: _Report) -> list[dict[str, Any]]:
+    """How the shares changed on the same samples; paired bootstrap over samples.
 
     Args:
-        before: first report.
+        before: first `HallucinationReport`.
         after: second report, about the same samples in the same order.
 
     Returns:

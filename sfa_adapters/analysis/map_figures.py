@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,8 +12,6 @@ from sfa_adapters.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sfa_adapters.analysis.maps import AttentionMap
-
 __all__ = ["plot_map", "plot_maps"]
 
 # Without the dark ends, on which print cannot be read.
@@ -22,28 +20,43 @@ INK = 0.75  # darkness of black print, so that the colours below it can be told
 UNIT = "attention on a patch, %"
 
 
-def plot_map(found: AttentionMap, image: np.ndarray | None = None) -> Figure:
+class _Map(Protocol):
+    """What is drawn of an `AttentionMap`, which draws itself with this file and thus cannot be imported here."""
+
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def elsewhere(self) -> float: ...
+    @property
+    def patch(self) -> tuple[int, int] | None: ...
+    @property
+    def how(self) -> dict[str, Any]: ...
+
+
+def plot_map(heat_map: _Map, image: np.ndarray | None = None) -> Figure:
     """Draws one map.
 
     Args:
-        found: The map.
+        heat_map: The map, an `AttentionMap`.
         image: The page below it, uint8 `[H, W, 3]`.
     """
     figure = new_figure(6.6, 6.9)
     axis = figure.subplots()
-    highest = 100 * float(found.values.max())
-    shown = _draw(axis, _page(image, found.values.shape), 100 * found.values, HEAT, (0.0, highest), found.patch)
-    plain_page(axis, f"{_name(found)}; {100 * found.elsewhere:.0f}% elsewhere")
+    highest = 100 * float(heat_map.values.max())
+    shown = _draw(
+        axis, _page(image, heat_map.values.shape), 100 * heat_map.values, HEAT, (0.0, highest), heat_map.patch
+    )
+    plain_page(axis, f"{_name(heat_map)}; {100 * heat_map.elsewhere:.0f}% elsewhere")
     _bar(figure, shown, axis, UNIT)
     return figure
 
 
-def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMap) -> Figure:
+def plot_maps(image: np.ndarray | None, before: _Map, after: _Map) -> Figure:
     """Draws two maps of one page on a common scale, and their difference.
 
     Args:
         image: The page below them, uint8 `[H, W, 3]`, or None.
-        before: Of the first model.
+        before: `AttentionMap` of the first model.
         after: Of the second model, for the same query.
 
     Returns:
@@ -62,8 +75,8 @@ def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMa
     axes: Any = figure.subplots(1, 3)
     highest = 100 * max(float(before.values.max()), float(after.values.max()))
     shown: Any = None
-    for axis, found, title in zip(axes, (before, after), ("before", "after"), strict=False):
-        shown = _draw(axis, page, 100 * found.values, HEAT, (0.0, highest), found.patch)
+    for axis, heat_map, title in zip(axes, (before, after), ("before", "after"), strict=False):
+        shown = _draw(axis, page, 100 * heat_map.values, HEAT, (0.0, highest), heat_map.patch)
         plain_page(axis, title)
     _bar(figure, shown, list(axes[:2]), UNIT)
     change = 100 * (after.values - before.values)
@@ -74,11 +87,11 @@ def plot_maps(image: np.ndarray | None, before: AttentionMap, after: AttentionMa
     return figure
 
 
-def _name(found: AttentionMap) -> str:
-    how = found.how
+def _name(heat_map: _Map) -> str:
+    how = heat_map.how
     if how["query"] == "answer token":
         return f"answer token {how['answer_token']}"
-    place = "all patches" if found.patch is None else f"row {found.patch[0]}, column {found.patch[1]}"
+    place = "all patches" if heat_map.patch is None else f"row {heat_map.patch[0]}, column {heat_map.patch[1]}"
     return f"rollout, {place}" if how["query"] == "rollout" else place
 
 

@@ -186,12 +186,12 @@ def _tower_calls(
 
 def _alone(call: AttentionCall, image: int) -> AttentionCall:
     """One image of a call."""
-    own: dict[str, Tensor] = {}
+    inputs_of_one: dict[str, Tensor] = {}
     for name in ("query", "key", "mask", "scores"):
         tensor = getattr(call, name)
         if tensor is not None and tensor.ndim == 4 and len(tensor) == call.batch_size:
-            own[name] = tensor[image : image + 1]
-    return replace(call, **own)
+            inputs_of_one[name] = tensor[image : image + 1]
+    return replace(call, **inputs_of_one)
 
 
 def _places(seen: TowerPass, patch: tuple[int, int] | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.observe import attention_modules
+from sfa_adapters.vlm.parts import ID_NAMES, plain_model
 
 __all__ = ["IMAGE", "NEITHER", "TEXT", "Aligned", "TokenKinds", "answer_lengths", "decoder_layers", "prompt_groups"]
 
@@ -48,8 +49,7 @@ class TokenKinds:
         config: Any = getattr(model, "config", None)
         configs = [config, getattr(model, "generation_config", None)]
         configs.append(config.get_text_config() if hasattr(config, "get_text_config") else None)
-        own = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        image = _ids(image_token_id) or _read(configs[:1], own)
+        image = _ids(image_token_id) or _read(configs[:1], ID_NAMES)
         if not image:
             raise DataError(
                 f"The config of {type(model).__name__} names no image token (image_token_id, image_token_index). Say "
@@ -96,8 +96,8 @@ def prompt_groups(inputs: Mapping[str, Any], kinds: TokenKinds, sample: int = 0)
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
-        told = f"is {tuple(ids.shape)}" if isinstance(ids, Tensor) else "is missing"
-        raise DataError(f"Sample {sample}: input_ids {told}; prompts are needed as [batch, length].")
+        described = f"is {tuple(ids.shape)}" if isinstance(ids, Tensor) else "is missing"
+        raise DataError(f"Sample {sample}: input_ids {described}; prompts are needed as [batch, length].")
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"Sample {sample}: attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}; it must "
@@ -138,9 +138,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
         ObservationError: There are none.
     """
     names = tuple(attention_modules(model, "language"))
-    inner: Any = model
-    while hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
+    inner: Any = plain_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
     modules = dict(model.named_modules())

@@ -47,7 +47,7 @@ class Skips(list[Skip]):
         """How many for each reason."""
         return dict(Counter(skip.reason for skip in self))
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Reasons and counts in one line."""
         return "; ".join(f"{reason} ({count})" for reason, count in self.counts().items())
 
@@ -58,7 +58,7 @@ class Skips(list[Skip]):
             DataError: `kept` is 0; lists the reasons.
         """
         if not kept:
-            raise DataError(f"None of the {len(self)} {what} can be measured. {self.told() or 'Give at least one.'}")
+            raise DataError(f"None of the {len(self)} {what} can be measured. {self.message() or 'Give at least one.'}")
 
 
 class Report(ABC):
@@ -81,8 +81,8 @@ class Report(ABC):
     def to_json(self) -> str:
         """Everything as JSON: `options`, `table` (NaN and infinity are null) and `skipped`."""
         skipped = {"counts": self.skipped.counts(), "samples": [vars(skip) for skip in self.skipped]}
-        told = {"options": self.options(), "table": [_finite(row) for row in self.table()], "skipped": skipped}
-        return json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+        record = {"options": self.options(), "table": [_finite(row) for row in self.table()], "skipped": skipped}
+        return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes `table` as CSV."""
@@ -114,15 +114,15 @@ def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int
         formula: Takes one mean of each of `values`, elementwise.
         *values: One number per sample each, `[N]`.
         seed: Of the resampling.
-        rounds: How often the samples are drawn again.
+        rounds: bootstrap rounds.
 
     Returns:
         Value and 95% interval; one sample has an interval without width.
     """
     count = len(values[0])
     drawn = np.random.default_rng(seed).integers(0, count, (rounds, count))
-    low, high = np.quantile(formula(*(own[drawn].mean(1) for own in values)), (0.025, 0.975))
-    return Interval(float(formula(*(own.mean() for own in values))), float(low), float(high))
+    low, high = np.quantile(formula(*(value[drawn].mean(1) for value in values)), (0.025, 0.975))
+    return Interval(float(formula(*(value.mean() for value in values))), float(low), float(high))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from sfa_adapters.axial import AXES
 from sfa_adapters.bias import TERMS
 from sfa_adapters.errors import RecipeError, SFAError
 from sfa_adapters.evaluation.predictions import Prediction, read_answers, write_atomically
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["Ablation", "Outcome", "Run", "Variant", "part_variants", "run_ablation", "term_variants"]
 
@@ -125,7 +125,7 @@ def run_ablation(
     out: str | Path,
     seeds: Sequence[int] = (0,),
     nano: bool = False,
-    told: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Ablation:
     """Trains and evaluates every row with every seed. A row that is done is not run again.
 
@@ -137,7 +137,7 @@ def run_ablation(
         out: Folder; each row and seed has one below it.
         seeds: Of weights, data order and dropout.
         nano: On nano hosts.
-        told: Gets a line about every row.
+        report: Gets a line about every row.
 
     Returns:
         All answers, and the rows that failed; one failure does not stop the others.
@@ -155,17 +155,17 @@ def run_ablation(
         title = f"{number}/{len(plan)} {variant.name}, seed {seed}"
         try:
             row = recipe.replace(**variant.changes, name=name, seed=seed, output=str(place))
-            found = _done(row, nano, place)
-            told(f"{title}: " + ("done before" if found else "running"))
-            if found is None:
-                found = _run(row, variant, run, untrained, nano, place)
+            done_folder = _done(row, nano, place)
+            report(f"{title}: " + ("done before" if done_folder else "running"))
+            if done_folder is None:
+                done_folder = _run(row, variant, run, untrained, nano, place)
         except _OtherSettingsError as error:
             raise RecipeError(str(error)) from None
         except SFAError as error:
             failed[f"{variant.name}, seed {seed}"] = str(error)
-            told(f"{title}: failed: {error}")
+            report(f"{title}: failed: {error}")
             continue
-        runs.setdefault(variant.name, []).append(read_answers(found))
+        runs.setdefault(variant.name, []).append(read_answers(done_folder))
     return Ablation(runs, failed)
 
 
@@ -174,8 +174,8 @@ class _OtherSettingsError(RecipeError):
 
 
 def _settings(row: Recipe, nano: bool) -> dict[str, Any]:
-    told = {k: v for k, v in dataclasses.asdict(row).items() if k != "output"}  # the folder may move
-    return json.loads(json.dumps({**told, "nano": nano}))
+    settings = {k: v for k, v in dataclasses.asdict(row).items() if k != "output"}  # the folder may move
+    return json.loads(json.dumps({**settings, "nano": nano}))
 
 
 def _done(row: Recipe, nano: bool, place: Path) -> Path | None:
@@ -192,8 +192,8 @@ def _done(row: Recipe, nano: bool, place: Path) -> Path | None:
     now = _settings(row, nano)
     names = sorted(n for n in settings.keys() | now.keys() if settings.get(n) != now.get(n))
     if names:
-        told = ", ".join(f"{n}: {settings.get(n)!r} there, {now.get(n)!r} now" for n in names)
-        raise _OtherSettingsError(f"{place} holds a row with other settings ({told}). Use another --out.")
+        differences = ", ".join(f"{n}: {settings.get(n)!r} there, {now.get(n)!r} now" for n in names)
+        raise _OtherSettingsError(f"{place} holds a row with other settings ({differences}). Use another --out.")
     return predictions if predictions.is_file() else None
 
 

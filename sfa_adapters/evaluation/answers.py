@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
-from sfa_adapters.heads.facts import pruned_facts
-from sfa_adapters.training.collate import Collator
+from sfa_adapters.heads.metadata import pruned_facts
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.columns import Row
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.data.rows import Row
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["answer_rows", "fingerprint", "generate"]
 
@@ -121,13 +121,13 @@ def end_tokens(model: nn.Module) -> set[int]:
 
 def fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes and 64 entries of each parameter: cheap, and another after any step of training."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         chosen = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), device=flat.device).long()
         values = flat[chosen].cpu()
-        found.update(f"{name} {tuple(parameter.shape)} {values.tolist()}".encode())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tuple(parameter.shape)} {values.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _answers(
@@ -140,28 +140,28 @@ def _answers(
         num_workers=min(recipe.num_workers, len(todo) // recipe.eval_batch),  # starting one takes seconds
         collate_fn=Batches(Collator(host.processor, host.spec, recipe, train=False)),
     )
-    for asked, batch in loader:
+    for questions, batch in loader:
         try:
             texts, cut = ([], []) if batch is None else generate(host, batch)
         except torch.OutOfMemoryError as error:
             raise RecipeError(
-                f"The device has no room for {len(asked)} questions at once. Answers so far are kept: run the same "
+                f"The device has no room for {len(questions)} questions at once. Answers so far are kept: run the same "
                 f"command with a smaller --batch (eval_batch={recipe.eval_batch} now), or fewer max_tiles."
             ) from error
-        said = iter(zip(texts, cut, strict=True))
-        yield [_prediction(one, *(("", False) if one.failed else next(said)), ocr, folder) for one in asked]
+        answers = iter(zip(texts, cut, strict=True))
+        yield [_prediction(one, *(("", False) if one.failed else next(answers)), ocr, folder) for one in questions]
 
 
-def _prediction(asked: Asked, text: str, cut: bool, ocr: bool, folder: Path | None) -> Prediction:
-    row, printed, image = asked.row, tuple(asked.row.printed), None
-    if ocr and not printed and not asked.failed:
+def _prediction(one_row: Asked, text: str, cut: bool, ocr: bool, folder: Path | None) -> Prediction:
+    row, printed, image = one_row.row, tuple(one_row.row.printed), None
+    if ocr and not printed and not one_row.failed:
         from sfa_adapters.ocr import ocr_texts
 
-        printed = ocr_texts(asked.image)
-    if isinstance(row.image, str | Path) and not printed and not asked.failed and folder is not None:
+        printed = ocr_texts(one_row.image)
+    if isinstance(row.image, str | Path) and not printed and not one_row.failed and folder is not None:
         image = os.path.relpath(row.image, folder)
     return Prediction(
-        asked.index,
+        one_row.index,
         row.id,
         row.question,
         tuple(row.answers),
@@ -169,7 +169,7 @@ def _prediction(asked: Asked, text: str, cut: bool, ocr: bool, folder: Path | No
         row.split,
         printed,
         truncated=cut,
-        failed=asked.failed,
+        failed=one_row.failed,
         image=image,
     )
 
@@ -178,13 +178,13 @@ def _settings(host: Host, rows: Sequence[Row], ocr: bool) -> dict[str, Any]:
     questions = hashlib.sha256()
     for row in (row_at(rows, index) for index in range(len(rows))):
         questions.update(repr((row.id, row.question, row.answers)).encode())
-    told = {name: getattr(host.recipe, name) for name in SETTINGS}
+    settings = {name: getattr(host.recipe, name) for name in SETTINGS}
     for name in ("model", "data"):  # a folder may have moved; weights and questions say what is in it
-        told[name] = Path(told[name]).name if Path(told[name]).exists() else told[name]
-    told |= {"rows": len(rows), "questions": questions.hexdigest()[:16], "ocr": ocr}
+        settings[name] = Path(settings[name]).name if Path(settings[name]).exists() else settings[name]
+    settings |= {"rows": len(rows), "questions": questions.hexdigest()[:16], "ocr": ocr}
     pruned = pruned_facts(host.model)
-    told |= {} if pruned is None else {"pruned": pruned.to_dict()}
-    return told | {"weights": fingerprint(host.model)}
+    settings |= {} if pruned is None else {"pruned": pruned.to_dict()}
+    return settings | {"weights": fingerprint(host.model)}
 
 
 def _place() -> tuple[int, int]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from sfa_adapters.data.collator import Collator
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
-from sfa_adapters.training.collate import Collator
-from sfa_adapters.training.columns import Row
 
 __all__ = ["Asked", "Batches", "Images", "row_at"]
 
@@ -60,24 +60,24 @@ class Batches:
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
-    def __call__(self, asked: Sequence[Asked]) -> tuple[list[Asked], dict[str, Any] | None]:
+    def __call__(self, questions: Sequence[Asked]) -> tuple[list[Asked], dict[str, Any] | None]:
         """The rows, with reasons for those that cannot be asked, and a batch of the others or None."""
-        good = [one for one in asked if not one.failed]
+        good = [one for one in questions if not one.failed]
         batch = self._encode(good)
         if isinstance(batch, str):
             tried = {one.index: self._encode([one]) for one in good}
-            reasons = {index: found for index, found in tried.items() if isinstance(found, str)}
+            reasons = {index: encoded for index, encoded in tried.items() if isinstance(encoded, str)}
             if not reasons:
                 raise DataError(batch)  # each works alone: no row is to blame
-            asked = [Asked(o.index, o.row, None, reasons[o.index]) if o.index in reasons else o for o in asked]
-            batch = self._encode([one for one in asked if not one.failed])
+            questions = [Asked(o.index, o.row, None, reasons[o.index]) if o.index in reasons else o for o in questions]
+            batch = self._encode([one for one in questions if not one.failed])
         assert not isinstance(batch, str)
-        return list(asked), batch
+        return list(questions), batch
 
-    def _encode(self, asked: Sequence[Asked]) -> dict[str, Any] | str | None:
-        if not asked:
+    def _encode(self, questions: Sequence[Asked]) -> dict[str, Any] | str | None:
+        if not questions:
             return None
         try:
-            return self.collator([{"row": one.row, "image": one.image, "skipped": ()} for one in asked])
+            return self.collator([{"row": one.row, "image": one.image, "skipped": ()} for one in questions])
         except DataError as error:
             return str(error)

@@ -12,16 +12,17 @@ from typing import Any
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.compensation import Compensation, check_compensation
-from sfa_adapters.heads.facts import pruned_folder
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import read_geometry
-from sfa_adapters.heads.prune import plain_model, prune_heads
+from sfa_adapters.heads.metadata import pruned_folder
+from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of
+from sfa_adapters.hosts.load import HOSTS, Host, load_host
+from sfa_adapters.hosts.recipe import Family, Recipe
 from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
-from sfa_adapters.training.hosts import HOSTS, Host, load_host
-from sfa_adapters.training.recipe import Family, Recipe
-from sfa_adapters.training.trainer import FINAL
+from sfa_adapters.training.train import FINAL
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["family_of", "find_run", "open_host", "read_head_plan"]
 
@@ -90,10 +91,10 @@ def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
     except (OSError, ValueError) as error:
         raise RecipeError(f"There is no head plan {path}; make one with: sfa calibrate heads --rate 0.2") from error
     try:
-        told = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
-        told = None  # from_json says what is wrong
-    if isinstance(told, dict) and "plan" in told:
+        content = None  # from_json says what is wrong
+    if isinstance(content, dict) and "plan" in content:
         raise RecipeError(f"{path} belongs to a model of save_pruned: evaluate its folder, without a head plan.")
     try:
         return HeadPlan.from_json(text)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.heads.facts import PrunedFacts
+from sfa_adapters.files import write_whole
+from sfa_adapters.heads.metadata import PrunedFacts
 
 __all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
 
@@ -88,9 +89,9 @@ class PredictionFile:
             known = json.loads(self.settings.read_text(encoding="utf-8"))
             names = sorted(n for n in known.keys() | settings.keys() if known.get(n) != settings.get(n))
             if names:
-                told = ", ".join(f"{n}: {known.get(n)!r} there, {settings.get(n)!r} now" for n in names)
+                differences = ", ".join(f"{n}: {known.get(n)!r} there, {settings.get(n)!r} now" for n in names)
                 raise RecipeError(
-                    f"{there[0]} holds answers made with other settings ({told}). "
+                    f"{there[0]} holds answers made with other settings ({differences}). "
                     "Use another folder, or delete it to start again."
                 )
             return
@@ -121,10 +122,10 @@ class PredictionFile:
 
     def merge(self) -> list[Prediction]:
         """One file with all answers in the order of the rows; returns them."""
-        found = self.read()
-        ordered = [found[index] for index in sorted(found)]
+        predictions = self.read()
+        ordered = [predictions[index] for index in sorted(predictions)]
         parts = self.parts()
-        if parts != [self.path] or [p.index for p in _read_part(self.path)] != sorted(found):
+        if parts != [self.path] or [p.index for p in _read_part(self.path)] != sorted(predictions):
             text = "".join(json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in ordered)
             write_atomically(self.path, text)
             for part in parts:
@@ -142,10 +143,10 @@ def read_answers(path: str | Path) -> list[Prediction]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no file {path}. `sfa eval` writes predictions.jsonl into its folder.")
-    found = _read_part(path)
-    if not found:
+    predictions = _read_part(path)
+    if not predictions:
         raise DataError(f"{path} has no answers.")
-    return found
+    return predictions
 
 
 def facts_of_answers(path: str | Path) -> PrunedFacts | None:
@@ -158,8 +159,8 @@ def facts_of_answers(path: str | Path) -> PrunedFacts | None:
     if not settings.is_file():
         return None
     try:
-        told = json.loads(settings.read_text(encoding="utf-8")).get("pruned")
-        return None if told is None else PrunedFacts.from_dict(told)
+        pruned = json.loads(settings.read_text(encoding="utf-8")).get("pruned")
+        return None if pruned is None else PrunedFacts.from_dict(pruned)
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{settings} cannot be read ({error}).") from error
 
@@ -170,16 +171,9 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         RecipeError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RecipeError(f"{path} cannot be written ({error.strerror}). Choose a folder that can be.") from error
 
 
@@ -200,16 +194,16 @@ def _repair(path: Path) -> None:
 
 
 def _read_part(path: Path) -> list[Prediction]:
-    found = []
+    predictions = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # what stands behind the last line break is half a line, or nothing
         try:
             row = json.loads(line)
             texts: dict[str, Any] = {key: tuple(row[key]) for key in ("answers", "printed") if key in row}
-            found.append(Prediction(**{"question": "", **row, **texts}))
+            predictions.append(Prediction(**{"question": "", **row, **texts}))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a line that `sfa eval` writes ({error}).") from error
-    return found
+    return predictions
 
 
 def same_questions(first: Sequence[Prediction], second: Sequence[Prediction]) -> bool:

@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sfa_adapters.data.chat_template import Prompt
+from sfa_adapters.data.collator import IGNORE, PICTURES, Collator
+from sfa_adapters.data.preprocess import Page, page_of
+from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.answers import generate
 from sfa_adapters.evaluation.asked import Asked, Batches
 from sfa_adapters.images import as_image
-from sfa_adapters.training.collate import IGNORE, PICTURES, Collator
-from sfa_adapters.training.columns import Row
-from sfa_adapters.training.pages import Page, page_of
-from sfa_adapters.training.prompt import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["HostAnswers", "Images", "ManyImages"]
 
@@ -41,18 +41,18 @@ class ManyImages(Collator):
     def _sample(self, row: Row, image: Any) -> tuple[dict[str, Tensor], Page]:
         if len(image) == 1:
             return super()._sample(row, image[0])
-        pages = [page_of(one, self.processor, self.family, self.recipe) for one in image]
+        pages = [page_of(one, self.processor, self.spec, self.recipe) for one in image]
         first, rest = _prompt(self.prompt, self.processor, len(image)).pieces(row.question)
         options: dict[str, Any] = {"images_kwargs": self.options} if image else {}
         processor: Any = self.processor
-        found = processor(
+        processed = processor(
             images=[Image.fromarray(page.image) for page in pages] or None,
             text=[first],
             return_tensors="pt",
             text_kwargs={"add_special_tokens": self.prompt.adds_special, "padding": False},
             **options,
         )
-        tensors: dict[str, Any] = dict(found)
+        tensors: dict[str, Any] = dict(processed)
         answer = [*self.prompt.ids(row.target), self.end_id] if self.train else []
         shape, length = tensors["input_ids"].shape, tensors["input_ids"].shape[1] + len(rest)
         tail = torch.tensor([[*rest, *answer]], dtype=torch.long)
@@ -113,8 +113,8 @@ class HostAnswers:
         groups: dict[str, list[int]] = {}
         for number, each in enumerate(options):
             groups.setdefault(json.dumps(each, sort_keys=True, default=str), []).append(number)
-        asked = [(text, images, "") for text, images in prompts]
-        for numbers, batch in self._batches(asked, list(groups.values()), train=False):
+        requests = [(text, images, "") for text, images in prompts]
+        for numbers, batch in self._batches(requests, list(groups.values()), train=False):
             texts = [""] * len(numbers)
             if batch is not None:
                 texts, _ = generate(self.host, batch, **_generation(options[numbers[0]]))
@@ -163,15 +163,15 @@ class HostAnswers:
             collate_fn=_Mixed(ManyImages(self.host.processor, self.host.spec, recipe, train)),
         )
         for made in loader:
-            for asked, batch in made:
-                broken = [one for one in asked if one.failed]
+            for requests, batch in made:
+                broken = [one for one in requests if one.failed]
                 for one in broken:
                     self.failed.append(one.failed)
                     _log.warning("Answered with nothing: %s", one.failed)
                 if broken:
                     yield [one.index for one in broken], None
                 if batch is not None:
-                    yield [one.index for one in asked if not one.failed], batch
+                    yield [one.index for one in requests if not one.failed], batch
 
 
 class _Prompts(Dataset[Asked]):
@@ -187,8 +187,8 @@ class _Prompts(Dataset[Asked]):
         text, images, answer = self.prompts[number]
         row = Row(f"request {number}", None, text, (answer,))
         try:
-            found = images() if callable(images) else images
-            return Asked(number, row, [as_image(one, row.id) for one in found], "")
+            opened = images() if callable(images) else images
+            return Asked(number, row, [as_image(one, row.id) for one in opened], "")
         except DataError as error:
             return Asked(number, row, None, str(error))
 
@@ -199,18 +199,18 @@ class _Mixed:
     def __init__(self, collator: ManyImages) -> None:
         self.batches = Batches(collator)
 
-    def __call__(self, asked: Sequence[Asked]) -> list[tuple[list[Asked], dict[str, Any] | None]]:
-        parts = [[one for one in asked if bool(one.image) is seen] for seen in (True, False)]
+    def __call__(self, requests: Sequence[Asked]) -> list[tuple[list[Asked], dict[str, Any] | None]]:
+        parts = [[one for one in requests if bool(one.image) is seen] for seen in (True, False)]
         return [self.batches(part) for part in parts if part]
 
 
 def _generation(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `generate`; a temperature of 0 is greedy."""
-    found = {name: options[name] for name in OPTIONS if options.get(name) is not None}
-    sampled = bool(found.get("temperature", 1.0)) and bool(found.get("do_sample", found.get("temperature")))
+    chosen = {name: options[name] for name in OPTIONS if options.get(name) is not None}
+    sampled = bool(chosen.get("temperature", 1.0)) and bool(chosen.get("do_sample", chosen.get("temperature")))
     if not sampled:
-        found = {name: value for name, value in found.items() if name not in ("temperature", "top_p", "top_k")}
-    return found | {"do_sample": sampled}
+        chosen = {name: value for name, value in chosen.items() if name not in ("temperature", "top_p", "top_k")}
+    return chosen | {"do_sample": sampled}
 
 
 def _cut(text: str, options: Mapping[str, Any]) -> str:

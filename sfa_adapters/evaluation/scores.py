@@ -32,25 +32,25 @@ CHARTQA = ("human", "augmented")
 MATHS = "Handwritten Mathematical Expression Recognition"  # its type in OCRBench; the HME100k part
 
 
-def _relaxed(said: str, true: Sequence[str], _: str) -> float:
-    return float(any(relaxed_accuracy(said, text) for text in true))
+def _relaxed(prediction: str, true: Sequence[str], _: str) -> float:
+    return float(any(relaxed_accuracy(prediction, text) for text in true))
 
 
-def _strict(said: str, true: Sequence[str], _: str) -> float:
-    return float(any(relaxed_accuracy(said, text, "strict") for text in true))
+def _strict(prediction: str, true: Sequence[str], _: str) -> float:
+    return float(any(relaxed_accuracy(prediction, text, "strict") for text in true))
 
 
-def _ocrbench(said: str, true: Sequence[str], split: str) -> float:
-    return float(ocrbench(said, true, "handwritten_maths" if split == MATHS else "text"))
+def _ocrbench(prediction: str, true: Sequence[str], split: str) -> float:
+    return float(ocrbench(prediction, true, "handwritten_maths" if split == MATHS else "text"))
 
 
 METRICS: Mapping[Metric, Callable[[str, Sequence[str], str], float]] = {
     "relaxed": _relaxed,
     "relaxed_strict": _strict,
-    "anls": lambda said, true, _: anls(said, true),
-    "vqa": lambda said, true, _: vqa_accuracy(said, true),
+    "anls": lambda prediction, true, _: anls(prediction, true),
+    "vqa": lambda prediction, true, _: vqa_accuracy(prediction, true),
     "ocrbench": _ocrbench,
-    "exact": lambda said, true, _: float(exact_match(said, true)),
+    "exact": lambda prediction, true, _: float(exact_match(prediction, true)),
 }
 BY_NAME: Mapping[str, Metric] = {
     "docvqa": "anls",
@@ -100,9 +100,9 @@ class ScoreTable:
     unscored: int
 
     def __getitem__(self, group: str) -> Score:
-        for found in self.scores:
-            if found.group == group:
-                return found
+        for score in self.scores:
+            if score.group == group:
+                return score
         raise KeyError(f"{group!r}; there are {', '.join(s.group for s in self.scores)}")
 
     @property
@@ -112,13 +112,13 @@ class ScoreTable:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `metric`, the four counts, and `scores` with `group`, `of`, `points`, `mean`, `low`, `high`."""
-        told = [
+        record = [
             {"group": s.group, "of": s.of, "points": s.points, "mean": s.mean.value}
             | {"low": s.mean.low, "high": s.mean.high}
             for s in self.scores
         ]
         counts = {name: getattr(self, name) for name in ("rows", "truncated", "failed", "unscored")}
-        return {"metric": self.metric, **counts, "scores": told}
+        return {"metric": self.metric, **counts, "scores": record}
 
 
 def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
@@ -136,24 +136,24 @@ def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
     """
     if metric not in METRICS:
         raise DataError(f"Unknown metric {metric!r}. Use one of {', '.join(get_args(Metric))}.")
-    found = np.full(len(predictions), np.nan)
+    scores = np.full(len(predictions), np.nan)
     for i, row in enumerate(predictions):
         # A blank answer is one of ten people's in TextVQA; anywhere else it is no answer.
         true = row.answers if metric == "vqa" else [text for text in row.answers if text.strip()]
         if row.failed:
-            found[i] = 0.0
+            scores[i] = 0.0
             continue
         if not any(text.strip() for text in true):
             continue
         try:
-            found[i] = METRICS[metric](row.prediction.strip(), true, row.split)
+            scores[i] = METRICS[metric](row.prediction.strip(), true, row.split)
         except DataError as error:
             raise DataError(f"Row {row.id or row.index}: {error}") from error
-    return found
+    return scores
 
 
 def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> ScoreTable:
-    """Means with 95% intervals (rows drawn again, 2,000 times).
+    """Means with 95% intervals (bootstrap over rows, 2,000 rounds).
 
     Args:
         predictions: All answers.
@@ -190,7 +190,7 @@ def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> S
 
 
 def _average(parts: Sequence[np.ndarray], seed: int, rounds: int = 2000) -> Interval:
-    """Mean of the means of several groups; each is drawn again by itself, so that their sizes stay."""
+    """Mean of the means of several groups; each is resampled by itself, so that their sizes stay."""
     rng = np.random.default_rng(seed)
     drawn = [part[rng.integers(0, len(part), (rounds, len(part)))].mean(1) for part in parts]
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
@@ -204,7 +204,7 @@ class Comparison:
     Attributes:
         metric: By which rule.
         of: Rows that were scored.
-        difference: Mean of the second minus mean of the first, with its 95% interval (rows drawn again in pairs).
+        difference: Mean of the second minus mean of the first, with its 95% interval (paired bootstrap over rows).
         better: Rows on which the second scores higher.
         worse: Rows on which it scores lower.
         p_value: Of the exact two-sided sign test on those rows; for right or wrong it is McNemar's exact test.
@@ -219,9 +219,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `difference` with `low` and `high`, the counts and `p_value`."""
-        told = {"metric": self.metric, "of": self.of, "difference": self.difference.value}
-        told |= {"low": self.difference.low, "high": self.difference.high}
-        return told | {"better": self.better, "worse": self.worse, "p_value": self.p_value}
+        record = {"metric": self.metric, "of": self.of, "difference": self.difference.value}
+        record |= {"low": self.difference.low, "high": self.difference.high}
+        return record | {"better": self.better, "worse": self.worse, "p_value": self.p_value}
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction], metric: Metric, seed: int = 0) -> Comparison:
@@ -273,5 +273,5 @@ def sign_test(better: int, worse: int) -> float:
 def metric_for(data: str, config: str | None = None) -> Metric:
     """The metric that a dataset is reported with, by its name; relaxed accuracy where it is not known."""
     name = f"{data} {config or ''}".lower()
-    found: list[Metric] = [metric for word, metric in BY_NAME.items() if word in name]
-    return found[0] if found else "relaxed"
+    fitting: list[Metric] = [metric for word, metric in BY_NAME.items() if word in name]
+    return fitting[0] if fitting else "relaxed"

@@ -25,7 +25,7 @@ __all__ = ["Table", "ablation_table", "hallucination_of", "hallucination_table",
 
 NONE = "-"
 OTHER_COLUMNS = ("run", "points", "change", "better / worse", "p", "truncated", "failed")
-PERCENT = "Percent, with 95% intervals (questions drawn again)."
+PERCENT = "Percent, with 95% intervals (bootstrap over questions)."
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,19 @@ def score_table(
         DataError: There is no run, or they answer other questions.
     """
     first = _baseline(runs, baseline)
-    scores = {name: score(said, metric) for name, said in runs.items()}
+    scores = {name: score(predictions, metric) for name, predictions in runs.items()}
     groups = [s.group for s in scores[first].scores]
     rows = []
-    for name, said in runs.items():
-        found = scores[name]
-        row: dict[str, Any] = {"run": name, **{_column(s.group): s.mean for s in found.scores}}
+    for name, predictions in runs.items():
+        scores_of_run = scores[name]
+        row: dict[str, Any] = {"run": name, **{_column(s.group): s.mean for s in scores_of_run.scores}}
         if metric == "ocrbench":
-            row["points"] = f"{found['all'].points:.0f} of {found['all'].of}"
+            row["points"] = f"{scores_of_run['all'].points:.0f} of {scores_of_run['all'].of}"
         if name != first:
-            change = compare(runs[first], said, metric)
+            change = compare(runs[first], predictions, metric)
             row |= {"change": change.difference, "better / worse": f"{change.better} / {change.worse}"}
             row["p"] = change.p_value
-        rows.append(row | {"truncated": found.truncated, "failed": found.failed})
+        rows.append(row | {"truncated": scores_of_run.truncated, "failed": scores_of_run.failed})
     points = ["points"] if metric == "ocrbench" else []
     differences = ["change", "better / worse", "p"] if len(runs) > 1 else []
     base = scores[first]
@@ -174,8 +174,8 @@ def hallucination_of(predictions: Sequence[Prediction]) -> HallucinationReport:
         raise DataError(
             "No row says what stands on its image, so nobody can tell misread from made up. Evaluate with --ocr."
         )
-    said, answers = [p.prediction for p in predictions], [p.answers for p in predictions]
-    return hallucination_report(said, answers, printed=[p.printed or None for p in predictions])
+    texts, answers = [p.prediction for p in predictions], [p.answers for p in predictions]
+    return hallucination_report(texts, answers, printed=[p.printed or None for p in predictions])
 
 
 def hallucination_table(
@@ -187,9 +187,9 @@ def hallucination_table(
         DataError: As `hallucination_of`; or the runs answer other questions.
     """
     base = _baseline(runs, baseline)
-    if any(not same_questions(runs[base], said) for said in runs.values()):
+    if any(not same_questions(runs[base], predictions) for predictions in runs.values()):
         raise DataError("The runs answer other questions. Evaluate all on the same data, split and limit.")
-    reports = {name: hallucination_of(said) for name, said in runs.items()}
+    reports = {name: hallucination_of(predictions) for name, predictions in runs.items()}
     first, whole = reports[base], "numeric hallucination"
     kinds = [*first.counts, whole]
     rows = []
@@ -230,10 +230,10 @@ def ablation_table(
     """
     if not runs:
         raise DataError("There are no answers to make a table of.")
-    sets = [said for each in runs.values() for said in each]
-    if any(not same_questions(sets[0], said) for said in sets[1:]):
+    sets = [predictions for each in runs.values() for predictions in each]
+    if any(not same_questions(sets[0], predictions) for predictions in sets[1:]):
         raise DataError("The runs answer other questions. Evaluate all on the same data, split and limit.")
-    values = {name: np.stack([row_scores(said, metric) for said in each]) for name, each in runs.items()}
+    values = {name: np.stack([row_scores(predictions, metric) for predictions in each]) for name, each in runs.items()}
     control = next((name for name in runs if not terms[name]), None)
     full = next((name for name in runs if set(terms[name]) == set(TERMS)), None)
     rows = []

@@ -4,11 +4,11 @@ from sfa_adapters.heads.axial_heads import calibrate_axial
 from sfa_adapters.heads.calibrate import calibrate_heads
 from sfa_adapters.heads.expected import expected_speedup
 from sfa_adapters.heads.plan import HeadPlan, plan_heads
-from sfa_adapters.heads.probe import whole
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.scores import HeadScores
+from sfa_adapters.heads.snapshot import whole
 
 __all__ = [
     "HeadPlan",

@@ -14,8 +14,9 @@ from sfa_adapters.axial import AXES, LayerHeads
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.heads.axis_affinity import axis_affinity
 from sfa_adapters.heads.gate_energy import gate_energy
-from sfa_adapters.heads.probe import evaluating
-from sfa_adapters.registry import STATE_NAME, FoundTower, find_tower
+from sfa_adapters.heads.snapshot import evaluating
+from sfa_adapters.hooks import state_of
+from sfa_adapters.registry import FoundTower, find_tower
 
 __all__ = ["By", "calibrate_axial"]
 
@@ -124,7 +125,7 @@ def _placed(value: Any, like: Tensor) -> Any:
 @contextmanager
 def _state_kept(tower: nn.Module) -> Iterator[None]:
     """What SFA in the tower remembers of its inputs is forgotten again."""
-    state = tower.__dict__.get(STATE_NAME)
+    state = state_of(tower, "sfa")
     before = None if state is None else (dict(state.seen), dict(state.layouts))
     try:
         yield

@@ -27,6 +27,7 @@ from sfa_adapters.heads.flap import FlapScore
 from sfa_adapters.heads.layers import head_layers, model_identity
 from sfa_adapters.heads.measures import GateScore, Measure, S4Score
 from sfa_adapters.heads.scores import HeadScores
+from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["Method", "calibrate_heads", "check_method"]
 
@@ -71,15 +72,16 @@ def calibrate_heads(
         ObservationError: Attention cannot be read, as in `observe`.
     """
     check_method(method, gamma)
+    check_allowed(model, "heads")
     layers = head_layers(model, modules)
     groups = {name: layer.num_kv_heads for name, layer in layers.items()}
     settings: dict[str, Any] = {"modules": modules}
-    told: dict[str, Any] = {"about": data}
+    about: dict[str, Any] = {"about": data}
     identity = model_identity(model, layers)
     if method == "random":
         drawn = torch.Generator().manual_seed(seed)
         values = {name: torch.rand(layer.num_heads, generator=drawn).tolist() for name, layer in layers.items()}
-        return HeadScores(_tuples(values), groups, method, identity, told | {"samples": 0}, settings | {"seed": seed})
+        return HeadScores(_tuples(values), groups, method, identity, about | {"samples": 0}, settings | {"seed": seed})
     measure: Measure
     if method == "s4":
         measure = S4Score(model, layers, gamma, image_token_id, modules)
@@ -98,8 +100,8 @@ def calibrate_heads(
             _measured(measure, to_device(batch, model), len(ids))
             advance()
     measure.skipped.refuse_all(measure.samples, "samples")
-    told |= {"samples": measure.samples, "skipped": measure.skipped.counts(), "prompts": digest.hexdigest()[:16]}
-    return HeadScores(_tuples(measure.scores()), groups, method, identity, told, settings)
+    about |= {"samples": measure.samples, "skipped": measure.skipped.counts(), "prompts": digest.hexdigest()[:16]}
+    return HeadScores(_tuples(measure.scores()), groups, method, identity, about, settings)
 
 
 def check_method(method: str, gamma: float) -> None:
@@ -129,7 +131,7 @@ def _measured(measure: Measure, batch: dict[str, Any], count: int) -> None:
 
 
 def _tuples(values: Mapping[str, Iterable[float]]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(own) for name, own in values.items()}
+    return {name: tuple(numbers) for name, numbers in values.items()}
 
 
 @contextmanager

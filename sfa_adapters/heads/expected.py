@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from sfa_adapters.compat import flop_counter
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
-from sfa_adapters.heads.prune import plain_model
 from sfa_adapters.timing import answer
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["can_answer", "decode_bytes", "expected_speedup", "flops_of"]
 
@@ -40,7 +40,7 @@ def expected_speedup(model: nn.Module, plan: HeadPlan, length: int = 0) -> float
         RecipeError: The length is negative.
 
     Example:
-        >>> from sfa_adapters.recipes.nano import load_nano
+        >>> from sfa_adapters.recipes.nano.models import load_nano
         >>> path = "model.language_model.layers.0.self_attn"
         >>> round(expected_speedup(load_nano().model, HeadPlan({path: (1,)}, {path: 4}, {path: 4})), 3)
         1.027
@@ -117,10 +117,10 @@ def _stays(model: nn.Module, base: nn.Module, decoder: nn.Module, plan: HeadPlan
         if id(attention) not in inside:
             continue
         groups = plan.num_kv_heads[name]
-        told = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-        rows = {part: getattr(getattr(attention, part, None), "out_features", None) for part in told}
+        wanted = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+        rows = {part: getattr(getattr(attention, part, None), "out_features", None) for part in wanted}
         width = getattr(attention, "head_dim", 0)
-        if not width or rows != {part: count * width for part, count in told.items()}:
+        if not width or rows != {part: count * width for part, count in wanted.items()}:
             raise InjectionError(
                 f"{name} ({type(attention).__name__}) projects to {rows} channels in heads of {width}, but the plan is "
                 f"for {heads} query and {groups} key/value heads: it was made for another model."

@@ -37,28 +37,28 @@ class FlapScore(Measure):
         def see(name: str, states: Tensor) -> None:
             if real is not None and states.shape[:2] == real.shape[:2]:
                 states = states[real.bool()]
-            found = _moments(states.detach().flatten(0, -2))
-            seen[name] = _joined(seen[name], found) if name in seen else found
+            batch_moments = _moments(states.detach().flatten(0, -2))
+            seen[name] = _joined(seen[name], batch_moments) if name in seen else batch_moments
 
         with entering(self.outputs, see):
             self.forward(batch, use_cache=False, logits_to_keep=1)
         unread = [name for name in self.layers if name not in seen]
         if unread:
             raise DataError(f"{unread[0]} did not run: give prompts with images, or choose other modules.")
-        for name, found in seen.items():
-            self.moments[name] = _joined(self.moments[name], found) if name in self.moments else found
+        for name, batch_moments in seen.items():
+            self.moments[name] = _joined(self.moments[name], batch_moments) if name in self.moments else batch_moments
         self.samples += len(ids)
 
     def scores(self) -> dict[str, list[float]]:
         """Means over the channels of a head."""
-        found = {}
+        layer_scores = {}
         for name, layer in self.layers.items():
             # A variance up to the number of tokens, which standardising takes out.
             channels = self.moments[name][2] * self.norms[name]
             spread = channels.std().clamp(min=torch.finfo(torch.float64).tiny)
             channels = (channels - channels.mean()) / spread
-            found[name] = channels.view(layer.num_heads, layer.head_dim).mean(1).tolist()
-        return found
+            layer_scores[name] = channels.view(layer.num_heads, layer.head_dim).mean(1).tolist()
+        return layer_scores
 
 
 def _column_norms(name: str, layer: HeadLayer) -> Tensor:

@@ -37,7 +37,7 @@ class HeadPlan:
     removed: Mapping[str, tuple[int, ...]]
     num_heads: Mapping[str, int]
     num_kv_heads: Mapping[str, int]
-    how: Mapping[str, Any] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if not self.num_heads:
@@ -69,7 +69,7 @@ class HeadPlan:
             )
         if len(removed) == heads:
             raise RecipeError(f"{name} would lose all its {heads} heads. Lower the rate, or leave the layer out.")
-        left = {group: len(own) for group, own in _by_group(self.kept(name), heads // groups).items()}
+        left = {group: len(members) for group, members in _by_group(self.kept(name), heads // groups).items()}
         if len(set(left.values())) > 1:
             raise RecipeError(
                 f"{name}: the key/value groups that stay would have {left} query heads (by group); attention needs the "
@@ -120,16 +120,16 @@ class HeadPlan:
             RecipeError: The text is no head plan, is of a newer version, or the plan cannot be carried out.
         """
         try:
-            told = json.loads(text)
-            if told["version"] != _VERSION:
+            record = json.loads(text)
+            if record["version"] != _VERSION:
                 raise RecipeError(
-                    f"The head plan has version {told['version']!r}; this library reads {_VERSION}. Update it."
+                    f"The head plan has version {record['version']!r}; this library reads {_VERSION}. Update it."
                 )
-            layers = dict(told["layers"])
-            removed = {name: tuple(own["removed"]) for name, own in layers.items()}
-            num_heads = {name: own["num_heads"] for name, own in layers.items()}
-            num_kv_heads = {name: own["num_kv_heads"] for name, own in layers.items()}
-            how = dict(told["how"])
+            layers = dict(record["layers"])
+            removed = {name: tuple(layer["removed"]) for name, layer in layers.items()}
+            num_heads = {name: layer["num_heads"] for name, layer in layers.items()}
+            num_kv_heads = {name: layer["num_kv_heads"] for name, layer in layers.items()}
+            how = dict(record["how"])
         except RecipeError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -146,4 +146,4 @@ def _by_group(heads: tuple[int, ...], size: int) -> dict[int, tuple[int, ...]]:
     groups: dict[int, list[int]] = {}
     for head in heads:
         groups.setdefault(head // size, []).append(head)
-    return {group: tuple(own) for group, own in groups.items()}
+    return {group: tuple(members) for group, members in groups.items()}

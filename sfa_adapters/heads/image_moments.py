@@ -38,8 +38,8 @@ class ImageMoments(Reader):
         mean = (rows.probabilities * seen).sum(-1) / count
         # From the deviations: the difference of two means of squares would lose all digits of small numbers.
         variance = ((rows.probabilities - mean[..., None]).square() * seen).sum(-1) / count
-        found = [(torch.stack((mean, variance), -1) * weights[..., None]).sum(2), weights.sum(-1)[..., None]]
-        state[:] = [old + new for old, new in zip(state, found, strict=True)] if state else found
+        sums = [(torch.stack((mean, variance), -1) * weights[..., None]).sum(2), weights.sum(-1)[..., None]]
+        state[:] = [old + new for old, new in zip(state, sums, strict=True)] if state else sums
 
     def end(self, state: list[Tensor], call: AttentionCall) -> Tensor:
         """Means; zero over zero is NaN."""

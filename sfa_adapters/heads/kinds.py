@@ -1,7 +1,7 @@
 """How the heads of one kind of attention module lie in its projections: what `prune_heads` has to know of a class.
 
-A class is listed here once its forward was read: it must take its head counts from the module or from the shapes of
-its projections, never from the configuration. Unknown classes are refused, since a wrong guess would still run.
+A class gets a record once its forward was read: it must take its head counts from the module or from the shapes of its
+projections, never from the configuration. Classes without one are refused, since a wrong guess would still run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError
 
-__all__ = ["KINDS", "AttentionKind", "HeadGeometry", "base_linear", "read_geometry"]
+__all__ = [
+    "AttentionKind",
+    "HeadGeometry",
+    "attention_kinds",
+    "base_linear",
+    "read_geometry",
+    "register_attention_kind",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class AttentionKind:
     widths: tuple[str, ...] = ()
 
 
-KINDS: tuple[AttentionKind, ...] = (
+_KINDS: list[AttentionKind] = [
     AttentionKind(
         (
             "transformers.models.llama.*.LlamaAttention",
@@ -55,7 +62,32 @@ KINDS: tuple[AttentionKind, ...] = (
     ),
     AttentionKind(("transformers.models.qwen2_5_vl.*.Qwen2_5_VLVisionAttention",), output="proj", fused="qkv"),
     AttentionKind(("timm.layers.attention.Attention",), output="proj", fused="qkv", widths=("attn_dim",)),
-)
+]
+
+
+def attention_kinds() -> tuple[AttentionKind, ...]:
+    """All records."""
+    return tuple(_KINDS)
+
+
+def register_attention_kind(kind: AttentionKind) -> AttentionKind:
+    """Adds a kind of attention module whose heads can be removed; in the file of a host or of a tower, for its layers.
+
+    Args:
+        kind: The record.
+
+    Returns:
+        The same record.
+
+    Raises:
+        InjectionError: One of its classes has a record already.
+    """
+    taken = {pattern for known in _KINDS for pattern in known.classes}
+    twice = next((pattern for pattern in kind.classes if pattern in taken), None)
+    if twice is not None:
+        raise InjectionError(f"There is a record of {twice} already.")
+    _KINDS.append(kind)
+    return kind
 
 
 @dataclass(frozen=True)
@@ -87,10 +119,12 @@ def read_geometry(path: str, module: nn.Module) -> HeadGeometry:
             sliced.
     """
     name = f"{type(module).__module__}.{type(module).__name__}"
-    kind = next((k for k in KINDS if any(fnmatchcase(name, pattern) for pattern in k.classes)), None)
+    kind = next((k for k in _KINDS if any(fnmatchcase(name, pattern) for pattern in k.classes)), None)
     if kind is None:
-        known = ", ".join(pattern.rpartition(".")[2] for k in KINDS for pattern in k.classes)
-        raise InjectionError(f"{path} is a {name}, whose heads cannot be removed. Known are {known}.")
+        known = ", ".join(pattern.rpartition(".")[2] for k in _KINDS for pattern in k.classes)
+        raise InjectionError(
+            f"{path} is a {name}, whose heads cannot be removed. Known are {known}; register_attention_kind adds one."
+        )
     attention: Any = module
     size = int(attention.head_dim)
     output = base_linear(f"{path}.{kind.output}", getattr(module, kind.output))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.analysis.prompts import decoder_layers
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hooks import attached_while
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.registry import find_tower
 
@@ -119,7 +120,7 @@ def _refuse_shared(model: nn.Module, inside: Mapping[str, nn.Module]) -> None:
 
 def weights_digest(modules: Mapping[str, nn.Module]) -> str:
     """Of names, shapes and some entries of each weight, in bfloat16: the same however the model was loaded."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, module in modules.items():
         for name, parameter in module.named_parameters():
             flat = parameter.detach().flatten()
@@ -127,24 +128,22 @@ def weights_digest(modules: Mapping[str, nn.Module]) -> str:
             count = min(_SAMPLED, flat.numel())
             chosen = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
             values = flat[chosen].to(torch.bfloat16).float().cpu()
-            found.update(f"{path}.{name} {tuple(parameter.shape)} {values.tolist()}".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{path}.{name} {tuple(parameter.shape)} {values.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
 def entering(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """Shows what enters some modules, output projections say; what `see` gives back, if anything, enters instead."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def run(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def hook(name: str) -> Callable[..., Any]:
+        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = see(name, args[0])
-            return None if changed is None else (changed, *args[1:])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
 
         return run
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
+    with attached_while("heads") as attach:
+        for name, module in modules.items():
+            attach(module, None, pre=hook(name))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,7 +6,6 @@ A batch counts only when all of it went through, so that running out of memory h
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads.image_moments import ImageMoments
 from sfa_adapters.heads.layers import HeadLayer, entering
 from sfa_adapters.observe import observe
+from sfa_adapters.vlm.parts import forward_names
 
 __all__ = ["GateScore", "Measure", "S4Score"]
 
@@ -57,8 +57,7 @@ class Measure(ABC):
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """Runs the model without labels; options that it does not know are left out."""
         model: Any = self.model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        known = inspect.signature(inner.forward).parameters
+        known = forward_names(model)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs, **{name: value for name, value in options.items() if name in known})
 
@@ -70,10 +69,10 @@ class _PerSample(Measure):
         super().__init__(model, layers)
         self.sums = {n: torch.zeros(layer.num_heads, dtype=torch.float64) for n, layer in layers.items()}
 
-    def add(self, found: Mapping[str, Tensor], reasons: list[str | None]) -> None:
+    def add(self, batch_values: Mapping[str, Tensor], reasons: list[str | None]) -> None:
         """Adds `[B, H]` of each layer for the samples without a reason against it."""
         good = torch.tensor([reason is None for reason in reasons])
-        for name, values in found.items():
+        for name, values in batch_values.items():
             self.sums[name] += values.double().cpu()[good].sum(0)
         for reason in reasons:
             if reason is None:
@@ -108,15 +107,15 @@ class S4Score(_PerSample):
         groups = prompt_groups(batch, self.kinds, self.samples + len(self.skipped))
         asking = text_queries(groups) == TEXT
         reasons = _unusable(groups, asking)
-        found: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         if None in reasons:
             moments = ImageMoments(asking, groups == IMAGE)
             with observe(self.model, [moments, Aligned(groups.shape[1])], list(self.layers), block_bytes):
                 self.forward(batch, use_cache=False, logits_to_keep=1)
             for name in self.layers:
                 mean, variance = moments.results[name][0].unbind(-1)
-                found[name] = variance + self.gamma * mean
-        self.add(found, reasons)
+                scores[name] = variance + self.gamma * mean
+        self.add(scores, reasons)
 
 
 class GateScore(_PerSample):
@@ -129,7 +128,7 @@ class GateScore(_PerSample):
     def take(self, batch: dict[str, Any], block_bytes: int) -> None:
         """One forward and one backward, which reaches the gates only."""
         labels, reasons = self._labels(batch)
-        found: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         if None in reasons:
             gates: dict[str, Tensor] = {}
             with torch.enable_grad(), entering(self.outputs, lambda name, states: self._gated(gates, name, states)):
@@ -138,12 +137,12 @@ class GateScore(_PerSample):
                 # A mean for each sample, and their sum: then no gradient depends on its neighbours in the batch.
                 loss = (loss.sum(1) / (labels[:, 1:] != _IGNORE).sum(1).clamp(min=1)).sum()
                 grads = torch.autograd.grad(loss, list(gates.values()))
-            found = {name: grad.abs() for name, grad in zip(gates, grads, strict=True)}
-            self._check(found, len(labels))
-        self.add(found, reasons)
+            scores = {name: grad.abs() for name, grad in zip(gates, grads, strict=True)}
+            self._check(scores, len(labels))
+        self.add(scores, reasons)
 
-    def _check(self, found: Mapping[str, Tensor], batch: int) -> None:
-        wrong = [n for n in self.layers if n not in found or len(found[n]) != batch]
+    def _check(self, scores: Mapping[str, Tensor], batch: int) -> None:
+        wrong = [n for n in self.layers if n not in scores or len(scores[n]) != batch]
         if wrong:
             raise RecipeError(
                 f"method='gate': {wrong[0]} did not run once with one row per prompt, so gradients cannot be told "
@@ -175,5 +174,5 @@ class GateScore(_PerSample):
 
 def _unusable(groups: Tensor, asking: Tensor) -> list[str | None]:
     image, text = (groups == IMAGE).any(1).tolist(), asking.any(1).tolist()
-    told: dict[tuple[bool, bool], str | None] = {(True, True): None, (True, False): "no text behind the image"}
-    return [told.get(pair, "no image tokens") for pair in zip(image, text, strict=True)]
+    reasons: dict[tuple[bool, bool], str | None] = {(True, True): None, (True, False): "no text behind the image"}
+    return [reasons.get(pair, "no image tokens") for pair in zip(image, text, strict=True)]

@@ -5,18 +5,16 @@ SFA's own layers know their layouts. Before injection nobody does, so the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.hooks import features_of
 from sfa_adapters.layout import TokenLayout, default_block_map
-from sfa_adapters.reduction.dymu_tower import DYMU_STATE
 from sfa_adapters.registry import FoundTower
+from sfa_adapters.tower_input import TowerInput, watching_input
 
 __all__ = ["layouts_of"]
 
@@ -34,18 +32,14 @@ def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLa
     Raises:
         LayoutError: The tower has adaptive or merged tokens; by that function, where tokens are not those of the grid.
     """
-    if any({ADAT_STATE, DYMU_STATE} & module.__dict__.keys() for module in vision.tower.modules()):
+    if {"adat", "dymu"} & features_of(vision.tower).keys():
         raise LayoutError(
             f"The tokens of {vision.name or type(vision.tower).__name__} are adaptive or merged, so they have no rows "
             "and columns. Choose heads before inject_adat or inject_dymu, or eject these first."
         )
     pages = _Pages(vision)
-    module = vision.tower.get_submodule(vision.backbone.image_module)
-    handle = module.register_forward_pre_hook(pages.see, with_kwargs=True)
-    try:
+    with watching_input(vision.tower, vision.backbone, "layouts", pages.record_input):
         yield pages.layout
-    finally:
-        handle.remove()
 
 
 class _Pages:
@@ -59,16 +53,10 @@ class _Pages:
         self.known: dict[Any, TokenLayout] = {}
         self.ends: dict[str, int] = {}
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the image module."""
+    def record_input(self, given: TowerInput) -> None:
+        """A forward begins."""
         self.ends = {}
-        if self.backbone.describe_input is not None:
-            self.tokens, self.arrangement = self.backbone.describe_input(module, args, kwargs)
-            return
-        assert self.backbone.grid_of_input is not None
-        self.arrangement = self.backbone.grid_of_input(module, args, kwargs) or self.geometry.grid
-        if self.arrangement is not None:
-            self.tokens = self.arrangement[0] * self.arrangement[1] + self.geometry.prefix_tokens
+        self.tokens, self.arrangement = given.arrangement()
 
     def layout(self, call: AttentionCall) -> TokenLayout:
         """The layout of a call; segments come one after the other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
@@ -55,7 +55,7 @@ def plan_heads(
     """
     rate = checked_rate(rate, kind)
     kept = _protected(tuple(scores.values), protect)
-    values = {name: own for name, own in scores.values.items() if name not in kept}
+    values = {name: head_scores for name, head_scores in scores.values.items() if name not in kept}
     if not values:
         raise RecipeError(f"protect keeps all {len(kept)} layers: no head can go.")
     heads = scores.num_heads
@@ -64,7 +64,7 @@ def plan_heads(
     if full or (kind == "global" and sum(quotas.values()) < rounded_down(rate, map(len, values.values()))):
         name = full[0] if full else next(iter(values))
         raise RecipeError(f"rate={rate:g} ({kind}) would leave {name} without a head of {heads[name]}. Lower the rate.")
-    removed, carry = {}, 0
+    removed, carry = dict[str, tuple[int, ...]](), 0
     for name, quota in quotas.items():
         goal = quota
         if quota and kind in ("adaptive", "global"):  # these promise a total: what groups forbid, the next layer does
@@ -77,7 +77,7 @@ def plan_heads(
             f"rate={rate:g} ({kind}) removes no head. A layer such as {name} has {heads[name]} heads in "
             f"{scores.num_kv_heads[name]} key/value groups: whole groups go, or as many from each. Raise the rate."
         )
-    how = {"kind": kind, "rate": rate, "method": scores.method, "protected": sorted(kept)}
+    how: dict[str, Any] = {"kind": kind, "rate": rate, "method": scores.method, "protected": sorted(kept)}
     return HeadPlan(removed, heads, scores.num_kv_heads, how | {"model": dict(scores.model)})
 
 
@@ -93,7 +93,8 @@ def checked_rate(rate: float | None, kind: str) -> float:
         if kind != "early_skip":
             raise RecipeError(f"kind={kind!r} needs a rate, such as 0.2; only 'early_skip' has one of its own.")
         return EARLY_SKIP_RATE
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not number or not 0 < rate < 1:
         raise RecipeError(f"rate={rate!r} must be between 0 and 1, such as 0.2 for one head of five.")
     return float(rate)
 
@@ -110,15 +111,15 @@ def _quotas(
 
 
 def _protected(names: tuple[str, ...], protect: Iterable[int | str]) -> set[str]:
-    found: set[str] = set()
+    protected: set[str] = set()
     for wanted in [protect] if isinstance(protect, int | str) else protect:
         if isinstance(wanted, int):
-            fitting = {names[wanted]} if 0 <= wanted < len(names) else set()
+            fitting: set[str] = {names[wanted]} if 0 <= wanted < len(names) else set()
         else:
             fitting = {name for name in names if fnmatchcase(name, wanted)}
         if not fitting:
             raise RecipeError(
                 f"protect={wanted!r} fits no layer. There are 0 to {len(names) - 1}, {names[0]} to {names[-1]}."
             )
-        found |= fitting
-    return found
+        protected |= fitting
+    return protected

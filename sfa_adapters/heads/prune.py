@@ -25,8 +25,10 @@ from sfa_adapters.heads.kinds import HeadGeometry, read_geometry
 from sfa_adapters.heads.slicing import Edits, channels
 from sfa_adapters.layer import CHILD_NAME, SFALayer
 from sfa_adapters.tuner import note_head_counts
+from sfa_adapters.vlm.parts import plain_model
+from sfa_adapters.vlm.records import check_allowed
 
-__all__ = ["PRUNED", "Pruned", "Target", "find_targets", "plain_model", "prune_heads", "slice_heads"]
+__all__ = ["PRUNED", "Pruned", "Target", "find_targets", "prune_heads", "slice_heads"]
 
 Model = TypeVar("Model", bound=nn.Module)
 PRUNED = "_pruned_heads"
@@ -97,12 +99,13 @@ def prune_heads(
         RecipeError: The plan removes nothing, or the compensation cannot be used. The model is as it was.
 
     Example:
-        >>> from sfa_adapters.recipes.nano import load_nano
+        >>> from sfa_adapters.recipes.nano.models import load_nano
         >>> model = load_nano().model
         >>> path = "model.language_model.layers.0.self_attn"
         >>> model = prune_heads(model, HeadPlan({path: (1,)}, {path: 4}, {path: 4}))
     """
     check_compensation(compensation, batches)
+    check_allowed(model, "heads", InjectionError)
     targets = find_targets(model, plan)
     means = mean_inputs(model, {t.path: t.output for t in targets}, batches) if batches is not None else {}
     edits, biases = Edits(), []
@@ -123,22 +126,14 @@ def prune_heads(
     base = plain_model(model)
     paths = {id(module): path for path, module in base.named_modules()}
     by_path = {paths[id(_find(model, base, name))]: name for name in plan.num_heads}
-    own = HeadPlan(
+    named_plan = HeadPlan(
         {path: plan.removed[name] for path, name in by_path.items()},
         {path: plan.num_heads[name] for path, name in by_path.items()},
         {path: plan.num_kv_heads[name] for path, name in by_path.items()},
         plan.how,
     )
-    base.__dict__[PRUNED] = Pruned(own, compensation, tuple(biases))
+    base.__dict__[PRUNED] = Pruned(named_plan, compensation, tuple(biases))
     return model
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model without wrappers of PEFT."""
-    inner: Any = model
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return inner
 
 
 def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:
@@ -165,11 +160,14 @@ def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:
         if hasattr(module, _LOST):
             raise InjectionError(f"{name} has lost heads before. Make one plan for the original model, and prune that.")
         geometry = read_geometry(name, module)
-        counts, told = (geometry.num_heads, geometry.num_kv_heads), (plan.num_heads[name], plan.num_kv_heads[name])
-        if counts != told:
+        counts, head_counts = (
+            (geometry.num_heads, geometry.num_kv_heads),
+            (plan.num_heads[name], plan.num_kv_heads[name]),
+        )
+        if counts != head_counts:
             raise InjectionError(
-                f"{name} has {counts[0]} query and {counts[1]} key/value heads, but the plan is for {told[0]} and "
-                f"{told[1]}: it was made for another model."
+                f"{name} has {counts[0]} query and {counts[1]} key/value heads, but the plan is for "
+                f"{head_counts[0]} and {head_counts[1]}: it was made for another model."
             )
         if plan.removed[name]:
             targets.append(Target(paths[id(module)], name, module, geometry))
@@ -227,10 +225,10 @@ def _check_shared(base: nn.Module, targets: list[Target]) -> None:
         places.setdefault(id(thing), []).append(name)
     for target in targets:
         for _, thing in _things(target.module):
-            found = places[id(thing)]
-            if len(found) > 1:
+            place = places[id(thing)]
+            if len(place) > 1:
                 raise InjectionError(
-                    f"{found[0]} and {found[1]} are the same: heads of a shared attention module or of tied weights "
+                    f"{place[0]} and {place[1]} are the same: heads of a shared attention module or of tied weights "
                     "cannot go in one place only. Untie them first."
                 )
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.kinds import base_linear
-from sfa_adapters.heads.prune import PRUNED, Pruned, find_targets, plain_model, slice_heads
+from sfa_adapters.heads.prune import PRUNED, Pruned, find_targets, slice_heads
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.tuner import note_head_counts
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["PLAN_NAME", "load_pruned", "pruned_of", "read_pruned", "save_pruned"]
 
@@ -45,16 +46,16 @@ def pruned_of(model: nn.Module) -> Pruned:
     biases: list[str] = []
     base = plain_model(model)
     for name, module in base.named_modules():
-        own: Pruned | None = module.__dict__.get(PRUNED)
-        if own is None:
+        pruned: Pruned | None = module.__dict__.get(PRUNED)
+        if pruned is None:
             continue
         prefix = f"{name}." if name else ""
-        removed |= {prefix + path: gone for path, gone in own.plan.removed.items()}
-        heads |= {prefix + path: count for path, count in own.plan.num_heads.items()}
-        groups |= {prefix + path: count for path, count in own.plan.num_kv_heads.items()}
-        how |= own.plan.how
-        kinds.add(own.compensation)
-        biases += [prefix + path for path in own.biases]
+        removed |= {prefix + path: gone for path, gone in pruned.plan.removed.items()}
+        heads |= {prefix + path: count for path, count in pruned.plan.num_heads.items()}
+        groups |= {prefix + path: count for path, count in pruned.plan.num_kv_heads.items()}
+        how |= pruned.plan.how
+        kinds.add(pruned.compensation)
+        biases += [prefix + path for path in pruned.biases]
     if not removed:
         raise InjectionError(f"{type(base).__name__} has lost no heads; call prune_heads(model, plan) first.")
     return Pruned(HeadPlan(removed, heads, groups, how), "+".join(sorted(kinds)), tuple(biases))
@@ -80,22 +81,22 @@ def save_pruned(model: nn.Module, folder: str | Path) -> Path:
     pruned, base, folder = pruned_of(model), plain_model(model), Path(folder)
     if (folder / PLAN_NAME).exists():
         raise RecipeError(f"{folder} holds a pruned model already. Choose an empty folder.")
-    own = _own_names(base)
-    state = {name: tensor for key, tensor in base.state_dict().items() if (name := own(key)) is not None}
+    short_names = _own_names(base)
+    state = {name: tensor for key, tensor in base.state_dict().items() if (name := short_names(key)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(base, PreTrainedModel):
         # Names as the modules have them, so that the file can be checked against the model without a conversion.
         base.save_pretrained(folder, state_dict=state, save_original_format=False)
     else:
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, folder / WEIGHTS_NAME)
-    told = {
+    record = {
         "version": _VERSION,
         "model": type(base).__name__,
         "compensation": pruned.compensation,
         "biases": list(pruned.biases),
         "plan": json.loads(pruned.plan.to_json()),
     }
-    (folder / PLAN_NAME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (folder / PLAN_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -132,11 +133,11 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
         if target.path in pruned.biases:
             linear = base_linear(target.path, target.output)
             edits.put(linear, "bias", linear.weight.new_zeros(linear.out_features), linear.weight)
-    own = _own_names(inner)
-    _check_fits(inner, edits, tensors, folder, own)
+    short_names = _own_names(inner)
+    _check_fits(inner, edits, tensors, folder, short_names)
     edits.commit()
     note_head_counts(inner)
-    actual = {own(key): key for key in inner.state_dict()}
+    actual = {short_names(key): key for key in inner.state_dict()}
     # What is tied stands once in the file; all else was checked.
     inner.load_state_dict({actual[name]: tensor for name, tensor in tensors.items()}, strict=False)
     if isinstance(inner, PreTrainedModel):
@@ -174,9 +175,9 @@ def read_pruned(folder: Path) -> tuple[Pruned, str]:
     if not path.is_file():
         raise RecipeError(f"{folder} has no {PLAN_NAME}: it is no folder of save_pruned, or the save did not finish.")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        version, biases = told["version"], tuple(str(name) for name in told["biases"])
-        plan, compensation, kind = json.dumps(told["plan"]), str(told["compensation"]), str(told["model"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, biases = record["version"], tuple(str(name) for name in record["biases"])
+        plan, compensation, kind = json.dumps(record["plan"]), str(record["compensation"]), str(record["model"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read ({type(error).__name__}: {error}). Save the model anew.") from error
     if version != _VERSION:
@@ -201,16 +202,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_fits(
-    base: nn.Module, edits: Edits, tensors: dict[str, Tensor], folder: Path, own: Callable[[str], str | None]
+    base: nn.Module, edits: Edits, tensors: dict[str, Tensor], folder: Path, short_name: Callable[[str], str | None]
 ) -> None:
     shapes = {key: tensor.shape for key, tensor in base.state_dict().items()}
     paths = {id(module): name for name, module in base.named_modules()}
     for (owner, name), parameter in edits.parameters.items():
         shapes[f"{paths[id(owner)]}.{name}"] = parameter.shape
-    expected = {name: shape for key, shape in shapes.items() if (name := own(key)) is not None}
+    expected = {name: shape for key, shape in shapes.items() if (name := short_name(key)) is not None}
     unknown = sorted(tensors.keys() - expected.keys())
     # Keys that the model ties to others are not in the file.
-    tied = {own(key) for key in getattr(base, "all_tied_weights_keys", None) or ()}
+    tied = {short_name(key) for key in getattr(base, "all_tied_weights_keys", None) or ()}
     missing = sorted(expected.keys() - tensors.keys() - tied)
     wrong = sorted(name for name in tensors.keys() & expected.keys() if tensors[name].shape != expected[name])
     if unknown or missing or wrong:

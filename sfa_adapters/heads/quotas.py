@@ -62,7 +62,9 @@ def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[st
     """
     left = rounded_down(rate, map(len, values.values()))
     quotas = dict.fromkeys(values, 0)
-    for _, name in sorted(((value, name) for name, own in values.items() for value in own), key=lambda pair: pair[0]):
+    for _, name in sorted(
+        ((value, name) for name, head_scores in values.items() for value in head_scores), key=lambda pair: pair[0]
+    ):
         if left and quotas[name] < len(values[name]) - 1:
             quotas[name] += 1
             left -= 1
@@ -88,11 +90,11 @@ def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int,
     counts = [(g, n) for g in range(1, groups + 1) for n in range(1, size + 1)]
     nearest = min(abs(g * n - goal) for g, n in counts)
     best: tuple[float, int, set[int]] | None = None
-    for number, own in counts:
-        if abs(number * own - goal) != nearest:
+    for number, group in counts:
+        if abs(number * group - goal) != nearest:
             continue
         # The best `own` heads of every group, and then the groups with the best sums of those.
-        kept = [_highest(values, range(g * size, (g + 1) * size), own) for g in range(groups)]
+        kept = [_highest(values, range(g * size, (g + 1) * size), group) for g in range(groups)]
         sums = [sum(values[head] for head in heads) for heads in kept]
         stay = {head for g in _highest(sums, range(groups), number) for head in kept[g]}
         # Of different numbers of heads the larger one stays: scores may be negative, so sums would not tell.

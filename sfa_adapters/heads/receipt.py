@@ -16,10 +16,10 @@ from torch import nn
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.kinds import read_geometry
-from sfa_adapters.heads.probe import Probe, output_of, take_probe
-from sfa_adapters.heads.prune import plain_model
 from sfa_adapters.heads.pruned_files import pruned_of
+from sfa_adapters.heads.snapshot import Probe, output_of, take_probe
 from sfa_adapters.heads.speed import Speed, check_rounds, measure_speed
+from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["Probe", "PruneReceipt", "prune_receipt", "take_probe"]
 
@@ -99,8 +99,8 @@ def prune_receipt(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int =
     pruned = pruned_of(model)
     plan, base = pruned.plan, plain_model(model)
     now = {path: read_geometry(path, base.get_submodule(path)) for path in plan.num_heads}
-    heads = {path: (plan.num_heads[path], found.num_heads) for path, found in now.items()}
-    kv_heads = {path: (plan.num_kv_heads[path], found.num_kv_heads) for path, found in now.items()}
+    heads = {path: (plan.num_heads[path], value.num_heads) for path, value in now.items()}
+    kv_heads = {path: (plan.num_kv_heads[path], value.num_kv_heads) for path, value in now.items()}
     cached = [path for path in now if hasattr(base.get_submodule(path), "layer_idx")]
     channels = [2 * sum(kv_heads[path][side] * now[path].head_dim for path in cached) for side in (0, 1)]
 

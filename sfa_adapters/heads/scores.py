@@ -51,22 +51,24 @@ class HeadScores:
                 f"There are scores of {len(self.values)} attention modules and key/value heads of "
                 f"{len(self.num_kv_heads)}; both must name the same modules, at least one."
             )
-        for name, own in self.values.items():
+        for name, head_scores in self.values.items():
             groups = self.num_kv_heads[name]
-            if not own or type(groups) is not int or groups < 1 or len(own) % groups:
-                raise RecipeError(f"{name}: {len(own)} scores do not fit {groups!r} key/value heads.")
-            bad = [head for head, value in enumerate(own) if not math.isfinite(value)]
+            if not head_scores or type(groups) is not int or groups < 1 or len(head_scores) % groups:
+                raise RecipeError(f"{name}: {len(head_scores)} scores do not fit {groups!r} key/value heads.")
+            bad = [head for head, value in enumerate(head_scores) if not math.isfinite(value)]
             if bad:
                 raise RecipeError(
-                    f"{name}: the score of head {bad[0]} is {own[bad[0]]}. Check weights and inputs for NaN, and "
-                    "calibrate in bfloat16 or float32."
+                    f"{name}: the score of head {bad[0]} is {head_scores[bad[0]]}. Check weights and inputs for NaN, "
+                    "and calibrate in bfloat16 or float32."
                 )
-        object.__setattr__(self, "values", {n: tuple(float(v) for v in own) for n, own in self.values.items()})
+        object.__setattr__(
+            self, "values", {n: tuple(float(v) for v in head_scores) for n, head_scores in self.values.items()}
+        )
 
     @property
     def num_heads(self) -> dict[str, int]:
         """Query heads of each module."""
-        return {name: len(own) for name, own in self.values.items()}
+        return {name: len(head_scores) for name, head_scores in self.values.items()}
 
     def check(self, model: nn.Module) -> None:
         """Whether these are scores of a model.
@@ -74,20 +76,20 @@ class HeadScores:
         Raises:
             RecipeError: The model lacks a scored module, has other head counts, or has other weights.
         """
-        found = attention_modules(model)
+        modules = attention_modules(model)
         for name, heads in self.num_heads.items():
-            if name not in found:
+            if name not in modules:
                 raise RecipeError(
                     f"The scores name the attention module {name}, which {type(model).__name__} does not have; it has "
-                    f"{next(iter(found), 'none')}. Load the model as it was calibrated, or calibrate this one."
+                    f"{next(iter(modules), 'none')}. Load the model as it was calibrated, or calibrate this one."
                 )
-            layer = head_layer(name, found[name])
+            layer = head_layer(name, modules[name])
             if (layer.num_heads, layer.num_kv_heads) != (heads, self.num_kv_heads[name]):
                 raise RecipeError(
                     f"{name} has {layer.num_heads} query and {layer.num_kv_heads} key/value heads, the scores are of "
                     f"{heads} and {self.num_kv_heads[name]}. Calibrate this model."
                 )
-        weights = weights_digest({name: found[name] for name in self.values})
+        weights = weights_digest({name: modules[name] for name in self.values})
         if self.model.get("weights", weights) != weights:
             raise RecipeError(
                 f"The attention weights are not those of {self.model.get('name', 'the model')} that was calibrated "
@@ -106,16 +108,18 @@ class HeadScores:
             RecipeError: The text holds no head scores, is of a newer version, or a score cannot be used.
         """
         try:
-            told = dict(json.loads(text))
-            version = told.pop("version")
+            record = dict(json.loads(text))
+            version = record.pop("version")
             if version != _VERSION:
                 raise RecipeError(
                     f"The head scores have version {version!r}; this library reads {_VERSION}. Update it."
                 )
-            told["values"] = {name: tuple(float(v) for v in own) for name, own in told["values"].items()}
+            record["values"] = {
+                name: tuple(float(v) for v in head_scores) for name, head_scores in record["values"].items()
+            }
             for name in ("num_kv_heads", "model", "data", "settings"):
-                told[name] = dict(told[name])
-            return cls(**told)
+                record[name] = dict(record[name])
+            return cls(**record)
         except RecipeError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -31,8 +31,8 @@ class Edits:
 
     def tensor(self, owner: nn.Module, name: str) -> Tensor | None:
         """A parameter as it will be."""
-        found = self.parameters.get((owner, name))
-        return owner._parameters[name] if found is None else found
+        edited = self.parameters.get((owner, name))
+        return owner._parameters[name] if edited is None else edited
 
     def put(self, owner: nn.Module, name: str, tensor: Tensor, like: Tensor) -> None:
         """A new value for a parameter, trained or not as `like` is."""

@@ -20,7 +20,7 @@ from torch import nn
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.expected import can_answer, decode_bytes, flops_of
-from sfa_adapters.heads.probe import Probe, evaluating, output_of, whole
+from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, whole
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer, cache_bytes, call_seconds, peak_of, token_seconds
 
@@ -102,11 +102,11 @@ class Speed:
         title = "forward" if self.decode is None else "prefill"
         lines = [_line(title, _milliseconds(self.prefill), self.prefill_ratio, self.expected_prefill)]
         if self.decode is not None and self.decode_ratio is not None and self.expected_decode is not None:
-            told = _milliseconds(self.decode) + " per token"
-            lines.append(_line("decode", told, self.decode_ratio, self.expected_decode))
+            parts = _milliseconds(self.decode) + " per token"
+            lines.append(_line("decode", parts, self.decode_ratio, self.expected_decode))
         sizes = {"weights": self.weights, "prompt cache": self.cache, "peak": self.peak}
-        told = ", ".join(f"{name} {_megabytes(pair)}" for name, pair in sizes.items() if pair is not None)
-        return "\n".join([*lines, f"{'memory':12}  {told}", f"{'verdict':12}  {self.verdict}"])
+        parts = ", ".join(f"{name} {_megabytes(pair)}" for name, pair in sizes.items() if pair is not None)
+        return "\n".join([*lines, f"{'memory':12}  {parts}", f"{'verdict':12}  {self.verdict}"])
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ def measure_speed(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int =
         for number in range(rounds + 1):  # the first warms up
             for original in (number % 2 == 0, number % 2 == 1):
                 with whole(probe, model) if original else nullcontext():
-                    found = _seconds(probe.inputs, model, tokens)
+                    seconds = _seconds(probe.inputs, model, tokens)
                 if number:
-                    times[original].append(found)
-    first, decode = ([[own[part] for own in times[key]] for key in (True, False)] for part in (0, 1))
+                    times[original].append(seconds)
+    first, decode = ([[pair[part] for pair in times[key]] for key in (True, False)] for part in (0, 1))
     speed = {
         "prefill": _medians(first),
         "prefill_ratio": _ratio(first),
@@ -216,7 +216,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _medians(pair: Iterable[list[float]]) -> tuple[float, float]:
-    before, after = (statistics.median(own) for own in pair)
+    before, after = (statistics.median(times) for times in pair)
     return before, after
 
 
@@ -228,8 +228,8 @@ def _times(ratio: Interval) -> str:
     return f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _line(title: str, told: str, measured: Interval, expected: float) -> str:
-    return f"{title:12}  {told}, {_times(measured)} as fast, expected {expected:.2f}x"
+def _line(title: str, name: str, measured: Interval, expected: float) -> str:
+    return f"{title:12}  {name}, {_times(measured)} as fast, expected {expected:.2f}x"
 
 
 def _milliseconds(pair: tuple[float, float]) -> str:

@@ -1,8 +1,14 @@
 """Fewer tokens in the host: DyMU merges similar ones in the tower, FastV drops unread ones in the language model."""
 
-from sfa_adapters.reduction.calibrate import calibrate_dymu
-from sfa_adapters.reduction.dymu import eject_dymu, inject_dymu, token_counts
-from sfa_adapters.reduction.dymu_config import DyMUConfig, load_dymu, save_dymu
+from sfa_adapters.reduction.dymu import (
+    DyMUConfig,
+    calibrate_dymu,
+    eject_dymu,
+    inject_dymu,
+    load_dymu,
+    save_dymu,
+    token_counts,
+)
 from sfa_adapters.reduction.fastv import FastVConfig, eject_fastv, inject_fastv
 
 __all__ = [

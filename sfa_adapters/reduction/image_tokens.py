@@ -1,4 +1,4 @@
-"""Where the image tokens of a prompt stand, sample by sample, and which modules of a host read them.
+"""Where the image tokens of a prompt stand, sample by sample.
 
 Nothing here counts on one image, one length or a start index: places come from the placeholder ids that the host's own
 configuration names. Counts are copied to the host while the tower still runs, so nobody waits for them later.
@@ -9,80 +9,13 @@ Shape letters: B samples, L tokens of a prompt.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.errors import InjectionError
-
-__all__ = ["Counts", "Decoder", "arguments", "find_decoder", "image_places", "image_token_ids"]
-
-ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
-
-@dataclass(frozen=True, eq=False)
-class Decoder:
-    """The language model of a host.
-
-    Attributes:
-        module: It; its forward takes `inputs_embeds` and a cache.
-        layers: Its decoder layers in order of execution.
-        outer: The modules around it, outermost first; some of them see the ids of a prompt, labels or pixels.
-        host: The model of transformers, without wrappers of PEFT.
-    """
-
-    module: nn.Module
-    layers: tuple[nn.Module, ...]
-    outer: tuple[nn.Module, ...]
-    host: nn.Module
-
-
-def find_decoder(model: nn.Module) -> Decoder:
-    """Finds the language model of a vision-language model.
-
-    Args:
-        model: A host of transformers, also inside a `PeftModel`.
-
-    Raises:
-        InjectionError: There is none with a list of decoder layers.
-    """
-    host: Any = model
-    while hasattr(host, "get_base_model"):
-        host = host.get_base_model()
-    module = host.get_decoder() if hasattr(host, "get_decoder") else None
-    layers: Any = getattr(module, "layers", None)
-    if module is None or module is host or not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise InjectionError(
-            f"{type(host).__name__} has no language model with decoder layers behind a vision tower. Pass a "
-            "vision-language model of transformers, such as LlavaForConditionalGeneration."
-        )
-    path = next(name for name, child in model.named_modules() if child is module)
-    parts = path.split(".")
-    outer = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    return Decoder(module, tuple(layers), tuple(outer), host)
-
-
-def image_token_ids(host: nn.Module) -> tuple[int, ...]:
-    """The placeholder ids of images and videos that the host's configuration names.
-
-    Raises:
-        InjectionError: It names none.
-    """
-    config: Any = getattr(host, "config", None)
-    found: set[int] = set()
-    for name in ID_NAMES:
-        value = getattr(config, name, None)
-        if value is not None:
-            found |= {int(v) for v in value} if isinstance(value, Iterable) else {int(value)}
-    if not found:
-        raise InjectionError(
-            f"The config of {type(host).__name__} names no image token ({', '.join(ID_NAMES[:2])}), so the places of "
-            "its image tokens are not known."
-        )
-    return tuple(sorted(found))
+__all__ = ["Counts", "arguments", "image_places"]
 
 
 def image_places(input_ids: Tensor, ids: tuple[int, ...]) -> Tensor:

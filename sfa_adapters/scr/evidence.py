@@ -88,14 +88,14 @@ class Evidence:
         for name, given in (("evidence_boxes", boxes), ("page_sizes", sizes)):
             if len(given) != samples:
                 raise DataError(f"{name} has {len(given)} entries for {samples} samples.")
-        found = []
-        for number, (own, size) in enumerate(zip(boxes, sizes, strict=True)):
+        covered = []
+        for number, (page_boxes, size) in enumerate(zip(boxes, sizes, strict=True)):
             height, width = (float(side) for side in size)
             try:
-                found.append(boxes_to_tokens(own, (height, width), shape))
+                covered.append(boxes_to_tokens(page_boxes, (height, width), shape))
             except DataError as error:
                 raise DataError(f"Sample {number}: {error}") from None
-        return torch.stack(found)
+        return torch.stack(covered)
 
 
 def patch_density(images: Tensor, grid: tuple[int, int], watch: Watch) -> Tensor:

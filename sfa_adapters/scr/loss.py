@@ -69,7 +69,7 @@ class SCRLoss:
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self._watch = Watch(model, self.config)
         self._seen: Seen | None = None
-        self._told: set[Term] = set()
+        self._reported: set[Term] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -124,19 +124,19 @@ class SCRLoss:
             raise ObservationError("No forward was watched: run `with scr.watch(): outputs = model(**inputs)` first.")
         warmth = self.config.warmth(self.step if step is None else step)
         self.step += 1
-        found: dict[Term, _Result] = {}
+        loss_terms: dict[Term, _Result] = {}
         for term in self.config.active:
             if term == "entropy":
-                found[term] = self._entropy(seen)
+                loss_terms[term] = self._entropy(seen)
             elif term == "grounding":
-                found[term] = self._grounding(seen, inputs, Evidence(evidence_boxes, evidence_mask, page_sizes))
+                loss_terms[term] = self._grounding(seen, inputs, Evidence(evidence_boxes, evidence_mask, page_sizes))
             else:
-                found[term] = self._stability(outputs, inputs)
+                loss_terms[term] = self._stability(outputs, inputs)
         # A leaf, so that `backward` of a step in which everything was skipped does nothing instead of failing.
         device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
         total = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
         terms: dict[str, float] = {}
-        for term, result in found.items():
+        for term, result in loss_terms.items():
             if result.value is not None:
                 self._check_gradient(term, result.value)
                 total = total + warmth * self.config.weight(term) * result.value.to(total.device)
@@ -147,8 +147,8 @@ class SCRLoss:
         return total, terms
 
     def _check_gradient(self, term: Term, value: Tensor) -> None:
-        if torch.is_grad_enabled() and not value.requires_grad and term not in self._told:
-            self._told.add(term)
+        if torch.is_grad_enabled() and not value.requires_grad and term not in self._reported:
+            self._reported.add(term)
             warnings.warn(
                 f"The {term} term has no gradient: every parameter in front of its layers is frozen. Train the vision "
                 f"tower or adapters in it, or set {term}=0.",
@@ -184,8 +184,8 @@ class SCRLoss:
         # A row of evidence belongs to a label; here it belongs to the query before.
         target = target[:, None].expand(-1, ids.shape[1], -1) if target.ndim == 2 else target.roll(-1, dims=1)
         rows, used = choose_rows(queries & (target > 0).any(-1), self.config.max_rows, self.generator)
-        own = target.take_along_dim(rows[..., None], dim=1)
-        found = []
+        row_target = target.take_along_dim(rows[..., None], dim=1)
+        losses = []
         for name in self._watch.language if rows.shape[1] else ():
             call = seen.calls[name]
             if (call.batch_size, call.num_queries) != tuple(ids.shape):
@@ -194,13 +194,15 @@ class SCRLoss:
                     f"{tuple(ids.shape)}: places of image and answer tokens are not known."
                 )
             places, config = tokens.places + call.past, self.config
-            found.append(
-                grounding_rows(call, rows, places, tokens.present, own, config.grounding_kind, config.block_bytes)
+            losses.append(
+                grounding_rows(
+                    call, rows, places, tokens.present, row_target, config.grounding_kind, config.block_bytes
+                )
             )
-            used = used & found[-1][2]
+            used = used & losses[-1][2]
         if not bool(used.any()):
             return _result((), (), used)
-        values, masses, _ = zip(*found, strict=True)
+        values, masses, _ = zip(*losses, strict=True)
         return _result([sample_mean(v, used) for v in values], [sample_mean(m, used) for m in masses], used)
 
     def _stability(self, outputs: Any, inputs: Mapping[str, Any]) -> _Result:

@@ -89,9 +89,9 @@ def _at_keys(matrix: Tensor, keys: Tensor) -> Tensor:
 
 def _recomputed(compute: Callable[..., Tensor], *blocks: Tensor) -> Tensor:
     """Runs without keeping intermediate results; they are computed again in `backward`."""
-    found = checkpoint(compute, *blocks, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(found, Tensor)
-    return found
+    result = checkpoint(compute, *blocks, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _per_block(call: AttentionCall, keys: int, block_bytes: int) -> int:
@@ -114,8 +114,10 @@ def row_entropies(call: AttentionCall, rows: Tensor, block_bytes: int = BLOCK_BY
     """
 
     def compute(block: Tensor) -> Tensor:
-        own = narrowed(call, block)
-        return row_entropy(own, rows_of(own, torch.arange(block.shape[1], device=call.device)), normalize=True)
+        block_call = narrowed(call, block)
+        return row_entropy(
+            block_call, rows_of(block_call, torch.arange(block.shape[1], device=call.device)), normalize=True
+        )
 
     blocks = rows.split(_per_block(call, call.num_keys, block_bytes), dim=1)
     return torch.cat([_recomputed(compute, block) for block in blocks], dim=2)
@@ -165,8 +167,8 @@ def grounding_rows(
     """
 
     def compute(block: Tensor, wanted: Tensor) -> Tensor:
-        own = narrowed(call, block, keys, present)
-        seen = rows_of(own, torch.arange(block.shape[1], device=call.device))
+        block_call = narrowed(call, block, keys, present)
+        seen = rows_of(block_call, torch.arange(block.shape[1], device=call.device))
         log_attention = seen.logits.log_softmax(-1).logsumexp(1) - math.log(call.num_heads)
         # Evidence behind a mask cannot be looked at.
         target = wanted.to(log_attention.dtype) * (seen.logits > HIDDEN / 2).any(1)
@@ -210,10 +212,10 @@ def jeffreys(first: Tensor, second: Tensor, block_bytes: int = BLOCK_BYTES) -> T
 
     size = max(1, block_bytes // (4 * first.shape[-1]))
     pairs = zip(first.split(size), second.split(size), strict=True)
-    found = torch.cat([_recomputed(compute, *pair) for pair in pairs])
-    if not bool(found.isfinite().all()):
+    divergences = torch.cat([_recomputed(compute, *pair) for pair in pairs])
+    if not bool(divergences.isfinite().all()):
         raise ObservationError("The model's answer logits are NaN or infinite: there is no stability to measure.")
-    return found
+    return divergences
 
 
 def sample_mean(values: Tensor, used: Tensor) -> Tensor:

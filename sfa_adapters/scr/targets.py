@@ -53,18 +53,20 @@ def boxes_to_tokens(boxes: Sequence[Box] | Tensor, page: tuple[float, float], gr
     height, width = page
     if not (height > 0 and width > 0 and math.isfinite(height) and math.isfinite(width)):
         raise DataError(f"page={page} must be height and width in pixels, above 0.")
-    found = torch.as_tensor(boxes, dtype=torch.float32).cpu()
-    found = found.reshape(0, 4) if found.numel() == 0 else found
-    if found.ndim != 2 or found.shape[1] != 4:
-        raise DataError(f"boxes {tuple(found.shape)} must be [n, 4]: left, top, right, bottom.")
-    found = found[~found.isnan().all(1)]
-    ordered = found.isfinite().all(1) & (found[:, 0] <= found[:, 2]) & (found[:, 1] <= found[:, 3])
+    corners = torch.as_tensor(boxes, dtype=torch.float32).cpu()
+    corners = corners.reshape(0, 4) if corners.numel() == 0 else corners
+    if corners.ndim != 2 or corners.shape[1] != 4:
+        raise DataError(f"boxes {tuple(corners.shape)} must be [n, 4]: left, top, right, bottom.")
+    corners = corners[~corners.isnan().all(1)]
+    ordered = corners.isfinite().all(1) & (corners[:, 0] <= corners[:, 2]) & (corners[:, 1] <= corners[:, 3])
     if not bool(ordered.all()):
         number = int((~ordered).nonzero()[0])
-        raise DataError(f"boxes[{number}]={found[number].tolist()} must be left <= right and top <= bottom, in pixels.")
+        raise DataError(
+            f"boxes[{number}]={corners[number].tolist()} must be left <= right and top <= bottom, in pixels."
+        )
     # In tokens; both sides of a box at once are the product of one side each.
-    down = _overlap(found[:, 1] * grid[0] / height, found[:, 3] * grid[0] / height, grid[0])
-    across = _overlap(found[:, 0] * grid[1] / width, found[:, 2] * grid[1] / width, grid[1])
+    down = _overlap(corners[:, 1] * grid[0] / height, corners[:, 3] * grid[0] / height, grid[0])
+    across = _overlap(corners[:, 0] * grid[1] / width, corners[:, 2] * grid[1] / width, grid[1])
     return torch.einsum("nr,nc->rc", down, across).clamp(max=1).flatten()
 
 
@@ -124,8 +126,8 @@ def packed_evidence(
                 f"Sample {sample} has {int(number[sample, -1])} answers, but boxes for {len(questions)} questions. "
                 "Questions that share an answer's run of labels, or that have none, cannot be told apart."
             )
-        for question, own in enumerate(questions, start=1):
-            evidence[sample, real[sample] & (number[sample] == question)] = boxes_to_tokens(own, page, grid)
+        for question, sample_question in enumerate(questions, start=1):
+            evidence[sample, real[sample] & (number[sample] == question)] = boxes_to_tokens(sample_question, page, grid)
     return evidence
 
 

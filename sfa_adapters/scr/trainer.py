@@ -67,8 +67,8 @@ class SCRTrainerMixin(_Trainer):
             self._scr = SCRLoss(model, self.scr_config)
         with self._scr.watch():
             # A copy: label smoothing takes the labels out of it.
-            found = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
-        loss, outputs = found
+            computed = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        loss, outputs = computed
         penalty, terms = self._scr(outputs, inputs, step=self.state.global_step, **evidence)
         self._remember(terms)
         loss = loss + penalty.to(loss.device) / self._accumulated(num_items_in_batch)

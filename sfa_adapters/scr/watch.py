@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import attention_modules, observe
 from sfa_adapters.registry import find_tower
 from sfa_adapters.scr.augment import Statistics
 from sfa_adapters.scr.config import SCRConfig
+from sfa_adapters.tower_input import TowerInput, watching_input
+from sfa_adapters.vlm.parts import image_token_side, still_image_id
+from sfa_adapters.vlm.records import find_spec
 
 __all__ = ["Seen", "Watch"]
 
+# The name of the feature, for `sfa_adapters.hooks`.
+SCR = "scr"
 TILES_BEHIND = "image_newline"  # the parameter of hosts that put the whole page in front of its tiles
 
 
@@ -33,6 +39,11 @@ class Seen:
 
     calls: dict[str, AttentionCall] = field(default_factory=dict)
     towers: list[tuple[Tensor, tuple[int, int]]] = field(default_factory=list)
+
+    def record_input(self, given: TowerInput) -> None:
+        """The tower is called with images."""
+        if isinstance(given.images, Tensor) and given.grid is not None:
+            self.towers.append((given.images.detach(), given.grid))
 
     @property
     def tower(self) -> tuple[Tensor, tuple[int, int]]:
@@ -109,25 +120,11 @@ class Watch:
 
         with ExitStack() as stack:
             if self.tower is not None and self.tower.backbone.grid_of_input is not None:
-                seer = self.tower.tower.get_submodule(self.tower.backbone.image_module)
-                handle = seer.register_forward_pre_hook(self._see_images(seen), with_kwargs=True)
-                stack.callback(handle.remove)
+                tower, backbone = self.tower.tower, self.tower.backbone
+                stack.enter_context(watching_input(tower, backbone, SCR, seen.record_input, seen))
             if self.vision or self.language:
                 stack.enter_context(observe(self.model, keep, modules=[*self.vision, *self.language]))
             yield seen
-
-    def _see_images(self, seen: Seen) -> Any:
-        found = self.tower
-        assert found is not None
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            images = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
-            assert found.backbone.grid_of_input is not None
-            grid = found.backbone.grid_of_input(module, args, kwargs) or found.backbone.geometry(found.tower).grid
-            if isinstance(images, Tensor) and grid is not None:
-                seen.towers.append((images.detach(), grid))
-
-        return see
 
     # -- facts about the host -----------------------------------------------------------------------------------------
 
@@ -143,15 +140,12 @@ class Watch:
 
     def token_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of image tokens that `grid` patches become (InternVL: 4 patches to a token)."""
-        ratio = getattr(self._config, "downsample_ratio", None)
-        tokens = getattr(self._config, "mm_tokens_per_image", None)
-        if ratio is not None:
-            per_side = round(1 / ratio)
-        elif tokens is not None:
-            per_side = round((grid[0] * grid[1] / tokens) ** 0.5)
+        spec = find_spec(self.host)
+        if spec is not None and spec.image_tokens is not None:
+            side = spec.image_tokens.side(self._config)
         else:
-            per_side = int(getattr(self._config, "scale_factor", 1))
-        return grid[0] // per_side, grid[1] // per_side
+            side = image_token_side(self._config, grid)
+        return grid[0] // side, grid[1] // side
 
     @property
     def statistics(self) -> Statistics:
@@ -160,12 +154,10 @@ class Watch:
         Raises:
             DataError: They are not known.
         """
-        seam = None if self.tower is None else self.tower.backbone.patches
-        own = (None, None) if self.tower is None or seam is None else seam.statistics(self.tower.tower)
-        mean, std = self.config.image_mean or own[0], self.config.image_std or own[1]
-        if mean is None or std is None:
+        known = image_statistics(self.tower, self.config.image_mean, self.config.image_std)
+        if known is None:
             raise DataError("Set image_mean and image_std in SCRConfig: what this model's images are normalised with.")
-        return mean, std
+        return known
 
     @property
     def _config(self) -> Any:
@@ -177,10 +169,9 @@ def _host(model: nn.Module) -> tuple[Any, int]:
         # PEFT's wrapper shows the configuration of the model inside, but is not that model.
         if type(module).__module__.startswith("peft.") or not hasattr(module, "get_input_embeddings"):
             continue
-        for name in ("image_token_id", "image_token_index"):
-            token = getattr(getattr(module, "config", None), name, None)
-            if isinstance(token, int):
-                return module, token
+        token = still_image_id(getattr(module, "config", None))
+        if token is not None:
+            return module, token
     raise InjectionError(
         f"{type(model).__name__} has no image_token_id in its configuration. SCR needs a vision-language model of "
         "transformers whose image tokens stand in input_ids."

@@ -77,11 +77,11 @@ def load_baked(folder: str | Path, **options: Any) -> Any:
         (record["tower"], record["tower_class"]),
         *((x["module"], x["class"]) for x in record["layers"]),
     ]:
-        found = type(modules[path]).__name__ if path in modules else "nothing"
-        if found != kind:
+        class_name = type(modules[path]).__name__ if path in modules else "nothing"
+        if class_name != kind:
             raise BakedBiasError(
-                f"{path or 'the model'} should be a {kind}, found {found}. The model was exported with transformers "
-                f"{record['versions']['transformers']}; this is {transformers.__version__}."
+                f"{path or 'the model'} should be a {kind}, found {class_name}. The model was exported with "
+                f"transformers {record['versions']['transformers']}; this is {transformers.__version__}."
             )
     with safe_open(folder / "sfa_bias.safetensors", framework="pt") as file:
         for number, layer in enumerate(record["layers"]):

@@ -25,7 +25,7 @@ HALF_TOLERANCE = 5e-2
 
 
 def difference_of(
-    found: FoundTower,
+    located: FoundTower,
     layers: Layers,
     factors: Sequence[BiasFactors],
     size: tuple[int, int],
@@ -35,7 +35,7 @@ def difference_of(
     Raises:
         BiasNotAppliedError: It is more than rounding.
     """
-    tower: Any = found.tower
+    tower: Any = located.tower
     like = next(tower.parameters())
     channels = int(getattr(tower.config, "num_channels", 3))
     # Drawn by a generator of its own: an export must not move the random numbers of a training that goes on.

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.sharing.facts import RunFacts, read_facts
 from sfa_adapters.sharing.metadata import card_metadata, hub_id, plain_name
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["MARK", "model_card"]
 
@@ -86,8 +86,8 @@ def _opening(recipe: Recipe, sfa: Mapping[str, Any] | None) -> str:
 def _data(recipe: Recipe) -> str:
     if recipe.data in ("charts", "pages"):
         return f"rendered {recipe.data}"
-    found = hub_id(recipe.data)
-    name = f"[{found}](https://huggingface.co/datasets/{found})" if found else f"`{plain_name(recipe.data)}`"
+    dataset = hub_id(recipe.data)
+    name = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"`{plain_name(recipe.data)}`"
     return name + (f" ({recipe.data_config})" if recipe.data_config else "")
 
 
@@ -96,7 +96,7 @@ def _loading(recipe: Recipe, sizes: Mapping[str, int], repo_id: str | None) -> s
     text = (
         "## Load it\n\n```python\nfrom sfa_adapters.sharing import fetch\n"
         "from sfa_adapters.training.checkpoints import load_trained, saved_recipe\n"
-        "from sfa_adapters.training.hosts import load_host\n\n"
+        "from sfa_adapters.hosts.load import load_host\n\n"
         f'folder = fetch("{where}")\nhost = load_host(saved_recipe(folder), train=False)  # the base model and its '
         "processor\nload_trained(host, folder)  # host.model, host.processor\n```"
     )
@@ -136,7 +136,7 @@ def _adapter(recipe: Recipe, sfa: Mapping[str, Any] | None, sizes: Mapping[str, 
 
 def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> str:
     length = f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs:g} epochs"
-    asked = f"{recipe.train_split} split" + (f", at most {recipe.limit:,} questions" if recipe.limit else "")
+    trained_on = f"{recipe.train_split} split" + (f", at most {recipe.limit:,} questions" if recipe.limit else "")
     rates = {
         "all": recipe.lr,
         "tower": recipe.vision_lr,
@@ -151,7 +151,7 @@ def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> s
     ]
     losses = {"entropy": recipe.scr_entropy, "grounding": recipe.scr_grounding, "stability": recipe.scr_stability}
     rows = [
-        ("data", f"{_data(recipe)}, {asked}"),
+        ("data", f"{_data(recipe)}, {trained_on}"),
         ("questions trained on", UNKNOWN if facts.examples is None else f"{facts.examples:,}"),
         ("left out (broken images, ...)", UNKNOWN if facts.skipped is None else f"{facts.skipped:,}"),
         ("tuned parts of the base", ", ".join(name for name, frozen in trained if not frozen) or "none"),
@@ -167,7 +167,7 @@ def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> s
         ("largest SFA scalars at the end", _scalars(recipe, facts)),
         ("training loss at the end", UNKNOWN if facts.loss is None else f"{facts.loss:.4g}"),
         ("command", f"`{facts.command}`" if facts.command else UNKNOWN),
-        ("versions", ", ".join(f"{name} {found}" for name, found in versions.items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return "## How it was trained\n\n" + _table(rows) + f"\n\nAll settings: `{RECORD}`."
 
@@ -206,8 +206,8 @@ def _results(recipe: Recipe, facts: RunFacts) -> str:
         for score in table.get("scores", ()):
             lines.append(f"| {score['group']} | {score['of']:,} | {_percent(score)} |")
         counts = {name: table.get(name) for name in ("failed", "truncated", "unscored")}
-        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        lines += ["", f"Of {table.get('rows', '?')} questions: {told}."] if told else []
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        lines += ["", f"Of {table.get('rows', '?')} questions: {listed}."] if listed else []
         blocks.append("\n".join(lines))
     blocks.append(
         "Intervals are percentile bootstraps over the questions; they say nothing about other seeds or other data. "

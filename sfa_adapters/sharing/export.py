@@ -19,15 +19,15 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sfa_adapters.adat.tokenizer import ADAT_STATE
 from sfa_adapters.bias import BiasFactors, bias_factors
+from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError, RecipeError
-from sfa_adapters.heads.facts import pruned_facts
+from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.hooks import features_of
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower, find_tower, pair
@@ -121,29 +121,29 @@ def export_baked(
     if recipe is not None:
         base_model, revision = base_model or recipe.model, revision or recipe.revision
         dtype = dtype or getattr(torch, recipe.dtype)
-    found, layers = _check(model)
+    located, layers = _check(model)
     dtype = floating_dtype(model, dtype)
-    grid, prefix = _grid(found)
+    grid, prefix = _grid(located)
     factors = [_factors(layer, grid, prefix) for _, _, layer in layers]
-    patch = pair(found.tower.config.patch_size)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    patch = pair(located.tower.config.patch_size)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     record: dict[str, Any] = {
         "format": baked.FORMAT,
         "form": form,
         "model_class": type(model).__name__,
         "dtype": str(dtype).removeprefix("torch."),
-        "tower": found.name,
-        "tower_class": type(found.tower).__name__,
+        "tower": located.name,
+        "tower_class": type(located.tower).__name__,
         "grid": list(grid),
         "patch_size": list(patch),
         "prefix_tokens": prefix,
         "heads": layers[0][2].num_heads,
-        "mask_argument": found.backbone.mask_argument,
+        "mask_argument": located.backbone.mask_argument,
         "layers": [{"module": name, "class": type(attention).__name__} for name, attention, _ in layers],
         "base_model": base_model,
         "base_revision": revision,
         "versions": {"transformers": transformers.__version__, "sfa_adapters": version("sfa-adapters")},
     }
-    difference = difference_of(found, layers, factors, (grid[0] * patch[0], grid[1] * patch[1]))
+    difference = difference_of(located, layers, factors, (grid[0] * patch[0], grid[1] * patch[1]))
     tensors = _tensors(factors, form, dtype)
     with new_folder(folder) as partial:
         inner = partial / "model"
@@ -185,7 +185,7 @@ def _own_config(model: Any) -> Iterator[Any]:
 
 def _unwrap(model: Any) -> Any:
     """The model under a `PeftModel`; its layers are changed in place."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return plain_model(model)
 
 
 def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFALayer]]]:
@@ -195,35 +195,35 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
     layers = [entry for entry in layers if entry[2].active]
     if not layers:
         raise InjectionError("No SFA adapter of the model is active; switch on the one to bake.")
-    found = find_tower(model)
-    where = found.name or type(model).__name__
+    located = find_tower(model)
+    where = located.name or type(model).__name__
     if pruned_facts(model) is not None:
         raise RecipeError(
             f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
             "have shapes of their own. Use save_pruned, and save_sfa beside it."
         )
-    if any(ADAT_STATE in module.__dict__ for module in model.modules()):
+    if "adat" in features_of(model):
         raise RecipeError(
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "
             "without them (adat off, eject_adat), or share the adapter."
         )
-    if found.backbone.segment_layouts is not None:
+    if located.backbone.segment_layouts is not None:
         raise RecipeError(
-            f"{where} is a {found.backbone.name} tower: it takes pages of any size and cuts each into windows of its "
+            f"{where} is a {located.backbone.name} tower: it takes pages of any size and cuts each into windows of its "
             "own, so there is no one bias to bake. Share the adapter instead."
         )
-    if found.backbone.wrap_attention is not None or not isinstance(model, PreTrainedModel):
+    if located.backbone.wrap_attention is not None or not isinstance(model, PreTrainedModel):
         raise RecipeError(
             f"{type(model).__name__} is not a class of transformers whose attention takes a mask, so it cannot load "
             "without code of its own. Bake the -HF variant of the model, or share the adapter."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RecipeError("model.add_adapter() was used: save_pretrained would write that adapter only. Inject it.")
-    return found, layers
+    return located, layers
 
 
-def _grid(found: FoundTower) -> tuple[tuple[int, int], int]:
-    geometry = found.backbone.geometry(found.tower)
+def _grid(located: FoundTower) -> tuple[tuple[int, int], int]:
+    geometry = located.backbone.geometry(located.tower)
     assert geometry.grid is not None  # only segmented towers have none
     return geometry.grid, geometry.prefix_tokens
 

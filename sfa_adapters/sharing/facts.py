@@ -61,8 +61,8 @@ class RunFacts:
         """
         program = Path(sys.argv[0]).name
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        found = {"command": shlex.join([program, *sys.argv[1:]]), "hardware": describe_hardware()}
-        return cls(**{**found, "processes": processes, **known})
+        values = {"command": shlex.join([program, *sys.argv[1:]]), "hardware": describe_hardware()}
+        return cls(**{**values, "processes": processes, **known})
 
 
 def describe_hardware() -> str:
@@ -96,8 +96,8 @@ def read_facts(folder: str | Path) -> RunFacts:
     if not path.is_file():
         return RunFacts()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return RunFacts(**{**found, "scores": tuple(_mappings(found.get("scores", ())))})
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return RunFacts(**{**record, "scores": tuple(_mappings(record.get("scores", ())))})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Remove it to make a card without it.") from error
 

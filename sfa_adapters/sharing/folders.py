@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.folders import MANIFEST, what_is_missing
+from sfa_adapters.files import MANIFEST, draft_folder, what_is_missing
 
 __all__ = ["CARD", "SHARED_FILES", "adapter_files", "file_errors", "new_folder", "result_files"]
 
@@ -48,15 +47,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise RecipeError(f"{folder} is there already. Choose another folder, or remove it first.")
     partial = folder.absolute().with_name(f".{folder.absolute().name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with file_errors(folder):
-            partial.mkdir(parents=True)
-            yield partial
-            if folder.exists():
-                folder.rmdir()
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with file_errors(folder), draft_folder(partial):
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
 
 
 @contextmanager
@@ -90,30 +85,30 @@ def adapter_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RecipeError(f"{folder} is no folder.")
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    links = [name for name in found if found[name].is_symlink()]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    links = [name for name in files if files[name].is_symlink()]
     links += [path.name for path in folder.rglob("*") if path.is_dir() and path.is_symlink()]
     if links:
         raise RecipeError(f"{folder} holds a link, {links[0]}; what it points to is not looked into. Copy the file.")
-    pickles = [name for name in found if name.endswith(PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         raise RecipeError(
             f"{folder} holds {', '.join(pickles[:3])}, which can run code where it is loaded; that is not shared. "
             "Share the finished run, not a checkpoint of its training."
         )
-    foreign = [name for name in found if name not in SHARED_FILES]
+    foreign = [name for name in files if name not in SHARED_FILES]
     if foreign:
         raise RecipeError(
             f"{folder} holds files that are no part of an adapter: {', '.join(foreign[:3])}. Nothing was sent; move "
             "them elsewhere."
         )
-    if not any(name in found for name in WEIGHTS):
+    if not any(name in files for name in WEIGHTS):
         raise RecipeError(f"{folder} holds no adapter; expected one of {', '.join(WEIGHTS)}.")
-    for name, path in found.items():
+    for name, path in files.items():
         _check_content(name, path)
-    if MANIFEST in found and (missing := what_is_missing(folder)):
+    if MANIFEST in files and (missing := what_is_missing(folder)):
         raise RecipeError(f"{folder} is not whole: {', '.join(missing[:5])}. Nothing was sent.")
-    return found
+    return files
 
 
 def _check_content(name: str, path: Path) -> None:
@@ -139,11 +134,11 @@ def result_files(folder: str | Path) -> dict[str, Path]:
         RecipeError: There are none.
     """
     folder = Path(folder)
-    found = {
+    files = {
         f"results/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
         if path.suffix in RESULT_ENDINGS and path.is_file() and not path.is_symlink() and path.name[0] != "."
     }
-    if not found:
+    if not files:
         raise RecipeError(f"{folder} holds no results ({', '.join(RESULT_ENDINGS)}). Run `sfa eval` first.")
-    return found
+    return files

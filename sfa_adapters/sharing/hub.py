@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.files import write_whole
 from sfa_adapters.sharing.card import MARK, model_card
 from sfa_adapters.sharing.facts import RunFacts
 from sfa_adapters.sharing.folders import CARD, SHARED_FILES, adapter_files, file_errors, result_files
@@ -93,9 +94,7 @@ def write_card(
         return (f"{CARD} was not written by this library and stays as it is.",)
     card = str(model_card(folder, facts=facts, licence=licence, repo_id=repo_id))
     with file_errors(path):
-        partial = path.with_name(f".{CARD}.partial")
-        partial.write_text(card, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, card)
     return ()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.sharing.facts import RunFacts
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["card_metadata", "hub_id", "plain_name"]
 
@@ -55,7 +55,7 @@ def card_metadata(recipe: Recipe, facts: RunFacts, licence: str | None) -> Model
 
 
 def _eval_results(recipe: Recipe, facts: RunFacts) -> list[EvalResult]:
-    found = []
+    results = []
     for table in facts.scores:
         if table.get("host"):  # of another host, for comparison
             continue
@@ -63,7 +63,7 @@ def _eval_results(recipe: Recipe, facts: RunFacts) -> list[EvalResult]:
         for score in table.get("scores", ()):
             if score["mean"] is None or score["mean"] != score["mean"]:  # nothing was scored
                 continue
-            found.append(
+            results.append(
                 EvalResult(
                     task_type="visual-question-answering",
                     dataset_type=hub_id(data) or plain_name(data),
@@ -79,7 +79,7 @@ def _eval_results(recipe: Recipe, facts: RunFacts) -> list[EvalResult]:
                     },
                 )
             )
-    return found
+    return results
 
 
 def plain_name(name: str) -> str:

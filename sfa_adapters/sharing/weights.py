@@ -25,18 +25,18 @@ def floating_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.
     Raises:
         RecipeError: Weights are in 4 or 8 bits, or have several dtypes and no wish was given.
     """
-    own = {name: p for name, p in model.named_parameters() if ".sfa_" not in name and "lora_" not in name}
-    packed = [name for name, p in own.items() if not p.is_floating_point() or hasattr(p, "quant_state")]
+    parameters = {name: p for name, p in model.named_parameters() if ".sfa_" not in name and "lora_" not in name}
+    packed = [name for name, p in parameters.items() if not p.is_floating_point() or hasattr(p, "quant_state")]
     if packed:
         raise RecipeError(
             f"{len(packed)} weights are quantised, e.g. {packed[0]}. Load the base in 16 bits (plan='bf16') and put "
             "the trained tensors on it: what is written must load without a quantisation library."
         )
-    found = {p.dtype for p in own.values()}
-    if dtype is None and len(found) > 1:
-        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
+    dtypes = {p.dtype for p in parameters.values()}
+    if dtype is None and len(dtypes) > 1:
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in dtypes))
         raise RecipeError(f"The weights have several dtypes ({names}); say which one to write with dtype=.")
-    return dtype or found.pop()
+    return dtype or dtypes.pop()
 
 
 def plain_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Fine-tuning and evaluating whole vision-language models: recipes, device plans, data, training, sharing."""
+"""Fine-tuning whole vision-language models: the Trainer, its optimizer and checks, checkpoints, runs."""

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.optimizer import accumulation
-from sfa_adapters.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["require_logger", "training_arguments"]
 

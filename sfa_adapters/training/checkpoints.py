@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.files import whole_folder
 from sfa_adapters.inject import PEFT_PREFIX, WEIGHTS_NAME
-from sfa_adapters.training.folders import whole_folder
 from sfa_adapters.training.record import RECORD, check_host, read_record, record_of, saved_recipe
 from sfa_adapters.tuner import injected_layers
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["RECORD", "load_trained", "save_trained", "saved_recipe", "trained_tensors", "write_trained"]
 
@@ -46,7 +46,7 @@ def trained_tensors(host: Host) -> dict[str, dict[str, nn.Parameter]]:
     """
     files: dict[str, dict[str, nn.Parameter]] = {SFA_FILE: {}, TUNED_FILE: {}, LORA_FILE: {}}
     for name, parameter in host.model.named_parameters():
-        part = host.spec.part_of(name)
+        part = host.places.part_of(name)
         if part == "sfa":
             files[SFA_FILE][PEFT_PREFIX + name.removesuffix(f".{ADAPTER}")] = parameter
         elif part == "lora":
@@ -126,13 +126,13 @@ def load_trained(host: Host, folder: str | Path, resume: bool = False) -> None:
     record = read_record(folder)
     check_host(host, record, folder)
     listed: Mapping[str, Mapping[str, Any]] = record["tensors"]
-    own = trained_tensors(host)
+    tensors_of_host = trained_tensors(host)
     if not resume:  # what the run trained, whether it is to train here or not
         everything = dict(host.model.named_parameters())
-        own[TUNED_FILE] = {key: everything[key] for key in listed.get(TUNED_FILE, ()) if key in everything}
+        tensors_of_host[TUNED_FILE] = {key: everything[key] for key in listed.get(TUNED_FILE, ()) if key in everything}
     pairs: list[tuple[nn.Parameter, Tensor]] = []
-    for file in sorted({*own, *listed}):
-        mine = own.get(file, {})
+    for file in sorted({*tensors_of_host, *listed}):
+        mine = tensors_of_host.get(file, {})
         _same_keys(folder / file, "the host", set(mine), set(listed.get(file, ())))
         tensors = _read(folder / file) if mine else {}
         _same_keys(folder / file, RECORD, set(mine), set(tensors))
@@ -145,7 +145,7 @@ def load_trained(host: Host, folder: str | Path, resume: bool = False) -> None:
             if isinstance(data, DTensor):
                 tensor = distribute_tensor(tensor.to(data.device, data.dtype), data.device_mesh, data.placements)
             parameter.copy_(tensor)
-    if SFA_FILE in own:
+    if SFA_FILE in tensors_of_host:
         _take_warmup(host.model, folder)
 
 
@@ -195,16 +195,16 @@ def _take_warmup(model: nn.Module, folder: Path) -> None:
             layer.configs[ADAPTER].init_warmup_done = int(done)
 
 
-def _same_keys(file: Path, where: str, expected: set[str], found: set[str]) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected)
+def _same_keys(file: Path, where: str, expected: set[str], names: set[str]) -> None:
+    missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
-        told = [
+        problems = [
             f"{len(missing)} missing, e.g. {missing[0]}" if missing else "",
             f"{len(extra)} too many" if extra else "",
         ]
-        told[1] += f", e.g. {extra[0]}" if extra else ""
+        problems[1] += f", e.g. {extra[0]}" if extra else ""
         raise RecipeError(
-            f"{file} does not fit {where}: {' and '.join(filter(None, told))}. Load it with the recipe that it was "
+            f"{file} does not fit {where}: {' and '.join(filter(None, problems))}. Load it with the recipe that it was "
             f"trained with ({RECORD})."
         )
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sfa_adapters.errors import TrainingError
-from sfa_adapters.training.folders import whole_folder
+from sfa_adapters.files import whole_folder
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["GradientCheck", "check_labels", "save_batch"]
 
@@ -112,17 +112,17 @@ class GradientCheck:
 
     def _first(self, gradients: Mapping[str, Tensor], step: int) -> None:
         missing = sorted(self.waiting - set(gradients))
-        asked = {name for name in self.waiting & set(gradients) if not name.endswith("k_proj.bias")}
-        zero = sorted(name for name in asked if not bool(_any(gradients[name])))
+        expected_names = {name for name in self.waiting & set(gradients) if not name.endswith("k_proj.bias")}
+        zero = sorted(name for name in expected_names if not bool(_any(gradients[name])))
         excused = {name for name in zero if self._excused(name)}
         zero = [name for name in zero if name not in excused]
         if missing or zero:
-            told = (
+            problem = (
                 f"get no gradient at all: {_listed(missing)}" if missing else f"get a gradient of zero: {_listed(zero)}"
             )
             raise TrainingError(
-                f"Step {step}: {len(missing) or len(zero)} of {len(self.parameters)} tensors that should train {told}. "
-                f"{self._why(missing or zero)}"
+                f"Step {step}: {len(missing) or len(zero)} of {len(self.parameters)} tensors that should train "
+                f"{problem}. {self._why(missing or zero)}"
             )
         self.waiting = excused
 
@@ -131,8 +131,8 @@ class GradientCheck:
         return "lora_A" in name and partner is not None and not bool(_any(partner.detach()))
 
     def _why(self, names: Sequence[str]) -> str:
-        parts = {self.host.spec.part_of(name) for name in names}
-        if parts == set(map(self.host.spec.part_of, self.parameters)):
+        parts = {self.host.places.part_of(name) for name in names}
+        if parts == set(map(self.host.places.part_of, self.parameters)):
             return (
                 "That is every part: the loss does not depend on them, or gradients are cut off (torch.no_grad, "
                 "reentrant checkpointing)."
@@ -145,8 +145,8 @@ class GradientCheck:
             "llm": "no token of the batch goes through them",
             "lora": "no token of the batch goes through them, or the adapter is not active",
         }
-        told = "; ".join(f"{part}: {reasons[part]}" for part in sorted(parts))
-        return f"Why it may be: {told}. Freeze them, or repair what cuts them off."
+        listed = "; ".join(f"{part}: {reasons[part]}" for part in sorted(parts))
+        return f"Why it may be: {listed}. Freeze them, or repair what cuts them off."
 
 
 def save_batch(folder: Path, batch: Mapping[str, Any], ids: Sequence[str], **facts: Any) -> Path:
@@ -172,8 +172,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _any(tensor: Tensor) -> Tensor:
     """Whether any entry is not zero, over all shards."""
-    found = tensor.abs().amax()
-    return (found.full_tensor() if isinstance(found, DTensor) else found) > 0
+    largest = tensor.abs().amax()
+    return (largest.full_tensor() if isinstance(largest, DTensor) else largest) > 0
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Who learns how fast, in how many steps, and in which order the rows come."""
+"""Parameter groups, schedule and sampling order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import IterableDataset, Sampler
 
 from sfa_adapters.errors import DataError, RecipeError
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.hosts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["EpochOrder", "Repeated", "accumulation", "build_optimizer", "parameter_groups", "total_steps"]
 
@@ -45,7 +45,7 @@ def parameter_groups(host: Host) -> list[dict[str, Any]]:
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in host.model.named_parameters():
         if parameter.requires_grad:
-            part = host.spec.part_of(name)
+            part = host.places.part_of(name)
             groups.setdefault((part, parameter.ndim > 1 and part != "sfa"), []).append(parameter)
     if not groups:
         raise RecipeError(

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.training.folders import MANIFEST, what_is_missing
-from sfa_adapters.training.recipe import Recipe
+from sfa_adapters.files import MANIFEST, what_is_missing
+from sfa_adapters.hosts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sfa_adapters.training.hosts import Host
+    from sfa_adapters.hosts.load import Host
 
 __all__ = ["RECORD", "check_host", "read_record", "record_of", "saved_recipe", "signature"]
 
@@ -49,13 +49,13 @@ def model_class(model: nn.Module) -> str:
 
 def signature(model: nn.Module) -> str:
     """A hash of the base model's class, and of the names and shapes of its weights as they are without adapters."""
-    found: dict[str, tuple[int, ...]] = {}
+    record: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         if ".sfa." not in f".{name}" and "lora_" not in name:
             packed = getattr(parameter, "quant_state", None)  # 4-bit weights have a shape of their own
             shape = parameter.shape if packed is None else packed.shape
-            found[name.replace(".base_layer.", ".")] = tuple(shape)
-    lines = [model_class(model), *(f"{name} {shape}" for name, shape in sorted(found.items()))]
+            record[name.replace(".base_layer.", ".")] = tuple(shape)
+    lines = [model_class(model), *(f"{name} {shape}" for name, shape in sorted(record.items()))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 
 from sfa_adapters.errors import RecipeError, SFAWarning
+from sfa_adapters.files import what_is_missing
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
-from sfa_adapters.training.folders import what_is_missing
-from sfa_adapters.training.recipe import Recipe
 
 __all__ = ["checkpoint_to_resume", "checkpoints_of", "keep_newest"]
 
@@ -26,8 +26,8 @@ FREE = {
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in the folder of a run, whole or not, from the oldest to the newest."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool | str) -> Path | None:
@@ -101,8 +101,10 @@ def _same_run(recipe: Recipe, saved: Recipe, folder: Path) -> None:
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in FREE]
     changed = [name for name in names if getattr(saved, name) != getattr(recipe, name)]
     if changed:
-        told = ", ".join(f"{name} was {getattr(saved, name)!r}, is {getattr(recipe, name)!r}" for name in changed)
+        differences = ", ".join(
+            f"{name} was {getattr(saved, name)!r}, is {getattr(recipe, name)!r}" for name in changed
+        )
         raise RecipeError(
-            f"{folder} was made with other settings: {told}. A run goes on as it began; for other settings choose "
-            "another output folder."
+            f"{folder} was made with other settings: {differences}. A run goes on as it began; for other settings "
+            "choose another output folder."
         )

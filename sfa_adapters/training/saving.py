@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from sfa_adapters.errors import RecipeError, SFAWarning, TrainingError
+from sfa_adapters.files import seal, writing
 from sfa_adapters.training.checkpoints import load_trained, save_trained, write_trained
-from sfa_adapters.training.folders import seal, writing
 from sfa_adapters.training.runs import checkpoints_of, keep_newest
 from sfa_adapters.training.sharded import load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 
+    from sfa_adapters.data.datasets import Skipped
+    from sfa_adapters.hosts.load import Host
     from sfa_adapters.scr import SCRLoss
-    from sfa_adapters.training.hosts import Host
-    from sfa_adapters.training.questions import Skipped
 else:
     _Trainer = object
 
@@ -89,8 +89,8 @@ class SavingMixin(_Trainer):
                 self._partial = partial
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
-                    told = {one.id: one.reason for one in skipped}
-                    (partial / name / "skipped.json").write_text(json.dumps(told), encoding="utf-8")
+                    reasons = {one.id: one.reason for one in skipped}
+                    (partial / name / "skipped.json").write_text(json.dumps(reasons), encoding="utf-8")
         except TrainingError as error:
             problem = error
         finally:
@@ -134,9 +134,9 @@ class SavingMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.host, resume_from_checkpoint, resume=True)
-        told = Path(resume_from_checkpoint) / "skipped.json"
-        if self.args.process_index == 0 and told.is_file():
-            self.skipped |= json.loads(told.read_text(encoding="utf-8"))
+        skipped_file = Path(resume_from_checkpoint) / "skipped.json"
+        if self.args.process_index == 0 and skipped_file.is_file():
+            self.skipped |= json.loads(skipped_file.read_text(encoding="utf-8"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -165,11 +165,11 @@ class SavingMixin(_Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        own = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
-        if not (Path(checkpoint) / own).is_file():
+        file_name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
+        if not (Path(checkpoint) / file_name).is_file():
             warnings.warn(
-                f"{checkpoint} has no {own}: it was made by another number of processes. Dropout and other chance will "
-                "not go on as they would have; the order of the rows does.",
+                f"{checkpoint} has no {file_name}: it was made by another number of processes. Dropout and other "
+                "chance will not go on as they would have; the order of the rows does.",
                 SFAWarning,
                 stacklevel=2,
             )

@@ -1,195 +1,219 @@
-"""`train`: from a prepared host and rows to a trained one, with everything that a run leaves in its folder."""
+"""`SFATrainer`: the loop of `transformers.Trainer`, with checks, and checkpoints that can be trusted."""
 
 from __future__ import annotations
 
-import json
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
-from sfa_adapters.errors import SFAWarning
-from sfa_adapters.rates import has_active_sfa, largest_scalars
-from sfa_adapters.training.arguments import training_arguments
-from sfa_adapters.training.callbacks import Interrupted, ProgressBar, StopOnSignal
-from sfa_adapters.training.checkpoints import save_trained
-from sfa_adapters.training.curves import plot_training, write_log
-from sfa_adapters.training.engine import SFATrainer
-from sfa_adapters.training.folders import require_writable
-from sfa_adapters.training.hosts import Host
-from sfa_adapters.training.optimizer import Repeated, total_steps
-from sfa_adapters.training.questions import Skipped
-from sfa_adapters.training.runs import checkpoint_to_resume
-from sfa_adapters.training.table import module_table
+from sfa_adapters.data.datasets import Skipped
+from sfa_adapters.errors import TrainingError
+from sfa_adapters.hosts.load import Host
+from sfa_adapters.moved import old_names
+from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
+from sfa_adapters.trainer import SFATrainerMixin
+from sfa_adapters.training.callbacks import ignore_signals
+from sfa_adapters.training.checks import GradientCheck, check_labels, save_batch
+from sfa_adapters.training.optimizer import EpochOrder, build_optimizer
+from sfa_adapters.training.saving import SavingMixin
+from sfa_adapters.vlm.parts import still_image_id
 
-__all__ = ["FINAL", "SFATrainer", "TrainResult", "train"]
+__all__ = ["SFATrainer"]
 
-FINAL = "final"  # the trained tensors in the folder of a run
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-        folder: The folder of the run: checkpoints, `log.csv`, `training.png`, `skipped.jsonl`.
-        trained: The trained tensors in it, for `load_trained`.
-        steps: Optimizer steps of the whole run.
-        loss: Mean loss since the last log but one, nats per answer token; NaN where nothing was logged.
-        seconds: Wall-clock time of this part of the run.
-        skipped: Rows that were passed over, each once.
-        history: The log.
-        scalars: The largest scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
-    """
-
-    folder: Path
-    trained: Path
-    steps: int
-    loss: float
-    seconds: float
-    skipped: tuple[Skipped, ...]
-    history: tuple[Mapping[str, Any], ...]
-    scalars: Mapping[str, float] = field(default_factory=dict)
+__getattr__ = old_names(__name__)
+FOR_US = ("row_ids", "skipped")  # what a collator tells the Trainer; the model never gets it
 
 
-def train(
-    host: Host,
-    rows: Dataset[Any],
-    collator: Callable[[list[Any]], dict[str, Any]],
-    *,
-    folder: str | Path | None = None,
-    resume: bool | str = False,
-    console: Console | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> TrainResult:
-    """Trains a host as its recipe says. Call it in every process.
+class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
+    """`transformers.Trainer` for a prepared host.
+
+    What differs: learning rates by part, and a look at how large the structural scalars become; whole batches in an
+    order that seed and epoch decide; checks of labels and gradients; NaN stops the run; checkpoints hold what trains,
+    appear whole or not at all, and load strictly.
 
     Args:
-        host: A prepared host.
-        rows: Training examples, `Questions` or `StreamedQuestions`.
-        collator: Makes a batch of examples, `Collator`.
-        folder: Folder of the run; `recipe.folder` by default.
-        resume: True goes on from the newest whole checkpoint in the folder, a path from that one; "auto" starts from
-            the beginning where there is none.
-        console: Where the table, the bar and the list of skipped rows go; the terminal by default.
-        callbacks: More callbacks for the Trainer.
-
-    Returns:
-        What the run leaves; the host holds the trained weights and is in eval mode.
+        host: The host.
+        kwargs: As for `Trainer`, without `model`.
 
     Raises:
-        RecipeError: A setting, the folder or the checkpoint cannot be used.
-        TrainingError: Training stopped; says why, and which checkpoint is left.
-        Interrupted: Ctrl-C or SIGTERM came (an exit with code 130 or 143); a checkpoint was saved.
+        TrainingError: The Trainer would split batches over GPUs inside one process (`torch.nn.DataParallel`).
     """
-    recipe = host.recipe
-    folder = Path(recipe.folder if folder is None else folder)
-    count = len(rows) if hasattr(rows, "__len__") else None  # pyright: ignore[reportArgumentType]
-    steps = total_steps(recipe, count)
-    rows = Repeated(rows) if isinstance(rows, IterableDataset) else rows
-    if recipe.warmup_steps >= steps:
-        warnings.warn(
-            f"warmup_steps={recipe.warmup_steps} of {steps} steps: the learning rate never gets to its peak.",
-            SFAWarning,
-            stacklevel=2,
+
+    def __init__(self, host: Host, **kwargs: Any) -> None:
+        self.host, recipe = host, host.recipe
+        self.check = GradientCheck(host)
+        self.skipped: dict[str, str] = {}
+        self._steps_checked = 0
+        self._partial: Path | None = None
+        self._scr_random: Tensor | None = None
+        scr = SCRConfig(
+            entropy=recipe.scr_entropy,
+            grounding=recipe.scr_grounding,
+            stability=recipe.scr_stability,
+            warmup_steps=recipe.warmup_steps,
+            seed=recipe.seed,
+            **_statistics(host),
         )
-    checkpoint = checkpoint_to_resume(recipe, folder, resume)
-    require_writable(folder)
-    arguments = training_arguments(recipe, folder, steps, host)
-    console = console or Console()
-    console.quiet = console.quiet or arguments.process_index > 0
-    bar = ProgressBar(console)
-    forward, caching = vars(host.model).get("forward"), _turn_off_cache(host.model)
-    trainer = SFATrainer(host, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[*callbacks])
-    trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(bar)
-    console.print(module_table(host))
-    if checkpoint is not None:
-        console.print(f"Going on from {checkpoint}.")
-    began = time.perf_counter()
+        with _trainable_although_quantized(host.model):
+            super().__init__(model=host.model, scr_config=scr, sfa_lr=recipe.sfa_lr, **kwargs)
+        if self.args.n_gpu > 1:
+            raise TrainingError(
+                f"{self.args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them "
+                "(torch.nn.DataParallel), which breaks vision-language models. Start one process per GPU (torchrun "
+                f"--nproc-per-node {self.args.n_gpu}), take plan=split, or show one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder | None:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if rows is None or not hasattr(rows, "__len__"):
+            return None
+        return EpochOrder(rows, self.host.recipe.batch_size, self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As `Trainer.get_train_dataloader`; signals that stop the run leave worker processes alone."""
+        loader = super().get_train_dataloader()
+        seed = loader.worker_init_fn
+        loader.worker_init_fn = _Both(seed, ignore_signals)
+        return loader
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for each part of the host."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.host)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As `Trainer.training_step`, with the checks.
+
+        Raises:
+            TrainingError: Labels are not on the answers alone, the loss is NaN, or a tensor that should train does not.
+        """
+        ours = {name: inputs[name] for name in FOR_US if name in inputs}
+        inputs = {name: value for name, value in inputs.items() if name not in FOR_US}
+        ids: Sequence[str] = ours.get("row_ids", ())
+        self.skipped |= {skipped.id: skipped.reason for skipped in ours.get("skipped", ())}
+        if not self._steps_checked:
+            self._check_labels(inputs, ids)
+        self._batch, self._ids = inputs, ids
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            try:
+                self.check(self.state.global_step + 1, scaled=self.accelerator.scaler is not None)
+            except TrainingError as error:
+                raise self._with_batch(error) from None
+            self._steps_checked += 1
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As `Trainer.compute_loss` with the terms of SCR; stops before the backward pass where the loss is NaN."""
+        if model.training and self.scr_config.active and self._scr is None and self._scr_random is not None:
+            self._scr = SCRLoss(model, self.scr_config)
+            self._scr.generator.set_state(self._scr_random)
+        computed: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = computed[0] if return_outputs else computed
+        if model.training:
+            wrong = not bool(loss.detach().isfinite())
+            if self.largest(int(wrong)):
+                where = f"the loss is {loss.item()}" if wrong else "the loss of another process is NaN or infinite"
+                error = TrainingError(
+                    f"Step {self.state.global_step + 1}: {where}. No weight was changed by this batch. Lower the "
+                    "learning rate, or look at the rows."
+                )
+                raise self._with_batch(error) if wrong else error
+        return computed
+
+    def _check_labels(self, inputs: dict[str, Any], ids: Sequence[str]) -> None:
+        problem: TrainingError | None = None
+        try:
+            check_labels(inputs, still_image_id(self.host.model.config), ids)
+        except TrainingError as error:
+            problem = error
+        if self.largest(int(problem is not None)):
+            raise problem or TrainingError("Another process found labels that are not on the answers alone.")
+
+    def _with_batch(self, error: TrainingError) -> TrainingError:
+        """Saves the batch that is to blame, and says where."""
+        name = f"failed_batch_step{self.state.global_step + 1}_process{self.args.process_index}"
+        facts = {"step": self.state.global_step + 1, "error": str(error)}
+        folder = save_batch(self.folder / name, self._batch, self._ids, **facts)
+        rows = f" ({', '.join(map(str, self._ids[:4]))})" if self._ids else ""
+        return TrainingError(f"{error} The batch{rows} is in {folder}.")
+
+    def largest(self, number: int) -> int:
+        """The largest of a number over all processes."""
+        if self.args.world_size <= 1:
+            return number
+        number_here = torch.tensor(number, device=self.args.device)
+        torch.distributed.all_reduce(number_here, torch.distributed.ReduceOp.MAX)
+        return int(number_here)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; beside the loss stand the learning rates of all parts."""
+        if "loss" in logs and self.optimizer is not None:
+            groups = [group for group in self.optimizer.param_groups if "(" not in group["name"]]
+            first = self.optimizer.param_groups[0]
+            share = logs["learning_rate"] / first["initial_lr"]
+            logs |= {f"lr/{group['name']}": share * group["initial_lr"] for group in groups or [first]}
+        super().log(logs, *args, **kwargs)
+
+    def all_skipped(self) -> list[Skipped]:
+        """The rows that were passed over so far, in all processes."""
+        reasons: list[tuple[str, str]] = sorted(self.skipped.items())
+        if self.args.world_size > 1:
+            reasons = sorted(dict(gather_object(reasons)).items())
+        return list(itertools.starmap(Skipped, reasons))
+
+
+class _Both:
+    """Two functions for a new worker process; can be pickled."""
+
+    def __init__(self, first: Callable[[int], None] | None, second: Callable[[int], None]) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, worker: int) -> None:
+        if self.first is not None:
+            self.first(worker)
+        self.second(worker)
+
+
+@contextmanager
+def _trainable_although_quantized(model: Any) -> Iterator[None]:
+    """Trainer takes 4-bit models only where it knows of adapters on them; what trains here is not in 4-bit."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = model.__dict__.get("_hf_peft_config_loaded")
+    model._hf_peft_config_loaded = True
     try:
-        with StopOnSignal(trainer.largest, console.print) as stop:
-            trainer.add_callback(stop)
-            trainer.go_on(checkpoint)
+        yield
     finally:
-        bar.stop()
-        for config, value in caching:
-            config.use_cache = value
-        _restore_forward(host.model, forward)
-        host.model.eval()
-        if trainer.args.should_save and trainer.state.log_history:
-            _write_curves(trainer.state.log_history, folder, recipe.name, console)
-    skipped = tuple(trainer.all_skipped())
-    if trainer.args.should_save:
-        _tell_skipped(skipped, folder, console)
-    if stop.received:
-        step = trainer.state.global_step
-        console.print(f"Stopped after step {step} of {steps}; checkpoint-{step} is in {folder}. Go on with --resume.")
-        raise Interrupted(stop.received)
-    scalars = largest_scalars(host.model) if has_active_sfa(host.model) else {}
-    if scalars:
-        sizes = ", ".join(f"{term} {size:.2g}" for term, size in scalars.items())
-        console.print(f"Largest structural scalars, in logits: {sizes}.")
-    save_trained(host, folder / FINAL)
-    trainer.accelerator.wait_for_everyone()
-    history = tuple(trainer.state.log_history)
-    losses = [line["loss"] for line in history if "loss" in line]
-    return TrainResult(
-        folder=folder,
-        trained=folder / FINAL,
-        steps=trainer.state.global_step,
-        loss=losses[-1] if losses else float("nan"),
-        seconds=time.perf_counter() - began,
-        skipped=skipped,
-        history=history,
-        scalars=scalars,
-    )
-
-
-def _turn_off_cache(model: Any) -> list[tuple[Any, Any]]:
-    """Keys and values for `generate` are of no use here; `Trainer` tells the host so, but not its decoder.
-
-    Returns:
-        The configurations and what they said before.
-    """
-    configs = [config for config in (model.config, model.config.get_text_config()) if hasattr(config, "use_cache")]
-    before = [(config, config.use_cache) for config in configs]
-    for config in configs:
-        config.use_cache = False
-    return before
-
-
-def _restore_forward(model: Any, forward: Any) -> None:
-    """Takes away the autocast that accelerate leaves around the forward, and only that."""
-    for name, before in (("forward", forward), ("_original_forward", None)):
         if before is None:
-            vars(model).pop(name, None)
+            del model._hf_peft_config_loaded
         else:
-            setattr(model, name, before)
+            model._hf_peft_config_loaded = before
 
 
-def _write_curves(history: list[dict[str, Any]], folder: Path, name: str, console: Console) -> None:
-    try:
-        write_log(history, folder / "log.csv")
-        plot_training(history, folder / "training.png", name)
-    except ModuleNotFoundError:
-        console.print("training.png was not drawn: pip install matplotlib.")
-    except OSError as error:  # must not hide what stopped the run
-        console.print(f"log.csv and training.png could not be written: {error}.")
-
-
-def _tell_skipped(skipped: Sequence[Skipped], folder: Path, console: Console) -> None:
-    lines = (json.dumps({"id": one.id, "reason": one.reason}, ensure_ascii=False) for one in skipped)
-    (folder / "skipped.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if skipped:
-        rows = "training row" if len(skipped) == 1 else "training rows"
-        console.print(f"{len(skipped)} {rows} could not be used, all listed in {folder / 'skipped.jsonl'}:")
-        for one in skipped[:20]:
-            console.print(f"  {one.id}: {one.reason}", highlight=False, markup=False)
+def _statistics(host: Host) -> dict[str, Any]:
+    images = getattr(host.processor, "image_processor", None)
+    statistics = {name: getattr(images, name, None) for name in ("image_mean", "image_std")}
+    return statistics if all(isinstance(value, list | tuple) for value in statistics.values()) else {}

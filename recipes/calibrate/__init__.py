@@ -1,0 +1,1 @@
+"""What `sfa calibrate` does: numbers that are found on images, without training."""

@@ -1,0 +1,1 @@
+"""What `sfa density` does: train the density estimator, and draw what it sees."""

@@ -1,0 +1,50 @@
+"""Exact match of greedy answers without generating them: right where every token of the true answer is the argmax.
+
+One forward over packed questions tells it for all questions at once, see `packing.right_answers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sfa_adapters.recipes.nano.encode import EOS, Picture, encode_packed
+from sfa_adapters.recipes.nano.packing import right_answers
+from sfa_adapters.recipes.synthetic.questions import Question
+
+if TYPE_CHECKING:
+    from sfa_adapters.recipes.nano.models import NanoHost
+
+__all__ = ["exact_matches"]
+
+
+@torch.no_grad()
+def exact_matches(
+    host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[Question]], batch_size: int = 16
+) -> list[np.ndarray]:
+    """Whether the greedy answer to each question is the true one, to the letter.
+
+    Args:
+        host: The model; it is in eval mode for the time of the call.
+        images: N pictures.
+        questions: For each, at least one question.
+        batch_size: Pictures per forward.
+
+    Returns:
+        For each picture, 1.0 or 0.0 per question, fp64.
+    """
+    training, right = host.model.training, []
+    host.model.eval()
+    for start in range(0, len(images), batch_size):
+        pairs = [
+            [(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]
+        ]
+        batch = encode_packed(host, images[start : start + batch_size], pairs)
+        labels = batch.pop("labels")
+        guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
+        right += right_answers(guesses, labels, EOS)
+    host.model.train(training)
+    return right

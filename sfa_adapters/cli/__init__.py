@@ -1,0 +1,1 @@
+"""The command line, `sfa`: one file per group of commands; `main` puts them together."""

@@ -1,0 +1,159 @@
+"""`Collator`: from examples to the tensors that a host takes, made by the host's own processor.
+
+A prompt is the host's chat template with the image and the question in it. The processor cuts the image into tiles and
+puts the image tokens in. In training the answer and the token that ends a turn follow; labels are -100 on all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sfa_adapters.data.chat_template import Prompt
+from sfa_adapters.data.evidence import evidence_of
+from sfa_adapters.data.preprocess import Page, page_of, processor_options
+from sfa_adapters.data.rows import Row
+from sfa_adapters.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from sfa_adapters.hosts.recipe import Recipe
+    from sfa_adapters.vlm.spec import VLMSpec
+
+__all__ = ["IGNORE", "NOT_FOR_MODEL", "Collator"]
+
+IGNORE = -100  # the label that transformers leaves out of the loss
+# Entries of a batch that no model takes.
+NOT_FOR_MODEL = ("row_ids", "skipped", "evidence_boxes", "evidence_mask", "page_sizes")
+# What a processor makes of images; its other tensors belong to tokens.
+PICTURES = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
+
+
+class Collator:
+    """Makes a batch; can be pickled for worker processes.
+
+    Args:
+        processor: The host's own processor.
+        spec: The record of the host; its rules for images are used.
+        recipe: `prompt`, `max_tiles`, `max_pixels`, `scr_grounding` and `data` are used.
+        train: Whether answers and labels are added, padded on the right; else prompts only, padded on the left for
+            `generate`.
+
+    Attributes:
+        end_id: The token that ends a turn: the last label of every answer, and where `generate` is to stop.
+
+    Raises:
+        RecipeError: The processor cannot do what the recipe says: no tokenizer, no chat template with an image in it,
+            no tiling within `max_tiles`, or no evidence for the grounding term.
+    """
+
+    def __init__(self, processor: ProcessorMixin, spec: VLMSpec, recipe: Recipe, train: bool = True) -> None:
+        self.processor, self.recipe, self.train = processor, recipe, train
+        self.spec = spec
+        self.prompt = Prompt(processor, recipe.prompt)
+        self.options = processor_options(processor, spec, recipe)
+        self.grounding = train and recipe.scr_grounding > 0
+        on_hub = "/" in recipe.data and not Path(recipe.data).expanduser().exists()
+        reason = spec.refuses.get("text_density")
+        if self.grounding and on_hub and reason is not None:
+            raise RecipeError(
+                f"scr_grounding={recipe.scr_grounding} needs to know where answers are printed. {recipe.data} does not "
+                f"say, and {reason} Set scr_grounding=0, use data=charts, or give local data with a column boxes."
+            )
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a turn."""
+        return self.prompt.end_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Makes a batch.
+
+        Args:
+            examples: What `Questions` gives: `row`, `image` uint8 `[H, W, 3]`, and `skipped`.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, L]`, `pixel_values` and what else the processor makes; `labels`
+            `[B, L]` in training. Not for the model (`NOT_FOR_MODEL`): `row_ids`, a list of B; `skipped`, a list of all
+            rows that were passed over; and for the grounding term `evidence_boxes` and `page_sizes`, or
+            `evidence_mask`.
+
+        Raises:
+            DataError: A row has no answer to train on, or the processor cannot take an image; names the row.
+        """
+        samples = [self._sample(example["row"], example["image"]) for example in examples]
+        batch: dict[str, Any] = self._text([tensors for tensors, _ in samples])
+        batch |= _images([tensors for tensors, _ in samples])
+        batch["row_ids"] = [example["row"].id for example in examples]
+        batch["skipped"] = [skipped for example in examples for skipped in example.get("skipped", ())]
+        if self.grounding:
+            rows, pages = [example["row"] for example in examples], [page for _, page in samples]
+            merge = getattr(self.processor.image_processor, "merge_size", 1)
+            batch |= evidence_of(rows, pages, batch, self.prompt.image_id, merge)
+        return batch
+
+    def _sample(self, row: Row, image: np.ndarray) -> tuple[dict[str, Tensor], Page]:
+        page = page_of(image, self.processor, self.spec, self.recipe)
+        first, rest = self.prompt.pieces(row.question)
+        processor: Any = self.processor
+        try:
+            processed = processor(
+                images=[Image.fromarray(page.image)],
+                text=[first],
+                return_tensors="pt",
+                text_kwargs={"add_special_tokens": self.prompt.adds_special, "padding": False},
+                images_kwargs=self.options,
+            )
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            height, width = page.image.shape[:2]
+            raise DataError(f"{row.id}: the processor cannot take the image, {width} x {height} ({error}).") from error
+        tensors = dict(processed)
+        answer = [*self.prompt.ids(row.target), self.end_id] if self.train else []
+        length = tensors["input_ids"].shape[1] + len(rest)
+        tail = torch.tensor([[*rest, *answer]], dtype=torch.long)
+        for name in [
+            n for n, value in tensors.items() if n not in PICTURES and value.shape == processed["input_ids"].shape
+        ]:
+            fill = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}.get(name, torch.zeros_like(tail))
+            tensors[name] = torch.cat((tensors[name], fill), dim=1)
+        if self.train:
+            labels = tensors["input_ids"].clone()
+            labels[:, :length] = IGNORE
+            tensors["labels"] = labels
+        return tensors, page
+
+    def _text(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        side = "right" if self.train else "left"
+        blank = {"input_ids": self.prompt.pad_id, "labels": IGNORE}
+        return {
+            name: pad_sequence(
+                [sample[name][0] for sample in samples],
+                batch_first=True,
+                padding_value=blank.get(name, 0),
+                padding_side=side,
+            )
+            for name in samples[0]
+            if name not in PICTURES
+        }
+
+
+def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One image per sample after the other; where each has a dimension of tiles, short ones are filled with zeros."""
+    images = {}
+    for name in PICTURES:
+        if name not in samples[0]:
+            continue
+        parts = [sample[name] for sample in samples]
+        if name == "pixel_values" and parts[0].ndim == 5:
+            most = max(part.shape[1] for part in parts)
+            parts = [torch.nn.functional.pad(p, (0, 0, 0, 0, 0, 0, 0, most - p.shape[1])) for p in parts]
+        images[name] = torch.cat(parts)
+    return images

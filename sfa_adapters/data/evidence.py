@@ -1,0 +1,43 @@
+"""Where the answers of a batch are printed, as the grounding term of SCR takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sfa_adapters.data.preprocess import Page
+from sfa_adapters.data.rows import Row
+from sfa_adapters.scr.targets import boxes_to_tokens, image_tokens
+
+__all__ = ["evidence_of"]
+
+
+def evidence_of(
+    rows: Sequence[Row], pages: Sequence[Page], batch: Mapping[str, Any], image_id: int, merge: int
+) -> dict[str, Any]:
+    """The evidence of a batch.
+
+    Args:
+        rows: The rows of the batch.
+        pages: Their images as the processor got them.
+        batch: `input_ids`, and `image_grid_thw` of a host that has it.
+        image_id: The token of an image.
+        merge: Patches to a side of an image token, for hosts with `image_grid_thw`.
+
+    Returns:
+        `evidence_boxes` (for each sample its boxes, in pixels of the page that the tower sees whole) with `page_sizes`
+        `[B, 2]`, height and width; nothing where no row of the batch has boxes: then the density of text is used. For
+        a host without a fixed grid `evidence_mask` `[B, T]`, which is all 0 for a sample without boxes.
+    """
+    boxes = [[page.place(box, row.page_size) for box in row.boxes] for row, page in zip(rows, pages, strict=True)]
+    sizes = [page.image.shape[:2] for page in pages]
+    if "image_grid_thw" not in batch:
+        return {"evidence_boxes": boxes, "page_sizes": torch.tensor(sizes)} if any(boxes) else {}
+    places = image_tokens(batch["input_ids"], image_id).places
+    mask = torch.zeros(places.shape)
+    grids = (batch["image_grid_thw"][:, 1:] // merge).tolist()
+    for number, (page_boxes, size, (down, across)) in enumerate(zip(boxes, sizes, grids, strict=True)):
+        mask[number, : down * across] = boxes_to_tokens(page_boxes, size, (down, across))
+    return {"evidence_mask": mask}

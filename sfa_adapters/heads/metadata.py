@@ -1,0 +1,117 @@
+"""`PrunedFacts`: what records say of a model that lost heads, so that its score never passes for that of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sfa_adapters.errors import InjectionError, RecipeError
+from sfa_adapters.heads.head_plan import HeadPlan
+from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of, read_pruned
+
+__all__ = ["PrunedFacts", "folder_facts", "plan_facts", "pruned_facts", "pruned_folder"]
+
+
+@dataclass(frozen=True)
+class PrunedFacts:
+    """What was taken out of a model.
+
+    Attributes:
+        plan: The first 8 digits of a hash of the heads that went, by layer: other heads, another hash.
+        kind: How the plan divides the heads over layers (`uniform`, ...); None for a plan made by hand.
+        method: The scores behind it (`s4`, ...); None for a plan made by hand.
+        removed: Query heads that went.
+        heads: Query heads of the layers that the plan names, before.
+        compensation: What was done for them.
+    """
+
+    plan: str
+    kind: str | None
+    method: str | None
+    removed: int
+    heads: int
+    compensation: str
+
+    @property
+    def rate(self) -> float:
+        """Share of the heads that went, 0 to 1."""
+        return self.removed / self.heads
+
+    def __str__(self) -> str:
+        made = " ".join(filter(None, (self.kind, self.method))) or "by hand"
+        return (
+            f"{self.removed} of {self.heads} heads removed ({self.rate:.1%}), plan {made} {self.plan}, compensation "
+            f"{self.compensation}"
+        )
+
+    @property
+    def label(self) -> str:
+        """A few words for the name of a run."""
+        return f"{self.rate:.1%} of heads removed, {self.compensation}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "rate": self.rate}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> PrunedFacts:
+        """What `to_dict` gave.
+
+        Raises:
+            RecipeError: It is something else.
+        """
+        try:
+            return cls(**{name: value for name, value in record.items() if name != "rate"})
+        except (TypeError, AttributeError) as error:
+            raise RecipeError(f"These are no facts of a pruned model: {record!r}.") from error
+
+
+def plan_facts(plan: HeadPlan, compensation: str) -> PrunedFacts:
+    """The facts of a model that loses the heads of a plan."""
+    gone = {path: list(heads) for path, heads in sorted(plan.removed.items()) if heads}
+    digest = hashlib.sha256(json.dumps(gone).encode()).hexdigest()[:8]
+    kind, method = (plan.how.get(name) for name in ("kind", "method"))
+    names = [None if value is None else str(value) for value in (kind, method)]
+    return PrunedFacts(digest, names[0], names[1], plan.count, plan.total, compensation)
+
+
+def pruned_facts(model: nn.Module) -> PrunedFacts | None:
+    """What a model in memory has lost; None for a whole one."""
+    try:
+        pruned = pruned_of(model)
+    except InjectionError:
+        return None
+    return plan_facts(pruned.plan, pruned.compensation)
+
+
+def folder_facts(model: str | Path) -> PrunedFacts | None:
+    """What the model in a folder has lost; None for a whole one, and for an id of the hub.
+
+    Raises:
+        RecipeError: Its `head_plan.json` cannot be read.
+    """
+    if not pruned_folder(model):
+        return None
+    pruned, _ = read_pruned(Path(model))
+    return plan_facts(pruned.plan, pruned.compensation)
+
+
+def pruned_folder(model: str | Path) -> bool:
+    """Whether a folder holds a model of `save_pruned`.
+
+    A plan alone that lies beside a whole model, as `sfa calibrate heads --out` may leave it, makes it no pruned one.
+    """
+    path = Path(model) / PLAN_NAME
+    if not path.is_file():
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True  # whoever loads it says what is wrong
+    return not (isinstance(record, Mapping) and "layers" in record and "plan" not in record)

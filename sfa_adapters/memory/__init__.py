@@ -1,0 +1,1 @@
+"""GPU memory of a training run, predicted from its recipe before anything is downloaded."""

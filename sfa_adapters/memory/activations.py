@@ -1,0 +1,140 @@
+"""What a training step keeps for its backward pass, in bytes, counted tensor by tensor as the layers of the hosts do.
+
+A layer that is checkpointed keeps its input; the rest of it is there again while its own gradient is computed. Tests
+compare the counts with what autograd really saved (`torch.autograd.graph.saved_tensors_hooks`) on small hosts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.memory.shapes import Lengths, Widths, memory_rules, text_widths, vision_widths
+from sfa_adapters.vlm.sizes import FLOAT, Precision
+
+__all__ = ["Activations", "activations_of"]
+
+# Passes over the logits that are in float32 at once: log-softmax, its gradient, and what comes in between.
+LOGIT_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one half of a host (tower and projector, or language model) for one batch.
+
+    Attributes:
+        inputs: Inputs of all layers.
+        outer: What is kept outside the layers: embeddings, projector, norms, loss.
+        layer: What one layer keeps beside its input.
+        layers: How many layers there are.
+        transient: What a layer's backward pass needs beside that, at once.
+        logits: Of the loss, at its largest; 0 for the tower.
+    """
+
+    inputs: int
+    outer: int
+    layer: int
+    layers: int
+    transient: int
+    logits: int = 0
+
+    def kept(self, checkpointing: bool) -> int:
+        """What autograd holds at the end of the forward pass."""
+        return self.inputs + self.outer + (0 if checkpointing else self.layer * self.layers)
+
+    def peak(self, checkpointing: bool, casts: int = 0) -> int:
+        """The most there is at once: behind the loss, in it, or in the backward pass of a layer.
+
+        Args:
+            checkpointing: Whether layers are checkpointed.
+            casts: Copies of weights that autocast makes. Checkpointed layers give theirs back when the forward ends.
+        """
+        kept = self.kept(checkpointing)
+        if not checkpointing:
+            return kept + casts + max(self.logits, self.transient)
+        return kept + max(self.logits, self.logits * 3 // 4 + casts, self.layer + self.transient)
+
+
+def precision(recipe: Recipe, trains: bool) -> Precision:
+    """Precision of a part; see `prepare`."""
+    compute = FLOAT if recipe.dtype == "float32" else 2
+    mixed = trains and compute != FLOAT
+    return Precision(FLOAT if trains else compute, compute, trains, mixed)
+
+
+def activations_of(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> tuple[Activations, Activations]:
+    """Activations of tower with projector, and of the language model.
+
+    Args:
+        recipe: What trains, and in which precision.
+        config: The host's configuration.
+        lengths: Tokens of one question.
+        batch: Questions at once.
+    """
+    return _vision(recipe, config, lengths, batch), _text(recipe, config, lengths, batch)
+
+
+# -- tower and projector ----------------------------------------------------------------------------------------------
+
+
+def _vision(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activations:
+    sizes, rules = vision_widths(recipe, config), memory_rules(recipe)
+    part, projector = precision(recipe, not recipe.freeze_vision), precision(recipe, not recipe.freeze_projector)
+    tokens, images = batch * lengths.tower, batch * lengths.image
+    graph = part.trains or recipe.sfa
+    layer, layers = rules.layer(sizes, part, config, recipe.sfa), sizes.layers
+    outer = images * rules.projector(projector, part, config) if graph or projector.trains else 0
+    if part.trains:
+        outer += part.compute * 3 * batch * lengths.pixels  # what the patch embedding saw
+    stream = part.stream * sizes.width * tokens
+    outer += stream if rules.output_read and graph and not part.mixed else 0
+    outer += stream if rules.norm_in_front and part.trains else 0
+    if not graph:
+        return Activations(0, outer, 0, layers, layer * tokens)
+    transient = (2 * part.compute * sizes.inner + 2 * part.stream * sizes.width) * tokens
+    return Activations(stream * layers, outer, layer * tokens, layers, transient)
+
+
+# -- language model ---------------------------------------------------------------------------------------------------
+
+
+def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activations:
+    sizes = text_widths(config)
+    part = precision(recipe, not recipe.freeze_llm)
+    tokens = batch * lengths.sequence
+    vocabulary = config.text_config.vocab_size
+    outer = part.stream * sizes.width + part.rms_norm(sizes.width) + part.product_inputs(sizes.width, 1)
+    masked = lengths.sequence if batch > 1 else 0
+    outer += FLOAT * vocabulary + masked
+    logits = (LOGIT_COPIES - 1) * FLOAT * vocabulary * tokens
+    layer = _decoder_layer(recipe, config, sizes, part, masked)
+    transient = 3 * part.compute * sizes.inner + 2 * part.stream * sizes.width
+    return Activations(
+        part.stream * sizes.width * tokens * sizes.layers,
+        outer * tokens,
+        layer * tokens,
+        sizes.layers,
+        transient * tokens,
+        logits,
+    )
+
+
+def _decoder_layer(recipe: Recipe, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
+    """Qwen2, Qwen3 and Llama: bytes per token beside the input."""
+    width, inner, compute = sizes.width, sizes.inner, part.compute
+    kept = 2 * part.rms_norm(width) + part.stream * width
+    # Rows of different length bring a mask: each layer makes numbers of it, and repeats keys and values for every head.
+    keys = sizes.attended if masked else sizes.keys
+    kept += compute * (2 * sizes.attended + 2 * keys + masked) + FLOAT * sizes.heads
+    if config.text_config.model_type == "qwen3":  # norms of queries and keys, in float32
+        normed = sizes.attended + sizes.keys
+        groups = 2 * sizes.heads
+        kept += FLOAT * normed + FLOAT * groups + (compute * normed if part.trains else 0)
+    kept += 3 * compute * inner
+    if part.trains or recipe.lora_llm:
+        adapted = Precision(part.stream, compute, True, compute != FLOAT)
+        kept += adapted.product_inputs(width, 3) + adapted.product_inputs(width, 2) + compute * inner
+        if recipe.lora_llm:
+            kept += 7 * compute * recipe.lora_llm
+    return kept

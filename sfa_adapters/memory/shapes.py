@@ -1,0 +1,78 @@
+"""How many tokens a recipe's images and questions become, and how wide they are: what memory is counted from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sfa_adapters.attention import HEAD_WIDTHS
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.registry import pair
+from sfa_adapters.vlm.records import vlm_spec
+from sfa_adapters.vlm.sizes import TEXT_TOKENS, Lengths, MemoryRules, Widths
+
+__all__ = ["TEXT_TOKENS", "Lengths", "Widths", "lengths_of", "memory_rules", "text_widths", "vision_widths"]
+
+
+def memory_rules(recipe: Recipe) -> MemoryRules:
+    """What the record of a recipe's host says about memory.
+
+    Raises:
+        RecipeError: It says nothing.
+    """
+    spec = vlm_spec(recipe.family)
+    spec.require("memory")
+    assert spec.memory is not None
+    return spec.memory
+
+
+def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths:
+    """Tokens of one question with the largest image that the recipe lets in.
+
+    Args:
+        recipe: `max_tiles` or `max_pixels` is used.
+        config: The host's configuration.
+        tiles: Tiles of the image in place of `max_tiles`, for hosts that tile.
+
+    Raises:
+        RecipeError: The host does not tile, or cannot cut so few tiles.
+    """
+    spec, rules = vlm_spec(recipe.family), memory_rules(recipe)
+    setting = None if spec.images is None else spec.images.setting
+    if setting == "max_pixels" and tiles is not None:
+        raise RecipeError(f"tiles={tiles}: {spec.title} does not tile; set max_pixels (now {recipe.max_pixels}).")
+    if setting is None and tiles not in (None, 1):
+        raise RecipeError(f"tiles={tiles}: {spec.title} sees one tile.")
+    if tiles is not None and tiles < 1:
+        raise RecipeError(f"tiles={tiles} must be at least 1.")
+    return rules.lengths(config, recipe.image_limit if tiles is None else tiles)
+
+
+def vision_widths(recipe: Recipe, config: Any) -> Widths:
+    """Sizes of a tower's layers, as many as the host reads."""
+    rules = memory_rules(recipe)
+    sizes = rules.tower(config)
+    if not recipe.sfa or not rules.fixed_grid:
+        return sizes
+    (height, width), (down, across) = pair(config.vision_config.image_size), pair(config.vision_config.patch_size)
+    # One-hot rows and columns without the last of each, the prefix key, and the block term.
+    wide = sizes.folded + (height // down - 1) + (width // across - 1) + rules.prefix_tokens + 1
+    folded = next((native for native in HEAD_WIDTHS if native >= wide), -(-wide // 8) * 8)
+    return replace(sizes, folded=folded)
+
+
+def text_widths(config: Any) -> Widths:
+    """Sizes of a language model's layers."""
+    text = config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = text.num_key_value_heads or text.num_attention_heads
+    return Widths(
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_attention_heads,
+        head * text.num_attention_heads,
+        head * keys,
+        head,
+    )

@@ -1,0 +1,28 @@
+"""What images are normalised with: the statistics of the tower, or what the user says in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sfa_adapters.registry import FoundTower
+
+__all__ = ["Statistics", "image_statistics"]
+
+# Mean and standard deviation by channel, of pixels in [0, 1].
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
+def image_statistics(
+    tower: FoundTower | None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Statistics | None:
+    """Mean and standard deviation of a tower's images, by channel; None where one of them is not known.
+
+    Args:
+        tower: The tower; its record says what its image processor does.
+        mean: What the user says in its place.
+        std: Likewise.
+    """
+    known = (None, None) if tower is None else tower.backbone.statistics_of(tower.tower) or (None, None)
+    mean = known[0] if mean is None else mean
+    std = known[1] if std is None else std
+    return None if mean is None or std is None else (tuple(mean), tuple(std))

@@ -1,0 +1,195 @@
+"""Text density at the place of every image token: ADAT's density map, read by the language model's tokens.
+
+The map is estimated from the pixels that the tower was given, and reduced to the grid of tokens that the host makes of
+them: as many as patches, or fewer after a pixel shuffle or a 2x2 merge. A host that packs the crops of an image into
+one run of tokens is asked to pack the map in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.adat.density import DensityEstimator
+from sfa_adapters.adat.scorers import STRIDE, to_cells
+from sfa_adapters.errors import PlanError
+from sfa_adapters.normalisation import Statistics
+from sfa_adapters.tower_input import TowerInput
+
+__all__ = ["PACK", "TowerImages", "density_packer", "token_density", "tower_images"]
+
+PACK = "pack_image_features"  # the method of LLaVA-NeXT and LLaVA-OneVision
+
+
+@dataclass(frozen=True, eq=False)
+class TowerImages:
+    """What a tower was given.
+
+    Attributes:
+        pixels: Normalised images `[tiles, 3, H, W]`; or patches in merge groups, with their grids (Qwen).
+        grids: Rows and columns of patches of each image, for patches.
+        merge: Patches along the side of a merge group, for patches.
+        patch: Side of a patch in pixels.
+        packed: Density at each image token, where the host packed it.
+    """
+
+    pixels: Tensor
+    grids: tuple[tuple[int, int], ...] | None = None
+    merge: int = 1
+    patch: int = 1
+    packed: Tensor | None = None
+
+
+def tower_images(given: TowerInput) -> TowerImages | None:
+    """The images of a tower's forward, or None where it was called without any."""
+    pixels, config = given.images, getattr(given.tower, "config", None)
+    if not isinstance(pixels, Tensor):
+        return None
+    size: Any = getattr(config, "patch_size", 1)
+    patch = int(size[-1] if isinstance(size, list | tuple) else size)
+    grid = given.argument("grid_thw", 1) if pixels.ndim == 2 else None
+    if grid is None:
+        return TowerImages(pixels.detach(), patch=patch) if pixels.ndim == 4 else None
+    # Read here, where the tower itself reads it.
+    grids = tuple((int(h), int(w)) for _, h, w in grid.cpu().numpy())
+    return TowerImages(pixels.detach(), grids, int(getattr(config, "spatial_merge_size", 1)), patch)
+
+
+def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Packs the densities of tiles, `[tiles, patches]`, into those of image tokens the way a host packs its features.
+
+    Args:
+        core: The host's core.
+        method: Its packing method.
+        called: What it is called with, the core among it.
+    """
+
+    def packed(density: Tensor) -> Tensor:
+        tiles = [len(part) for part in called["image_features"]]
+        maps = list(density[:, :, None].split(tiles))
+        newline = None if called.get("image_newline") is None else density.new_zeros(1)
+        return torch.cat(list(method(**{**called, "image_features": maps, "image_newline": newline})[0])).flatten()
+
+    return packed
+
+
+@torch.no_grad()
+def pack_density(images: TowerImages, statistics: Statistics | None, pack: Callable[[Tensor], Tensor]) -> TowerImages:
+    """The images with the density at each token of a host that packs its crops."""
+    count = images.pixels.shape[-1] // images.patch
+    mean, std = _known(statistics)
+    density = _map(images.pixels, mean, std, images.pixels.shape[-1] / count, (count, count)).flatten(1)
+    return TowerImages(images.pixels, images.grids, images.merge, images.patch, pack(density))
+
+
+@torch.no_grad()
+def token_density(
+    images: TowerImages | None, counts: Sequence[int], most: int, statistics: Statistics | None = None
+) -> Tensor:
+    """Density at each image token.
+
+    Args:
+        images: What the tower was given for these prompts.
+        counts: Image tokens of each sample; samples may be repeated, as beams are.
+        most: Largest of them.
+        statistics: Mean and deviation that the images were normalised with.
+
+    Returns:
+        `[B, most]` in [0, 1]; zero behind a sample's last token.
+
+    Raises:
+        PlanError: The tower has not seen the images, or their tokens lie on no grid that is known here.
+    """
+    if images is None:
+        raise PlanError(
+            "selector='density' needs the images of this prompt, but the tower has not run since the last one (were "
+            "its features computed before?). Pass pixels to the model, or choose another selector."
+        )
+    total = sum(counts)
+    if images.packed is not None:
+        values = images.packed
+    else:
+        values = _of_patches(images, statistics) if images.grids is not None else _of_tiles(images, counts, statistics)
+    repeats = max(1, total // len(values))
+    if repeats * len(values) != total:
+        raise PlanError(f"The images have {len(values)} places, but the prompts {total} image tokens.")
+    starts, begin = [], 0
+    for count in counts[::repeats]:
+        starts += [begin] * repeats
+        begin += count
+    place = torch.arange(most)
+    index = (torch.tensor(starts)[:, None] + place).clamp(max=len(values) - 1)
+    real = place < torch.tensor(list(counts))[:, None]
+    return values[index.to(values.device)] * real.to(values.device)
+
+
+def _of_tiles(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
+    """Tile after tile, row by row."""
+    tiles, total = len(images.pixels), sum(counts)
+    height, width = images.pixels.shape[-2:]
+    side = _side(tiles, counts, height // images.patch) if height == width else 0
+    if not side:
+        raise PlanError(
+            f"selector='density' finds the places of tokens on square tiles with one token for each place; here are "
+            f"{tiles} tiles of {height}x{width} px and {total} image tokens. Choose another selector."
+        )
+    mean, std = _known(statistics)
+    return _map(images.pixels, mean, std, height / side, (side, side)).flatten()
+
+
+def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
+    """Side of the grid of tokens of a tile of `patches` x `patches`; 0 where nothing fits.
+
+    Samples may be repeated (beams), but a tile belongs to one of them: each has whole tiles.
+    """
+    total = sum(counts)
+    for side in range(patches, 0, -1):
+        each = side * side
+        if not (patches % side or total % (tiles * each) or any(count % each for count in counts)):
+            return side
+    return 0
+
+
+def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
+    """Merge groups row by row, image after image."""
+    mean, std = _known(statistics)
+    assert images.grids is not None
+    merge, patch = images.merge, images.patch
+    densities = []
+    for part, (h, w) in zip(images.pixels.split([h * w for h, w in images.grids]), images.grids, strict=True):
+        # [rows, columns, merge, merge, channels, frames, patch, patch]; a still image repeats its only frame
+        flat = part.float().view(h // merge, w // merge, merge, merge, 3, -1, patch, patch)[..., 0, :, :]
+        page = flat.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, h * patch, w * patch)
+        densities.append(_map(page, mean, std, merge * patch, (h // merge, w // merge)).flatten())
+    return torch.cat(densities)
+
+
+def _known(statistics: Statistics | None) -> Statistics:
+    if statistics is None:
+        raise PlanError(
+            "selector='density' must undo the normalisation of the images, and the record of this tower does not say "
+            "what it is. Give FastVConfig(image_mean=..., image_std=...)."
+        )
+    return statistics
+
+
+def _map(images: Tensor, mean: Sequence[float], std: Sequence[float], cell: float, cells: tuple[int, int]) -> Tensor:
+    """`[tiles, *cells]`: the largest density that each cell touches, so that a lone digit is not averaged away."""
+    centre, scale = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1).to(images.device) for v in (mean, std))
+    with torch.autocast(images.device.type, enabled=False):
+        pixels = (images.float() * scale + centre).clamp(0, 1)
+        density = _estimator(str(images.device))(pixels).float()
+    # In units of 1 / rows px, in which all edges are whole numbers.
+    unit = cells[0]
+    covered = (density.shape[-2] * STRIDE * unit, density.shape[-1] * STRIDE * unit)
+    return to_cells(density, covered, round(cell * unit), cells, "max")
+
+
+@cache
+def _estimator(device: str) -> nn.Module:
+    return DensityEstimator.pretrained().fused().to(device)

@@ -1,0 +1,175 @@
+"""`TowerCase`: one small tower with its inputs, as the contract suite wants it, and what helps to write one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfa_adapters.errors import ContractError
+
+__all__ = [
+    "Grid",
+    "Inputs",
+    "Place",
+    "TowerCase",
+    "images",
+    "lively",
+    "read_hidden",
+    "split_batch",
+    "turn_images",
+]
+
+Inputs = dict[str, Any]
+Grid = tuple[int, int]
+Place = tuple[float, float] | None  # row and column of a token, None for a prefix token
+
+
+def read_hidden(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Features of each image, `[tokens, width]`, of a tower that gives a tensor or an output with `last_hidden_state`.
+
+    A tensor `[tokens, width]` is one image, `[batch, tokens, width]` are several.
+    """
+    output: Any = model(**inputs)
+    states = output if isinstance(output, Tensor) else output.last_hidden_state
+    return [states] if states.ndim == 2 else list(states)
+
+
+def split_batch(inputs: Inputs) -> list[Inputs]:
+    """Cuts inputs along the first dimension of their tensors into inputs of one image each; the rest is kept."""
+    batch = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+    return [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()} for i in range(batch)]
+
+
+def turn_images(inputs: Inputs) -> Inputs:
+    """Exchanges height and width of every `[batch, channels, height, width]` tensor."""
+    return {
+        name: value.transpose(-1, -2).contiguous() if isinstance(value, Tensor) and value.ndim == 4 else value
+        for name, value in inputs.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerCase:
+    """One small tower under test. What it says is compared with what the library reads from the tower.
+
+    Attributes:
+        name: Its name in test ids.
+        backbone: The name of the `Backbone` that must find it.
+        build: Makes the tower, in eval mode, with the same weights every time; see `lively`.
+        inputs: Makes keyword arguments of its forward from a seed: a batch of two different images, or one image for
+            a tower that takes one at a time.
+        layers: How many attention layers it has.
+        heads: Heads of each.
+        grid: Rows and columns of patches at its own image size, None where any size goes.
+        prefix: Leading tokens without a place (CLS, registers).
+        grids: Rows and columns of each image (and of each frame) of some inputs, in order. By default `grid`.
+        places: For towers whose attention does not see the tokens of an image row by row: place of each token, from
+            inputs and the keyword arguments of the attention's forward.
+        hidden: Patch features of each image, `[tokens, width]`; never a pooled output.
+        split: Cuts such inputs into inputs of one image each.
+        resized: Inputs of another, non-square image size, or None where the tower takes one size only.
+        turn: Exchanges rows and columns in inputs. By default `turn_images` where there are resized inputs.
+        real_tokens: For towers that pad: which tokens of the attention's input are real, `[batch, tokens]`, bool.
+        eager: Moves a tower from fused to eager attention, or None where it has only one of them.
+        eager_takes_bias: Whether its eager attention takes the bias.
+        checkpointing: Switches gradient checkpointing on, with `use_reentrant` as given, or off for None. None where
+            the tower has no checkpointing of its own.
+        encoder: Path of the module that runs all layers, if its forward takes the hidden states first or as
+            `inputs_embeds`; it is then checkpointed as a whole, too.
+        lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
+        compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
+            or "every layer" with a bias.
+        library: Where the tower comes from, e.g. "timm". The suite does not read it.
+    """
+
+    name: str
+    backbone: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Inputs]
+    layers: int
+    heads: int
+    grid: Grid | None
+    prefix: int = 0
+    grids: Callable[[Inputs], Sequence[Grid]] | None = None
+    places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None
+    hidden: Callable[[nn.Module, Inputs], list[Tensor]] = read_hidden
+    split: Callable[[Inputs], list[Inputs]] = split_batch
+    resized: Callable[[int], Inputs] | None = None
+    turn: Callable[[Inputs], Inputs] | None = None
+    real_tokens: Callable[[Inputs], Tensor] | None = None
+    eager: Callable[[nn.Module], None] | None = None
+    eager_takes_bias: bool = True
+    checkpointing: Callable[[nn.Module, bool | None], None] | None = None
+    encoder: str | None = None
+    lora_targets: tuple[str, ...] = ()
+    compiles: Literal["no", "one layer", "every layer"] = "one layer"
+    library: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grids is None and (self.grid is None or self.resized is not None):
+            raise ContractError(
+                f"Small tower {self.name!r} takes images of several sizes: say in grids=... how many rows and columns "
+                "of patches each image of some inputs has."
+            )
+
+    def fresh(self) -> tuple[nn.Module, Inputs]:
+        """A tower and the inputs that most tests use."""
+        return self.build(), self.inputs(0)
+
+    def grids_of(self, inputs: Inputs) -> list[Grid]:
+        """Rows and columns of each image of some inputs; one pair where all images share it."""
+        if self.grids is not None:
+            return list(self.grids(inputs))
+        assert self.grid is not None
+        return [self.grid]
+
+    def oblong(self) -> tuple[Inputs, Inputs] | None:
+        """Non-square images, and the same with rows and columns exchanged, if the tower takes both."""
+        inputs = self.inputs(0) if self.resized is None else self.resized(0)
+        turn = turn_images if self.turn is None and self.resized is not None else self.turn
+        if turn is None or all(rows == columns for rows, columns in self.grids_of(inputs)):
+            return None
+        return inputs, turn(inputs)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def lively(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A tower with the same weights each time, of a size at which attention is far from uniform.
+
+    With the small weights that libraries start from, a tiny tower is nearly linear, and no bias would be seen.
+    """
+
+    def make() -> nn.Module:
+        torch.manual_seed(7)  # for good: what a test draws next is then the same every time, too
+        tower = build()
+        with torch.no_grad():
+            for parameter in tower.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5)
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return tower.eval()
+
+    return make
+
+
+def images(height: int, width: int, name: str = "pixel_values", **others: Any) -> Callable[[int], Inputs]:
+    """Makes inputs of two different images per seed.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        name: The argument that takes the images, `[2, 3, height, width]`.
+        **others: Further arguments of the tower's forward.
+    """
+
+    def make(seed: int) -> Inputs:
+        return {name: torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed)), **others}
+
+    return make

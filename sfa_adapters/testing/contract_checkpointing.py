@@ -1,0 +1,191 @@
+"""The contract of every tower, part four: checkpointing trains frozen towers, and each image keeps its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfa_adapters.inject import eject_sfa, inject_sfa
+from sfa_adapters.testing import compare
+from sfa_adapters.testing.cases import TowerCase
+from sfa_adapters.testing.contract_training import OWN_CHECKPOINTING
+from sfa_adapters.testing.suite import Suite, needs, reentrant_or_not
+from sfa_adapters.tuner import injected_layers
+
+__all__ = ["CheckpointingContract", "checkpoint_part", "gradients_after"]
+
+ORDERS = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
+OBLONG = needs(
+    "images that are not square, also with rows and columns exchanged (TowerCase.resized or turn)",
+    lambda case: case.oblong() is not None,
+)
+ENCODER = needs("the path of its encoder (TowerCase.encoder)", lambda case: case.encoder is not None)
+
+
+class CheckpointingContract(Suite):
+    """Layers that run again in the backward pass get the gradients and the layout of their own forward."""
+
+    @OWN_CHECKPOINTING
+    @reentrant_or_not
+    def test_a_frozen_tower_trains_its_scalars(self, case: TowerCase, reentrant: bool) -> None:
+        """Checkpointing sees no input that needs gradients in a frozen tower; the scalars train all the same."""
+        assert case.checkpointing is not None
+        tower, inputs = compare.injected(case)
+        compare.freeze_base(tower.train())
+        case.checkpointing(tower, None)
+        expected = compare.gradients(case, tower, inputs)
+        case.checkpointing(tower, reentrant)
+        result = compare.gradients(case, tower, inputs)
+        assert set(result) == set(compare.structural(tower))
+        compare.assert_same_gradients(result, expected, tolerance=1e-6)
+
+    @OWN_CHECKPOINTING
+    def test_scalars_of_the_last_layer_alone_train_under_reentrant_checkpointing(self, case: TowerCase) -> None:
+        """The same where nothing in front of the last layer trains."""
+        assert case.checkpointing is not None
+        tower, inputs = compare.injected(case, layers_to_transform=[-1])
+        compare.freeze_base(tower.train())
+        case.checkpointing(tower, None)
+        expected = compare.gradients(case, tower, inputs)
+        case.checkpointing(tower, True)
+        compare.assert_same_gradients(compare.gradients(case, tower, inputs), expected, tolerance=1e-6)
+
+    @OWN_CHECKPOINTING
+    def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(self, case: TowerCase) -> None:
+        """What makes a frozen tower train is gone with the last adapter."""
+        assert case.checkpointing is not None
+        tower, inputs = case.fresh()
+        case.checkpointing(tower.train(), True)
+        plain, snapshot = compare.gradients(case, tower, inputs), compare.Snapshot(tower)
+        compare.gradients(case, inject_sfa(tower, compare.strong_config()), inputs)
+        eject_sfa(tower)
+        snapshot.assert_unchanged(tower)
+        after = compare.gradients(case, tower, inputs)
+        assert set(after) == set(plain)
+        assert all((after[name] == plain[name]).all() for name in plain)
+
+    @OBLONG
+    @OWN_CHECKPOINTING
+    @reentrant_or_not
+    @ORDERS
+    def test_two_grids_of_one_token_count(self, case: TowerCase, reentrant: bool, order: tuple[int, int]) -> None:
+        """Two forwards are under way, with as many tokens on different grids; backward runs in either order."""
+        tower, _ = compare.injected(case)
+        check_two_forwards(case, tower, own_checkpointing(case, tower, reentrant), order)
+
+    @OBLONG
+    @OWN_CHECKPOINTING
+    @reentrant_or_not
+    def test_two_grids_of_one_token_count_in_a_frozen_tower(self, case: TowerCase, reentrant: bool) -> None:
+        """The same where only the scalars train."""
+        tower, _ = compare.injected(case)
+        compare.freeze_base(tower)
+        check_two_forwards(case, tower, own_checkpointing(case, tower, reentrant), (0, 1))
+
+    @OBLONG
+    @OWN_CHECKPOINTING
+    @ENCODER
+    @reentrant_or_not
+    @ORDERS
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of layers in such an encoder
+    @pytest.mark.parametrize("nested", [False, True], ids=["encoder", "encoder and layers"])
+    def test_the_whole_encoder_in_one_checkpoint(
+        self,
+        case: TowerCase,
+        reentrant: bool,
+        order: tuple[int, int],
+        nested: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The encoder is checkpointed as a whole, alone or around checkpointed layers."""
+        assert case.encoder is not None
+        tower, _ = compare.injected(case)
+        encoder = tower.get_submodule(case.encoder)
+
+        def switch_on() -> None:
+            checkpoint_part(encoder, reentrant, monkeypatch)
+            if nested:
+                own_checkpointing(case, tower, reentrant)()
+
+        check_two_forwards(case, tower, switch_on, order)
+
+    @OBLONG
+    @reentrant_or_not
+    def test_a_checkpoint_that_begins_with_an_operation_of_the_user(
+        self, case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The checkpoint saves a tensor that no layer has seen."""
+        tower, _ = compare.injected(case)
+        if any("." not in name for name, _, _ in injected_layers(tower)):
+            pytest.skip("the attention of this tower stands in no layer")
+
+        def switch_on() -> None:
+            for name, _, _ in injected_layers(tower):
+                layer: Any = tower.get_submodule(name.rpartition(".")[0])
+                inner = layer.forward
+
+                def forward(states: Tensor, *args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+                    return checkpoint(lambda x: inner(x * 1.0, *args, **kwargs), states, use_reentrant=reentrant)
+
+                monkeypatch.setattr(layer, "forward", forward)
+
+        check_two_forwards(case, tower, switch_on, (0, 1))
+
+
+def own_checkpointing(case: TowerCase, tower: nn.Module, reentrant: bool) -> Callable[[], None]:
+    """Switches the tower's own checkpointing on when it is called."""
+    assert case.checkpointing is not None
+    switch = case.checkpointing
+    return lambda: switch(tower, reentrant)
+
+
+def gradients_after(losses: list[Tensor], tower: nn.Module, order: tuple[int, int]) -> list[dict[str, Tensor]]:
+    """Gradients of each of two losses, whose backward passes run in an order."""
+    results: list[dict[str, Tensor]] = [{}, {}]
+    for number in order:
+        tower.zero_grad(set_to_none=True)
+        losses[number].backward()
+        results[number] = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+    return results
+
+
+def check_two_forwards(
+    case: TowerCase, tower: nn.Module, switch_on: Callable[[], None], order: tuple[int, int]
+) -> None:
+    """Two forwards of equal token count, then both backward passes: gradients as of each alone, not checkpointed."""
+    pair = case.oblong()
+    assert pair is not None
+    tower.train()
+    if case.checkpointing is not None:
+        case.checkpointing(tower, None)
+    expected = [compare.gradients(case, tower, inputs) for inputs in pair]
+    name = next(iter(compare.structural(tower)))
+    assert compare.difference(expected[0][name], expected[1][name]) > 1e-5, "the test could not tell the grids apart"
+    switch_on()
+    losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
+    for result, reference in zip(gradients_after(losses, tower, order), expected, strict=True):
+        compare.assert_same_gradients(result, reference, tolerance=1e-6)
+
+
+def checkpoint_part(part: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints the forward of a module as a whole; its hooks stay outside."""
+    inner = part.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        name = None if args else "inputs_embeds"
+        states = kwargs.pop(name) if name else args[0]
+        kinds: list[Any] = []
+
+        def run(given: Tensor) -> Tensor:
+            out = inner(**{name: given}, **kwargs) if name else inner(given, *args[1:], **kwargs)
+            kinds.append(type(out))
+            return out if isinstance(out, Tensor) else out[0]
+
+        out = checkpoint(run, states, use_reentrant=reentrant)
+        return out if issubclass(kinds[0], Tensor) else kinds[0](out)
+
+    monkeypatch.setattr(part, "forward", forward)

@@ -1,0 +1,93 @@
+"""The small towers of all registered backbones: built-in ones and those of installed packages alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+from sfa_adapters.errors import ContractError
+from sfa_adapters.registry import Backbone, registered_backbones
+from sfa_adapters.testing.cases import TowerCase
+
+__all__ = ["NoTower", "small_towers", "towers_or_reasons"]
+
+
+@dataclass(frozen=True)
+class NoTower:
+    """A registered backbone that the suite has no tower for.
+
+    Attributes:
+        name: Of the backbone.
+        reason: What is missing, and what to do.
+        library: The library to install, where one is missing; else the record is incomplete.
+    """
+
+    name: str
+    reason: str
+    library: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def small_towers(*backbones: str) -> tuple[TowerCase, ...]:
+    """The small towers that records name in `Backbone.small_towers`.
+
+    Args:
+        *backbones: Names of registered backbones; all by default.
+
+    Raises:
+        ContractError: No backbone has that name, or it names no small towers, or those need a library that is missing.
+    """
+    entries = towers_or_reasons(*backbones)
+    for entry in entries:
+        if isinstance(entry, NoTower):
+            raise ContractError(entry.reason)
+    return tuple(entry for entry in entries if isinstance(entry, TowerCase))
+
+
+def towers_or_reasons(*backbones: str) -> list[TowerCase | NoTower]:
+    """As `small_towers`, but a backbone without a small tower is an entry that says why.
+
+    Raises:
+        ContractError: No backbone has that name, or what its record names is no sequence of its `TowerCase`s.
+    """
+    records = registered_backbones()
+    unknown = sorted(set(backbones) - set(records))
+    if unknown:
+        raise ContractError(f"No backbone is named {unknown[0]!r}; registered: {', '.join(sorted(records))}.")
+    entries: list[TowerCase | NoTower] = []
+    for name in backbones or sorted(records):
+        entries.extend(_of_record(records[name]))
+    return entries
+
+
+def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
+    place = record.small_towers
+    if place is None:
+        text = (
+            f"Backbone {record.name!r} names no small tower to test: write a sequence of "
+            'sfa_adapters.testing.TowerCase and say where it stands, small_towers="module:NAME" '
+            "(see docs/adding_a_backbone.md)."
+        )
+        return [NoTower(record.name, text)]
+    try:
+        cases = resolve_name(place)
+    except ModuleNotFoundError as error:
+        # A library that is not installed is one thing; a module of one's own that is not there is a mistake.
+        library = (error.name or "").partition(".")[0]
+        if library in ("", place.partition(":")[0].partition(".")[0]):
+            raise ContractError(
+                f"Backbone {record.name!r}: small_towers={place!r} cannot be imported: {error}"
+            ) from error
+        return [NoTower(record.name, f"The small towers of {record.name!r} need {library}: {error}", library)]
+    except (AttributeError, ValueError) as error:
+        raise ContractError(f"Backbone {record.name!r}: small_towers={place!r} cannot be read: {error}") from error
+    others = [case for case in cases if not isinstance(case, TowerCase) or case.backbone != record.name]
+    if others or not cases:
+        raise ContractError(
+            f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of "
+            f"TowerCase(backbone={record.name!r}, ...); got {others[:1] or cases}."
+        )
+    return cases

@@ -1,0 +1,18 @@
+"""What `pytest --pyargs sfa_adapters.testing` runs: the contract of every tower that is installed."""
+
+import pytest
+
+from sfa_adapters.registry import registered_backbones
+from sfa_adapters.testing.backbones import backbone_contract
+from sfa_adapters.testing.registered import NoTower, towers_or_reasons
+
+TestInstalledTowers = backbone_contract()
+
+
+@pytest.mark.parametrize("backbone", sorted(registered_backbones()))
+def test_every_registered_backbone_has_a_small_tower(backbone: str) -> None:
+    """A backbone without one is not tested, which must not go unseen."""
+    for entry in towers_or_reasons(backbone):
+        if isinstance(entry, NoTower):
+            skip_or_fail = pytest.fail if entry.library is None else pytest.skip
+            skip_or_fail(entry.reason)

@@ -1,0 +1,162 @@
+"""`VLMSpec`: what the library must know about one kind of vision-language model, in one record.
+
+Where its parts are, what its processor is told, which image tokens the patches become, and what cannot be done with
+it, with the reason. What can be read from a live model is read; a record names it where that would go wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from sfa_adapters.errors import RecipeError
+from sfa_adapters.vlm.page import Page
+from sfa_adapters.vlm.places import Places, read_places
+from sfa_adapters.vlm.sizes import MemoryRules
+
+__all__ = ["FEATURES", "Feature", "ImageRules", "ImageTokens", "VLMSpec"]
+
+# What a record may refuse. "train" is all that recipes do: images, training, evaluation. "text_density" is the density
+# of text as evidence for the grounding term of SCR.
+Feature = Literal["train", "adat", "dymu", "fastv", "heads", "text_density", "memory"]
+FEATURES: tuple[Feature, ...] = ("train", "adat", "dymu", "fastv", "heads", "text_density", "memory")
+
+
+def _no_options(processor: Any, limit: int) -> dict[str, Any]:
+    return {}
+
+
+def _unchanged(image: np.ndarray, processor: Any, limit: int) -> Page:
+    return Page.unchanged(image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRules:
+    """What is done to images before a host's own processor gets them, and what that processor is told.
+
+    Attributes:
+        setting: The setting of a recipe that limits an image: the most tiles it is cut into, the most pixels it has,
+            or None where every image becomes one picture of the same size.
+        options: Options of the image processor, from it and the limit. May raise a `RecipeError`.
+        page: The image that the processor gets, from uint8 `[H, W, 3]`, the image processor and the limit.
+        batched_tiles: Whether `pixel_values` are `[B, tiles, 3, H, W]`, not `[tiles of all images, 3, H, W]`.
+    """
+
+    setting: Literal["max_tiles", "max_pixels"] | None = None
+    options: Callable[[Any, int], dict[str, Any]] = _no_options
+    page: Callable[[np.ndarray, Any, int], Page] = _unchanged
+    batched_tiles: bool = False
+
+
+def _one(config: Any) -> int:
+    return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """How the tokens of the tower become image tokens of the language model.
+
+    Attributes:
+        kind: "patches": one of each. "packed_tiles": one of each, tiles packed into a page by the host's
+            `pack_image_features`, with newline tokens. "pixel_shuffle": one of `side` x `side` neighbours, channels
+            joined. "merged_groups": the same, in a tower that works on one sequence and permutes it by windows.
+        side: Patches along one side of an image token, from the configuration.
+    """
+
+    kind: Literal["patches", "packed_tiles", "pixel_shuffle", "merged_groups"]
+    side: Callable[[Any], int] = _one
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMSpec:
+    """One kind of vision-language model. All places are full module names; those left out are read from the model.
+
+    Attributes:
+        name: Unique name, `family` in recipes and in what is saved.
+        title: As people call it, for messages.
+        model_type: What the configuration of such a checkpoint says.
+        model_class: Its class in `transformers`, which `AutoModelForImageTextToText` builds.
+        classes: Patterns over `module.Class`, as in `fnmatch`, of the model and of the core inside that joins tower
+            and language model.
+        tower: The vision tower.
+        projector: What stands between tower and language model; may lie inside the tower, or be a parameter.
+        language_model: The language model without its head.
+        lm_head: The head.
+        layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
+        unread: Children of the tower that the host never reads, because it takes the hidden states before them. A
+            parameter there gets no gradient, so it must not train.
+        images: What is done to images; None where nobody has written it, so that only adapters can be used.
+        image_tokens: What patches become; None where it is not known.
+        memory: What memory is counted from; None where it is not known.
+        nano: Builds a small model of this kind with its processor, for `--nano` and the contract suite.
+        nano_settings: Settings of a recipe on it that differ from those of the other small models.
+        refuses: What cannot be done with this kind -> why, and what to do instead.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    model_class: str
+    classes: tuple[str, ...]
+    tower: str | None = None
+    projector: tuple[str, ...] | None = None
+    language_model: str | None = None
+    lm_head: str | None = None
+    layer_classes: tuple[str, ...] | None = None
+    unread: tuple[str, ...] = ()
+    images: ImageRules | None = None
+    image_tokens: ImageTokens | None = None
+    memory: MemoryRules | None = None
+    nano: Callable[[], tuple[Any, Any]] | None = None
+    nano_settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    refuses: Mapping[Feature, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def family(self) -> str:
+        """The name, as recipes call it."""
+        return self.name
+
+    def refusal(self, feature: Feature) -> str | None:
+        """Why something cannot be done with this kind of model, in one line; None where it can.
+
+        Args:
+            feature: What.
+        """
+        reason = self.refuses.get(feature)
+        if reason is None and feature == "train" and self.images is None:
+            reason = "its record has no rules for images."
+        if reason is None and feature == "memory" and self.memory is None:
+            reason = "its record has no rules for memory."
+        if reason is None and feature == "dymu" and self.image_tokens is None:
+            reason = "its record does not say which image tokens the patches become."
+        return None if reason is None else f"{self.title}: {reason}"
+
+    def require(self, feature: Feature) -> None:
+        """Stops where something cannot be done.
+
+        Raises:
+            RecipeError: With the reason of the record.
+        """
+        reason = self.refusal(feature)
+        if reason is not None:
+            raise RecipeError(reason)
+
+    def places(self, model: nn.Module) -> Places:
+        """Where the parts of a model of this kind are, checked against it.
+
+        Args:
+            model: It, built or on the meta device, with adapters or without.
+
+        Raises:
+            RecipeError: It is of another class, a part is missing, or a parameter lies in no part.
+        """
+        kind = type(model).__name__.removeprefix("FSDP")
+        if kind != self.model_class:
+            raise RecipeError(f"family={self.name!r} is {self.model_class}, but the model is a {kind}.")
+        names = ("tower", "projector", "language_model", "lm_head", "layer_classes", "unread")
+        return read_places(model, {name: getattr(self, name) for name in names})

@@ -1,0 +1,65 @@
+"""The code in the docs runs: each page from top to bottom, in one namespace."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfa_adapters import registry
+from sfa_adapters.registry import registered_backbones
+from sfa_adapters.vlm import records
+from sfa_adapters.vlm.records import registered_vlms
+from tests.support.paths import ROOT
+
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if "```python" in page.read_text("utf-8")
+]
+
+
+@pytest.fixture
+def own_records() -> Iterator[None]:
+    """Pages register towers and hosts; other tests must not see them."""
+    registered_backbones(), registered_vlms()
+    tables: list[dict[str, Any]] = [registry._BACKBONES, records._SPECS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+
+
+@pytest.mark.usefixtures("own_records")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        line = text[: found.start(1)].count("\n")
+        exec(compile("\n" * line + found[1], str(page), "exec"), namespace)
+
+
+def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("## Try it") : text.index("## What it does")]
+    commands = [line.split()[1:] for line in block.splitlines() if line.startswith("sfa inspect ")]
+    assert len(commands) >= 2
+    missing = ["timm", "torchvision", "cv2", "datasets", "bitsandbytes", "tensorboard", "skimage", "rapidocr", "pandas"]
+    code = (
+        f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+        "from huggingface_hub import HfApi\n"
+        "def refuse(*args, **kwargs): raise AssertionError('the hub was asked')\n"
+        "HfApi.model_info = refuse\n"
+        "from sfa_adapters.cli.main import main\n"
+        f"for command in {commands}:\n"
+        "    try: main(command)\n"
+        "    except SystemExit as left: assert left.code == 0, command\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
