@@ -12,6 +12,7 @@ from sfa_adapters import inject_sfa
 from sfa_adapters.adat import inject_adat
 from sfa_adapters.mask_argument import attach_to_attention, give_mask, given_mask, unused_mask
 from sfa_adapters.packing import PackedMask
+from sfa_adapters.tuner import injected_layers
 from tests.adat.test_inject import mixed, patch_of
 from tests.support.compare import read, strong_config
 from tests.support.towers import CASES
@@ -75,7 +76,10 @@ def test_a_mask_of_a_forward_that_failed_is_not_missed_in_the_next_one() -> None
     """ADAT gives a mask, the attention fails; then SFA's mask keeps the images apart, and ADAT gives none."""
     case = next(case for case in CASES if case.name == "siglip")
     tower, inputs = case.fresh()
+    inject_sfa(tower, strong_config())
     inject_adat(tower, mixed(patch_of(tower)))
+    for _, _, layer in injected_layers(tower):
+        layer.set_adapter([])
     projection = next(module for name, module in tower.named_modules() if name.endswith("q_proj"))
 
     def fail(module: nn.Module, args: Any) -> None:
@@ -85,5 +89,6 @@ def test_a_mask_of_a_forward_that_failed_is_not_missed_in_the_next_one() -> None
     with pytest.raises(RuntimeError, match="out of memory"):
         read(case, tower, inputs)
     handle.remove()
-    inject_sfa(tower, strong_config())
+    for _, _, layer in injected_layers(tower):
+        layer.set_adapter(["default"])
     assert read(case, tower, inputs).isfinite().all()
