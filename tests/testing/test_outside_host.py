@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.support.paths import ROOT
 
 
@@ -55,24 +53,12 @@ def test_a_host_from_outside_passes_the_suite(tmp_path: Path) -> None:
     assert " passed" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "test", "message"),
-    [
-        (
-            'AyaVisionForConditionalGeneration",\n',
-            'AyaVision",\n',
-            "every_parameter",
-            "but the model is a AyaVisionFor",
-        ),
-        ('unread=("post_layernorm", "head"),', "", "training", "post_layernorm.weight"),
-        ('name="aya_vision"', 'name="aya"', "record", "family='aya_vision' is not registered"),
-    ],
-)
-def test_a_wrong_record_fails_the_suite(tmp_path: Path, right: str, wrong: str, test: str, message: str) -> None:
+def test_a_wrong_record_fails_the_suite(tmp_path: Path) -> None:
+    """Here one that forgets what the host never reads; a run of the suite takes long, so it is one mistake only."""
     file = _package(tmp_path) / "aya_host.py"
-    code = file.read_text()
+    code, right = file.read_text(), 'unread=("post_layernorm", "head"),'
     assert right in code
-    file.write_text(code.replace(right, wrong))
-    result = _suite(tmp_path, "-k", test)
+    file.write_text(code.replace(right, ""))
+    result = _suite(tmp_path, "-k", "training")
     assert result.returncode == 1, result.stdout[-3000:]
-    assert message in result.stdout
+    assert "post_layernorm.weight" in result.stdout
