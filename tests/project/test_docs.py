@@ -25,7 +25,8 @@ PAGES = [
 @pytest.fixture
 def own_records() -> Iterator[None]:
     """Pages register towers and hosts; other tests must not see them."""
-    registered_backbones(), registered_vlms()
+    registered_backbones()
+    registered_vlms()
     tables: list[dict[str, Any]] = [registry._BACKBONES, records._SPECS]
     before = [dict(table) for table in tables]
     yield
