@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfa_adapters.registry import FoundTower
+from torch import nn
+
+from sfa_adapters.registry import Backbone
 
 __all__ = ["Statistics", "image_statistics"]
 
@@ -13,16 +15,21 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 def image_statistics(
-    tower: FoundTower | None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    backbone: Backbone | None,
+    tower: nn.Module | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Statistics | None:
     """Mean and standard deviation of a tower's images, by channel; None where one of them is not known.
 
     Args:
-        tower: The tower; its record says what its image processor does.
+        backbone: The record of the tower, which says what its image processor does; None where there is no tower.
+        tower: The tower.
         mean: What the user says in its place.
         std: Likewise.
     """
-    known = (None, None) if tower is None else tower.backbone.statistics_of(tower.tower) or (None, None)
+    known = None if backbone is None or tower is None else backbone.statistics_of(tower)
+    known = known or (None, None)
     mean = known[0] if mean is None else mean
     std = known[1] if std is None else std
     return None if mean is None or std is None else (tuple(mean), tuple(std))

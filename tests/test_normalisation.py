@@ -1,11 +1,17 @@
 """Statistics of images: of the tower, or as the user says."""
 
+from typing import Any
+
 from sfa_adapters import processor_statistics
 from sfa_adapters.normalisation import image_statistics
-from sfa_adapters.registry import find_tower
+from sfa_adapters.registry import FoundTower, find_tower
 from tests.support.hosts import HOSTS
 
 CASES = {case.name: case for case in HOSTS}
+
+
+def _of(located: FoundTower, **given: Any) -> Any:
+    return image_statistics(located.backbone, located.tower, **given)
 
 
 def test_towers_say_what_their_images_are_normalised_with() -> None:
@@ -16,11 +22,11 @@ def test_towers_say_what_their_images_are_normalised_with() -> None:
         "qwen2_5_vl": processor_statistics.CLIP,
     }
     for name, values in expected.items():
-        assert image_statistics(find_tower(CASES[name].build())) == values
+        assert _of(find_tower(CASES[name].build())) == values
 
 
 def test_what_the_user_says_comes_first_and_half_of_it_is_not_enough() -> None:
     tower = find_tower(CASES["llava"].build())
-    assert image_statistics(tower, std=(1.0, 1.0, 1.0)) == (processor_statistics.CLIP[0], (1.0, 1.0, 1.0))
-    assert image_statistics(None, (0.5,) * 3, (0.25,) * 3) == ((0.5,) * 3, (0.25,) * 3)
-    assert image_statistics(None, (0.5,) * 3) is None
+    assert _of(tower, std=(1.0, 1.0, 1.0)) == (processor_statistics.CLIP[0], (1.0, 1.0, 1.0))
+    assert image_statistics(None, None, (0.5,) * 3, (0.25,) * 3) == ((0.5,) * 3, (0.25,) * 3)
+    assert image_statistics(None, None, (0.5,) * 3) is None

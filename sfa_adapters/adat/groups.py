@@ -23,6 +23,7 @@ from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.errors import InjectionError, PlanError
 from sfa_adapters.normalisation import Statistics, image_statistics
 from sfa_adapters.registry import find_tower
+from sfa_adapters.vlm.parts import still_image_id
 
 __all__ = ["GroupPolicy", "drop_blank_groups"]
 
@@ -97,7 +98,7 @@ def drop_blank_groups(
         raise PlanError(f"The batch {what}; give what the processor returns for text and still images.")
     vision: Any = located.tower.config
     grids = [(int(h), int(w)) for _, h, w in inputs["image_grid_thw"].tolist()]
-    statistics = image_statistics(located)
+    statistics = image_statistics(located.backbone, located.tower)
     assert statistics is not None
     kept = _kept(inputs["pixel_values"], grids, vision, policy, statistics)
     tower, tokens = _tower_inputs(inputs, grids, kept, vision)
@@ -110,7 +111,7 @@ def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
     pages = {k: v for k, v in batch.items() if k == "pixel_values" or k.startswith("image_")}
     features = torch.cat(list(core.get_image_features(**pages).pooler_output))
     words = core.get_input_embeddings()(batch["input_ids"])
-    places = (batch["input_ids"] == core.config.image_token_id)[..., None].expand_as(words)
+    places = (batch["input_ids"] == still_image_id(core.config))[..., None].expand_as(words)
     embeds = words.masked_scatter(places, features.to(words.dtype))
     gone = {*pages, "input_ids", "mm_token_type_ids"}
     return {k: v for k, v in batch.items() if k not in gone} | {"inputs_embeds": embeds}
@@ -172,7 +173,7 @@ def _text_inputs(core: Any, inputs: Mapping[str, Any], kept: list[Tensor]) -> di
     three, _ = core.get_rope_index(
         ids, inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"], attention_mask=mask
     )
-    image = ids == core.config.image_token_id
+    image = ids == still_image_id(core.config)
     if int(image.sum()) != sum(len(k) for k in kept):
         raise PlanError(
             f"{int(image.sum())} image tokens in the text, {sum(len(k) for k in kept)} groups in the images."

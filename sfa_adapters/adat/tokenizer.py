@@ -24,6 +24,7 @@ from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.forwards import NOT_IN_BACKWARD, ForwardLog, TowerForward, backward_task
 from sfa_adapters.hooks import state_of
 from sfa_adapters.mask_argument import give_mask, given_mask, unused_mask
+from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.registry import Backbone, PatchSeam
 from sfa_adapters.tower_input import TowerInput
@@ -151,13 +152,9 @@ class AdatState:
         height, width = (side // patch * patch for side in images.shape[-2:])
         if not height or not width:
             raise PlanError(f"An image of {tuple(images.shape[-2:])} px is smaller than one patch of {patch} px.")
-        known_statistics = self.seam.statistics(self.tower)
-        mean, std = (
-            torch.tensor(chosen or default, device=images.device, dtype=torch.float32).view(3, 1, 1)
-            for chosen, default in zip(
-                (self.tokenizer.image_mean, self.tokenizer.image_std), known_statistics, strict=True
-            )
-        )
+        statistics = image_statistics(self.backbone, self.tower, self.tokenizer.image_mean, self.tokenizer.image_std)
+        assert statistics is not None  # a tower whose patches can be exchanged says what its images look like
+        mean, std = (torch.tensor(one, device=images.device, dtype=torch.float32).view(3, 1, 1) for one in statistics)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
             plans = tuple(self.tokenizer.policy.plan_images(pixels, patch))

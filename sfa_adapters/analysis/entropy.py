@@ -139,7 +139,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation that images were normalised with, `[3, 1, 1]` each."""
     located = fixed_tower(model)
-    known = image_statistics(located, image_mean, image_std)
+    known = image_statistics(located.backbone, located.tower, image_mean, image_std)
     mean, std = (image_mean, image_std) if known is None else known
     if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise DataError(

@@ -23,6 +23,7 @@ from sfa_adapters.inject import load_sfa
 from sfa_adapters.training.checkpoints import RECORD, load_trained, saved_recipe
 from sfa_adapters.training.train import FINAL
 from sfa_adapters.vlm.parts import plain_model
+from sfa_adapters.vlm.records import registered_vlms
 
 __all__ = ["family_of", "find_run", "open_host", "read_head_plan"]
 
@@ -60,8 +61,9 @@ def family_of(model: str, revision: str | None = None) -> Family:
         raise RecipeError(
             f"{model} is no recipe, no folder of a run and no model that can be read: {str(error).splitlines()[0]}"
         ) from error
-    for family, spec in HOSTS.items():
+    for family, spec in registered_vlms().items():
         if spec.model_type == kind:
+            spec.require("train")
             return family
     known = ", ".join(f"{spec.model_type} ({spec.model_class})" for spec in HOSTS.values())
     raise RecipeError(f"{model} is a {kind!r} model. Hosts that can be evaluated: {known}.")

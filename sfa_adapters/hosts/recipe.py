@@ -141,10 +141,13 @@ class Recipe:
         )
 
         from sfa_adapters.hosts.spec import families
+        from sfa_adapters.vlm.records import registered_vlms
 
         for name, kind in (("plan", PlanName), ("dtype", DType), ("init", Init)):
             known = get_args(kind)
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        if self.family not in families() and self.family in registered_vlms():
+            registered_vlms()[self.family].require("train")
         self._require("family", self.family in families(), f"one of {', '.join(families())}")
         loggers = (*INTEGRATION_TO_CALLBACK, "none")
         self._require("log", self.log in loggers, f"one of {', '.join(loggers)}")

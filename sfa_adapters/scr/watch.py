@@ -154,7 +154,8 @@ class Watch:
         Raises:
             DataError: They are not known.
         """
-        known = image_statistics(self.tower, self.config.image_mean, self.config.image_std)
+        backbone, tower = (None, None) if self.tower is None else (self.tower.backbone, self.tower.tower)
+        known = image_statistics(backbone, tower, self.config.image_mean, self.config.image_std)
         if known is None:
             raise DataError("Set image_mean and image_std in SCRConfig: what this model's images are normalised with.")
         return known

@@ -173,6 +173,15 @@ class VLMContract:
         assert "sfa" in {places.part_of(name) for name, _ in model.named_parameters()}
         assert spec.places(model) == places
 
+    def test_recipes_take_it_or_say_why_not(self, spec: VLMSpec) -> None:
+        """A record that refuses to be trained is refused where a recipe names it, with its reason."""
+        reason = spec.refusal("train")
+        if reason is None:
+            assert Recipe(name="contract", model="model", family=self.family).family == self.family
+            return
+        with pytest.raises(SFAError, match=re.escape(reason)):
+            Recipe(name="contract", model="model", family=self.family)
+
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def test_sfa_acts_and_goes_without_a_trace(self, host: Host, inputs: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
 from sfa_adapters.reduction.dymu.vtu import Unmerged, full_rotation
 from sfa_adapters.reduction.image_tokens import arguments
 from sfa_adapters.reduction.kept_tokens import KEPT, keep_positions, keep_states
+from sfa_adapters.vlm.parts import still_image_id
 
 __all__ = ["LanguageState", "latest_kept"]
 
@@ -255,7 +256,7 @@ def _fed_again(state: LanguageState, before: CacheRecord, mask: Any, length: int
 def _image_places(state: LanguageState, inputs: dict[str, Any], embeds: Tensor, length: int) -> Tensor:
     """Which new tokens stand for a part of a still image, bool `[B, length]`."""
     core: Any = state.host.core
-    ids, number = inputs.get("input_ids"), core.config.image_token_id
+    ids, number = inputs.get("input_ids"), still_image_id(core.config)
     if ids is not None:
         if ids.shape[1] != length + state.fed_again:
             raise LayoutError(

@@ -189,7 +189,9 @@ def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
 
 
 def _statistics(config: FastVConfig, located: FoundTower | None) -> tuple[Any, Any] | None:
-    return None if located is None else image_statistics(located, config.image_mean, config.image_std)
+    if located is None:
+        return None
+    return image_statistics(located.backbone, located.tower, config.image_mean, config.image_std)
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
