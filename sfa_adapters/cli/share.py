@@ -21,7 +21,7 @@ def share(
     repo: Annotated[str | None, typer.Option(help="user/name on the hub; without it only the card is written.")] = None,
     results: Annotated[bool, typer.Option("--results", help="Send tables, predictions and pictures too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; send nothing.")] = False,
-    private: Annotated[bool | None, typer.Option(help="Of a new repository; by default as set in your account.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Of a new repository; your account's default otherwise.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="As the hub names it, e.g. apache-2.0.")] = None,
 ) -> None:
     """Write the model card of RUN and send the adapter to the Hugging Face hub."""
