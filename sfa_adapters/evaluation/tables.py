@@ -60,7 +60,7 @@ class Table:
         return {"title": self.title, "columns": list(self.columns), "rows": rows, "notes": list(self.notes)}
 
     def to_terminal(self, width: int | None = None) -> Group:
-        """Formats the table for a terminal; it is transposed if it has more columns than rows, so that it fits.
+        """Formats the table for a terminal; with fewer rows than value columns it is transposed to fit.
 
         Args:
             width: In characters; that of the terminal by default.
