@@ -149,8 +149,8 @@ class SFAConfig(PeftConfig):
 
         Args:
             layer: Number of the layer in the tower.
-            num_heads: Its heads. Heads of `init_heads` beyond them are ignored: a saved adapter keeps its original
-                choice, also for a tower from which heads were pruned since.
+            num_heads: Its heads. Heads of `init_heads` beyond them are left out: a saved adapter keeps the choice that
+                it began with, also for a tower that was pruned since.
         """
         if self.init != "axial":
             return {}

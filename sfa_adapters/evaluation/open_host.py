@@ -74,7 +74,7 @@ def family_of(model: str, revision: str | None = None) -> Family:
 
 
 def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
-    """Reads the head plan that `sfa calibrate heads --rate` wrote, and checks the compensation for its heads.
+    """Reads the head plan of `sfa calibrate heads --rate`, and checks the compensation for the pruned heads.
 
     Args:
         path: The file, or the folder with `head_plan.json`.

@@ -1,4 +1,4 @@
-"""S4 head calibration: scores of attention heads, plans of which to remove, and pruning that shrinks the weights."""
+"""S4 head calibration: scores of attention heads, plans of which to prune, and pruning that shrinks the weights."""
 
 from sfa_adapters.heads.axial_heads import calibrate_axial
 from sfa_adapters.heads.calibrate import calibrate_heads

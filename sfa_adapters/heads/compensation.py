@@ -1,4 +1,4 @@
-"""Compensation for removed heads: changes weights of the kept ones once, at no cost in the forward.
+"""How the kept heads make up for the pruned ones. All of it changes weights once; a forward costs nothing more.
 
 * `none`: nothing; equal to setting the output of the removed heads to zero.
 * `absorb`: the kept columns of the output projection are multiplied by heads / kept heads. Exact if all heads of a

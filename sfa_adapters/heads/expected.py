@@ -1,4 +1,4 @@
-"""Expected speed-up from removing heads, from counted bytes and operations: nothing is timed, no weights are needed.
+"""Expected speed-up from pruning heads, from counted bytes and operations: nothing is timed, no weights are needed.
 
 Decoding one token reads every weight of the language model once, and the keys and values of all tokens so far; on a
 memory-bound device the time is proportional to these bytes. Prefill is compute-bound, so its floating-point operations
@@ -29,7 +29,7 @@ def expected_speedup(model: nn.Module, plan: HeadPlan, length: int = 0) -> float
 
     Args:
         model: The model with all its heads. Nothing runs, so it may be on the meta device.
-        plan: The heads to remove.
+        plan: The heads to prune.
         length: Tokens whose keys and values a step reads: prompt and answer so far, of all rows of a batch together.
 
     Returns:
@@ -58,7 +58,7 @@ def decode_bytes(model: nn.Module, length: int = 0, plan: HeadPlan | None = None
     Args:
         model: The model, pruned or not; it may be on the meta device.
         length: Tokens in the cache, of all rows of a batch together.
-        plan: Heads to count as removed.
+        plan: Heads to count as pruned.
 
     Raises:
         InjectionError: The plan does not fit the model, or the model has no language model.

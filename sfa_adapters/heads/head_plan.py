@@ -1,4 +1,4 @@
-"""`HeadPlan`: which attention heads to remove from which layers. Made by `plan_heads`, applied by `prune_heads`.
+"""`HeadPlan`: which attention heads to prune from which layers. Made by `plan_heads`, applied by `prune_heads`.
 
 Query heads are numbered as in the model before pruning. With grouped-query attention query head h reads key/value head
 h // (num_heads / num_kv_heads), and a layer must have the same number of query heads for every key/value head. So whole
@@ -21,10 +21,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which attention heads to remove from which layers.
+    """Which attention heads to prune from which layers.
 
     Attributes:
-        removed: For each attention module (its path), the query heads to remove, sorted; empty where all are kept.
+        removed: For each attention module (its path), the query heads to prune, sorted; an empty tuple where all stay.
         num_heads: Query heads of each of these modules before pruning.
         num_kv_heads: Key/value heads of each of them before pruning; the same number without grouped queries.
         how: How the plan was made (kind, rate, scores), for the record only.
@@ -92,12 +92,12 @@ class HeadPlan:
 
     @property
     def count(self) -> int:
-        """Query heads that are removed."""
+        """Number of query heads to prune."""
         return sum(len(heads) for heads in self.removed.values())
 
     @property
     def rate(self) -> float:
-        """Share of the query heads that are removed, 0 to 1."""
+        """Share of the query heads to prune, 0 to 1."""
         return self.count / self.total
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""`plan_heads`: chooses the heads to remove from scores, a rate and a kind of head plan."""
+"""`plan_heads`: chooses the heads to prune from scores, a rate and a kind of plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Kind = Literal["uniform", "adaptive", "early_skip", "global"]
 def plan_heads(
     scores: HeadScores, rate: float | None = None, kind: Kind = "uniform", protect: Iterable[int | str] = ()
 ) -> HeadPlan:
-    """Makes a plan to remove the heads with the lowest scores.
+    """Makes a plan to prune the heads with the lowest scores.
 
     Early layers are the first 6 of 32, late ones the last 10, and the same share in models of other depth.
 
@@ -43,7 +43,7 @@ def plan_heads(
 
     Args:
         scores: From `calibrate_heads`.
-        rate: Share of the heads to remove, between 0 and 1; only "early_skip" has a default.
+        rate: Share of the heads to prune, between 0 and 1; only "early_skip" has a default.
         kind: As above.
         protect: Layers that keep all their heads, by number or pattern ("*layers.0.*"); the rate applies to the others.
 
@@ -102,7 +102,7 @@ def checked_rate(rate: float | None, kind: str) -> float:
 def _quotas(
     kind: Kind, heads: Mapping[str, int], values: Mapping[str, tuple[float, ...]], rate: float
 ) -> dict[str, int]:
-    """Number of heads to remove by layer, for layers that are not protected."""
+    """Number of heads to prune in each layer that is not protected."""
     if kind == "global":
         return global_quotas(values, rate)
     # Early and late refer to the whole model, protected layers included.

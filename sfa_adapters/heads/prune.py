@@ -40,9 +40,9 @@ class Pruned:
     """Record of the pruning of a model, kept with the model and saved with it.
 
     Attributes:
-        plan: The removed heads, by paths in the model without wrappers of PEFT.
-        compensation: Compensation for them.
-        biases: Attention modules whose output projection got a bias and had none before.
+        plan: The pruned heads, by paths in the model without wrappers of PEFT.
+        compensation: What was done for them.
+        biases: Attention modules whose output projection got a bias and had none.
     """
 
     plan: HeadPlan
@@ -52,7 +52,7 @@ class Pruned:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One attention module from which heads are removed.
+    """One attention module that is pruned.
 
     Attributes:
         path: Its path in the model without wrappers of PEFT.
@@ -86,8 +86,8 @@ def prune_heads(
 
     Args:
         model: The model; it is changed in place.
-        plan: The heads to remove, from `plan_heads`; its counts must be those of the model.
-        compensation: Compensation for the removed heads, see `sfa_adapters.heads.compensation`.
+        plan: The heads to prune, from `plan_heads`; its counts must be those of the model.
+        compensation: What is done for the pruned heads, see `sfa_adapters.heads.compensation`.
         batches: For `bias` only: keyword arguments of the model's forward, on which means are measured.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`save_pruned` and `load_pruned`: saves and loads a model with removed heads.
+"""`save_pruned` and `load_pruned`: saves a model with pruned heads and loads it again.
 
 The folder holds what `save_pretrained` writes, and a `head_plan.json`. Plain `from_pretrained` fails on it: it builds
 every layer with the head counts of the configuration. `load_pruned` first prunes a model of the original shapes.
@@ -33,7 +33,7 @@ _VERSION = 1
 
 
 def pruned_of(model: nn.Module) -> Pruned:
-    """The record of what `prune_heads` removed from a model or from parts of it.
+    """The record of what `prune_heads` did to a model or to parts of it.
 
     Raises:
         InjectionError: No heads were removed.
@@ -75,7 +75,7 @@ def save_pruned(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        InjectionError: No heads were removed from the model, or adapters are merged into its weights.
+        InjectionError: No heads of the model are pruned, or it has adapters merged into its weights.
         RecipeError: The folder holds a pruned model already.
     """
     pruned, base, folder = pruned_of(model), plain_model(model), Path(folder)
@@ -155,14 +155,14 @@ def _own_names(base: nn.Module) -> Callable[[str], str | None]:
                 raise InjectionError(f"{name} has an adapter merged in. Unmerge it first (unmerge_adapter).")
             wrapped[f"{name}."] = f"{name}.base_layer."
 
-    def short_name(key: str) -> str | None:
+    def base_name(key: str) -> str | None:
         outer = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
         if outer is None:
             return key
         inside = wrapped[outer]
         return outer + key.removeprefix(inside) if key.startswith(inside) else None
 
-    return short_name
+    return base_name
 
 
 def read_pruned(folder: Path) -> tuple[Pruned, str]:

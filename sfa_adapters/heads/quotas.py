@@ -72,19 +72,19 @@ def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[st
 
 
 def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int, ...]:
-    """Chooses the heads to remove from a layer: the lowest scores that its key/value groups allow.
+    """The heads of a layer to prune: the lowest scores among what its key/value groups allow.
 
-    Whole groups are removed, and an equal number of query heads from each remaining one. So the number of removed heads
+    Whole groups are pruned, and an equal number of query heads from each remaining one. So the number of pruned heads
     may differ from the quota; it is the nearest possible one. Of several choices the heads with the higher scores are
     kept.
 
     Args:
         values: One score per query head.
         groups: Number of key/value heads.
-        quota: Number of query heads to remove; at least one is kept.
+        quota: Number of query heads to prune; at least one is kept.
 
     Returns:
-        The query heads to remove, sorted.
+        The query heads to prune, sorted.
     """
     size = len(values) // groups
     goal = len(values) - quota
