@@ -76,7 +76,7 @@ def _model_class(name: str, family: str) -> type:
         is_simple = True  # requests come as text and images; every task with images can make them
 
         def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
-            # The name of the class is all that lmms-eval records of a model in its results.
+            # The name of the class is all that lmms-eval takes from a model into its results.
             facts = _facts_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
             return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
 

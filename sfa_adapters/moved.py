@@ -57,7 +57,7 @@ MODULES: Mapping[str, str] = {
     for old_package, new_package, words in _MOVED
     for old, _, new in (word.partition(">") for word in words.split())
 }
-# Names of old modules whose path belongs to another module or a package now.
+# Names of old modules whose path is another module or a package now.
 NAMES: Mapping[str, Mapping[str, str]] = {
     _path(old): dict.fromkeys(names.split(), _path(new))
     for old, new, names in (
@@ -106,10 +106,10 @@ def spec_of(name: str) -> ModuleSpec | None:
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """Makes a module-level `__getattr__` that serves, with a warning, names of the module that had this path before.
+    """`__getattr__` of a module in whose place another one was, which had names that it does not have.
 
     Args:
-        module: Full name of the module that has the path now.
+        module: Its full name.
     """
 
     def get(name: str) -> Any:

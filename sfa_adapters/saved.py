@@ -185,7 +185,7 @@ def _from_files(files: list[Path], adapter_name: str, config: SFAConfig | None) 
     if config is None:
         raise WeightsError(
             f"{source} holds SFA scalars of {len({key.path for key in keys.values()})} layers, but not their "
-            "configuration, without which their blocks cannot be told. Pass the one that they were trained with: "
+            "configuration, without which their blocks are not known. Pass the one that they were trained with: "
             "load_sfa(model, path, config=SFAConfig(...))."
         )
     keys = {name: key for name, key in keys.items() if (key.adapter or "default") == wanted}

@@ -131,7 +131,7 @@ class AdatState:
         if len(traced) != 1:
             raise LayoutError(
                 f"Gradient checkpointing runs a part of the tower again on {states.shape[-2]} adaptive tokens, and "
-                "from which images they are cannot be told. Checkpoint whole layers or the whole encoder, with "
+                "their images cannot be determined. Checkpoint whole layers or the whole encoder, with "
                 "use_reentrant=False."
             )
         return traced[0]

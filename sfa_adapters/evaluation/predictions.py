@@ -86,7 +86,7 @@ class PredictionFile:
         there = self.parts()
         if there and not self.settings.is_file():
             raise RecipeError(
-                f"{there[0]} has no {self.settings.name} beside it: nobody knows what it answers. Use another folder."
+                f"{there[0]} has no {self.settings.name} beside it, so its settings are not known. Use another folder."
             )
         if there:
             known = json.loads(self.settings.read_text(encoding="utf-8"))
