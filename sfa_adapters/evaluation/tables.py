@@ -172,7 +172,7 @@ def hallucination_of(predictions: Sequence[Prediction]) -> HallucinationReport:
     """
     if not any(p.printed for p in predictions):
         raise DataError(
-            "The texts on the images are not known, so a misread number looks like a fabricated one. Evaluate with --ocr."
+            "The texts on the images are not known, so misread numbers look like fabricated ones. Evaluate with --ocr."
         )
     texts, answers = [p.prediction for p in predictions], [p.answers for p in predictions]
     return hallucination_report(texts, answers, printed=[p.printed or None for p in predictions])
