@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,14 @@ def test_an_old_path_runs_as_a_program() -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "sfa_adapters.training.folders has moved to sfa_adapters.files;" in done.stderr
+
+
+def test_an_old_path_says_which_file_it_leads_to() -> None:
+    """`python -m` makes it `sys.argv[0]`."""
+    spec = find_spec("sfa_adapters.training.folders")
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).samefile(ROOT / "sfa_adapters" / "files.py")
 
 
 def test_the_program_of_an_older_installation_works(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def _between(model: nn.Module, others: tuple[str, ...]) -> tuple[str, ...]:
     """The largest modules (or bare parameters) that hold parameters and nothing of the other parts."""
     parts: dict[str, None] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if _inside(name, *others) or CHILD_NAME in name.split("."):
+        if _inside(name, *others):
             continue
         segments = name.split(".")
         prefixes = [".".join(segments[:depth]) for depth in range(1, len(segments) + 1)]

@@ -111,6 +111,11 @@ def check_allowed(model: nn.Module, feature: Feature, error: type[Exception] = R
 
 
 def _by_name(spec: VLMSpec) -> tuple[object, tuple[str]]:
+    if _SPECS.get(spec.name) is not spec:
+        raise RecipeError(
+            f"This is no record of a host that is registered as {spec.name!r}, so a name would not bring it back. Give "
+            "it a name of its own and call register_vlm."
+        )
     return vlm_spec, (spec.name,)
 
 
