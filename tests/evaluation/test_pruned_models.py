@@ -52,9 +52,9 @@ def plan_for(host: Host) -> HeadPlan:
     language, vision = (list(attention_modules(host.model, part)) for part in ("language", "vision"))
     gone: dict[str, tuple[int, ...]] = {path: (2,) if i % 2 else () for i, path in enumerate(language)}
     gone[vision[0]] = (0, 3)
-    found = {path: read_geometry(path, host.model.get_submodule(path)) for path in gone}
-    groups = {path: g.num_kv_heads for path, g in found.items()}
-    assert {path: g.num_heads for path, g in found.items()} == groups
+    geometries = {path: read_geometry(path, host.model.get_submodule(path)) for path in gone}
+    groups = {path: g.num_kv_heads for path, g in geometries.items()}
+    assert {path: g.num_heads for path, g in geometries.items()} == groups
     return HeadPlan(gone, groups, groups, HOW)
 
 
@@ -102,11 +102,11 @@ def same(first: Host, second: Host) -> None:
 def test_the_object_that_is_asked_is_the_one_pruned_by_hand(
     base: Path, plan: HeadPlan, plan_file: Path, tmp_path: Path
 ) -> None:
-    asked = rows(4)
+    questions = rows(4)
     whole = open_host(base, **SETTINGS)
-    before = [p.prediction for p in answer_rows(whole, asked, tmp_path / "whole.jsonl", progress=False)]
+    before = [p.prediction for p in answer_rows(whole, questions, tmp_path / "whole.jsonl", progress=False)]
     prune_heads(whole.model, plan, "absorb")
-    wanted = [p.prediction for p in answer_rows(whole, asked, progress=False)]
+    wanted = [p.prediction for p in answer_rows(whole, questions, progress=False)]
     assert wanted != before
     for given in (plan, plan_file, str(plan_file), plan_file.parent):
         host = open_host(base, head_plan=given, compensation="absorb", **SETTINGS)
@@ -114,7 +114,7 @@ def test_the_object_that_is_asked_is_the_one_pruned_by_hand(
         assert not any(p.requires_grad for p in host.model.parameters())
         assert not host.model.training
     host = open_host(base, head_plan=plan, compensation="absorb", **SETTINGS)
-    assert [p.prediction for p in answer_rows(host, asked, tmp_path / "cut.jsonl", progress=False)] == wanted
+    assert [p.prediction for p in answer_rows(host, questions, tmp_path / "cut.jsonl", progress=False)] == wanted
     settings = json.loads((tmp_path / "cut.settings.json").read_text())["pruned"]
     heads = sum(plan.num_heads.values())
     assert settings == {
@@ -125,7 +125,7 @@ def test_the_object_that_is_asked_is_the_one_pruned_by_hand(
     for file in ("whole", "cut"):  # neither goes on with answers of the other, nor of other heads
         other = open_host(base, head_plan=plan, **SETTINGS)
         with pytest.raises(RecipeError, match="pruned: "):
-            answer_rows(other, asked, tmp_path / f"{file}.jsonl", progress=False)
+            answer_rows(other, questions, tmp_path / f"{file}.jsonl", progress=False)
 
 
 def test_adapters_are_cut_with_the_host(base: Path, plan: HeadPlan, tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_adapters_are_cut_with_the_host(base: Path, plan: HeadPlan, tmp_path: Pa
     save_trained(host, tmp_path / "run" / "final")
     save_sfa(host.model, tmp_path / "sfa")
     prune_heads(host.model, plan)
-    for found in (
+    for loaded in (
         open_host(tmp_path / "run", head_plan=plan, **SETTINGS),
         open_host(base, tmp_path / "run", head_plan=plan, **SETTINGS),
         open_host(base, tmp_path / "sfa", head_plan=plan, **SETTINGS),
     ):
-        same(found, host)
-    facts = pruned_facts(found.model)
+        same(loaded, host)
+    facts = pruned_facts(loaded.model)
     assert facts is not None
     assert facts == plan_facts(plan, "none")
 
@@ -214,9 +214,9 @@ def test_a_folder_of_a_pruned_model_is_loaded_as_what_it_is(
     if dtype == "float32":  # heads of the folder were scaled in float32 and rounded after
         prune_heads(whole.model, plan, "absorb")
         same(host, whole)
-        asked = rows(3)
-        wanted = [p.prediction for p in answer_rows(whole, asked, progress=False)]
-        assert [p.prediction for p in answer_rows(host, asked, progress=False)] == wanted
+        questions = rows(3)
+        wanted = [p.prediction for p in answer_rows(whole, questions, progress=False)]
+        assert [p.prediction for p in answer_rows(host, questions, progress=False)] == wanted
     assert {p.dtype for p in host.model.parameters()} == {getattr(torch, dtype)}
     assert host.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
     assert pruned_facts(host.model) == folder_facts(pruned) == plan_facts(plan, "absorb")
@@ -327,25 +327,25 @@ def test_sfa_eval_names_what_was_removed(
     name = f"base ({facts.label})"
     assert call("eval", str(base), *ask, "--head-plan", str(plan_file), "--compensation", "absorb") == 0
     folder = tmp_path / "sfa-eval" / f"base-charts-test-pruned-{facts.plan}-absorb"
-    found = json.loads((folder / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == [name]
-    assert found["title"].startswith(name)
-    assert f"{name}: {facts}." in found["notes"]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == [name]
+    assert scores["title"].startswith(name)
+    assert f"{name}: {facts}." in scores["notes"]
     assert facts_of_answers(folder / "predictions.jsonl") == facts
     # The whole model against it, and the folder of the same heads: the same answers under its own name.
     assert call("eval", str(base), *ask, "--out", "whole", "--against", str(folder / "predictions.jsonl")) == 0
-    found = json.loads((tmp_path / "whole" / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == [f"{folder.name} ({facts.label})", "base"]
-    assert found["notes"][-1] == f"{folder.name} ({facts.label}): {facts}."
+    scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == [f"{folder.name} ({facts.label})", "base"]
+    assert scores["notes"][-1] == f"{folder.name} ({facts.label}): {facts}."
     assert call("eval", str(pruned), *ask, "--out", "cut", "--against", "whole/predictions.jsonl") == 0
-    found = json.loads((tmp_path / "cut" / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == ["whole", f"pruned ({facts.label})"]
+    scores = json.loads((tmp_path / "cut" / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == ["whole", f"pruned ({facts.label})"]
     lines = [(path / "predictions.jsonl").read_text() for path in (folder, tmp_path / "cut", tmp_path / "whole")]
     assert lines[0] == lines[1] != lines[2]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--head-plan", "PLAN", "--compensation", "bias"), "evaluate that folder"),
         (("--compensation", "absorb"), "head_plan"),
@@ -354,12 +354,12 @@ def test_sfa_eval_names_what_was_removed(
     ],
 )
 def test_mistakes_are_one_line(
-    options: tuple[str, ...], told: str, base: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], message: str, base: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(plan_file) if option == "PLAN" else option for option in options]
     assert call("eval", str(base), "--data", "charts", *given) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -435,12 +435,12 @@ def test_lmms_eval_asks_the_pruned_host(
     wanted = [p.prediction for p in answer_rows(host, rows(4), progress=False)]
     assert wanted != whole
     facts = str(plan_facts(plan, "absorb"))
-    for given, expected, told in (
+    for given, expected, suffix in (
         (f"pretrained={base}", whole, None),
         (f"pretrained={base},head_plan={plan_file},compensation=absorb", wanted, facts),
         (f"pretrained={pruned}", wanted, facts),
     ):
-        found: Any = evaluator.simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model="sfa_llava_onevision",
             model_args=f"{given},dtype=float32,max_tiles=2,num_workers=0",
             tasks=["sfa_pruned"],
@@ -448,7 +448,7 @@ def test_lmms_eval_asks_the_pruned_host(
             batch_size=2,
             log_samples=True,
         )
-        logged = sorted(found["samples"]["sfa_pruned"], key=lambda sample: sample["doc_id"])
+        logged = sorted(results["samples"]["sfa_pruned"], key=lambda sample: sample["doc_id"])
         assert [sample["filtered_resps"][0] for sample in logged] == expected
-        backend = found["config"]["model_backend"]
-        assert (f"SFALlavaOnevision with {told}" in backend) if told else ("removed" not in backend)
+        backend = results["config"]["model_backend"]
+        assert (f"SFALlavaOnevision with {suffix}" in backend) if suffix else ("removed" not in backend)

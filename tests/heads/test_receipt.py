@@ -57,17 +57,17 @@ def test_the_receipt_tells_what_went() -> None:
     assert receipt.largest_change == pytest.approx(float(change.max()))
     assert receipt.mean_change == pytest.approx(float(change.mean()))
     assert receipt.speed is None
-    told = str(receipt)
-    assert "4 of 8 gone" in told
-    assert "key/value 2 -> 1" in told
-    assert "absorb" in told
+    text = str(receipt)
+    assert "4 of 8 gone" in text
+    assert "key/value 2 -> 1" in text
+    assert "absorb" in text
 
 
 def test_modules_that_lost_the_same_share_a_line() -> None:
     paths = {f"layers.{i}": (32, 22 if i else 32) for i in range(32)}
-    told = str(PruneReceipt((100, 90), paths, paths, (64, 44), 0.5, 0.1, "none")).splitlines()
-    assert told[-2:] == ["  layers.0  32 -> 32", "  layers.1 and 30 more  32 -> 22"]
-    assert max(map(len, told)) <= 80
+    lines = str(PruneReceipt((100, 90), paths, paths, (64, 44), 0.5, 0.1, "none")).splitlines()
+    assert lines[-2:] == ["  layers.0  32 -> 32", "  layers.1 and 30 more  32 -> 22"]
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_receipt_for_nothing_is_an_error() -> None:
@@ -128,10 +128,10 @@ def test_the_receipt_of_a_host_counts_time_and_bytes() -> None:
     assert speed.expected_prefill == pytest.approx(flops / flops_of(model, inputs))
     assert speed.expected_prefill > 1.03
 
-    told = json.loads(receipt.to_json())
-    assert told["heads"][vision[0]] == [4, 3]
-    assert told["speed"]["prefill_ratio"]["low"] == speed.prefill_ratio.low
-    assert told["speed"]["verdict"] == speed.verdict
+    record = json.loads(receipt.to_json())
+    assert record["heads"][vision[0]] == [4, 3]
+    assert record["speed"]["prefill_ratio"]["low"] == speed.prefill_ratio.low
+    assert record["speed"]["verdict"] == speed.verdict
     lines = str(receipt).splitlines()
     assert len(lines) <= 12
     for word in ("prefill", "decode", "memory", "verdict"):

@@ -47,12 +47,12 @@ def host(name: str) -> tuple[Any, dict[str, Any]]:
 
 def facts(model: nn.Module) -> dict[str, Any]:
     """All that is not a tensor, and which tensors there are."""
-    told: dict[str, Any] = {name: id(p) for name, p in model.named_parameters()}
+    state: dict[str, Any] = {name: id(p) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        told |= {f"{name}.{k}": v for k, v in module.__dict__.items() if isinstance(v, int) and k[0] != "_"}
-        told[f"{name}.names"] = module.__dict__.keys() - {"_dense"}
+        state |= {f"{name}.{k}": v for k, v in module.__dict__.items() if isinstance(v, int) and k[0] != "_"}
+        state[f"{name}.names"] = module.__dict__.keys() - {"_dense"}
     towers = [config.tower for _, _, layer in injected_layers(model) for config in layer.configs.values()]
-    return {**told, "towers": towers}
+    return {**state, "towers": towers}
 
 
 def check_way_back(model: Any, plan: HeadPlan, run: Any, inputs: Any, compensation: Any = "none") -> None:

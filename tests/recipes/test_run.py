@@ -57,9 +57,9 @@ def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     assert result.baseline is not None
     assert result.scores is not None
     assert f"{100 * result.scores.mean.value:.1f}" in card
-    said, before = read_answers(result.predictions), read_answers(result.baseline)
-    assert [p.id for p in said] == [p.id for p in before]
-    assert len(said) == 6
+    answers, before = read_answers(result.predictions), read_answers(result.baseline)
+    assert [p.id for p in answers] == [p.id for p in before]
+    assert len(answers) == 6
     assert result.scores.rows == 6
     facts = json.loads((result.trained / "run.json").read_text())
     assert facts["steps"] == 4
@@ -127,9 +127,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "train", real)
     result = run(recipe, nano=True, resume=True, evaluate=False, console=quiet())
     for file in ("adapter_model.safetensors", "tuned.safetensors"):
-        wanted, found = load_file(whole.trained / file), load_file(result.trained / file)
-        assert wanted.keys() == found.keys()
-        assert all(torch.equal(wanted[key], found[key]) for key in wanted), file
+        wanted, resumed = load_file(whole.trained / file), load_file(result.trained / file)
+        assert wanted.keys() == resumed.keys()
+        assert all(torch.equal(wanted[key], resumed[key]) for key in wanted), file
 
 
 def test_wrong_recipes_are_told_before_anything_is_loaded(tmp_path: Path) -> None:

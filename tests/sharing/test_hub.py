@@ -64,14 +64,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     base = nano_checkpoint("llava", tmp_path_factory.mktemp("base") / "host")
     settings: dict[str, Any] = {"plan": "bf16", "dtype": "float32", "lora_llm": 2, "revision": "abc123"}
     recipe = Recipe(name="llava_1_5_7b", model=str(base), family="llava", freeze_vision=True, seed=7, **settings)
-    found = load_host(recipe, device="cpu")
-    found.model.eval()
+    loaded = load_host(recipe, device="cpu")
+    loaded.model.eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in found.model.parameters():
+        for parameter in loaded.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return found
+    return loaded
 
 
 @pytest.fixture
@@ -305,9 +305,9 @@ def test_a_card_is_needed_and_a_name(run: Path) -> None:
 
 def test_what_the_hub_says_becomes_one_line(run: Path) -> None:
     # The real client, at an address where nothing listens.
-    with pytest.raises(RecipeError, match="hf auth login") as told:
+    with pytest.raises(RecipeError, match="hf auth login") as raised:
         share(run / "final", "me/charts", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
     refused = OSError("401 Client Error\nmore")
     refused.response = type("Response", (), {"status_code": 403})  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RecipeError, match=r"\(401 Client Error\)\. Your token may not write"):
@@ -318,17 +318,17 @@ def test_what_the_hub_says_becomes_one_line(run: Path) -> None:
 
 def test_there_and_back(run: Path, host: Host, tmp_path: Path) -> None:
     share(run / "final", api=FakeApi())
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def download(repo_id: str, **options: Any) -> str:
         inspect.signature(__import__("huggingface_hub").snapshot_download).bind(repo_id, **options)
-        asked.update(options, repo_id=repo_id)
+        request.update(options, repo_id=repo_id)
         return str(shutil.copytree(run / "final", tmp_path / "cache"))
 
     folder = fetch("me/charts", "v1", download=download)
-    assert asked["repo_id"] == "me/charts"
-    assert asked["revision"] == "v1"
-    assert not any("*" in name or name.endswith((".bin", ".pt", ".py")) for name in asked["allow_patterns"])
+    assert request["repo_id"] == "me/charts"
+    assert request["revision"] == "v1"
+    assert not any("*" in name or name.endswith((".bin", ".pt", ".py")) for name in request["allow_patterns"])
     fresh = load_host(host.recipe, device="cpu", train=False)
     load_trained(fresh, folder)
     for (name, parameter), other in zip(fresh.model.named_parameters(), host.model.parameters(), strict=True):

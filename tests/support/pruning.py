@@ -44,8 +44,10 @@ def text_inputs(padded: bool = True) -> dict[str, Tensor]:
 
 
 def plan_for(model: nn.Module, gone: Mapping[str, tuple[int, ...]]) -> HeadPlan:
-    found = {path: read_geometry(path, model.get_submodule(path)) for path in gone}
-    return HeadPlan(gone, {p: g.num_heads for p, g in found.items()}, {p: g.num_kv_heads for p, g in found.items()})
+    geometries = {path: read_geometry(path, model.get_submodule(path)) for path in gone}
+    return HeadPlan(
+        gone, {p: g.num_heads for p, g in geometries.items()}, {p: g.num_kv_heads for p, g in geometries.items()}
+    )
 
 
 def text_plan(model: nn.Module, kv: int) -> HeadPlan:

@@ -32,11 +32,11 @@ class Asked:
 
 
 def cases_of(test: str, *cases: TowerCase | NoTower) -> list:
-    asked = Asked(test)
+    metafunc = Asked(test)
     contract = Contract()
     contract.__class__ = type("Contract", (Contract,), {"cases": cases})
-    contract.pytest_generate_tests(asked)  # pyright: ignore[reportArgumentType]
-    return asked.cases
+    contract.pytest_generate_tests(metafunc)  # pyright: ignore[reportArgumentType]
+    return metafunc.cases
 
 
 def test_each_test_gets_the_towers_that_fit() -> None:

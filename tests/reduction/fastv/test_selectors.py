@@ -28,8 +28,8 @@ def image_tokens(lengths: list[int], budgets: list[int], seed: int = 0, width: i
     rows = []
     for number, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        own = torch.randn(length, width + 2, generator=generator)
-        rows.append(torch.nn.functional.pad(own, (0, 0, 0, most - length)))
+        tokens = torch.randn(length, width + 2, generator=generator)
+        rows.append(torch.nn.functional.pad(tokens, (0, 0, 0, most - length)))
     drawn = torch.stack(rows)
     return ImageTokens(
         real=real,
@@ -238,7 +238,7 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"k": 3, "ratio": 0.5}, "one of them"),
         ({"k": 0}, "k=0"),
@@ -256,8 +256,8 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
         ({"image_mean": (0.5,)}, "image_mean"),
     ],
 )
-def test_settings_that_cannot_be_used(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_settings_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         FastVConfig(**options)
 
 
