@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.errors import RecipeError, TrainingError
@@ -176,8 +176,9 @@ RECIPES = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(recipe=RECIPES)
+@example(recipe=BASE.replace(prompt="\x85;\u2028\u2029 Kürze ist 답 {question}"))
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe):
     file = write_recipe(recipe, tmp_path_factory.getbasetemp() / "settings" / "recipe.yaml")
     other = Recipe(name="other", model="m", family="internvl", plan="split")
