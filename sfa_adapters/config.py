@@ -149,7 +149,7 @@ class SFAConfig(PeftConfig):
         Args:
             layer: Number of the layer in the tower.
             num_heads: Its heads. Heads of `init_heads` beyond them are left out: a saved adapter keeps the choice that
-                it began with, also for a tower that has lost heads since.
+                it began with, also for a tower that was pruned since.
         """
         if self.init != "axial":
             return {}

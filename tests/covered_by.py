@@ -196,7 +196,7 @@ COVERED_BY = {
     "sharing/baked_check": "sharing/test_export",
     "sharing/base_model": "sharing/test_export",
     "sharing/card": "sharing/test_hub",
-    "sharing/facts": "sharing/test_hub",
+    "sharing/run_metadata": "sharing/test_hub",
     "sharing/folders": "sharing/test_hub",
     "sharing/metadata": "sharing/test_hub",
     "sharing/weights": "sharing/test_export",

@@ -70,7 +70,7 @@ def family_of(model: str, revision: str | None = None) -> Family:
 
 
 def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
-    """Reads what `sfa calibrate heads --rate` left, and checks what is to be done for the heads that go.
+    """Reads the head plan of `sfa calibrate heads --rate`, and checks the compensation for the pruned heads.
 
     Args:
         path: The file, or the folder with `head_plan.json`.
@@ -134,7 +134,7 @@ def open_host(
         InjectionError: The plan is of another model, or a layer cannot lose heads (4-bit weights, say).
     """
     if head_plan is None and compensation != "none":
-        raise RecipeError(f"compensation={compensation} is for heads that go: give their head_plan, too.")
+        raise RecipeError(f"compensation={compensation} is for pruned heads: give their head_plan, too.")
     if isinstance(head_plan, HeadPlan):
         check_compensation(compensation, None)
     elif head_plan is not None:
@@ -180,5 +180,5 @@ def _prune(host: Host, plan: HeadPlan, compensation: Compensation) -> None:
         if left != len(done.plan.kept(path)) or done.plan.count != plan.count:
             raise InjectionError(
                 f"{path} has {left} heads after pruning, not {len(done.plan.kept(path))}, and {done.plan.count} of "
-                f"{plan.count} heads went: the plan was not carried out."
+                f"{plan.count} heads are pruned: the plan was not carried out."
             )

@@ -1,4 +1,4 @@
-"""What the heads that stay do for those that go. All of it changes weights once; a forward costs nothing more.
+"""How the kept heads make up for the pruned ones. All of it changes weights once; a forward costs nothing more.
 
 * `none`: nothing; the same as heads whose output is zero.
 * `absorb`: the columns of the output projection that stay, times heads / heads that stay. Exact when all heads of a

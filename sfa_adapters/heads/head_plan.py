@@ -24,7 +24,7 @@ class HeadPlan:
     """Which heads go.
 
     Attributes:
-        removed: For each attention module (its path), the query heads that go, sorted; an empty tuple where all stay.
+        removed: For each attention module (its path), the query heads to prune, sorted; an empty tuple where all stay.
         num_heads: Query heads of each of these modules before pruning.
         num_kv_heads: Key/value heads of each of them before pruning; the same number without grouped queries.
         how: How the plan was made (kind, rate, scores); told, not used.
@@ -92,12 +92,12 @@ class HeadPlan:
 
     @property
     def count(self) -> int:
-        """Query heads that go."""
+        """Number of query heads to prune."""
         return sum(len(heads) for heads in self.removed.values())
 
     @property
     def rate(self) -> float:
-        """Share of the query heads that go, 0 to 1."""
+        """Share of the query heads to prune, 0 to 1."""
         return self.count / self.total
 
     def to_json(self) -> str:

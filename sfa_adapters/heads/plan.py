@@ -1,4 +1,4 @@
-"""`plan_heads`: chooses the heads that go from scores, a rate and a kind of plan."""
+"""`plan_heads`: chooses the heads to prune from scores, a rate and a kind of plan."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def checked_rate(rate: float | None, kind: str) -> float:
 def _quotas(
     kind: Kind, heads: Mapping[str, int], values: Mapping[str, tuple[float, ...]], rate: float
 ) -> dict[str, int]:
-    """Heads that go by layer, of the layers that are not protected."""
+    """Number of heads to prune in each layer that is not protected."""
     if kind == "global":
         return global_quotas(values, rate)
     # Early and late are places in the whole model, whatever is protected.

@@ -40,7 +40,7 @@ class Pruned:
     """What was done to a model; it is kept beside the model and saved with it.
 
     Attributes:
-        plan: The heads that went, by paths in the model without wrappers of PEFT.
+        plan: The pruned heads, by paths in the model without wrappers of PEFT.
         compensation: What was done for them.
         biases: Attention modules whose output projection got a bias and had none.
     """
@@ -52,7 +52,7 @@ class Pruned:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One attention module that loses heads.
+    """One attention module that is pruned.
 
     Attributes:
         path: Its path in the model without wrappers of PEFT.
@@ -87,7 +87,7 @@ def prune_heads(
     Args:
         model: The model; it is changed in place.
         plan: Which heads go, from `plan_heads`; its counts must be those of the model.
-        compensation: What is done for the heads that go, see `sfa_adapters.heads.compensation`.
+        compensation: What is done for the pruned heads, see `sfa_adapters.heads.compensation`.
         batches: For `bias` only: keyword arguments of the model's forward, on which means are measured.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`save_pruned` and `load_pruned`: a model that lost heads, on disk and back.
+"""`save_pruned` and `load_pruned`: saves a model with pruned heads and loads it again.
 
 The folder is what `save_pretrained` writes, and a `head_plan.json`. Plain `from_pretrained` fails on it: it builds
 every layer with the head counts of the configuration. `load_pruned` cuts a model of the original shapes first.
@@ -75,7 +75,7 @@ def save_pruned(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        InjectionError: The model has lost no heads, or has adapters merged into its weights.
+        InjectionError: No heads of the model are pruned, or it has adapters merged into its weights.
         RecipeError: The folder holds a pruned model already.
     """
     pruned, base, folder = pruned_of(model), plain_model(model), Path(folder)
@@ -106,7 +106,7 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
     Args:
         base: The model with all its heads, in the dtype and on the device that are wanted; its weights do not matter.
             It is changed in place. SFA or LoRA that it carries is cut like it: an SFA adapter that was saved before
-            its tower lost heads must be loaded before, since afterwards its shapes do not fit.
+            its tower was pruned must be loaded before, since afterwards its shapes do not fit.
         folder: What `save_pruned` wrote.
 
     Returns:
@@ -155,14 +155,14 @@ def _own_names(base: nn.Module) -> Callable[[str], str | None]:
                 raise InjectionError(f"{name} has an adapter merged in. Unmerge it first (unmerge_adapter).")
             wrapped[f"{name}."] = f"{name}.base_layer."
 
-    def own(key: str) -> str | None:
+    def base_name(key: str) -> str | None:
         outer = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
         if outer is None:
             return key
         inside = wrapped[outer]
         return outer + key.removeprefix(inside) if key.startswith(inside) else None
 
-    return own
+    return base_name
 
 
 def read_pruned(folder: Path) -> tuple[Pruned, str]:

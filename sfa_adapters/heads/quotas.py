@@ -72,7 +72,7 @@ def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[st
 
 
 def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int, ...]:
-    """The heads of a layer that go: the lowest scores among what its key/value groups allow.
+    """The heads of a layer to prune: the lowest scores among what its key/value groups allow.
 
     Whole groups go, and an equal number of query heads from each that stays. So the number that goes may not be the
     quota; it is the nearest one that is possible. Where several are, the heads with the higher scores stay.

@@ -1,4 +1,4 @@
-"""What the heads that stay do for those that go, against slow references."""
+"""How the kept heads make up for the pruned ones, against slow references."""
 
 from __future__ import annotations
 

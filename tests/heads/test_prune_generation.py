@@ -1,4 +1,4 @@
-"""Answers of hosts that lost heads: those of the gated host with every cache, search, padding and adapter."""
+"""Answers of hosts with pruned heads: those of the gated host with every cache, search, padding and adapter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_host_with_lora_and_sfa_answers_as_the_gated_one(name: str, attention:
     before = logits_of(model, inputs)
     with gated(host, plan):
         logits, expected = logits_of(model, inputs), answers(model, inputs)
-    assert difference(logits, before) > 0.05, "the heads that go must matter"
+    assert difference(logits, before) > 0.05, "the pruned heads must matter"
     prune_heads(model, plan)
     assert_close(logits_of(model, inputs), logits, 1e-5)
     for way, answer in answers(model, inputs).items():

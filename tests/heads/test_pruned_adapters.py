@@ -1,4 +1,4 @@
-"""SFA on towers whose layers lost different numbers of heads: against zero-gated towers, through files, in errors."""
+"""SFA on towers with unequally pruned layers: against zero-gated towers, through files, in errors."""
 
 from __future__ import annotations
 

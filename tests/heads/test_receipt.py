@@ -14,7 +14,8 @@ from sfa_adapters.heads import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads import speed as speed_module
 from sfa_adapters.heads.expected import decode_bytes, flops_of
 from sfa_adapters.heads.prune import prune_heads
-from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed, whole
+from sfa_adapters.heads.snapshot import unpruned
+from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.statistics import Interval
 from tests.support.hosts import HOSTS, logits_of
@@ -122,7 +123,7 @@ def test_the_receipt_of_a_host_counts_time_and_bytes() -> None:
     q, step = 32 * 8 * 4, decode_bytes(model)
     gone = 2 * 4 * q + 2 * q
     assert speed.expected_decode == pytest.approx((step + gone + speed.cache[0]) / (step + speed.cache[1]))
-    with whole(probe, model):
+    with unpruned(probe, model):
         flops = flops_of(model.eval(), inputs)
         assert decode_bytes(model) == step + gone
     assert speed.expected_prefill == pytest.approx(flops / flops_of(model, inputs))

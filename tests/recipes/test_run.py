@@ -61,9 +61,9 @@ def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     assert [p.id for p in answers] == [p.id for p in before]
     assert len(answers) == 6
     assert result.scores.rows == 6
-    facts = json.loads((result.trained / "run.json").read_text())
-    assert facts["steps"] == 4
-    assert facts["scores"][0]["rows"] == 6
+    metadata = json.loads((result.trained / "run.json").read_text())
+    assert metadata["steps"] == 4
+    assert metadata["scores"][0]["rows"] == 6
     # What was trained moved, and is what is loaded again.
     host = open_host(result.trained)
     start = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")

@@ -20,7 +20,16 @@ from sfa_adapters.errors import MergeError, RecipeError
 from sfa_adapters.hosts.load import Host, load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
-from sfa_adapters.sharing import RunFacts, fetch, model_card, push_to_hub, read_facts, share, write_card, write_facts
+from sfa_adapters.sharing import (
+    RunMetadata,
+    fetch,
+    model_card,
+    push_to_hub,
+    read_run_metadata,
+    share,
+    write_card,
+    write_run_metadata,
+)
 from sfa_adapters.sharing.metadata import hub_id
 from sfa_adapters.training.checkpoints import load_trained, save_trained
 
@@ -31,7 +40,7 @@ SCORES: dict[str, Any] = {
         {"group": "human", "of": 0, "points": 0.0, "mean": float("nan"), "low": float("nan"), "high": float("nan")},
     ],
 }  # fmt: skip
-FACTS = RunFacts(
+METADATA = RunMetadata(
     command="sfa train llava_1_5_7b --limit 40", hardware="2 x NVIDIA A100-SXM4-40GB", processes=2, seconds=3723.4,
     steps=12, examples=384, skipped=2, loss=0.51234, scores=(SCORES,),
 )  # fmt: skip
@@ -79,7 +88,7 @@ def run(host: Host, tmp_path: Path) -> Path:
     """The folder of a run, with its adapter in `final`."""
     folder = tmp_path / "run"
     save_trained(host, folder / "final")
-    write_facts(folder / "final", FACTS)
+    write_run_metadata(folder / "final", METADATA)
     for name in ("results.md", "results.json", "predictions.jsonl", "training.png", "host.log", ".hidden.json"):
         (folder / name).write_text("{}")
     (folder / "checkpoint-3").mkdir()
@@ -157,7 +166,7 @@ def test_a_card_of_little_invents_nothing_and_names_no_folder_of_this_machine(ho
 
 def test_other_hosts_are_in_the_text_and_not_in_the_index(run: Path) -> None:
     base = {**SCORES, "host": "untrained"}
-    card = model_card(run / "final", facts=RunFacts(scores=(base, SCORES)))
+    card = model_card(run / "final", metadata=RunMetadata(scores=(base, SCORES)))
     assert "metric `relaxed` (untrained)" in card.text
     assert len(card.data.eval_results or ()) == 1  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -171,7 +180,7 @@ def test_an_adapter_of_sfa_alone_loads_with_peft_too(run: Path) -> None:
 
 def test_a_card_of_somebody_stays(run: Path) -> None:
     write_card(run / "final")
-    write_card(run / "final", facts=RunFacts())  # ours is written anew
+    write_card(run / "final", metadata=RunMetadata())  # ours is written anew
     assert "not evaluated" in (run / "final" / "README.md").read_text()
     (run / "final" / "README.md").write_text("# mine")
     (warning,) = write_card(run / "final")
@@ -188,17 +197,17 @@ def test_names_of_the_hub(name: str | None, expected: str | None) -> None:
 
 
 def test_facts_of_a_run(tmp_path: Path) -> None:
-    assert read_facts(tmp_path) == RunFacts()
-    write_facts(tmp_path, FACTS)
-    again = read_facts(tmp_path)
-    assert (again.command, again.scores[0]["rows"]) == (FACTS.command, 40)
-    here = RunFacts.here(seconds=1.5)
+    assert read_run_metadata(tmp_path) == RunMetadata()
+    write_run_metadata(tmp_path, METADATA)
+    again = read_run_metadata(tmp_path)
+    assert (again.command, again.scores[0]["rows"]) == (METADATA.command, 40)
+    here = RunMetadata.here(seconds=1.5)
     assert here.command
     assert "CPU" in (here.hardware or "") or torch.cuda.is_available()
     for broken in ("{", '{"speed": 1}', '{"scores": [1]}', "[]"):
         (tmp_path / "run.json").write_text(broken)
         with pytest.raises(RecipeError, match=r"run\.json cannot be read"):
-            read_facts(tmp_path)
+            read_run_metadata(tmp_path)
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
