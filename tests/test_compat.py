@@ -1,4 +1,4 @@
-"""What differs between versions: one file knows it, its ranges are those that we claim, and unknown names are loud."""
+"""`compat.py`: only it reads versions, its ranges are the declared ones, and unknown names are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of every usual form become RGB as users expect; what cannot be used is a named error."""
+"""Images of every usual form become RGB; what cannot be used is a named error."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The lazy mask: it passes for a tensor wherever masks go, remembers that it was used, and its cache keeps a budget."""
+"""The lazy mask: accepted wherever a tensor mask is, it records that it was used, and its cache keeps a budget."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Answer metrics. The reference mode of relaxed accuracy must repeat the published code, bugs included."""
+"""Answer metrics; the reference mode of relaxed accuracy must repeat the published code, bugs included."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""`observe` over every tower and language model: same outputs, statistics of dense attention, never silence."""
+"""`observe` on every tower and language model: outputs unchanged, statistics of dense attention, no silent gaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways into a tower other than its forward, and adapters that leave while others stay."""
+"""Entry points of a tower other than its forward, and adapters that are removed while others stay."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rates of the structural scalars: parameter groups, the sum over a run, the largest scalars."""
+"""Learning rates of the structural scalars: parameter groups, their sum over a run, the largest scalars."""
 
 from __future__ import annotations
 

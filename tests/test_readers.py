@@ -1,4 +1,4 @@
-"""Readers against the whole softmax of an attention call, made in fp64 in the slow obvious way."""
+"""Readers against the whole softmax of an attention call, computed slowly in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was saved comes back: every way of injecting, times every way of saving, on a tower and on a whole model."""
+"""Saved adapters load equal: every way of injecting, times every way of saving, on a tower and on a whole model."""
 
 from __future__ import annotations
 

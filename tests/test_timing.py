@@ -1,4 +1,4 @@
-"""How answers are timed, and the interval of a few times."""
+"""How answers are timed, and the interval of a few measurements."""
 
 from __future__ import annotations
 

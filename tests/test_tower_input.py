@@ -1,4 +1,4 @@
-"""One watcher tells what images come into a tower, whichever its kind and however it is called."""
+"""`tower_input.py` reports the images that enter a tower, whatever its kind and however it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pseudo labels: what is text and what only looks busy, on a scale that does not depend on the page."""
+"""Density pseudo labels: text against other busy texture, on a scale that does not depend on the page."""
 
 import sys
 

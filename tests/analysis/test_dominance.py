@@ -1,4 +1,4 @@
-"""Text dominance: the identities, equality with dense maps of real hosts, and what is no text, no image, no query."""
+"""`modality_dominance`: its identities, equality with dense maps of real hosts, and tokens of neither kind."""
 
 from __future__ import annotations
 

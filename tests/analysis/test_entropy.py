@@ -1,4 +1,4 @@
-"""Entropy by region: equal to dense maps, averaged per image first, drawn in pairs, and nothing dropped in silence."""
+"""`attention_entropy` by region: equal to dense maps, averaged per image first, resampled in pairs, no silent gaps."""
 
 from __future__ import annotations
 

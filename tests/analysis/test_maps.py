@@ -1,4 +1,4 @@
-"""Maps over the page: rows and rollout equal to dense ones, at the right place of the page, in figures one can read."""
+"""Attention maps and rollout: equal to dense maps, at the right place of the page, in readable figures."""
 
 from __future__ import annotations
 

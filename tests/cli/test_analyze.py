@@ -1,4 +1,4 @@
-"""`sfa analyze`: every command leaves its table and picture; mistakes end in one line and exit code 2."""
+"""`sfa analyze`: every command writes its table and figure; mistakes end in one line and exit code 2."""
 
 from __future__ import annotations
 

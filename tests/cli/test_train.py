@@ -1,4 +1,4 @@
-"""`sfa train`, `sfa plan` and `sfa recipes`: settings from everywhere, one line for a mistake."""
+"""`sfa train`, `sfa plan` and `sfa recipes`: settings from files, flags and `key=value`, one line for a mistake."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The collator with the real processor of every family: tokens, tiles, labels, evidence, and texts that play tricks."""
+"""The collator with the real processor of every family: tokens, tiles, labels, evidence, texts like control tokens."""
 
 import copy
 import pickle

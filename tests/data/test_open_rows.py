@@ -1,4 +1,4 @@
-"""Rows: every column schema, local files of every kind, what is refused, and what is skipped and told."""
+"""`open_rows`: every column schema, local files of every kind, what is refused, and what is skipped and reported."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Answers of hosts, what they are worth, and the tables: against slow references, and through kills and broken rows."""
+"""Answers, scores and tables: against slow references, after kills, and with broken rows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def chart_rows(count: int) -> list[Row]:
 
 
 def predictions_of(*pairs: tuple[str, str], **fields: Any) -> list[Prediction]:
-    """Predictions of (said, true)."""
+    """Predictions from pairs of a predicted and a true answer."""
     return [Prediction(i, f"r{i}", f"q{i}?", (true,), text, **fields) for i, (text, true) in enumerate(pairs)]
 
 

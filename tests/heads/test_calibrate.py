@@ -1,4 +1,4 @@
-"""Scores of heads against slow references."""
+"""`calibrate_heads` against slow references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of heads when prompts of a batch differ, when samples cannot be used, and when memory runs out."""
+"""Head scores when prompts of a batch differ, when samples cannot be used, and when memory runs out."""
 
 from __future__ import annotations
 

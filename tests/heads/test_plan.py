@@ -1,4 +1,4 @@
-"""Plans of heads: the published counts, what grouped queries allow, and what is refused."""
+"""Head plans: the published counts, what grouped queries allow, and what is refused."""
 
 from __future__ import annotations
 

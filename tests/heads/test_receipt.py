@@ -1,4 +1,4 @@
-"""The receipt of pruned heads: what went, and what it is worth in time and bytes."""
+"""`prune_receipt`: what was removed, and what that saves in time and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of scores: what it knows about its model, and what is refused."""
+"""The file of head scores: what it records about its model, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device plans: maps that cover a host, both halves of a split, a 4-bit language model, shards."""
+"""Placement: device maps that cover a host, splits over two devices, a 4-bit language model, shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prediction of memory: tokens, weights and activations against what is really there, and its advice."""
+"""Predicted memory: tokens, weights and activations against measured ones, and its advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in the docs runs: each page from top to bottom, in one namespace."""
+"""The code blocks of each docs page run, from top to bottom in one namespace."""
 
 import re
 import subprocess

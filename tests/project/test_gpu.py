@@ -1,4 +1,4 @@
-"""What can only be checked on a CUDA device: flash runs the folded bias and agrees with the matrix."""
+"""Checks that need a CUDA device: the flash kernel runs the folded bias and agrees with the dense matrix."""
 
 from __future__ import annotations
 

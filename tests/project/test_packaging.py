@@ -1,4 +1,4 @@
-"""What the wheel and the metadata say equals what is on the disk."""
+"""The wheel and the package metadata match the files on disk."""
 
 import re
 import tomllib

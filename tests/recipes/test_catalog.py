@@ -1,4 +1,4 @@
-"""The recipes: their hosts at full size, counted without memory, and the nano hosts that stand in for them on a CPU."""
+"""The recipes: hosts at full size, counted without memory, and the nano hosts that replace them on a CPU."""
 
 import importlib
 import json

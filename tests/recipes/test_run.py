@@ -1,4 +1,4 @@
-"""A recipe from beginning to end on every family: it trains, is stopped, goes on, is evaluated and can be shared."""
+"""A recipe from beginning to end on every family: it trains, is interrupted, resumes, is evaluated and is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SCR on whole models: in one's own loop and in a `transformers.Trainer`."""
+"""SCR on whole models: in a plain training loop and in a `transformers.Trainer`."""
 
 from __future__ import annotations
 

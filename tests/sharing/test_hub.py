@@ -1,4 +1,4 @@
-"""The model card and the hub: what is written, what is sent, what is refused. Nothing here reaches a network."""
+"""The model card and the hub: what is written, what is sent, what is refused. Nothing here uses a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DyMU in tests: a slow tower, hosts with prompts of different lengths, and single samples of a batch."""
+"""For tests of DyMU: a slow merging tower, prompts of different lengths, and single samples of a batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def single(inputs: dict[str, Any], number: int, pad: int = PAD) -> dict[str, Any
 def slow_tower(
     tower: nn.Module, pixels: Tensor, thresholds: tuple[float, ...], places: list[Place] | None = None
 ) -> list[Tensor]:
-    """Hidden states behind each layer, on the full grid, of one image; float64 and loops.
+    """Hidden states of one image after each layer, scattered back to the full grid; in float64 with loops.
 
     For CLIP and SigLIP. With `places`, SFA's bias is added: a token has the place of its representative.
     """

@@ -39,10 +39,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt: numbers of text tokens in front of, between and behind its images."""
+    """One prompt: numbers of text tokens before, between and after its images."""
 
     texts: tuple[int, ...]
-    sizes: tuple[int, ...] = ()  # which size each image has, of those of a Qwen host
+    sizes: tuple[int, ...] = ()  # index of the size of each image in `Family.tokens`, for Qwen
     seed: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""Hosts that are calibrated, for the tests of scores of heads."""
+"""Head scores of small hosts, and S4 from whole attention maps as the slow reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def assert_scores(scores: HeadScores, expected: list[torch.Tensor], tolerance: f
 
 
 def eager_s4(model: Any, batches: list[dict[str, Any]], gamma: float) -> list[torch.Tensor]:
-    """From whole attention matrices, one sample and one row after the other."""
+    """S4 scores of each layer from whole attention maps, one sample and one row at a time."""
     model.set_attn_implementation("eager")
     samples: list[torch.Tensor] = []
     for batch in batches:
@@ -47,7 +47,7 @@ def eager_s4(model: Any, batches: list[dict[str, Any]], gamma: float) -> list[to
 
 
 def padded(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """Padding on the left, as for `generate`."""
+    """A batch with padding on the left, as `generate` needs it."""
     pad = torch.zeros(len(batch["input_ids"]), count, dtype=torch.long)
     ids = torch.cat((pad, batch["input_ids"]), 1)
     return {**batch, "input_ids": ids, "attention_mask": torch.cat((pad, batch["attention_mask"]), 1)}

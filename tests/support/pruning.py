@@ -1,4 +1,4 @@
-"""Small models that lose heads, plans for them, and the reference: the whole model with gates of zero."""
+"""Small models, plans to prune them, and the reference: the unpruned model with zero gates on the pruned heads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def greedy(model: Any, cache: str, inputs: dict[str, Any] | None = None) -> Tens
 
 @contextmanager
 def gated(model: nn.Module, plan: HeadPlan) -> Iterator[None]:
-    """The reference: the whole model, with zeros where the removed heads' output goes into the output projection."""
+    """The reference: the unpruned model, with the output of the pruned heads zeroed before the output projection."""
     handles = []
     for path, heads in plan.removed.items():
         module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""A test of the suite runs on the towers that fit it, and says why where there are none."""
+"""A contract test runs on the towers that fit it, and is skipped with a reason where there are none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The axial start, the rate of the scalars and how large they became, in runs of recipes."""
+"""Runs of recipes with the axial start: the rate of the scalars, and how large they became."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, what does not fit, and what a full disk or a kill leaves."""
+"""Checkpoints: their contents, what does not fit, and what is left after a full disk or a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: a run, its checks, its restarts and what it leaves."""
+"""`SFATrainer`: a run, its checks, its restarts and its files."""
 
 from __future__ import annotations
 

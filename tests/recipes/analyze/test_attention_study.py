@@ -1,4 +1,4 @@
-"""The study from end to end on a few pages: every arm and quantity is there, and changes are paired."""
+"""The attention study from end to end on a few pages: every arm and quantity is there, and changes are paired."""
 
 from __future__ import annotations
 

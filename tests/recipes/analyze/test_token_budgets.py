@@ -1,4 +1,4 @@
-"""The experiment of `sfa analyze tokens`, in small: every arm runs, spends what it may, and is written down."""
+"""`sfa analyze tokens` on a small scale: every arm runs within its budget and is in the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfa bench heads`: every arm is pruned, timed and asked as one object, and the files say what was measured."""
+"""`sfa bench heads`: every arm is pruned, timed and evaluated on one object, and the files hold the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfa bench tokens`: every arm is measured in one run, and the files say what was measured."""
+"""`sfa bench tokens`: every arm is measured in one run, and the files hold the results."""
 
 from __future__ import annotations
 

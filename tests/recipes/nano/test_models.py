@@ -1,4 +1,4 @@
-"""Nano hosts: the genuine classes, what they read, and what is said when their weights are wrong."""
+"""Nano hosts: classes of transformers, generation, training, and the errors for wrong weights."""
 
 import copy
 

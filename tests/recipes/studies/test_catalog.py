@@ -1,4 +1,4 @@
-"""The frame of the studies: settings, resumable results, paired statistics, table, figures, command."""
+"""What all studies share: settings, resumable results, paired statistics, table, figures, command."""
 
 from __future__ import annotations
 

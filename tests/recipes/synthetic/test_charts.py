@@ -1,4 +1,4 @@
-"""Real tables, honest splits, and charts whose boxes lie on their numbers."""
+"""Charts of real tables: disjoint splits, and boxes that lie on their numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rendered pages: the boxes are where the ink is, and a seed is a page."""
+"""Rendered pages: the boxes are where the ink is, and equal seeds give equal pages."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""DyMU on real towers and hosts: against a slow tower, untouched where nothing merges, batches, SFA and ADAT."""
+"""DyMU on real towers and hosts: against a slow tower, exact where nothing merges, in batches, with SFA and ADAT."""
 
 from __future__ import annotations
 

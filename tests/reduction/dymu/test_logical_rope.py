@@ -1,4 +1,4 @@
-"""DyMU in front of language models: what is left of a prompt, position ids, caches, `generate`, and FastV behind."""
+"""DyMU with language models: kept tokens, position ids, caches, `generate`, and FastV after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging as pure functions, against a double loop and in random cases; attention in proportion to size."""
+"""Token merging as pure functions, against a double loop and in random cases; attention in proportion to size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Virtual unmerging: the formula, the full sequence computed in full, caches and decoding."""
+"""Virtual unmerging: its formula, against the full sequence, with caches and decoding."""
 
 from __future__ import annotations
 

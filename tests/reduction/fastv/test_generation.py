@@ -1,4 +1,4 @@
-"""FastV while generating: batches equal single prompts, whatever the host, the cache and the way of decoding."""
+"""FastV in generation: batches equal single prompts, for every host, cache and way of decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastV against a plain dense reference; bit-exact when nothing goes; named errors for what cannot be pruned."""
+"""FastV against a plain dense reference: bit-exact when nothing is pruned, named errors for what cannot be pruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors: budgets, order, independence of samples, and each rule against a slow obvious one."""
+"""Token selectors: budgets, order, independence of samples, and each rule against a slow reference."""
 
 from __future__ import annotations
 
