@@ -4,8 +4,7 @@
     python -m benchmarks.density --also edges=runs/density-edges/best.safetensors
 
 Pages are of the test split, which shares no font face, photograph or table with the training pages. "Found" and "false
-positive" mean a density over 0.3, the lower threshold of the published plan. 95% intervals from
-resampling pages (bootstrap).
+positive" mean a density over 0.3, the lower threshold of the published plan. 95% intervals resample pages (bootstrap).
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Layer(nn.Module):
 
 
 class OldLayer(nn.Module):
-    """Takes a cache by the name of before."""
+    """Takes a cache by its former name."""
 
     def forward(self, x: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
 

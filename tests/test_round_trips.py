@@ -80,7 +80,7 @@ def injected(subject: Subject, way: str) -> nn.Module:
 
 
 def reload(subject: Subject, way: str, folder: Path) -> nn.Module:
-    """Loads as the documentation says, with the base model built or read anew."""
+    """Loads as the documentation says, with the base model built or loaded again."""
     if way == "inject_sfa":  # the folder holds the whole model
         kind: Any = type(subject.build())
         return load_sfa(kind.from_pretrained(folder).eval(), folder)

@@ -20,7 +20,7 @@ SIGLIP = next(case for case in CASES if case.name == "siglip")
 
 @dataclass
 class Seen:
-    """A state that keeps what it is told."""
+    """A state that records what the watcher reports."""
 
     inputs: list[Any] = field(default_factory=list)
 

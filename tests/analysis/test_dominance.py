@@ -109,7 +109,7 @@ def test_it_equals_dense_maps_of_real_hosts(name: str, queries: Any) -> None:
 
 
 def padded(inputs: dict[str, Any], row: int, cut: int) -> dict[str, Any]:
-    """The same batch with `cut` tokens less in front of one prompt, padded on the left."""
+    """The same batch with the first `cut` tokens of one prompt replaced by padding on the left."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     ids[row, :cut], mask[row, :cut] = 0, 0
     return {**inputs, "input_ids": ids, "attention_mask": mask}

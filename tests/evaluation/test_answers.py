@@ -458,7 +458,7 @@ def test_broken_rows_stay_in_the_list(reader: Host, tmp_path: Path) -> None:
     assert [bool(p.failed) for p in predictions] == [False, True, True, False, True]
     assert [predictions[i] for i in (0, 3)] == [good[i] for i in (0, 3)]
     assert "record 2: no question" in predictions[2].failed
-    assert predictions[1].image is None  # the report would stumble over it
+    assert predictions[1].image is None  # the report could not open it
     table = score(predictions, "relaxed")
     assert (table.rows, table.failed, table["all"].of) == (5, 3, 5)
     assert answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False) == predictions
@@ -589,7 +589,7 @@ BASE = Recipe(name="base", model="m", family="llava")
 
 
 class Runs:
-    """Stands for training: writes answers, remembers recipes, and fails where it is told to."""
+    """A fake of training: writes answers, records recipes, and fails at a given one."""
 
     def __init__(self) -> None:
         self.seen: list[Recipe] = []

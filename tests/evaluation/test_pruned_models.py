@@ -72,7 +72,7 @@ def plan_file(plan: HeadPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(base: Path, plan: HeadPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user leaves: `save_pruned`, and the processor beside it."""
+    """A folder as a user saves it: `save_pruned`, and the processor beside it."""
     host = open_host(base, **SETTINGS)
     folder = save_pruned(prune_heads(host.model, plan, "absorb"), tmp_path_factory.mktemp("pruned") / "pruned")
     host.processor.save_pretrained(folder)
@@ -154,7 +154,7 @@ def test_a_plan_that_did_nothing_is_loud(base: Path, plan: HeadPlan, monkeypatch
         open_host(base, head_plan=plan, **SETTINGS)
 
     def half(model: Any, plan: HeadPlan, compensation: Any) -> Any:
-        """Says that it removed what it did not."""
+        """Prunes, and leaves two projections with the wrong number of features."""
         prune_heads(model, plan, compensation)
         path = next(path for path, heads in plan.removed.items() if heads)
         attention = model.get_submodule(path)

@@ -297,7 +297,7 @@ def test_what_is_for_whole_towers_only(tmp_path: Path) -> None:
         inject_dymu(eject_sfa(model), DyMUConfig(thresholds=(0.9, 0.9)))
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- descriptions ------------------------------------------------------------------------------------------------------
 
 
 def test_description_of_a_pruned_tower() -> None:
@@ -330,7 +330,7 @@ def test_inspect_tells_what_a_saved_model_has(
     )
     prune_heads(model, plan, compensation, [case.inputs()] if compensation == "bias" else None)
     save_pruned(model, tmp_path / "pruned")
-    (tmp_path / "pruned" / "model.safetensors").unlink()  # only what is told is read
+    (tmp_path / "pruned" / "model.safetensors").unlink()  # only the record is read
     inspection = inspect_model(str(tmp_path / "pruned"))
     assert inspection.model_parameters == sum(p.numel() for p in model.parameters())
     assert inspection.sfa == describe(model)

@@ -45,7 +45,7 @@ def host(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that is not a tensor, and which tensors there are."""
+    """All that is not a tensor, and the identity of every parameter."""
     state: dict[str, Any] = {name: id(p) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         state |= {f"{name}.{k}": v for k, v in module.__dict__.items() if isinstance(v, int) and k[0] != "_"}
@@ -55,7 +55,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def check_way_back(model: Any, plan: HeadPlan, run: Any, inputs: Any, compensation: Any = "none") -> None:
-    """Inside `unpruned` all is as before pruning to the last bit, and afterwards as behind it."""
+    """Inside `unpruned` all is as before pruning to the last bit, and afterwards as after pruning."""
     probe, before, originals = take_probe(model, inputs), run(), state_of(model)
     prune_heads(model, plan, compensation, [inputs] if compensation == "bias" else None)
     after, state = run(), state_of(model)

@@ -194,7 +194,7 @@ def test_gradients_go_through_4_bit_as_through_the_same_weights_in_full(family: 
 
 
 def test_answers_in_between_leave_training_as_it_was(folders: dict[str, Path]):
-    """bitsandbytes would pack the weights anew for answers on some CPUs, for good, and fails on odd sizes."""
+    """bitsandbytes would repack the weights for generation on some CPUs, permanently, and fails on odd sizes."""
     host = load_host(recipe("internvl", folders["internvl"], plan="nf4"))
     loss, gradients = step(host)
     assert generate(host).shape[0] == 2

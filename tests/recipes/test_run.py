@@ -103,7 +103,7 @@ def test_a_trained_run_is_not_trained_again_and_is_asked_as_it_was_saved(
 
 
 class Killed(Exception):
-    """Stands for a power cut."""
+    """Simulates a power cut."""
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def test_an_adapter_of_sfa_alone_loads_with_peft_too(run: Path) -> None:
 
 def test_a_card_of_somebody_stays(run: Path) -> None:
     write_card(run / "final")
-    write_card(run / "final", metadata=RunMetadata())  # ours is written anew
+    write_card(run / "final", metadata=RunMetadata())  # ours is overwritten
     assert "not evaluated" in (run / "final" / "README.md").read_text()
     (run / "final" / "README.md").write_text("# mine")
     (warning,) = write_card(run / "final")

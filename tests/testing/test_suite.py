@@ -19,7 +19,7 @@ class Contract(Suite):
 
 
 class Asked:
-    """Stands in for pytest's `Metafunc`."""
+    """A fake of pytest's `Metafunc`."""
 
     def __init__(self, test: str) -> None:
         self.function = getattr(Contract, test)

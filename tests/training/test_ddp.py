@@ -83,7 +83,7 @@ def restart(folder: Path) -> dict[str, Any]:
 
 
 def one_signal(folder: Path) -> dict[str, Any]:
-    """Only the second process is asked to stop."""
+    """Only the second process gets the signal to stop."""
 
     def term() -> None:
         if dist.get_rank() == 1:
@@ -203,7 +203,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What both processes found."""
+    """The results of both processes."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -45,7 +45,7 @@ FAMILIES = ("llava", "llava_onevision", "internvl")
 
 
 class Stopped(Exception):
-    """Ends a run without a word, as a crash does."""
+    """Ends a run without any cleanup, as a crash does."""
 
 
 def stop() -> None:

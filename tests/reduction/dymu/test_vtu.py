@@ -115,9 +115,9 @@ def test_decoding_from_the_merged_cache_is_a_full_pass_at_every_step(name: str) 
     model: Any = inject_dymu(host.build(), VTU)
     inputs = padded(host)
     cached = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, **GENERATE)
-    anew = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, use_cache=False, **GENERATE)
+    uncached = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, use_cache=False, **GENERATE)
     static = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, cache_implementation="static", **GENERATE)
-    for one, other, third in zip(cached.logits, anew.logits, static.logits, strict=True):
+    for one, other, third in zip(cached.logits, uncached.logits, static.logits, strict=True):
         assert_close(one, other, 1e-4)
         assert_close(one, third, 1e-4)
     for number in range(2):

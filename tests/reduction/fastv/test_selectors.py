@@ -22,7 +22,7 @@ SELECTORS = get_args(Selector)
 
 
 def image_tokens(lengths: list[int], budgets: list[int], seed: int = 0, width: int = 6) -> ImageTokens:
-    """Samples of so many image tokens, in runs of four, each drawn by its own seed."""
+    """Samples with these numbers of image tokens, in runs of four, each drawn by its own seed."""
     most = max(lengths)
     real = torch.arange(most) < torch.tensor(lengths)[:, None]
     rows = []
