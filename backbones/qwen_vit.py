@@ -5,7 +5,7 @@ are given as boundaries (`cu_seqlens`) of consecutive segments, and the attentio
 mask, but a `position_bias` (transformers 5.14 and later, sdpa).
 
 Order of tokens: the processor lists 2x2 groups of patches row by row, the four patches of a group next to each other;
-the tower then sorts groups by window. `window_order` says which place each token of that sequence has.
+the tower then sorts groups by window. `window_order` gives row and column of each token of that sequence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Whole(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A forward whose positions were given: end and grid of each image, row and column of every token in order."""
+    """A forward with positions from the caller: end and grid of each image, row and column of every token in order."""
 
     ends: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
@@ -41,12 +41,12 @@ class Given(NamedTuple):
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Images of any size, no prefix."""
+    """No fixed grid, since images have any size, and no prefix tokens."""
     return Geometry(grid=None, prefix_tokens=0)
 
 
 def describe_input(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, Whole | Given]:
-    """Sizes of the images of this forward, from `grid_thw`, or the positions that were given beside it."""
+    """Number of tokens of this forward, and the sizes of its images (`grid_thw`) or the positions from the caller."""
     config: Any = tower.config
     merge = int(config.spatial_merge_size)
     positions, index = kwargs.get("position_ids"), kwargs.get("window_index")
@@ -120,7 +120,7 @@ def _places(description: Whole | Given) -> tuple[Sequence[int], Sequence[tuple[i
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.CLIP
 
 

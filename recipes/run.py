@@ -34,7 +34,7 @@ from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
 from sfa_adapters.files import can_be_made, require_writable
-from sfa_adapters.heads.metadata import folder_facts
+from sfa_adapters.heads.metadata import folder_metadata
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.settings import write_recipe
@@ -43,8 +43,8 @@ from sfa_adapters.recipes.nano.checkpoint import NANO, nano_settings
 from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
 from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
 from sfa_adapters.recipes.synthetic.rendered_rows import RENDERED, rendered_rows
-from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
+from sfa_adapters.sharing.run_metadata import RunMetadata, read_run_metadata, write_run_metadata
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
 from sfa_adapters.training.runs import checkpoint_to_resume
@@ -165,7 +165,7 @@ def run(
             scores = {name: score(each, metric) for name, each in prediction_files.items()}
             result = replace(result, scores=scores["trained"], baseline_scores=scores.get("untrained"))
             _report(recipe, prediction_files, metric, folder, console)
-            _tell_facts(result, recipe)
+            _add_scores(result, recipe)
         if share:
             for warning in write_card(result.trained):
                 console.print(warning)
@@ -213,7 +213,9 @@ def _train(
     if processes.is_main_process:
         scalars = dict(result.scalars) or None
         counts = {"steps": result.steps, "examples": result.steps * recipe.batch_size, "skipped": len(result.skipped)}
-        write_facts(folder / FINAL, RunFacts.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts))
+        write_run_metadata(
+            folder / FINAL, RunMetadata.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts)
+        )
     processes.wait_for_everyone()
     if recipe.plan != "fsdp2":  # there no process has the whole host
         _picture(recipe, host.model)
@@ -248,7 +250,7 @@ def _free() -> None:
 
 
 def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, folder: Path, console: Console) -> None:
-    pruned = folder_facts(recipe.model)
+    pruned = folder_metadata(recipe.model)
     name = recipe.name if pruned is None else f"{recipe.name} ({pruned.label})"
     notes = () if pruned is None else (f"Of all runs: {pruned}.",)
     tables = {"results": score_table(runs, metric, f"{name} on {recipe.data}, {recipe.eval_split}")}
@@ -265,13 +267,13 @@ def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, f
     )
 
 
-def _tell_facts(result: RunResult, recipe: Recipe) -> None:
-    """Adds the scores to what is known about the training."""
+def _add_scores(result: RunResult, recipe: Recipe) -> None:
+    """Adds the scores to the metadata of the run."""
     where: dict[str, Any] = {"data": recipe.data, "split": recipe.eval_split}
-    pruned = folder_facts(recipe.model)
+    pruned = folder_metadata(recipe.model)
     cut = [] if pruned is None else [pruned.label]
     where |= {} if pruned is None else {"pruned": pruned.to_dict()}
     hosts = [", ".join(words) for words in (cut, ["untrained", *cut])]
     measured = ((result.scores, {"host": hosts[0]} if cut else {}), (result.baseline_scores, {"host": hosts[1]}))
-    scores = tuple({**fact.to_dict(), **where, **more} for fact, more in measured if fact is not None)
-    write_facts(result.trained, replace(read_facts(result.trained), scores=scores))
+    scores = tuple({**table.to_dict(), **where, **more} for table, more in measured if table is not None)
+    write_run_metadata(result.trained, replace(read_run_metadata(result.trained), scores=scores))

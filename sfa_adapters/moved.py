@@ -30,6 +30,7 @@ _MOVED = (
     ("reduction", "reduction.fastv", "prompt selectors token_density asking>query_rows fastv_hooks>hooks"),
     ("reduction", "reduction.fastv", "fastv_input>prune_at_input"),
     ("heads", "heads", "facts>metadata probe>snapshot"),
+    ("sharing", "sharing", "facts>run_metadata"),
     ("recipes", "hosts", "own_host>user_supplied"),
     ("recipes", "recipes.nano", "encode evaluate finetune many_heads packing pretrain teacher_forcing"),
     ("recipes", "recipes.nano", "nano_checkpoint>checkpoint nano_hosts>hosts nano_words>tokenizer"),
@@ -57,12 +58,14 @@ MODULES: Mapping[str, str] = {
     for old_package, new_package, words in _MOVED
     for old, _, new in (word.partition(">") for word in words.split())
 }
-# Names of old modules whose path is another module or a package now.
+# Names that a module no longer has: where they are now, as `name` or `old>new`.
 NAMES: Mapping[str, Mapping[str, str]] = {
-    _path(old): dict.fromkeys(names.split(), _path(new))
-    for old, new, names in (
+    _path(old): {name: _path(new, to or name) for name, _, to in (word.partition(">") for word in words.split())}
+    for old, new, words in (
+        ("heads", "heads", "whole>unpruned"),
         ("recipes.analyze", "recipes.analyze.measure", "run_dominance run_entropy run_hallucination run_map"),
         ("recipes.demo", "recipes.demo.run", "FILES DemoConfig DemoError run_demo"),
+        ("sharing", "sharing", "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"),
         ("training.trainer", "training.train", "FINAL TrainResult train"),
     )
 }
@@ -106,7 +109,7 @@ def spec_of(name: str) -> ModuleSpec | None:
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module in whose place another one was, which had names that it does not have.
+    """`__getattr__` of a module that no longer has some of its names, or stands in the place of one that had them.
 
     Args:
         module: Its full name.
@@ -116,9 +119,10 @@ def old_names(module: str) -> Callable[[str], Any]:
         new = NAMES[module].get(name)
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        message = f"{module}.{name} has moved to {new}.{name}; the old path goes with sfa-adapters 0.2."
+        message = f"{module}.{name} has moved to {new}; the old path goes with sfa-adapters 0.2."
         warnings.warn(message, FutureWarning, stacklevel=2)
-        value = getattr(import_module(new), name)
+        package, _, new_name = new.rpartition(".")
+        value = getattr(import_module(package), new_name)
         setattr(sys.modules[module], name, value)  # so that it warns once
         return value
 

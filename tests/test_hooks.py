@@ -1,4 +1,4 @@
-"""Features attach to the modules of a model by name: whichever comes and goes in whatever order, nothing is left."""
+"""Features attach to modules by name: attached and removed in any order, they leave nothing behind."""
 
 from __future__ import annotations
 

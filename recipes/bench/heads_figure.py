@@ -76,7 +76,7 @@ def _accuracy(bench: HeadBench, plan: str, axis: Any) -> None:
 
 
 def _speed(bench: HeadBench, axis: Any) -> None:
-    """Arms that lost equally many heads are equally fast, so they are one point: their geometric mean."""
+    """Arms with equally many pruned heads are equally fast, so they are one point: their geometric mean."""
     for name, colour, marker in (("prefill", COLOURS[0], "o"), ("decode", COLOURS[1], "s")):
         by_share: dict[float, list[tuple[Interval, float]]] = {}
         for arm in bench.arms:

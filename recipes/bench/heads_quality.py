@@ -25,7 +25,7 @@ _TOGETHER = 10  # charts in one forward
 class Asked:
     """Answers of one host, and the modality dominance of each of the first questions, `[LOOKED_AT]`."""
 
-    found: Evaluation
+    evaluation: Evaluation
     mdi: np.ndarray
 
 
@@ -90,12 +90,12 @@ def quality_of(runs: Sequence[Asked], whole: Asked) -> HeadQuality:
         runs: Over the same questions.
         whole: Of the host with all its heads.
     """
-    correct = np.mean([run.found.correct for run in runs], 0)
-    invented = np.concatenate([run.found.fabricated[run.found.readable] for run in runs])
+    correct = np.mean([run.evaluation.correct for run in runs], 0)
+    invented = np.concatenate([run.evaluation.fabricated[run.evaluation.readable] for run in runs])
     return HeadQuality(
         bootstrap(correct),
-        bootstrap(correct - whole.found.correct),
+        bootstrap(correct - whole.evaluation.correct),
         bootstrap(invented),
         bootstrap(np.mean([run.mdi for run in runs], 0)),
-        tuple(float(run.found.correct.mean()) for run in runs),
+        tuple(float(run.evaluation.correct.mean()) for run in runs),
     )

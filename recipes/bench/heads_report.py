@@ -30,7 +30,7 @@ class HeadArm:
         plan: How they are divided among layers.
         rate: Share that was asked for.
         compensation: What the kept heads do.
-        removed: Heads that went; with several draws of random heads, of the first.
+        removed: Number of pruned heads; with several draws of random heads, of the first.
         total: Heads before.
         receipt: What happened to the object that answered, timed in turns with the whole host; of the first draw.
         quality: Of its answers, or None where nothing was asked.

@@ -71,7 +71,7 @@ class HeadBenchConfig:
         model: A model id or folder; the nano host with 16 heads a layer by default.
         question: What --model is asked about each page.
         out: Folder for table and picture.
-        rates: Shares of the heads that go; five by default.
+        rates: Shares of pruned heads; five by default.
         plans: uniform, adaptive, early_skip, global; all.
         compensations: none, absorb, bias, residual; all.
         methods: s4 (default), gate, flap, random.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval
-from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
 
 __all__ = ["Arm", "Report", "draw_answers", "results_table", "write_results"]
 
@@ -80,9 +80,9 @@ def results_table(report: Report) -> Table:
 
 def write_results(report: Report, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`."""
-    facts = run_facts(command, settings, report.seconds)
+    metadata = run_metadata(command, settings, report.seconds)
     arms = {arm.name: _numbers(arm) for arm in report.arms}
-    record = {**facts, "models": arms, "sfa_minus_control": _plain(report.difference)}
+    record = {**metadata, "models": arms, "sfa_minus_control": _plain(report.difference)}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["# sfa demo", "", f"`{command}`", ""]
     lines += markdown_table(COLUMNS, _rows(report))
@@ -96,7 +96,7 @@ def write_results(report: Report, folder: Path, command: str, settings: Mapping[
         "questions about one mark whose number is printed nowhere on the chart. *Trained*: parameters.",
         "",
     ]
-    lines += [facts_line(facts)]
+    lines += [metadata_line(metadata)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["TablesArm", "TablesReport", "effect", "results_table", "write_results"]
@@ -110,7 +110,7 @@ def results_table(report: TablesReport) -> Table:
 def write_results(report: TablesReport, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
     """Writes `results.json` and `results.md`."""
     record: dict[str, Any] = {
-        **run_facts(command, {**settings, "steps": report.steps}, report.seconds),
+        **run_metadata(command, {**settings, "steps": report.steps}, report.seconds),
         "questions": report.each * len(report.before),
         "before_training": asdict(bootstrap(report.before)),
         "models": {arm.name: _numbers(arm, report.arms[0]) for arm in report.arms},
@@ -131,7 +131,7 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
         "whose places are shuffled. *trained*: parameters. *largest w*: the largest structural scalar, logits.",
         "",
     ]
-    lines += [facts_line(record)]
+    lines += [metadata_line(record)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

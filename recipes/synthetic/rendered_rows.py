@@ -69,17 +69,17 @@ class RenderedRows(Sequence[Row]):
     Attributes:
         charts: Whether they are charts; else pages.
         split: Of the tables.
-        asked: The questions with their numbers.
+        questions: The questions with their numbers.
         font: Writes Korean; None is English.
     """
 
     charts: bool
     split: Split
-    asked: tuple[tuple[int, Asked], ...]
+    questions: tuple[tuple[int, Asked], ...]
     font: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.asked)
+        return len(self.questions)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -87,8 +87,8 @@ class RenderedRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> "RenderedRows": ...
     def __getitem__(self, index: "int | slice") -> "Row | RenderedRows":
         if isinstance(index, slice):
-            return replace(self, asked=self.asked[index])
-        number, numbered_question = self.asked[index]
+            return replace(self, questions=self.questions[index])
+        number, numbered_question = self.questions[index]
         table, question = numbered_question.table, numbered_question.question
         if self.font is not None:
             table = in_korean(table, number)

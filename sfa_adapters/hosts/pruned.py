@@ -1,4 +1,4 @@
-"""Hosts that lost attention heads, as the model of a recipe: a folder of `save_pruned` with the processor beside it."""
+"""Hosts with pruned heads as the model of a recipe: a folder of `save_pruned` with the processor beside it."""
 
 from __future__ import annotations
 

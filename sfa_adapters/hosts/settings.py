@@ -100,7 +100,9 @@ def write_recipe(recipe: Recipe, path: str | Path) -> Path:
     settings = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    # PyYAML folds these three line breaks into spaces in a text that it writes unescaped.
+    breaks = any(mark in str(value) for value in settings.values() for mark in "\x85\u2028\u2029")
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=not breaks, width=120)
     with writing(path.name, path.parent):
         write_whole(path, text)
     return path

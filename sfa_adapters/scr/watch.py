@@ -126,7 +126,7 @@ class Watch:
                 stack.enter_context(observe(self.model, keep, modules=[*self.vision, *self.language]))
             yield seen
 
-    # -- facts about the host -----------------------------------------------------------------------------------------
+    # -- properties of the host ---------------------------------------------------------------------------------------
 
     @property
     def tower_prefix(self) -> int:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sfa_adapters.bias import BiasFactors, bias_factors
 from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError, RecipeError
-from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.heads.metadata import pruned_metadata
 from sfa_adapters.hooks import features_of
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
@@ -197,7 +197,7 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
         raise InjectionError("No SFA adapter of the model is active; switch on the one to bake.")
     located = find_tower(model)
     where = located.name or type(model).__name__
-    if pruned_facts(model) is not None:
+    if pruned_metadata(model) is not None:
         raise RecipeError(
             f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
             "have shapes of their own. Use save_pruned, and save_sfa beside it."

@@ -12,8 +12,8 @@ from typing import Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.files import write_whole
 from sfa_adapters.sharing.card import MARK, model_card
-from sfa_adapters.sharing.facts import RunFacts
 from sfa_adapters.sharing.folders import CARD, SHARED_FILES, adapter_files, file_errors, result_files
+from sfa_adapters.sharing.run_metadata import RunMetadata
 
 __all__ = ["Shared", "fetch", "push_to_hub", "share", "write_card"]
 
@@ -44,7 +44,7 @@ def share(
     repo_id: str | None = None,
     *,
     results: str | Path | None = None,
-    facts: RunFacts | None = None,
+    metadata: RunMetadata | None = None,
     licence: str | None = None,
     private: bool | None = None,
     dry_run: bool = False,
@@ -56,7 +56,7 @@ def share(
         folder: What `save_trained` wrote.
         repo_id: `user/name`; None writes the card and checks the folder, and sends nothing.
         results: Folder of the run, whose tables, predictions and pictures are sent too, under `results/`.
-        facts: For the card; by default those of `run.json` in the folder.
+        metadata: For the card; by default those of `run.json` in the folder.
         licence: Licence of the adapter as the hub names it, e.g. `apache-2.0`.
         private: Whether a new repository is private; the account's own choice by default.
         dry_run: Check everything, send nothing.
@@ -69,7 +69,7 @@ def share(
         RecipeError: The folder holds something that is not to be shared, the name is wrong, or the hub refuses.
     """
     adapter_files(folder)  # before the card: nothing is written into a folder that is no adapter
-    kept = write_card(folder, facts=facts, licence=licence, repo_id=repo_id)
+    kept = write_card(folder, metadata=metadata, licence=licence, repo_id=repo_id)
     if repo_id is None:
         files = adapter_files(folder)
         sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -79,7 +79,7 @@ def share(
 
 
 def write_card(
-    folder: str | Path, *, facts: RunFacts | None = None, licence: str | None = None, repo_id: str | None = None
+    folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> tuple[str, ...]:
     """Writes `README.md` beside the adapter; one that somebody wrote by hand stays.
 
@@ -92,7 +92,7 @@ def write_card(
     path = Path(folder) / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return (f"{CARD} was not written by this library and stays as it is.",)
-    card = str(model_card(folder, facts=facts, licence=licence, repo_id=repo_id))
+    card = str(model_card(folder, metadata=metadata, licence=licence, repo_id=repo_id))
     with file_errors(path):
         write_whole(path, card)
     return ()

@@ -149,19 +149,19 @@ class GradientCheck:
         return f"Why it may be: {listed}. Freeze them, or repair what cuts them off."
 
 
-def save_batch(folder: Path, batch: Mapping[str, Any], ids: Sequence[str], **facts: Any) -> Path:
+def save_batch(folder: Path, batch: Mapping[str, Any], ids: Sequence[str], **details: Any) -> Path:
     """Writes the tensors of a batch and the names of its rows, to look at what went wrong.
 
     Args:
         folder: Where to.
         batch: The batch.
         ids: Its rows.
-        facts: What else `rows.json` is to say.
+        details: What else `rows.json` is to say.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
     with whole_folder(folder) as partial:
         save_file(tensors, partial / "batch.safetensors", metadata={"format": "pt"})
-        text = json.dumps({"rows": list(ids), **facts}, indent=1, ensure_ascii=False)
+        text = json.dumps({"rows": list(ids), **details}, indent=1, ensure_ascii=False)
         (partial / "rows.json").write_text(text + "\n", encoding="utf-8")
     return folder
 

@@ -154,8 +154,8 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     def _with_batch(self, error: TrainingError) -> TrainingError:
         """Saves the batch that is to blame, and says where."""
         name = f"failed_batch_step{self.state.global_step + 1}_process{self.args.process_index}"
-        facts = {"step": self.state.global_step + 1, "error": str(error)}
-        folder = save_batch(self.folder / name, self._batch, self._ids, **facts)
+        details = {"step": self.state.global_step + 1, "error": str(error)}
+        folder = save_batch(self.folder / name, self._batch, self._ids, **details)
         rows = f" ({', '.join(map(str, self._ids[:4]))})" if self._ids else ""
         return TrainingError(f"{error} The batch{rows} is in {folder}.")
 

@@ -151,10 +151,10 @@ def test_bare_towers_with_any_option(tmp_path: Path, name: str, options: Any, fo
     inject_sfa(tower, strong_config(**options))
     export_baked(tower, tmp_path / "out", form=form)
     with torch.no_grad():
-        found = loaded(tmp_path / "out")(**inputs).last_hidden_state
+        states = loaded(tmp_path / "out")(**inputs).last_hidden_state
         expected = tower(**inputs).last_hidden_state
-    assert_close(found, expected)
-    assert difference(found, torch.stack(read_hidden(case.fresh()[0], inputs))) > 1e-3
+    assert_close(states, expected)
+    assert difference(states, torch.stack(read_hidden(case.fresh()[0], inputs))) > 1e-3
 
 
 def test_two_adapters_add_up_and_tables_are_small(tmp_path: Path) -> None:
@@ -175,14 +175,14 @@ def test_expanded_tables_against_a_loop() -> None:
     row, column = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 0, 1, 0, 1])
     on_page = torch.arange(7) > 0
     blocks[:, :, 0] = 0
-    found = baked.expand_tables(rows, columns, blocks, row, column, on_page)
+    tables = baked.expand_tables(rows, columns, blocks, row, column, on_page)
     for head in range(2):
         for i in range(7):
             for j in range(7):
                 expected = blocks[0, head, i] * blocks[0, head, j]
                 if i and j:
                     expected = expected + rows[head, row[i], row[j]] + columns[head, column[i], column[j]]
-                assert found[head, i, j].item() == pytest.approx(float(expected), abs=1e-6)
+                assert tables[head, i, j].item() == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_sizes_of_the_full_tower() -> None:

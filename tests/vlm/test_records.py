@@ -25,7 +25,7 @@ OURS = {"internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl"}
 
 
 @pytest.fixture
-def own() -> Iterator[dict[str, VLMSpec]]:
+def registered() -> Iterator[dict[str, VLMSpec]]:
     """The table of records, put back afterwards."""
     registered_vlms()
     before = dict(records._SPECS)
@@ -47,7 +47,7 @@ def test_the_records_of_the_library_are_found() -> None:
         HOSTS["llava_next"]
 
 
-def test_a_name_that_is_not_there_and_one_that_is(own: dict[str, VLMSpec]) -> None:
+def test_a_name_that_is_not_there_and_one_that_is(registered: dict[str, VLMSpec]) -> None:
     with pytest.raises(RecipeError, match=r"family='lava' is not registered; there are .*llava_next.*adding_a_host"):
         vlm_spec("lava")
     with pytest.raises(RecipeError, match="A host named 'llava' is registered already"):
@@ -139,8 +139,8 @@ def test_a_model_without_a_record() -> None:
     assert find_spec(nn.Linear(2, 2)) is None
 
 
-def test_what_a_record_refuses_the_user_reads(own: dict[str, VLMSpec]) -> None:
-    own["llava"] = replace(own["llava"], refuses={"fastv": "its layers look back. Use DyMU."})
+def test_what_a_record_refuses_the_user_reads(registered: dict[str, VLMSpec]) -> None:
+    registered["llava"] = replace(registered["llava"], refuses={"fastv": "its layers look back. Use DyMU."})
     model = next(case for case in CASES if case.name == "llava").build()
     before = dict(model.__dict__)
     with pytest.raises(InjectionError, match=r"^LLaVA-1\.5: its layers look back\. Use DyMU\.$"):

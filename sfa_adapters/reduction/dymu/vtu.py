@@ -94,7 +94,7 @@ class Unmerged:
         slots: S.
         owner: Cache slot of each column, int64 `[B, C]`.
         full_mask: 1 for columns that are no padding, `[B, C]`.
-        own: Which merged token of this forward each of its positions is part of, int64 `[B, L]`.
+        query_owner: Which merged token of this forward each of its positions is part of, int64 `[B, L]`.
         merged: P.
         rotation: Cosine and sine of every column, `[B, C, d]`.
     """
@@ -102,7 +102,7 @@ class Unmerged:
     slots: int
     owner: Tensor
     full_mask: Tensor
-    own: Tensor
+    query_owner: Tensor
     merged: int
     rotation: tuple[Tensor, Tensor]
 
@@ -176,7 +176,7 @@ class UnmergedMask(LazyMask):
         scale = float(query.shape[-1] ** -0.5) if scale is None else scale
         cos, sin = (part[:, None].to(query.dtype) for part in full.rotation)
         columns = full.owner.shape[1]
-        new = full.own.shape[1]
+        new = full.query_owner.shape[1]
         wide_key = rotate(_take(key, full.owner), cos, sin)
         wide_value = _take(value, full.owner)
         place = torch.arange(columns, device=query.device)
@@ -186,7 +186,7 @@ class UnmergedMask(LazyMask):
             return F.scaled_dot_product_attention(
                 wide_query, wide_key, wide_value, allowed, dropout_p=dropout_p, scale=scale
             )
-        wide_query = rotate(_take(query, full.own), cos[:, :, -new:], sin[:, :, -new:])
+        wide_query = rotate(_take(query, full.query_owner), cos[:, :, -new:], sin[:, :, -new:])
         rows = place[columns - new :, None]
         allowed = (allowed & (place <= rows)) | (place == rows)  # padding sees itself, so that no row is empty
         out = F.scaled_dot_product_attention(
@@ -194,10 +194,10 @@ class UnmergedMask(LazyMask):
         )
         if new == self.length:
             return out
-        into = full.own[:, None, :, None].expand_as(out)
+        into = full.query_owner[:, None, :, None].expand_as(out)
         total = torch.zeros_like(out[:, :, : self.length]).scatter_add(2, into, out)
         count = torch.zeros(len(out), self.length, device=out.device, dtype=out.dtype)
-        count = count.scatter_add(1, full.own, torch.ones_like(full.own, dtype=out.dtype))
+        count = count.scatter_add(1, full.query_owner, torch.ones_like(full.query_owner, dtype=out.dtype))
         return total / count.clamp(min=1)[:, None, :, None]
 
     def tensor(self, like: Tensor | None = None) -> Tensor:

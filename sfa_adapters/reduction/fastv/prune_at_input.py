@@ -77,10 +77,10 @@ def _score(state: FastVState, decoder: nn.Module, given: dict[str, Any]) -> None
         return
     length = prompt.image.shape[1]
 
-    def own(mask: Any) -> Any:  # without the room of a static cache
+    def prompt_mask(mask: Any) -> Any:  # without the room of a static cache
         return mask[..., :length] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
 
-    mask = _each(given.get("attention_mask"), own)
+    mask = _each(given.get("attention_mask"), prompt_mask)
     state.scoring = True
     try:
         with torch.no_grad():
@@ -100,7 +100,7 @@ def _kept_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str
     positions, made = given.get("position_ids"), isinstance(given.get("attention_mask"), dict)
     slots = cache.layers[0].max_cache_len if _is_static(cache) else kept.slots
 
-    def own(mask: Any) -> Any:
+    def kept_mask(mask: Any) -> Any:
         if mask is None and not made:  # positions with gaps and no mask would be taken for several packed sequences
             return kept.live.long()
         rows = None if isinstance(mask, Tensor) and mask.ndim == 2 else index
@@ -109,7 +109,7 @@ def _kept_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str
     return {
         "inputs_embeds": keep_states(given["inputs_embeds"], index),
         "position_ids": index if positions is None else keep_positions(positions, index, channels=False),
-        "attention_mask": _each(given.get("attention_mask"), own),
+        "attention_mask": _each(given.get("attention_mask"), kept_mask),
     }
 
 
@@ -121,7 +121,7 @@ def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind
     place = torch.arange(queries, device=given["inputs_embeds"].device)
     made = isinstance(given.get("attention_mask"), dict)
 
-    def own(mask: Any) -> Any:
+    def step_mask(mask: Any) -> Any:
         if mask is None:
             if kept.all_live or made:  # masks that were made already: None hides nothing
                 return None
@@ -136,7 +136,7 @@ def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind
             )
         return pruned_mask(mask, kept, None, queries, mask.shape[-1] - kept.dropped, kind)
 
-    new: dict[str, Any] = {"attention_mask": _each(given.get("attention_mask"), own)}
+    new: dict[str, Any] = {"attention_mask": _each(given.get("attention_mask"), step_mask)}
     if "position_ids" not in state.noted:  # else the caller knows better; here they were counted from the cache
         positions = given.get("position_ids")
         new["position_ids"] = (place + past)[None] + kept.dropped if positions is None else positions + kept.dropped

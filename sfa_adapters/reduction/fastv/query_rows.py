@@ -97,7 +97,7 @@ class AttentionReader:
 
     def __init__(self, rows: Tensor, real: Tensor, past: int | Tensor, length: int) -> None:
         self.rows, self.real, self.past, self.length = rows, real, past, length
-        self.found: Tensor | None = None
+        self.attention: Tensor | None = None
         self.name, self.groups, self.is_causal = "language model", 1, False
         # What `Seam` reads: a prompt has several queries, so heads are never packed into the query axis.
         self.seam = Seam(self, None, 0)  # pyright: ignore[reportArgumentType]
@@ -113,12 +113,12 @@ class AttentionReader:
             Mean attention over heads and rows to each token of the prompt, `[B, L]`, or None where none was seen.
         """
         self.seam.__exit__(None, None, None)
-        return self.found
+        return self.attention
 
     @torch.no_grad()
     def read(self, call: AttentionCall) -> None:
         """One attention computation of the layer."""
-        if self.found is not None or call.num_queries != self.length:
+        if self.attention is not None or call.num_queries != self.length:
             return
         with torch.autocast(call.device.type, enabled=False):
             columns = torch.arange(self.length, device=call.device) + self.past
@@ -127,4 +127,4 @@ class AttentionReader:
             for rows, real in zip(self.rows.split(step, 1), self.real.split(step, 1), strict=True):
                 mean = row_attention(call, rows).mean(1).index_select(-1, columns)
                 total = total + (mean * real.to(mean.device)[:, :, None]).sum(1)
-            self.found = total / self.real.sum(1, keepdim=True).clamp(min=1).to(total.device)
+            self.attention = total / self.real.sum(1, keepdim=True).clamp(min=1).to(total.device)

@@ -1,4 +1,4 @@
-"""DyMU in front of language models: what is left of a prompt, position ids, caches, `generate`, and FastV behind."""
+"""DyMU with language models: kept tokens, position ids, caches, `generate`, and FastV after it."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def test_caches_and_kinds_of_attention_agree(name: str, how: str) -> None:
     if how == "eager":
         model.set_attn_implementation({"text_config": "eager"})
     changed = {"static": {"cache_implementation": "static"}, "no cache": {"use_cache": False}}.get(how, {})
-    found = model.generate(**inputs, **options, **changed)
+    generated = model.generate(**inputs, **options, **changed)
     for row in range(2):
-        assert_same_generation(plain, found, row)
+        assert_same_generation(plain, generated, row)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl", "qwen2_5_vl"])
@@ -159,9 +159,9 @@ def test_several_images_in_a_prompt_and_none() -> None:
     seen = inputs_of_language_model(model, both)
     assert seen["inputs_embeds"].shape[1] == 2 * (6 + 8)
     text = {"input_ids": torch.randint(3, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    found = logits_of(model, text)
+    logits = logits_of(model, text)
     assert inputs_of_language_model(model, text)["kept"] is None
-    assert torch.equal(found, logits_of(eject_dymu(model), text))
+    assert torch.equal(logits, logits_of(eject_dymu(model), text))
 
 
 def test_tiles_are_cut_and_resized_by_the_host_itself() -> None:
@@ -188,9 +188,9 @@ def test_tiles_are_cut_and_resized_by_the_host_itself() -> None:
     kept: KeptOfPrompt = short["kept"]
     assert short["inputs_embeds"].shape[1] < total - 10
     assert_close(keep_states(short["inputs_embeds"], kept.owner), full["inputs_embeds"])
-    found = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **GENERATE)
+    generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **GENERATE)
     with torch.no_grad():
-        assert_close(found.logits[0], model(**inputs).logits[:, -1], 1e-4)
+        assert_close(generated.logits[0], model(**inputs).logits[:, -1], 1e-4)
 
 
 def test_where_the_representative_was_cut_away_the_first_of_the_others_stands_in() -> None:
@@ -217,8 +217,8 @@ def test_a_mask_of_ones_own_loses_rows_and_columns() -> None:
     causal = torch.ones(length, length).tril().bool()
     plain = logits_of(model, inputs)
     for mask in (causal, torch.zeros(length, length).masked_fill(~causal, torch.finfo(torch.float32).min)):
-        found = logits_of(model, {**inputs, "attention_mask": mask[None, None].expand(2, 1, -1, -1)})
-        assert_close(found, plain)
+        logits = logits_of(model, {**inputs, "attention_mask": mask[None, None].expand(2, 1, -1, -1)})
+        assert_close(logits, plain)
     apart = causal.clone()
     apart[-2:, -4:-2] = False
     changed = logits_of(model, {**inputs, "attention_mask": apart[None, None]})

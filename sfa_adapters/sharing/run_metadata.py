@@ -1,4 +1,4 @@
-"""What a model card says about a run beyond its recipe: the command, the machine, the time, the scores."""
+"""`RunMetadata`: what a model card says about a run beyond its recipe (command, machine, time, scores)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import torch
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.sharing.folders import file_errors
 
-__all__ = ["FACTS", "RunFacts", "describe_hardware", "read_facts", "write_facts"]
+__all__ = ["RUN_FILE", "RunMetadata", "describe_hardware", "read_run_metadata", "write_run_metadata"]
 
-FACTS = "run.json"
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What happened, as far as it is known; a field that is None stands in the card as not recorded.
+class RunMetadata:
+    """Metadata of a run; the card says "not recorded" for a field that is None.
 
     Attributes:
         command: The command line.
@@ -37,7 +37,7 @@ class RunFacts:
         skipped: Questions that were left out, e.g. for a broken image.
         loss: Training loss at the end.
         scores: One mapping per evaluation, as `ScoreTable.to_dict` gives it; `data` and `split` may be added, else
-            those of the recipe count. `host` names what was asked where it is not the trained host, e.g. `untrained`.
+            those of the recipe count. `host` names an evaluated host that is not the trained one, e.g. `untrained`.
         scalars: The largest structural scalar of each term after training, in logits.
     """
 
@@ -53,8 +53,8 @@ class RunFacts:
     scalars: Mapping[str, float] | None = None
 
     @classmethod
-    def here(cls, **known: Any) -> RunFacts:
-        """The facts of this process: its command line, its machine, how many processes take part.
+    def here(cls, **known: Any) -> RunMetadata:
+        """The metadata of this process: its command line, its machine, how many processes take part.
 
         Args:
             known: Other fields, or these with other values.
@@ -74,30 +74,30 @@ def describe_hardware() -> str:
     return f"CPU ({platform.machine()}, {cores} cores)"
 
 
-def write_facts(folder: str | Path, facts: RunFacts) -> Path:
-    """Writes the facts beside the trained weights, for the card.
+def write_run_metadata(folder: str | Path, metadata: RunMetadata) -> Path:
+    """Writes the metadata beside the trained weights, for the card.
 
     Raises:
         RecipeError: The folder cannot be written.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / RUN_FILE
     with file_errors(path):
-        path.write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def read_facts(folder: str | Path) -> RunFacts:
-    """Reads them; all None where there are none.
+def read_run_metadata(folder: str | Path) -> RunMetadata:
+    """Reads the metadata beside trained weights; all None where there is no file.
 
     Raises:
-        RecipeError: The file is none of ours.
+        RecipeError: The file was not written by `write_run_metadata`.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / RUN_FILE
     if not path.is_file():
-        return RunFacts()
+        return RunMetadata()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return RunFacts(**{**record, "scores": tuple(_mappings(record.get("scores", ())))})
+        return RunMetadata(**{**record, "scores": tuple(_mappings(record.get("scores", ())))})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Remove it to make a card without it.") from error
 
