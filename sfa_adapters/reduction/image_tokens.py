@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Counts", "arguments", "image_places"]
+__all__ = ["DENSITY_BESIDE_DYMU", "Counts", "arguments", "image_places"]
+
+# Why FastV's selector `density` and a shortened prompt refuse each other, whichever is injected second.
+DENSITY_BESIDE_DYMU = (
+    "FastV with selector='density' needs every image token of the prompt, because it knows the density of each; DyMU "
+    "takes the merged ones out. Choose another selector, or DyMUConfig(language='off')."
+)
 
 
 def image_places(input_ids: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -35,6 +35,7 @@ from sfa_adapters.reduction.dymu.logical_rope import (
 )
 from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
 from sfa_adapters.reduction.dymu.vtu import check_language_model, rotary_hook, rotated_hook
+from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.records import check_allowed
@@ -60,7 +61,8 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
 
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: The tower or the host is of a kind that cannot merge, merges already, or an option does not fit.
+        InjectionError: The tower or the host is of a kind that cannot merge, merges already, or an option does not fit
+            it or the FastV that is injected.
         AdapterMismatchError: The thresholds were calibrated for another tower.
         UnsupportedAttentionError: `language="vtu"` and the language model's attention cannot carry it.
 
@@ -79,6 +81,8 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
         if state.language.vtu:
             check_language_model(host.language_model)
         fastv = features_of(host.language_model).get("fastv")
+        if fastv is not None and fastv.config.selector == "density":
+            raise InjectionError(DENSITY_BESIDE_DYMU)
         if fastv is not None and fastv.at_input:
             raise InjectionError("FastV with prune_at='input' works on what DyMU leaves: call inject_dymu first.")
     try:

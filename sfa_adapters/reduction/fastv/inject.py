@@ -19,6 +19,7 @@ from sfa_adapters.reduction.fastv.hooks import FASTV, FastVState
 from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
 from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
 from sfa_adapters.reduction.fastv.token_density import PACK, density_packer
+from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
@@ -107,7 +108,8 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
         The same model.
 
     Raises:
-        InjectionError: The model has no language model that this is for, fewer layers, or FastV already.
+        InjectionError: The model has no language model that this is for, fewer layers, FastV already, or DyMU that
+            shortens the prompts of `selector="density"`.
         UnsupportedAttentionError: The selector needs attention scores, which flash and flex attention do not show.
 
     Example:
@@ -158,6 +160,8 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
     name, count = type(decoder.module).__name__, len(decoder.layers)
     if FASTV in features_of(decoder.module):
         raise InjectionError(f"{type(decoder.host).__name__} has FastV already; call eject_fastv(model) first.")
+    if config.selector == "density" and "dymu" in features_of(decoder.module):  # attached there if it shortens prompts
+        raise InjectionError(DENSITY_BESIDE_DYMU)
     if config.layer > count - (config.prune_at == "layer"):
         raise InjectionError(
             f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: nothing is behind the pruning."
