@@ -202,7 +202,14 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
             f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
             "have shapes of their own. Use save_pruned, and save_sfa beside it."
         )
-    if "adat" in features_of(model):
+    features = features_of(model)
+    for feature, title in (("dymu", "DyMU"), ("fastv", "FastV")):
+        if feature in features:
+            raise RecipeError(
+                f"{title} (inject_{feature}) drops tokens by hooks of this library, so the exported model would run on "
+                f"all of them and answer otherwise. Call eject_{feature}(model) first."
+            )
+    if "adat" in features:
         raise RecipeError(
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "
             "without them (adat off, eject_adat), or share the adapter."
