@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.moved import know_old_names
+
 __all__ = ["DENSITY_BESIDE_DYMU", "Counts", "arguments", "image_places"]
+
+know_old_names(__name__)
 
 # Why FastV's selector `density` and a shortened prompt refuse each other, whichever is injected second.
 DENSITY_BESIDE_DYMU = (

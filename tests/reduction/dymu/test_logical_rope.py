@@ -287,7 +287,7 @@ def test_density_beside_merged_image_tokens_is_refused_in_either_order(fastv_fir
     first, second = steps if fastv_first else reversed(steps)
     first()
     before = Snapshot(model)
-    with pytest.raises(InjectionError, match="selector='density' needs every image token.*Choose another selector"):
+    with pytest.raises(InjectionError, match=r"selector='density' needs every image token.*Choose another selector"):
         second()
     before.assert_unchanged(model)
     assert list(features_of(model)) == ["fastv" if fastv_first else "dymu"]
