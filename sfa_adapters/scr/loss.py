@@ -112,8 +112,9 @@ class SCRLoss:
         Returns:
             The weighted sum of the terms, a scalar; a 0 on which `backward` does nothing where every sample was
             skipped. And for each term that is on: `entropy`, `grounding`, `stability` (without weight), how many
-            samples (images, for the entropy) count as `.._used` and `.._skipped`, and their `.._rows`; `entropy_level` is the mean
-            H / log n, `grounding_mass` the mean attention on the evidence, both NaN where every sample was skipped.
+            samples (images, for the entropy) count as `.._used` and `.._skipped`, and their `.._rows`; `entropy_level`
+            is the mean H / log n, `grounding_mass` the mean attention on the evidence, both NaN where every sample was
+            skipped.
 
         Raises:
             ObservationError: No forward was watched, it had other tokens than its inputs say, or logits are NaN.

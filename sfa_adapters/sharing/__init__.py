@@ -1,4 +1,4 @@
-"""Sharing: the model card, the hub, and a standalone folder with the bias baked in."""
+"""Sharing of adapters: the model card, upload to the hub, and a standalone export with the bias as buffers."""
 
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.export import BakedExport, export_baked
