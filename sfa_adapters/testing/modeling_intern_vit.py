@@ -139,7 +139,7 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    """As the original, it checkpoints its layers reentrantly whenever it trains, unless somebody switches that off.
+    """The layers; as in the original, they are checkpointed reentrantly in training unless that is switched off.
 
     (The original leaves `use_reentrant` out, which means True, with a warning of torch.)
     """
