@@ -93,7 +93,7 @@ def test_a_row_is_the_same_every_time_and_in_every_slice():
 
 def test_all_numbers_of_a_page_are_told():
     rows = rendered_rows("pages", "train", limit=40)
-    titles = [asked.table.title for _, asked in rows.asked]
+    titles = [question.table.title for _, question in rows.questions]
     assert any(any(c.isdigit() for c in title) for title in titles)
     for row, title in zip(rows, titles, strict=True):
         assert {word for word in title.replace(",", " ").split() if word.isdigit()} <= set(row.printed)
