@@ -3,7 +3,7 @@
     sfa analyze tokens                          (2 CPU cores, about 20 minutes; numbers: docs/adat.md)
     sfa analyze tokens --steps 40 --questions 90 --out quick
 
-The pretrained nano host is fine-tuned (tower and projector) and asked about charts of unseen tables with
+The pretrained nano host is fine-tuned (tower and projector) and evaluated on charts of unseen tables with
 
 * its own tokens, 144 patches of 12 pixels;
 * adaptive tokens, at most as many as the budget says, with patches finer than the tower's own and without;

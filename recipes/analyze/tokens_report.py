@@ -264,7 +264,7 @@ def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Pa
             if not known:
                 continue
             values = np.array([(a.value, a.value - a.low, a.high - a.value) for _, a in known]).T * 100
-            # Methods at one budget stand side by side, so that their intervals can be told apart.
+            # Points at one budget are shifted sideways, so that their intervals do not overlap.
             places = [x + 0.8 * (number - (len(methods) - 1) / 2) for x, _ in known]
             axis.errorbar(places, values[0], yerr=values[1:].clip(min=0), capsize=4, elinewidth=1.6, **style)
         axis.set_xlabel("tokens left, % of uniform", fontsize=LABEL)

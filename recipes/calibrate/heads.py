@@ -76,7 +76,7 @@ def run_calibrate_heads(
         raise DataError("Give --model, --question and images together; without them, the nano host looks at charts.")
     if scored is not None:
         if any(given):
-            raise DataError("--scores stands for a calibration: leave out --model, --question and images.")
+            raise DataError("--scores replaces the calibration: leave out --model, --question and images.")
         if not planned:
             raise RecipeError("--scores needs --rate, such as 0.2, or --kind early_skip: a plan is made of them.")
         return _planned(HeadScores.load(scored), out, rate, kind)

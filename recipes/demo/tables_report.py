@@ -132,7 +132,7 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
     lines = ["# sfa demo", "", f"`{command}`", "", effect(report), ""]
     lines += markdown_table(COLUMNS, _rows(report))
     steps = [str(step) for step, _ in report.arms[0].curve]
-    lines += ["", "Right answers about validation tables, %, after so many steps:", ""]
+    lines += ["", "Right answers about validation tables, %, by step:", ""]
     curves = [(arm.name, *(f"{100 * score:.1f}" for _, score in arm.curve)) for arm in report.arms]
     lines += markdown_table(("model", *steps), curves)
     lines += [

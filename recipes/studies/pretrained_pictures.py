@@ -129,7 +129,7 @@ def _rendered(random: np.random.Generator) -> Spans:
         spans = [(int(begin), int(begin + size)) for begin, size in zip(begins, sizes, strict=True)][:fitting]
         offset = int(random.integers(SIDE - spans[-1][1] + 1))
         spans = [(begin + offset, end + offset) for begin, end in spans]
-        # A table without a question, where no centre of a patch lies on a body cell, is drawn anew.
+        # A table without a question, where no centre of a patch is on a body cell, is drawn again.
         if (_cell_under_patches(spans) > 0).any():
             return spans
 

@@ -199,7 +199,7 @@ def _checkpoint(model: Any) -> None:
     """Gradient checkpointing of tower and language model, for any mix of frozen and trained parts.
 
     Non-reentrant, so no input needs a gradient; `transformers` makes the outputs of embeddings require one all the
-    same, which would keep the graph of a frozen tower and of everything in front of the first adapter.
+    same, which would keep the graph of a frozen tower and of everything before the first adapter.
     """
     checkpoint_activations(model, {"use_reentrant": False})
     model.disable_input_require_grads()

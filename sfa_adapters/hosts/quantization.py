@@ -68,7 +68,7 @@ def four_bit_modules(model: nn.Module) -> set[str]:
 def keep_format(model: nn.Module) -> None:
     """Keeps 4-bit weights in the one format that can train, on a CPU.
 
-    On some CPUs (AVX512-BF16) bitsandbytes packs weights anew in the first forward without gradients. That fails for
+    On some CPUs (AVX512-BF16) bitsandbytes repacks weights in the first forward without gradients. That fails for
     layers whose sizes are no multiples of 32 and 64, and leaves the others in a format for answers only.
 
     Args:

@@ -151,7 +151,7 @@ class SCRLoss:
         if torch.is_grad_enabled() and not value.requires_grad and term not in self._reported:
             self._reported.add(term)
             warnings.warn(
-                f"The {term} term has no gradient: every parameter in front of its layers is frozen. Train the vision "
+                f"The {term} term has no gradient: every parameter before its layers is frozen. Train the vision "
                 f"tower or adapters in it, or set {term}=0.",
                 SFAWarning,
                 stacklevel=3,

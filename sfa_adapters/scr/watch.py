@@ -179,7 +179,7 @@ def _host(model: nn.Module) -> tuple[Any, int]:
             return module, token
     raise InjectionError(
         f"{type(model).__name__} has no image_token_id in its configuration. SCR needs a vision-language model of "
-        "transformers whose image tokens stand in input_ids."
+        "transformers whose image tokens are in input_ids."
     )
 
 

@@ -1,4 +1,4 @@
-"""A small stand-in for the modelling file that comes with InternViT checkpoints, which the hub serves as remote code.
+"""A small imitation of the modelling file of InternViT checkpoints, which the hub serves as remote code.
 
 Written from the interface alone (names, shapes, order of operations), so that the backbone for that file is tested
 without a download. Classes are found by `*.modeling_intern_vit.<Class>`, hence the name of this file.

@@ -68,7 +68,7 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
     if place is None:
         text = (
             f"Backbone {record.name!r} names no small tower to test: write a sequence of "
-            'sfa_adapters.testing.TowerCase and say where it stands, small_towers="module:NAME" '
+            'sfa_adapters.testing.TowerCase and name it in the record, small_towers="module:NAME" '
             "(see docs/adding_a_backbone.md)."
         )
         return [NoTower(record.name, text)]

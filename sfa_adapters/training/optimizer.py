@@ -108,7 +108,7 @@ def total_steps(recipe: Recipe, rows: int | None) -> int:
     """
     if rows is None:
         if recipe.max_steps is None:
-            raise RecipeError("max_steps=None must be a number with streaming=true: a stream does not tell its length.")
+            raise RecipeError("max_steps=None must be a number with streaming=true: a stream has no known length.")
         return recipe.max_steps
     if rows < recipe.batch_size:
         raise RecipeError(

@@ -94,7 +94,7 @@ def _require_whole(folder: Path) -> None:
     if missing:
         raise RecipeError(
             f"{folder} cannot be resumed: {', '.join(missing)} missing. Weights alone are no checkpoint of a run; take "
-            "another one, or start anew."
+            "another one, or start over."
         )
 
 

@@ -127,5 +127,5 @@ def load_dymu(folder: str | Path) -> DyMUConfig:
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise WeightsError(f"{folder}: the saved thresholds cannot be read ({error}). Calibrate anew.") from error
+        raise WeightsError(f"{folder}: the saved thresholds cannot be read ({error}). Calibrate again.") from error
     return replace(config, thresholds=values[0] if single else tuple(values))

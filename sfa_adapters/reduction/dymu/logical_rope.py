@@ -210,7 +210,7 @@ def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     states = output[0]
     if state.kept is not None:
         states = keep_states(states, state.kept.owner)
-    if state.fed_again:  # nobody reads these
+    if state.fed_again:  # their states are not read
         states = torch.cat((states[:, :1].expand(-1, state.fed_again, -1), states), 1)
     cache = cache_of_output(output)
     if cache is not None:
@@ -250,7 +250,7 @@ def _fed_again(state: LanguageState, before: CacheRecord, mask: Any, length: int
     if length == 1 or positions is None or (positions.ndim == 3 and len(positions) == 3):
         return 0
     text = positions[0] if positions.ndim == 3 else positions
-    if positions.ndim == 3 and len(positions) == 1:  # of Qwen, for text behind an image
+    if positions.ndim == 3 and len(positions) == 1:  # of Qwen, for text after an image
         core: Any = state.host.core
         text = text - core.rope_deltas.to(text.device)
     column = text[0, 0] + (before.full_mask[0] == 0).sum()  # positions do not count padding

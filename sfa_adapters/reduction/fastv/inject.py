@@ -70,7 +70,7 @@ class FastVConfig:
             object.__setattr__(self, "ratio", 0.5)
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise PlanError(
-                f"layer={self.layer!r} must be a whole number from 1 on; prune_at='input' prunes in front of layer 0."
+                f"layer={self.layer!r} must be a whole number from 1 on; prune_at='input' prunes before layer 0."
             )
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise PlanError(f"k={self.k!r} must be a whole number of tokens, at least 1.")
@@ -168,7 +168,7 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
         raise InjectionError(DENSITY_BESIDE_DYMU)
     if config.layer > count - (config.prune_at == "layer"):
         raise InjectionError(
-            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: nothing is behind the pruning."
+            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: no layer is left after the pruning."
         )
     options: Any = getattr(decoder.module, "config", None)
     kinds = set(getattr(options, "layer_types", None) or ())
@@ -181,7 +181,7 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
     deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     if deep and (config.prune_at == "input" or config.layer < deep):
         raise InjectionError(
-            f"{type(decoder.host).__name__} adds image features behind each of its first {deep} layers; tokens can go "
+            f"{type(decoder.host).__name__} adds image features after each of its first {deep} layers; tokens can go "
             f"from layer {deep} on: FastVConfig(layer={deep})."
         )
     kind = str(getattr(options, "_attn_implementation", ""))
