@@ -168,7 +168,7 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
         raise InjectionError(DENSITY_BESIDE_DYMU)
     if config.layer > count - (config.prune_at == "layer"):
         raise InjectionError(
-            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: no layer is left after the pruning."
+            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: no layer follows the pruning."
         )
     options: Any = getattr(decoder.module, "config", None)
     kinds = set(getattr(options, "layer_types", None) or ())
