@@ -21,6 +21,7 @@ from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_pla
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
 from sfa_adapters.heads.metadata import PrunedMetadata, folder_metadata, plan_metadata, pruned_metadata
 from sfa_adapters.hosts.spec import HOSTS
+from sfa_adapters.moved import old_names
 from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def __getattr__(name: str) -> Any:
         for made, family in models().values():
             if name == made:
                 return _model_class(name, family)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return old_names(__name__)(name)
 
 
 def _metadata_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedMetadata | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.read_layers import count_read_layers
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "register_backbone",
     "registered_backbones",
 ]
+
+know_old_names(__name__)
 
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 

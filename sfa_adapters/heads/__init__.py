@@ -9,7 +9,7 @@ from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.scores import HeadScores
 from sfa_adapters.heads.snapshot import unpruned
-from sfa_adapters.moved import old_names
+from sfa_adapters.moved import know_old_names
 
 __all__ = [
     "HeadPlan",
@@ -27,4 +27,4 @@ __all__ = [
     "unpruned",
 ]
 
-__getattr__ = old_names(__name__)  # `whole`
+know_old_names(__name__)  # `whole`

@@ -1,6 +1,6 @@
-"""Sharing: the model card, the hub, and a standalone folder with the bias baked in."""
+"""Sharing of adapters: the model card, upload to the hub, and a standalone export with the bias as buffers."""
 
-from sfa_adapters.moved import old_names
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.export import BakedExport, export_baked
 from sfa_adapters.sharing.hub import Shared, fetch, push_to_hub, share, write_card
@@ -21,4 +21,4 @@ __all__ = [
     "write_run_metadata",
 ]
 
-__getattr__ = old_names(__name__)  # `RunFacts`, `read_facts`, `write_facts`
+know_old_names(__name__)  # `RunFacts`, `read_facts`, `write_facts`

@@ -1,4 +1,4 @@
-"""The model card of a trained adapter, from what the run wrote down; nothing in it is a guess."""
+"""The model card of a trained adapter, only from what the run recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfa_adapters.training.checkpoints import RECORD, saved_recipe
 
 __all__ = ["MARK", "model_card"]
 
-# A card without it was written by somebody, and is left alone.
+# A card without it was written by hand, and is left alone.
 MARK = "<!-- written by sfa-adapters; remove this line to keep your changes -->"
 UNKNOWN = "not recorded"
 FILES = {
@@ -31,13 +31,13 @@ FILES = {
 def model_card(
     folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> ModelCard:
-    """The card of what `save_trained` wrote.
+    """The model card of what `save_trained` wrote.
 
     Args:
         folder: The trained adapter: `recipe.json`, `adapter_config.json` and weights.
         metadata: Command, hardware, scores; by default those of `run.json` in the folder.
         licence: As the hub names it.
-        repo_id: Where it will be, for the lines that load it.
+        repo_id: Name of its repository, for the lines that load it.
 
     Returns:
         Metadata and text.
@@ -173,7 +173,7 @@ def _training(recipe: Recipe, metadata: RunMetadata, versions: Mapping[str, str]
 
 
 def _scalars(recipe: Recipe, metadata: RunMetadata) -> str:
-    """Below about 1 logit a bias hardly acts, so a reader of scores wants to know."""
+    """The largest scalars, in words: below about 1 logit a bias hardly acts, which explains its scores."""
     if not recipe.sfa:
         return "no SFA"
     if not metadata.scalars:
@@ -228,7 +228,7 @@ def _limits(recipe: Recipe) -> str:
         "into weights, and servers that bring their own attention (vLLM, SGLang) do not apply it.",
         "It was trained on the data named above; nothing is known about other pages, languages and questions.",
         "Answers can be wrong or made up. Check numbers against the page.",
-        "Licences of the base model and of the data go on to hold.",
+        "The licences of the base model and of the data still apply.",
     ]
     if recipe.plan == "nf4":
         lines.append(

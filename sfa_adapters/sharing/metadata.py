@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the hub itself reads."""
+"""The metadata of a model card, which the hub reads."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def hub_id(name: str | None) -> str | None:
 
 
 def card_metadata(recipe: Recipe, metadata: RunMetadata, licence: str | None) -> ModelCardData:
-    """Base model, data, tags, and the scores as a `model-index`.
+    """Metadata of a card: base model, data, tags, and the scores as a `model-index`.
 
     Args:
-        recipe: Of the run.
-        metadata: Its scores.
+        recipe: Recipe of the run.
+        metadata: Record of the run; its scores are used.
         licence: As the hub names it.
     """
     base, data = hub_id(recipe.model), hub_id(recipe.data)
@@ -83,5 +83,5 @@ def _eval_results(recipe: Recipe, metadata: RunMetadata) -> list[EvalResult]:
 
 
 def plain_name(name: str) -> str:
-    """Without the folders of the machine that it was trained on."""
+    """A name without the folders of the machine, the last part of a path."""
     return Path(name).name or name

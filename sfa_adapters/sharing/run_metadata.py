@@ -1,4 +1,4 @@
-"""`RunMetadata`: what a model card says about a run beyond its recipe (command, machine, time, scores)."""
+"""`run.json`: command, machine, time and scores of a run, for its model card."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """Metadata of a run; the card says "not recorded" for a field that is None.
+    """Record of a run; the card shows a field that is None as not recorded.
 
     Attributes:
         command: The command line.
         hardware: The machine, e.g. `2 x NVIDIA A100-SXM4-40GB`.
-        processes: Of the training.
-        seconds: Of training, wall clock.
-        steps: Optimizer steps that were made.
+        processes: Number of training processes.
+        seconds: Wall-clock time of the training.
+        steps: Number of optimizer steps.
         examples: Questions that were trained on.
         skipped: Questions that were left out, e.g. for a broken image.
         loss: Training loss at the end.
         scores: One mapping per evaluation, as `ScoreTable.to_dict` gives it; `data` and `split` may be added, else
-            those of the recipe count. `host` names an evaluated host that is not the trained one, e.g. `untrained`.
+            those of the recipe count. `host` names the model if it is not the trained host, e.g. `untrained`.
         scalars: The largest structural scalar of each term after training, in logits.
     """
 
@@ -54,10 +54,10 @@ class RunMetadata:
 
     @classmethod
     def here(cls, **known: Any) -> RunMetadata:
-        """The metadata of this process: its command line, its machine, how many processes take part.
+        """The record of this process: its command line, its machine, the number of processes.
 
         Args:
-            known: Other fields, or these with other values.
+            known: Values of other fields, or other values of these.
         """
         program = Path(sys.argv[0]).name
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,7 +75,14 @@ def describe_hardware() -> str:
 
 
 def write_run_metadata(folder: str | Path, metadata: RunMetadata) -> Path:
-    """Writes the metadata beside the trained weights, for the card.
+    """Writes the record of a run beside the trained weights, for the card.
+
+    Args:
+        folder: Folder of the trained adapter.
+        metadata: The record.
+
+    Returns:
+        The file.
 
     Raises:
         RecipeError: The folder cannot be written.
@@ -87,10 +94,13 @@ def write_run_metadata(folder: str | Path, metadata: RunMetadata) -> Path:
 
 
 def read_run_metadata(folder: str | Path) -> RunMetadata:
-    """Reads the metadata beside trained weights; all None where there is no file.
+    """Reads the record of a run; all fields are None where there is none.
+
+    Args:
+        folder: Folder of the trained adapter.
 
     Raises:
-        RecipeError: The file was not written by `write_run_metadata`.
+        RecipeError: The file cannot be read.
     """
     path = Path(folder) / RUN_FILE
     if not path.is_file():

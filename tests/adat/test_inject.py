@@ -236,6 +236,29 @@ def test_sfa_and_adat_are_ejected_in_any_order(case: TowerCase, first: str) -> N
     assert torch.equal(read(case, tower, inputs), before)
 
 
+def test_ejected_the_bias_no_longer_expects_packed_images() -> None:
+    """A forward run layer by layer is still under way when adaptive tokens go; its packed tokens fit no grid now."""
+    case = next(c for c in CASES if c.name == "siglip")
+    tower: Any
+    tower, inputs = case.fresh()
+    inject_adat(inject_sfa(tower, strong_config()), mixed(14))
+    between: list[Tensor] = []
+
+    def stop(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        between.append(args[0])
+        raise InterruptedError
+
+    handle = tower.encoder.layers[1].register_forward_pre_hook(stop)
+    states = tower.embeddings(inputs["pixel_values"])
+    with pytest.raises(InterruptedError):
+        tower.encoder(inputs_embeds=states)
+    handle.remove()
+    assert len(between[0]) == 1, "all images in one sequence"
+    eject_adat(tower)
+    with pytest.raises(LayoutError, match=f"got {between[0].shape[1]} tokens.*outside of a call of the tower"):
+        tower.encoder.layers[1](between[0], None)
+
+
 @adaptive_tower
 def test_the_residual_starts_at_zero_and_learns(case: TowerCase) -> None:
     plain, inputs = with_tokens(case)

@@ -26,6 +26,7 @@ from sfa_adapters.errors import BiasNotAppliedError, InjectionError, RecipeError
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
+from sfa_adapters.reduction import DyMUConfig, FastVConfig, inject_dymu, inject_fastv
 from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
 from sfa_adapters.testing.cases import read_hidden
@@ -294,6 +295,16 @@ def test_what_has_no_one_bias_is_refused_with_the_reason(tmp_path: Path) -> None
             export_baked(model, tmp_path / "out")
     with pytest.raises(RecipeError, match="form='sparse'"):
         export_baked(small_tower(), tmp_path / "out", form="sparse")  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_drops_tokens_while_a_model_runs_is_refused(tmp_path: Path) -> None:
+    merging = inject_dymu(inject_sfa(small_tower()), DyMUConfig(thresholds=1.0))
+    with pytest.raises(RecipeError, match=r"DyMU \(inject_dymu\).*eject_dymu"):
+        export_baked(merging, tmp_path / "out")
+    pruning = inject_fastv(adapted(BY_NAME["llava"]), FastVConfig(layer=1))
+    with pytest.raises(RecipeError, match=r"FastV \(inject_fastv\).*eject_fastv"):
+        export_baked(pruning, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

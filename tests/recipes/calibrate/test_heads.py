@@ -18,7 +18,7 @@ from sfa_adapters.heads.plan import plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
-from sfa_adapters.recipes.calibrate.heads import _tell, run_calibrate_heads
+from sfa_adapters.recipes.calibrate.heads import _print_scores, run_calibrate_heads
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
@@ -98,7 +98,7 @@ def test_thirty_two_heads_fit_eighty_columns(
     }
     scores = HeadScores(values, dict.fromkeys(values, 32), "s4", data={"samples": 100})
     plan = plan_heads(scores, 0.3)
-    _tell(scores, plan, tmp_path / "head_scores.json")
+    _print_scores(scores, plan, tmp_path / "head_scores.json")
     output = capsys.readouterr().out
     assert all(word in output for word in ("removed", "which"))
     for removed in plan.removed.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.cache_record import KeptOfPrompt, choose_kept
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.host_tokens import ImageKeys
@@ -25,6 +27,7 @@ from tests.support.hosts import IMAGE, logits_of
 
 every_host = pytest.mark.parametrize("name", NAMES)
 MERGE = DyMUConfig(thresholds=THRESHOLD)
+DENSITY = FastVConfig(layer=1, ratio=0.5, selector="density")
 NEW = 32
 
 
@@ -273,6 +276,33 @@ def test_the_wrong_order_of_the_hybrid_is_an_error() -> None:
     with pytest.raises(InjectionError, match="inject_dymu first"):
         inject_dymu(model, MERGE)
     before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("language", ["logical_rope", "vtu"])
+@pytest.mark.parametrize("fastv_first", [True, False])
+def test_density_beside_merged_image_tokens_is_refused_in_either_order(fastv_first: bool, language: Any) -> None:
+    """Density is known for each patch; image tokens that were merged are no longer one for each of them."""
+    model = BY_NAME["llava"].build()
+    steps = [lambda: inject_fastv(model, DENSITY), lambda: inject_dymu(model, replace(MERGE, language=language))]
+    first, second = steps if fastv_first else reversed(steps)
+    first()
+    before = Snapshot(model)
+    with pytest.raises(InjectionError, match=r"selector='density' needs every image token.*Choose another selector"):
+        second()
+    before.assert_unchanged(model)
+    assert list(features_of(model)) == ["fastv" if fastv_first else "dymu"]
+
+
+@pytest.mark.parametrize("fastv_first", [True, False])
+def test_density_works_beside_merging_in_the_tower_only(fastv_first: bool) -> None:
+    model, inputs = BY_NAME["llava"].build(), BY_NAME["llava"].inputs()
+    tower_only = replace(MERGE, language="off")
+    if fastv_first:
+        inject_dymu(inject_fastv(model, DENSITY), tower_only)
+    else:
+        inject_fastv(inject_dymu(model, tower_only), DENSITY)
+    merged_only = logits_of(inject_dymu(BY_NAME["llava"].build(), tower_only), inputs)
+    assert (logits_of(model, inputs) - merged_only).abs().max() > 1e-4  # FastV dropped tokens
 
 
 def test_padding_is_the_one_that_tests_assume() -> None:
