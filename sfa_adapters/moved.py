@@ -1,7 +1,7 @@
-"""Old paths of modules. They keep working until 0.2: they give the module at its new place, and warn with its name.
+"""Old paths of modules and old names in them. They work until 0.2, and warn with the new path.
 
-One table. The finder that asks for it stands at the end of `sys.meta_path`, behind those that find what is there.
-Where an old path is a new module or package today, `old_names` gives the names that were there.
+One table of modules and one of names. The finder of old modules is the last one in `sys.meta_path`, so that it is asked
+only for modules that do not exist. `old_names` serves the names that a module had before.
 """
 
 import sys
@@ -58,14 +58,21 @@ MODULES: Mapping[str, str] = {
     for old_package, new_package, words in _MOVED
     for old, _, new in (word.partition(">") for word in words.split())
 }
+_PRUNED = (
+    "PrunedFacts>PrunedMetadata folder_facts>folder_metadata plan_facts>plan_metadata pruned_facts>pruned_metadata"
+)
+_RUN = "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"
 # Names that a module no longer has: where they are now, as `name` or `old>new`.
 NAMES: Mapping[str, Mapping[str, str]] = {
     _path(old): {name: _path(new, to or name) for name, _, to in (word.partition(">") for word in words.split())}
     for old, new, words in (
         ("heads", "heads", "whole>unpruned"),
+        ("heads.metadata", "heads.metadata", _PRUNED),
+        ("heads.snapshot", "heads.snapshot", "whole>unpruned"),
         ("recipes.analyze", "recipes.analyze.measure", "run_dominance run_entropy run_hallucination run_map"),
         ("recipes.demo", "recipes.demo.run", "FILES DemoConfig DemoError run_demo"),
-        ("sharing", "sharing", "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"),
+        ("sharing", "sharing", _RUN),
+        ("sharing.run_metadata", "sharing.run_metadata", _RUN),
         ("training.trainer", "training.train", "FINAL TrainResult train"),
     )
 }

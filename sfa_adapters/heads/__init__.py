@@ -27,4 +27,4 @@ __all__ = [
     "unpruned",
 ]
 
-__getattr__ = old_names(__name__)  # `whole`
+__getattr__ = old_names(__name__)

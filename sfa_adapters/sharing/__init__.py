@@ -21,4 +21,4 @@ __all__ = [
     "write_run_metadata",
 ]
 
-__getattr__ = old_names(__name__)  # `RunFacts`, `read_facts`, `write_facts`
+__getattr__ = old_names(__name__)
