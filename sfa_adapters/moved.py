@@ -86,6 +86,8 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         ("training.trainer", "training.train", "FINAL TrainResult train"),
     )
 }
+# By what names a module is known that has old names, among its attributes.
+_PATHS = "__old_paths__"
 _STATE = "features_of(model) of sfa_adapters.hooks gives the state of each feature"
 _WATCH = "watch_method of sfa_adapters.hooks and watch_input of sfa_adapters.tower_input do this for every feature"
 _ATTACH = "attach and detach of sfa_adapters.hooks do this for every feature"
@@ -155,9 +157,13 @@ def know_old_names(module: str) -> None:
     """Gives a module its `old_names`, out of sight of type checkers, which would let any name pass.
 
     Args:
-        module: Its full name, or an old path of it.
+        module: Its full name, or an old path of it; a module may be known by several.
     """
-    vars(sys.modules[module]).setdefault("__getattr__", old_names(module))
+    home = vars(sys.modules[module])
+    paths = home.setdefault(_PATHS, [])
+    if module not in paths:
+        paths.append(module)
+    home.setdefault("__getattr__", old_names(module))
 
 
 def old_names(module: str) -> Callable[[str], Any]:
@@ -169,16 +175,17 @@ def old_names(module: str) -> Callable[[str], Any]:
     home = vars(sys.modules[module])
 
     def get(name: str) -> Any:
-        new = NAMES.get(module, {}).get(name)
-        if new is not None:
-            message = f"{module}.{name} has moved to {new}; the old path goes with sfa-adapters 0.2."
-            warnings.warn(message, FutureWarning, stacklevel=2)
-            package, _, now = new.rpartition(".")
-            home[name] = getattr(import_module(package), now)  # so that it warns once
-            return home[name]
-        text = REPLACED.get(module, {}).get(name)
-        if text is not None:  # no AttributeError: `from module import name` would hide its text
-            raise ImportError(f"{module}.{name} is no more: {text}.", name=module)
+        for path in home.get(_PATHS, [module]):
+            new = NAMES.get(path, {}).get(name)
+            if new is not None:
+                message = f"{path}.{name} has moved to {new}; the old path goes with sfa-adapters 0.2."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                package, _, now = new.rpartition(".")
+                home[name] = getattr(import_module(package), now)  # so that it warns once
+                return home[name]
+            text = REPLACED.get(path, {}).get(name)
+            if text is not None:  # no AttributeError: `from module import name` would hide its text
+                raise ImportError(f"{path}.{name} is no more: {text}.", name=path)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return get
