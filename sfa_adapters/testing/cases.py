@@ -73,6 +73,8 @@ class TowerCase:
         split: Cuts such inputs into inputs of one image each.
         resized: Inputs of another, non-square image size, or None where the tower takes one size only.
         turn: Exchanges rows and columns in inputs. By default `turn_images` where there are resized inputs.
+        padded_length: For towers that pad each image to one length: that length, from inputs. By default the tokens of
+            the largest image.
         real_tokens: For towers that pad: which tokens of the attention's input are real, `[batch, tokens]`, bool.
         eager: Moves a tower from fused to eager attention, or None where it has only one of them.
         eager_takes_bias: Whether its eager attention takes the bias.
@@ -100,6 +102,7 @@ class TowerCase:
     split: Callable[[Inputs], list[Inputs]] = split_batch
     resized: Callable[[int], Inputs] | None = None
     turn: Callable[[Inputs], Inputs] | None = None
+    padded_length: Callable[[Inputs], int] | None = None
     real_tokens: Callable[[Inputs], Tensor] | None = None
     eager: Callable[[nn.Module], None] | None = None
     eager_takes_bias: bool = True
