@@ -1,4 +1,4 @@
-"""`inject_sfa`, `eject_sfa`, `describe`: SFA in one line, in place, on a tower or a whole vision-language model."""
+"""`inject_sfa`, `eject_sfa`, `describe`, `save_sfa`, `load_sfa`: SFA on a tower or a whole vision-language model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def inject_sfa(
     model: Model, config: SFAConfig | None = None, adapter_name: str = "default", *, tower: str | None = None
 ) -> Model:
-    """Gives the vision tower of a model a structural attention bias, in place.
+    """Adds a structural attention bias to the vision tower of a model, in place.
 
     The new parameters train; `requires_grad` of the model's own parameters is not touched. The adapter becomes the
     active one.
@@ -102,10 +102,10 @@ def inject_sfa(
 
 
 def check_model(model: Any) -> None:
-    """Refuses what is no model, in words that say what to do.
+    """Checks that an argument is a torch module.
 
     Raises:
-        InjectionError: `model` is no module of torch.
+        InjectionError: It is not, e.g. a model id.
     """
     if not isinstance(model, nn.Module):
         hint = (
@@ -123,7 +123,7 @@ def _with_tower(config: SFAConfig, tower: str | None) -> SFAConfig:
 
 
 def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
-    """Removes SFA from a model, in place; with the last adapter gone the model is bit for bit what it was.
+    """Removes SFA from a model, in place; after the last adapter the model is bit for bit what it was.
 
     Args:
         model: A model with SFA, by `inject_sfa` or as a `PeftModel`.
@@ -152,7 +152,7 @@ def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Description:
-    """What SFA adds to a model, or would add; `print` it.
+    """What SFA adds to a model, or would add; `print` shows it as a table.
 
     Attributes:
         backbone: Name of the registered backbone.
@@ -169,7 +169,7 @@ class Description:
         mask_argument: The argument of the attention's forward that takes the bias.
         mask_reason: Why it is this one.
         adapters: Names of the adapters in the model; empty before injection.
-        active: Names of those that act.
+        active: Names of those that are active.
     """
 
     backbone: str
@@ -207,22 +207,25 @@ class Description:
 
 
 def _span(counts: Sequence[int]) -> str:
-    """One number, or from which to which."""
+    """One number where all counts are equal, else the smallest and the largest."""
     low, high = min(counts, default=0), max(counts, default=0)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
 def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | None = None) -> Description:
-    """Says what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
+    """Describes what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
 
     Args:
         model: A tower, or a host.
         config: Before injection, the options.
         tower: Path of the tower in the model, for hosts with several; by default the one that carries SFA.
 
+    Returns:
+        The description.
+
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: `config` does not fit the tower, or which of several towers is meant was not said.
+        InjectionError: `config` does not fit the tower, or the model has several towers and `tower` names none.
     """
     check_model(model)
     config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
@@ -274,14 +277,19 @@ def _argument(located: FoundTower) -> MaskArgument:
 def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:
     """Writes one adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), for models without PEFT.
 
-    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With parameters that are
-    sharded (`fully_shard`) call it in every process; the first one writes.
+    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With sharded parameters
+    (`fully_shard`) call it in every process; the first one writes.
+
+    Args:
+        model: A model with SFA.
+        folder: Where to write.
+        adapter_name: Which adapter.
 
     Returns:
         The folder.
 
     Raises:
-        InjectionError: The model has no SFA adapter of that name.
+        InjectionError: The model has no SFA adapter of that name, or it has `modules_to_save`.
         WeightsError: The folder cannot be written, or the adapter has no values.
     """
     check_model(model)
@@ -307,7 +315,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`; or the folder of a model
             (`model.save_pretrained`, a checkpoint of a Trainer; also in shards), of a LoRA that was saved with SFA
             beside it, or one safetensors file.
-        adapter_name: Name that the adapter gets here; where a file holds several adapters, also which one is read.
+        adapter_name: Name of the adapter in this model; where a file holds several adapters, also which one is read.
         config: The configuration, only for files that do not hold it.
 
     Returns:
@@ -315,8 +323,9 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
 
     Raises:
         WeightsError: A file is missing or cannot be read, or its configuration is missing.
-        AdapterMismatchError: The adapter is of another tower, of a newer format, or its tensors do not fit; or the
-            folder holds a LoRA as well, which the model does not have yet.
+        AdapterMismatchError: The adapter belongs to another tower, has a newer format, or its tensors do not fit; or
+            the folder holds a LoRA as well, which the model does not have yet.
+        SFAError: As `inject_sfa`, e.g. no tower was found or the name is taken.
     """
     check_model(model)
     saved = read_scalars(folder, adapter_name, config)
@@ -326,7 +335,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
             f"{folder} also holds a {saved.other_method} adapter, which the model does not have. Load both: "
             "load_sfa(PeftModel.from_pretrained(model, folder), folder)."
         )
-    plan_injection(model, saved.config, adapter_name)  # a taken name must fail before there is anything to take out
+    plan_injection(model, saved.config, adapter_name)  # a taken name must fail before anything could be removed
     with all_or_nothing(model, adapter_name):
         inject_sfa(model, saved.config, adapter_name)
         fitted = fit_scalars(model, saved.tensors, adapter_name, saved.keys, saved.source)

@@ -1,4 +1,4 @@
-"""`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that bring them in.
+"""`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that apply them.
 
 The layer sits **beside** the attention's own weights, as its child `sfa`: base state-dict keys stay as they are, LoRA
 still finds `q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the
@@ -36,20 +36,20 @@ CHILD_NAME = "sfa"
 
 
 class SFALayer(ScalarLayer):
-    """The structural scalars of one attention layer, and the mask that they become (a PEFT tuner layer).
+    """The structural scalars of one attention layer (a PEFT tuner layer), which builds the lazy mask from them.
 
     Args:
         num_heads: Heads of the attention layer.
         index: Number of the layer in its tower.
         name: Path of the attention module in the model.
-        state: What the layers of the tower share.
+        state: State that the layers of the tower share.
     """
 
     def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
         super().__init__(num_heads, index, name)
         self.state = state
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
-        self.saved_by_peft = False  # an adapter that PEFT knows
+        self.saved_by_peft = False  # whether PEFT knows the adapters
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -68,7 +68,7 @@ class SFALayer(ScalarLayer):
             )
 
     def train(self, mode: bool = True) -> SFALayer:
-        """As `Module.train`; also forgets the cached dense mask."""
+        """As `Module.train`; also drops the cached dense mask."""
         self._dense = None
         return super().train(mode)
 
@@ -77,13 +77,17 @@ class SFALayer(ScalarLayer):
     def build_mask(
         self, hidden_states: Tensor, attention_mask: Tensor | LazyMask | None, bounds: Tensor | None
     ) -> LazyMask | None:
-        """The mask for this forward, or None when no adapter is active.
+        """Builds the mask for this forward; None when no adapter is active.
 
         Args:
             hidden_states: Input of the attention module, `[batch, tokens, width]`, or `[tokens, width]` for segmented
                 towers.
             attention_mask: The mask that the model passed.
             bounds: Segment boundaries, `[segments + 1]`, for segmented towers.
+
+        Raises:
+            LayoutError: The layout of the tokens is not known, or active adapters have different blocks.
+            WeightsError: The scalars of an active adapter were never loaded.
         """
         active = self.active
         if not active:
@@ -109,7 +113,7 @@ class SFALayer(ScalarLayer):
             return SegmentedMask(factors, backend)
         if isinstance(arrangement, Packing) or arrangement.joined == "packed":
             layouts = self._packed_layouts(arrangement, attention_mask, block_map, key, device)
-            # Where images are kept apart by a mask already, it is that mask which gets the biases.
+            # A mask that already keeps the images apart gets the biases, rather than a second mask.
             mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(arrangement.lengths)
             factors = {id(layout): bias_factors(weights, layout, self.num_heads) for layout in layouts}
             mask.biases = [factors[id(layout)] for layout in layouts]
@@ -153,7 +157,7 @@ class SFALayer(ScalarLayer):
 
 
 class _CachedDense:
-    """Serves `StructuralMask` a dense mask that outlives the forward, inside a memory budget; see `DenseCache`."""
+    """Gives `StructuralMask` a dense mask that is kept between forwards, within a memory budget; see `DenseCache`."""
 
     def __init__(self, layer: SFALayer, bias: BiasFactors, weights: list[StructuralWeights], budget: float) -> None:
         self.layer, self.bias, self.weights, self.budget = layer, bias, weights, budget
@@ -171,7 +175,7 @@ def _block_key(config: SFAConfig) -> str:
 
 
 def _split_batch(bias: BiasFactors) -> list[Tensor | BiasFactors]:
-    """Dense masks of all short segments in one go, cut to each segment's own length."""
+    """Dense masks of all short segments, computed together and cut to the length of each."""
     padding = bias.layout.padding
     phi = bias.dense()
     if padding is None:
@@ -181,11 +185,11 @@ def _split_batch(bias: BiasFactors) -> list[Tensor | BiasFactors]:
 
 
 def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
-    """Changes whenever a scalar does.
+    """A cache key that changes whenever a scalar does.
 
-    On a CPU the values themselves (a few hundred): code that writes through `.data` leaves version counters alone. On
-    other devices reading them would wait for the device, so there it is the version counters; `train()` and `eval()`
-    forget the mask in any case.
+    On a CPU it is the values themselves (a few hundred), since code that writes through `.data` does not raise version
+    counters. On other devices reading values would wait for the device, so version counters are used; `train()` and
+    `eval()` drop the mask in any case.
     """
     tensors = [t for w in weights for t in (w.row, w.col, w.dist, w.block) if t is not None]
     if all(t.device.type == "cpu" for t in tensors):
@@ -197,7 +201,7 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
 
 
 def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
-    """Puts the layer beside the weights of its attention module and hooks it in."""
+    """Adds the layer to its attention module as a child, and attaches its hooks."""
     attention.add_module(CHILD_NAME, layer)
     argument = layer.state.backbone.argument_of(attention).name
     attach_to_attention(attention, SFA, layer.state, argument, add_bias, check_bias_used)
@@ -205,7 +209,7 @@ def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
 
 
 def detach_layer(attention: nn.Module) -> None:
-    """Takes the layer out again; the module is as it was."""
+    """Removes the layer and its hooks from its attention module, which is then as it was."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     detach(attention, SFA)
     layer.state.layers.remove(layer)

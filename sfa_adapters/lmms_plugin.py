@@ -1,12 +1,12 @@
-r"""Plug-in for lmms-eval (0.7): hosts with their adapters in its benchmarks, by the entry points `lmms_eval.models`.
+r"""Plug-in for lmms-eval (0.7), found by the entry points `lmms_eval.models`: evaluates hosts with their adapters.
 
     lmms-eval --model sfa_internvl --model_args pretrained=OpenGVLab/InternVL3_5-8B-HF,adapter=runs/internvl3_5_8b \
         --tasks mmbench_en_dev --batch_size 8 --output_path results
     lmms-eval --model sfa_llava --tasks scienceqa_full --batch_size 8 --output_path results \
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,head_plan=heads/head_plan.json,compensation=absorb
 
-`pretrained` may be a folder of `save_pruned`, too. What was removed stands in the results, in `config.model_backend`.
-Importing this module needs no lmms-eval; the classes of its models are made when lmms-eval asks for one.
+`pretrained` may also be a folder of `save_pruned`. Removed heads are recorded in the results, in
+`config.model_backend`. Importing this module needs no lmms-eval; model classes are made when lmms-eval imports one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["manifests", "models"]
 
 
 def models() -> Mapping[str, tuple[str, str]]:
-    """Name in lmms-eval -> name of its class here, and the family that `pretrained` must be of."""
+    """For each model name in lmms-eval: the name of its class here, and the family of hosts that it takes."""
     heads = "ForConditionalGeneration"
     return {f"sfa_{name}": (f"SFA{spec.model_class.removesuffix(heads)}", name) for name, spec in HOSTS.items()}
 
 
 def manifests() -> list[Any]:
-    """What lmms-eval gets from the entry point: one `ModelManifest` for each of our models."""
+    """The entry point of lmms-eval: one `ModelManifest` for each model of this plug-in."""
     manifest = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
     return [manifest(name, simple_class_path=f"{__name__}.{made}") for name, (made, _) in models().items()]
 
@@ -130,10 +130,10 @@ def _model_class(name: str, family: str) -> type:
             prompts = [(r.args[0], self._images(r.args[2:]), self._target(r.args)) for r in requests]
             likelihoods = [(float("inf"), False)] * len(requests)
             for number, chance, greedy in self._shown(self.answers.loglikelihood(prompts), requests):
-                # Negative: lmms-eval takes the smallest value for the likeliest answer, because its own models give
+                # Negative: lmms-eval treats the smallest value as the likeliest answer, because its own models return
                 # losses.
                 likelihoods[number] = (-chance, greedy)
-            # A bare pair would be made a text by the evaluator of 0.7, on which every task of choices fails.
+            # The evaluator of 0.7 would turn a bare pair into a text, on which every multiple-choice task fails.
             return [result(text=pair) for pair in likelihoods]
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

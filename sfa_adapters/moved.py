@@ -1,7 +1,7 @@
-"""Old paths of modules. They keep working until 0.2: they give the module at its new place, and warn with its name.
+"""Old import paths of modules, which keep working until 0.2: they import the module at its new path, with a warning.
 
-One table. The finder that asks for it stands at the end of `sys.meta_path`, behind those that find what is there.
-Where an old path is a new module or package today, `old_names` gives the names that were there.
+One table. The finder that reads it is the last one in `sys.meta_path`, after those that find existing modules. Where
+the old path belongs to another module or package now, `old_names` serves the names that were there.
 """
 
 import sys
@@ -74,18 +74,18 @@ def _warn(old: str, new: str) -> None:
 
 
 class _OldPath:
-    """Loads the module at its new place."""
+    """Loader of an old path: imports the module at its new path."""
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """An empty module, which never comes to light."""
+        """Leaves it to the import system to make a module, which `exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         _warn(old, MODULES[old])
-        sys.modules[old] = import_module(MODULES[old])  # what the import system hands out
+        sys.modules[old] = import_module(MODULES[old])  # the import system returns what is in here
 
     def get_code(self, name: str) -> CodeType:
-        """For `python -m`."""
+        """The code of the module at its new path, for `python -m`."""
         from importlib.util import find_spec
 
         _warn(name, MODULES[name])
@@ -94,7 +94,7 @@ class _OldPath:
 
 
 def spec_of(name: str) -> ModuleSpec | None:
-    """How to load a module of this old path; None where it is none.
+    """The import spec of an old path; None where it is not one.
 
     Args:
         name: Full name of a module.
@@ -126,9 +126,9 @@ def old_names(module: str) -> Callable[[str], Any]:
 
 
 class OldMain(ModuleType):
-    """The module `sfa_adapters.cli.main`, callable like its function.
+    """Makes the module `sfa_adapters.cli.main` callable like its function `main`.
 
-    The program `sfa` of an installation from before calls `main` of `sfa_adapters.cli`, which was the function.
+    The program `sfa` of an older installation calls `main` of `sfa_adapters.cli`, which was the function.
     """
 
     def __call__(self, arguments: list[str] | None = None) -> None:

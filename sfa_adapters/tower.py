@@ -1,4 +1,4 @@
-"""`TowerState`: what the adapted layers of one tower share; the hooks in `tower_hooks` keep it up to date."""
+"""`TowerState`: state that the adapted layers of one tower share; the hooks in `tower_hooks` keep it up to date."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["SFA", "TowerState"]
 # The name of the feature, for `sfa_adapters.hooks`.
 SFA = "sfa"
 
-# Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
-# fold.
+# Segments up to this length get dense masks, built for all of them at once: for a window of 64 tokens the fold does not
+# pay.
 SHORT_SEGMENT = 256
-# Layouts of this many different inputs are kept; documents come in many shapes, training sets in few.
+# Layouts of this many different inputs are cached: documents come in many shapes, training sets in few.
 LAYOUTS_KEPT = 64
 # In `TowerState.seen`: inputs with this many tokens came in more than one arrangement.
 SEVERAL = "several"
@@ -34,16 +34,16 @@ SEVERAL = "several"
 
 @dataclass(eq=False)
 class TowerState:
-    """What the adapted layers of one tower share: how the tokens lie, of the forward under way or being recomputed.
+    """State that the adapted layers of one tower share: where the tokens lie, in the running or recomputed forward.
 
     Attributes:
         layers: The SFA layers of the tower.
         log: Which forward hidden states belong to.
-        seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
+        seen: For each number of tokens, the only arrangement of inputs so far, or `SEVERAL`.
         layouts: Layouts that were built, by arrangement.
         warned: Whether the user was warned that PEFT will not load these adapters.
-        rearrange: Changes every layout of one grid as it is built; the placebo of the studies gives tokens the places
-            of others. Set it before the first forward.
+        rearrange: Function applied to every layout of a regular grid as it is built; the placebo of the studies
+            shuffles places with it. Set it before the first forward.
         ramp_watch: Notices training without `AxialRamp`.
     """
 
@@ -61,7 +61,7 @@ class TowerState:
     # -- the forward under way --------------------------------------------------------------------------------------
 
     def record_input(self, given: TowerInput) -> None:
-        """Records how the tokens of the images lie that the tower is called with: a forward begins."""
+        """Records, when a forward begins, where the tokens of its images lie."""
         forward = TowerForward()
         arrangement = given.arrangement()
         if arrangement is not None:
@@ -99,11 +99,14 @@ class TowerState:
         return {} if forward is None else forward.inputs
 
     def arrangement(self, hidden_states: Tensor, layer: Any) -> Arrangement:
-        """How the tokens that an attention layer was given lie, also when checkpointing runs the layer again.
+        """Finds how the input tokens of an attention layer lie, also when checkpointing recomputes the layer.
 
         Args:
             hidden_states: Input of the attention layer, `[.., tokens, width]`.
-            layer: The `SFALayer` of it.
+            layer: Its `SFALayer`.
+
+        Returns:
+            The packing, grid or description recorded for the forward that they belong to.
 
         Raises:
             LayoutError: The tokens come from no forward of the tower, or from one of several that cannot be told apart.
@@ -126,7 +129,7 @@ class TowerState:
         return self._recomputed(hidden_states, layer)
 
     def _without_call(self, num_tokens: int, layer: int) -> Arrangement:
-        """A layer runs outside of a call of the tower: behind its embedding, or behind nothing that was seen."""
+        """As `arrangement`, for a layer that runs outside of a call of the tower, perhaps after its embedding."""
         forwards = self.log.without_call(num_tokens, layer)
         arrangements = _different(forward.arrangement(num_tokens) for forward in forwards)
         if not arrangements:
@@ -141,7 +144,7 @@ class TowerState:
         return arrangements.pop()
 
     def _recomputed(self, hidden_states: Tensor, layer: Any) -> Arrangement:
-        """Gradient checkpointing runs a layer again, maybe after other images passed the tower."""
+        """As `arrangement`, for a layer that checkpointing recomputes, perhaps after other images passed the tower."""
         num_tokens = hidden_states.shape[-2]
         only = self.seen.get(num_tokens, SEVERAL)
         if only is not SEVERAL:
@@ -208,7 +211,7 @@ class TowerState:
         key: Any,
         device: torch.device,
     ) -> list[TokenLayout]:
-        """Layouts of the segments of a flat sequence: short ones batched (padded), long ones alone."""
+        """Layouts of the segments of a flat sequence, cached: short ones in one padded batch, long ones each alone."""
 
         def build() -> list[TokenLayout]:
             layouts = arrangement.segments(bounds, block_map)
@@ -231,20 +234,20 @@ class TowerState:
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def first_training_layer(self) -> int | None:
-        """The first layer whose active adapters train, None where none does."""
+        """Index of the first layer with trainable active adapters; None where there is none."""
         training: list[int] = [layer.index for layer in self.layers if layer.trains]
         return min(training, default=None)
 
     def see_states(self, hidden_states: Tensor, layer: Any) -> None:
-        """Notes the input of an attention layer.
+        """Records the input of an attention layer.
 
         Raises:
-            TrainingError: Reentrant checkpointing runs the layer, and would record no gradient for its scalars.
+            TrainingError: Reentrant checkpointing runs the layer, so its scalars would get no gradient.
         """
         if torch.compiler.is_compiling():
             return
         self.log.note(hidden_states)
-        if not layer.active and self.log.of_call() is None:  # it asks for no arrangement, but the forward moves on
+        if not layer.active and self.log.of_call() is None:  # it needs no arrangement, but counts as run
             forwards = self.log.without_call(hidden_states.shape[-2], layer.index)
             if forwards:
                 self.log.run_layer(forwards[-1:], layer.index)

@@ -1,6 +1,6 @@
 """`sfa`: the command line. Each command imports what it needs, so that `sfa --help` stays quick.
 
-Mistakes of the user end in one line on stderr and exit code 2; errors of this library are written to be that line.
+Mistakes of the user end with one line on stderr, the text of the error, and exit code 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ app.add_typer(train_app)
 app.add_typer(eval_app)
 app.add_typer(share_app)  # no name: its commands stand beside `demo`
 app.add_typer(study_app)
-# Its base is what every wrong use of the command line is; typer exports only this one by name.
+# The base class of all errors of usage; typer exports only this subclass by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
 
 
@@ -117,10 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted.
 
     Args:
-        arguments: Those of the command line by default. With arguments of their own, callers keep their settings of
-            warnings and logging.
+        arguments: Command-line arguments; by default those of the process. If they are given, settings of warnings and
+            logging are not changed.
     """
-    # The profiler of torch, which measures peak memory on a CPU, would else talk into the tables.
+    # Otherwise torch's profiler, which measures peak memory on a CPU, would write into the tables.
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")
     if arguments is None:
         silence_others()
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has what it wants
+    except BrokenPipeError:  # the reader of a pipe, e.g. `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

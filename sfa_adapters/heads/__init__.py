@@ -1,4 +1,4 @@
-"""S4 head calibration: which attention heads matter, a plan which of them go, and weights that are really smaller."""
+"""S4 head calibration: scores of attention heads, plans of which to prune, and pruning that shrinks the weights."""
 
 from sfa_adapters.heads.axial_heads import calibrate_axial
 from sfa_adapters.heads.calibrate import calibrate_heads

@@ -1,6 +1,6 @@
-"""Where the tokens of a tower lie while it runs, with SFA in it or without: the grid comes from its inputs.
+"""Layouts of the tokens of a running tower, with SFA in it or without, from the inputs of its forward.
 
-SFA's own layers know their layouts. Before injection nobody does, so the same record of the backbone is asked here.
+SFA's layers know their layouts; before injection they are made here, from the same record of the backbone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ __all__ = ["layouts_of"]
 
 @contextmanager
 def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLayout]]:
-    """Watches the inputs of a tower for a while.
+    """Context that watches the inputs of a tower.
 
     Args:
         vision: The tower.
 
     Yields:
-        A function that gives the layout of the tokens of an attention call of the forward under way.
+        A function from an attention call of the forward under way to the layout of its tokens. It raises `LayoutError`
+        if the tokens are not those of the grid.
 
     Raises:
-        LayoutError: The tower has adaptive or merged tokens; by that function, where tokens are not those of the grid.
+        LayoutError: The tower has adaptive or merged tokens.
     """
     if {"adat", "dymu"} & features_of(vision.tower).keys():
         raise LayoutError(
@@ -43,7 +44,7 @@ def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLa
 
 
 class _Pages:
-    """The arrangement of the forward under way."""
+    """The arrangement of the tokens in the forward under way, and layouts made from it."""
 
     def __init__(self, vision: FoundTower) -> None:
         self.backbone = vision.backbone
@@ -53,13 +54,13 @@ class _Pages:
         self.ends: dict[str, int] = {}
 
     def record_input(self, given: TowerInput) -> None:
-        """A forward begins."""
+        """Records the arrangement when a forward begins."""
         self.ends = {}
         self.arrangement = given.arrangement()
         self.tokens = 0 if self.arrangement is None else self.arrangement.num_tokens
 
     def layout(self, call: AttentionCall) -> TokenLayout:
-        """The layout of a call; segments come one after the other."""
+        """The layout of an attention call; the segments of a layer are called in order."""
         key: Any = self.arrangement
         start = stop = 0
         if self.backbone.joined == "segments":

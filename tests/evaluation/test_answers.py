@@ -102,7 +102,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"prompt: 'x' there, 'y' now, weights: 'b' there, 'c' now"):
         file.start({"weights": "c", "prompt": "y"})
     file.settings.unlink()
-    with pytest.raises(RecipeError, match="nobody knows"):
+    with pytest.raises(RecipeError, match="settings are not known"):
         file.start({"weights": "b", "prompt": "x"})
     with pytest.raises(RecipeError, match="must end in"):
         PredictionFile(tmp_path / "p.json")
