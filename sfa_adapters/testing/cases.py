@@ -86,6 +86,9 @@ class TowerCase:
         compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
             or "every layer" with a bias.
         library: Where the tower comes from, e.g. "timm". The suite does not read it.
+        runs: What of the contract runs by default: "everything", its part about the bias ("bias"), or nothing of it
+            ("nightly"). Members of a large family differ little, so that one of them is enough for each change; a
+            nightly job runs all of it on all of them.
     """
 
     name: str
@@ -111,6 +114,7 @@ class TowerCase:
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"
     library: str = ""
+    runs: Literal["everything", "bias", "nightly"] = "everything"
 
     def __post_init__(self) -> None:
         if self.grids is None and (self.grid is None or self.resized is not None):
