@@ -50,7 +50,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 # Towers of timm: one of each class or kind that people use.
 TIMM = (
     "vit_base_patch16_224", "vit_base_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224",
-    "vit_intern300m_patch14_448", "vit_large_patch14_clip_336", "vit_so400m_patch14_siglip_384", "deit_base_patch16_224",
+    "vit_intern300m_patch14_448", "vit_large_patch14_clip_336", "vit_so400m_patch14_siglip_384",
+    "deit_base_patch16_224",
     "vit_base_patch16_rope_224", "vit_pe_core_base_patch16_224", "eva02_base_patch14_224", "eva_giant_patch14_clip_336",
     "vit_base_patch16_dinov3", "naflexvit_base_patch16_siglip", "beit_base_patch16_224",
     "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "samvit_base_patch16", "cait_s24_224",
