@@ -9,7 +9,7 @@ from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pi
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration, behind the CLS token."""
+    """The patch grid of the configuration, and one prefix token (CLS)."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
 
 
@@ -20,7 +20,7 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.CLIP
 
 

@@ -20,7 +20,7 @@ from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Images of any size, no prefix."""
+    """No fixed grid, since images have any size, and no prefix tokens."""
     return Geometry(grid=None, prefix_tokens=0)
 
 
@@ -45,7 +45,7 @@ def layouts(tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> list[ImageT
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.CLIP
 
 

@@ -13,7 +13,7 @@ from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pi
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration; every token is a patch."""
+    """The patch grid of the configuration, and no prefix tokens."""
     return Geometry(grid=config_grid(tower), prefix_tokens=0)
 
 
@@ -24,13 +24,13 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def has_head(tower: nn.Module) -> bool:
-    """The attention-pooling head looks at every token."""
+    """Whether the tower has the attention-pooling head, which looks at every token."""
     model: Any = tower
     return bool(model.use_head)
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.HALF
 
 

@@ -32,7 +32,11 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def check_patches(tower: nn.Module) -> None:
-    """Adaptive tokens take the place of the plain tokens in front of `norm_pre`."""
+    """Refuses settings that adaptive tokens, which replace the plain ones in front of `norm_pre`, would bypass.
+
+    Raises:
+        InjectionError: No absolute position embeddings to resample, dropout of patches or positions, or a patch norm.
+    """
     model: Any = tower
     if model.pos_embed is None:
         raise InjectionError(f"This {type(tower).__name__} has no absolute position embeddings (pos_embed).")
@@ -49,7 +53,7 @@ def pools(tower: nn.Module) -> bool:
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As the pretrained configuration has them, or one half."""
+    """Mean and standard deviation of the pretrained configuration by channel, else 0.5."""
     model: Any = tower
     settings = getattr(model, "pretrained_cfg", None) or {}
     return tuple(settings.get("mean", (0.5, 0.5, 0.5))), tuple(settings.get("std", (0.5, 0.5, 0.5)))

@@ -113,7 +113,11 @@ def whole_folder(folder: Path, advice: str = "") -> Iterator[Path]:
 
 
 def seal(partial: Path, folder: Path) -> None:
-    """Writes a manifest of the files of `partial` with their sizes, flushes all to disk and renames it to `folder`."""
+    """Writes a manifest of the files of `partial` with their sizes, flushes all to disk and renames it to `folder`.
+
+    Raises:
+        OSError: It cannot be done; the folder that was there is still there.
+    """
     (partial / MANIFEST).unlink(missing_ok=True)
     files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
     (partial / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -123,7 +127,12 @@ def seal(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from sfa_adapters.forwards import ForwardLog
 from sfa_adapters.hooks import attach, state_of
+from sfa_adapters.moved import know_old_names
 
 __all__ = ["hidden_states_of", "holders_of", "watch_forwards"]
+
+know_old_names(__name__)
 
 
 def watch_forwards(tower: nn.Module, attentions: Sequence[str], feature: str, state: Any) -> None:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_plan
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
-from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.heads.metadata import PrunedMetadata, folder_metadata, plan_metadata, pruned_metadata
 from sfa_adapters.hosts.spec import HOSTS
+from sfa_adapters.moved import old_names
 from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:
@@ -46,15 +47,15 @@ def __getattr__(name: str) -> Any:
         for made, family in models().values():
             if name == made:
                 return _model_class(name, family)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return old_names(__name__)(name)
 
 
-def _facts_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
-    """What the host will have lost, from files alone."""
+def _metadata_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedMetadata | None:
+    """The pruned heads of the host that is loaded next, from files alone."""
     if head_plan is not None:
-        return plan_facts(read_head_plan(head_plan, compensation), compensation)
+        return plan_metadata(read_head_plan(head_plan, compensation), compensation)
     run = find_run(pretrained)
-    return folder_facts(pretrained if run is None else saved_recipe(run).model)
+    return folder_metadata(pretrained if run is None else saved_recipe(run).model)
 
 
 @functools.cache
@@ -77,10 +78,10 @@ def _model_class(name: str, family: str) -> type:
 
         def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
             # The name of the class is all that lmms-eval takes from a model into its results.
-            facts = _facts_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
-            return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
+            pruned = _metadata_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
+            return super().__new__(cls if pruned is None else type(f"{name} with {pruned}", (cls,), {"pruned": pruned}))
 
-        facts: PrunedFacts | None = None
+        pruned: PrunedMetadata | None = None
 
         def __init__(
             self,
@@ -99,10 +100,10 @@ def _model_class(name: str, family: str) -> type:
             changes = {"prompt": "{question}", "plan": plan, "dtype": dtype, "max_new_tokens": max_new_tokens}
             changes |= {"head_plan": head_plan, "compensation": compensation}
             host = open_host(pretrained, adapter, device, **changes, **settings)
-            done = pruned_facts(host.model)
-            if str(done) != str(self.facts):
+            done = pruned_metadata(host.model)
+            if str(done) != str(self.pruned):
                 raise RecipeError(
-                    f"{pretrained} was to have {self.facts or 'all heads'}, and has {done or 'all heads'}."
+                    f"{pretrained} was to have {self.pruned or 'all heads'}, and has {done or 'all heads'}."
                 )
             if host.spec.family != family:
                 raise RecipeError(f"{pretrained} is of the family {host.spec.family}, {name} needs {family}.")

@@ -21,6 +21,7 @@ from sfa_adapters.attention_contract import MaskArgument, choose_mask_argument
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.old_records import grid_layouts, segment_arrangements
 from sfa_adapters.read_layers import count_read_layers
 
@@ -33,6 +34,8 @@ __all__ = [
     "register_backbone",
     "registered_backbones",
 ]
+
+know_old_names(__name__)
 
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 

@@ -13,12 +13,15 @@ from sfa_adapters.arrangement import TokenArrangement
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.packing import Packing
 from sfa_adapters.ramp_watch import RampWatch
 from sfa_adapters.registry import Backbone, Geometry
 from sfa_adapters.tower_input import TowerInput
 
 __all__ = ["SFA", "TowerState"]
+
+know_old_names(__name__)
 
 # The name of the feature, for `sfa_adapters.hooks`.
 SFA = "sfa"

@@ -55,13 +55,13 @@ class InjectionPlan:
     """What an injection would do to a model.
 
     Attributes:
-        found: The tower.
+        located: The tower, and where it is in the model.
         geometry: Its grid and prefix.
         num_heads: Heads of each of its attention layers; they differ where heads were removed.
         layers: Indices of the layers that get a bias.
     """
 
-    found: FoundTower
+    located: FoundTower
     geometry: Geometry
     num_heads: tuple[int, ...]
     layers: tuple[int, ...]
@@ -69,18 +69,18 @@ class InjectionPlan:
     @property
     def targets(self) -> list[tuple[int, str, nn.Module]]:
         """Index, path and module of the attention layers that get a bias."""
-        return [(index, *self.found.attentions[index]) for index in self.layers]
+        return [(index, *self.located.attentions[index]) for index in self.layers]
 
     @property
     def tower_path(self) -> str | None:
         """Path of the tower without wrappers, saved with the adapter if the model has several towers; else None."""
-        return plain_path(self.found.name) if self.found.several else None
+        return plain_path(self.located.name) if self.located.several else None
 
     def signature(self) -> dict[str, Any]:
         """The signature of the tower, saved with the adapter and checked when it is loaded."""
         return {
-            "backbone": self.found.backbone.name,
-            "num_layers": len(self.found.attentions),
+            "backbone": self.located.backbone.name,
+            "num_layers": len(self.located.attentions),
             "num_heads": one_or_each(self.num_heads),
             "prefix_tokens": self.geometry.prefix_tokens,
             "grid": list(self.geometry.grid) if self.geometry.grid else None,
@@ -216,7 +216,7 @@ def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]
 
 def prepare_tower(plan: InjectionPlan) -> TowerState:
     """Attaches the shared state to the tower, once, and moves it from flash attention, which drops masks, to sdpa."""
-    located = plan.found
+    located = plan.located
     tower = located.tower
     if (there := state_of(tower, SFA)) is not None:
         return there
@@ -237,14 +237,14 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
 
 def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
     """Replaces attention modules without a mask argument by wrappers that have one; returns the plan for these."""
-    wrap = plan.found.backbone.wrap_attention
+    wrap = plan.located.backbone.wrap_attention
     if wrap is None:
         return plan
     for _, name, module in plan.targets:
         wrapped = wrap(module)
         if wrapped is not module:
             model.set_submodule(name, wrapped)
-    return InjectionPlan(find_tower(model, plan.found.name), plan.geometry, plan.num_heads, plan.layers)
+    return InjectionPlan(find_tower(model, plan.located.name), plan.geometry, plan.num_heads, plan.layers)
 
 
 def add_adapter(

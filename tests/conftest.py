@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# The models of the tests are tiny: a second thread costs them more than it brings, most of all on a busy machine.
+# The models of the tests are tiny: a second thread costs more than it gains, most of all on a busy machine.
 # Run `pytest -n 2` to use two cores.
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the weights of a nano host that was never trained, for demos that need no good answers."""
+    """A file with the weights of an untrained nano host, for demos that need no good answers."""
     from safetensors.torch import save_file
 
     from sfa_adapters.recipes.nano.models import build_nano

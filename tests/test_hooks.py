@@ -1,4 +1,4 @@
-"""Features attach to the modules of a model by name: whichever comes and goes in whatever order, nothing is left."""
+"""Features attach to modules by name: attached and removed in any order, they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INJECT: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "dymu": lambda model: inject_dymu(model, DyMUConfig(thresholds=0.6, language="logical_rope")),
     "fastv": lambda model: inject_fastv(model, FastVConfig(layer=2, ratio=0.5)),
-    # Watches the packing method of the host, as DyMU does; beside DyMU its forwards end in a named error.
+    # Watches the packing method of the host, as DyMU does; each refuses the other.
     "fastv by density": lambda model: inject_fastv(model, FastVConfig(layer=2, ratio=0.5, selector="density")),
     "fastv at the input": lambda model: inject_fastv(model, FastVConfig(layer=2, ratio=0.5, prune_at="input")),
 }
@@ -79,16 +79,13 @@ def _logits(model: Any) -> Tensor:
         return model(**_inputs()).logits
 
 
-def _outcome(model: nn.Module) -> Any:
-    """Every bit of the logits, or the text of an error of the library."""
-    try:
-        return _logits(model).numpy().tobytes()
-    except SFAError as error:
-        return str(error)
+def _outcome(model: nn.Module) -> bytes:
+    """Every bit of the logits."""
+    return _logits(model).numpy().tobytes()
 
 
 @cache
-def _expected(features: tuple[str, ...]) -> Any:
+def _expected(features: tuple[str, ...]) -> bytes:
     """The outcome of a fresh model with these features, injected in this order and never ejected."""
     model = copy.deepcopy(_host())
     for feature in features:
@@ -127,7 +124,7 @@ def test_features_come_and_go_in_any_order(steps: list[tuple[str, bool]]) -> Non
     """Injects (True) and ejects (False); an error of the library must leave the model as it was."""
     model = copy.deepcopy(_host())
     at_first, present = _traces(model), []
-    watched, seen, failed = ExitStack(), None, False
+    watched, seen = ExitStack(), None
     for feature, inject in steps:
         before = _traces(model)
         if feature == "scr":
@@ -144,7 +141,8 @@ def test_features_come_and_go_in_any_order(steps: list[tuple[str, bool]]) -> Non
                 assert _traces(model) == before
                 there = _name(feature) in map(_name, present)
                 dymu_after = feature == "dymu" and "fastv at the input" in present
-                assert dymu_after if inject and not there else inject == there
+                density_and_dymu = {"fastv by density", "dymu"} <= {feature, *present}
+                assert dymu_after or density_and_dymu if inject and not there else inject == there
                 continue
             if inject:
                 present.append(feature)
@@ -155,12 +153,10 @@ def test_features_come_and_go_in_any_order(steps: list[tuple[str, bool]]) -> Non
             outcome = _outcome(model)
             assert outcome == _expected(tuple(present))
             assert (outcome == _expected(())) == (not present)
-            failed = isinstance(outcome, str)
-            assert failed == {"fastv by density", "dymu"}.issubset(present)
         if feature == "scr" and inject:
             assert seen is not None
             assert len(seen.towers) == 1
-            assert seen.calls or failed
+            assert seen.calls
     watched.close()
     for feature in reversed(present) if len(steps) % 2 else present:
         EJECT[_name(feature)](model)
@@ -195,6 +191,7 @@ def test_detaching_one_feature_leaves_the_others_hooks_on_the_same_module() -> N
     for feature in ("first", "second"):
         attach(module, feature, calls, pre=_log(feature), post=_log(feature), always_call=True)
     attach(module, "second", calls, place=0)
+    attach(module, "second", calls)
     assert attachment_of(module, "second").place == 0
     assert detach(module, "first")
     assert not detach(module, "first")
@@ -207,6 +204,35 @@ def test_detaching_one_feature_leaves_the_others_hooks_on_the_same_module() -> N
     assert calls == ["second", "second"]
     assert sorted(module.__dict__) == before
     assert not any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def test_a_feature_is_taken_from_every_module_of_a_model_and_has_the_state_that_came_last() -> None:
+    model = nn.Sequential(Packer(), nn.Sequential(Packer(), Packer()))
+    for module in model.modules():
+        attach(module, "one", "before")
+        attach(module, "one", "afterwards")
+        attach(module, "two", "stays")
+    assert dict(features_of(model)) == {"one": "afterwards", "two": "stays"}
+    assert detach_all(model, "one")
+    assert [state_of(module, "one") for module in model.modules()] == [None] * 5
+    assert [state_of(module, "two") for module in model.modules()] == ["stays"] * 5
+    assert state_of(Packer(), "one") is None
+
+
+class Failing(Packer):
+    def forward(self, number: int) -> int:
+        raise RuntimeError("out of memory")
+
+
+def test_a_hook_may_run_in_front_of_others_and_after_an_error() -> None:
+    module, calls = Failing(), []
+    module.register_forward_hook(lambda *_: calls.append("foreign"), always_call=True)
+    attach(module, "behind", None, post=lambda *_: calls.append("behind"), always_call=True)
+    attach(module, "front", None, post=lambda *_: calls.append("front"), prepend=True, always_call=True)
+    attach(module, "silent", None, post=lambda *_: calls.append("silent"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module(1)
+    assert calls == ["front", "foreign", "behind"]
 
 
 @pytest.mark.parametrize("first", ["one", "two"])
@@ -245,6 +271,42 @@ def test_a_method_that_somebody_shadowed_behind_us_stays_his() -> None:
     module.__dict__["pack"] = lambda tiles: ours(tiles) + 10
     detach(module, "one")
     assert module.pack(4) == 15
+
+
+def test_watchers_of_two_methods_and_one_that_goes_while_it_watches() -> None:
+    module, calls = Packer(), []
+
+    def once(module: nn.Module, method: Any, called: dict[str, Any]) -> None:
+        calls.append("one")
+        detach(module, "one")
+
+    for feature, name, watcher in (
+        ("one", "pack", once),
+        ("two", "forward", lambda *_: calls.append("two")),
+        ("three", "pack", lambda *_: calls.append("three")),
+    ):
+        attach(module, feature, None)
+        watch_method(module, feature, name, watcher)
+    assert [module.pack(4), module.pack(4)] == [5, 5]
+    assert calls == ["one", "three", "three"]
+    assert module(1) == 1
+    assert calls[-1] == "two"
+
+
+class Unhooked(Packer):
+    def register_forward_hook(self, *args: Any, **options: Any) -> Any:
+        raise RuntimeError("no hooks here")
+
+
+@pytest.mark.parametrize("kind", [Packer, Unhooked])
+def test_a_context_that_fails_leaves_nothing(kind: type[Packer]) -> None:
+    module = kind()
+    before = sorted(module.__dict__)
+    with pytest.raises(RuntimeError), attached_while("look") as attach_here:  # noqa: PT012
+        attach_here(module, None, pre=lambda *_: None, post=lambda *_: None)
+        raise RuntimeError
+    assert sorted(module.__dict__) == before
+    assert not any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def test_contexts_of_one_feature_take_away_their_own() -> None:

@@ -1,4 +1,4 @@
-"""A lazy mask goes where an attention module takes its mask, and is missed where it was not used."""
+"""`mask_argument.py`: a lazy mask reaches the attention module, and it is an error if it was not used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Attention(nn.Module):
     """Returns the mask that it got; uses it where `uses` is set."""
 
     uses = True
+    others: tuple[Any, ...] = ()
 
-    def forward(self, states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def forward(self, states: Tensor, attention_mask: Any = None, scale: float = 1.0, **kwargs: Any) -> Any:
+        self.others = (scale, kwargs)
         mask = kwargs.get("position_bias", attention_mask)
         if self.uses and mask is not None:
             mask.tensor()
@@ -55,6 +57,15 @@ def test_a_mask_stands_where_the_module_takes_it(argument: str, call: str) -> No
     named = {argument: model_mask} if call == "named" else {}
     assert module(states, *positional, **named) is mask
     assert log == [model_mask if positional or named else None, None]
+
+
+def test_all_other_arguments_of_the_call_stay() -> None:
+    states, model_mask = torch.zeros(1, 5, 4), torch.zeros(1)
+    for args, kwargs in (((model_mask, 0.5), {}), ((), {"scale": 0.5}), ((model_mask,), {"scale": 0.5})):
+        mask = PackedMask([2, 3])
+        module, _ = hooked("attention_mask", mask)
+        assert module(states, *args, **kwargs, bounds=7) is mask
+        assert module.others == (0.5, {"bounds": 7})
 
 
 def test_a_mask_that_was_dropped_is_handed_back_once() -> None:

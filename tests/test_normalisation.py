@@ -1,6 +1,8 @@
-"""Statistics of images: of the tower, or as the user says."""
+"""Mean and deviation of image normalisation: from the record of the tower, or as the user gives them."""
 
 from typing import Any
+
+import numpy as np
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.normalisation import image_statistics
@@ -30,3 +32,10 @@ def test_what_the_user_says_comes_first_and_half_of_it_is_not_enough() -> None:
     assert _of(tower, std=(1.0, 1.0, 1.0)) == (processor_statistics.CLIP[0], (1.0, 1.0, 1.0))
     assert image_statistics(None, None, (0.5,) * 3, (0.25,) * 3) == ((0.5,) * 3, (0.25,) * 3)
     assert image_statistics(None, None, (0.5,) * 3) is None
+
+
+def test_lists_and_arrays_become_tuples() -> None:
+    tower = find_tower(CASES["llava"].build())
+    mean, std = _of(tower, mean=[0.0] * 3, std=np.ones(3))
+    assert (mean, std) == ((0.0,) * 3, (1.0,) * 3)
+    assert {type(mean), type(std)} == {tuple}

@@ -1,4 +1,4 @@
-"""Files that SFA is read from: whole models, shards, LoRA folders; and those that are broken or are something else."""
+"""Files that `load_sfa` reads: whole models, shards, LoRA folders; and broken or foreign ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One watcher tells what images come into a tower, whichever its kind and however it is called."""
+"""`tower_input.py` reports the images that enter a tower, whatever its kind and however it is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIGLIP = next(case for case in CASES if case.name == "siglip")
 
 @dataclass
 class Seen:
-    """A state that keeps what it is told."""
+    """A state that records what the watcher reports."""
 
     inputs: list[Any] = field(default_factory=list)
 

@@ -24,12 +24,15 @@ from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.forwards import NOT_IN_BACKWARD, ForwardLog, TowerForward, backward_task
 from sfa_adapters.hooks import state_of
 from sfa_adapters.mask_argument import give_mask, given_mask, unused_mask
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.registry import Backbone, PatchSeam
 from sfa_adapters.tower_input import TowerInput
 
 __all__ = ["ADAT", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
+
+know_old_names(__name__)
 
 Output = Literal["grid", "tokens"]
 # The name of the feature, for `sfa_adapters.hooks`, and of the child module of the tower with the learned residual.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from sfa_adapters.evaluation.tables import Table
-    from sfa_adapters.heads.metadata import PrunedFacts
+    from sfa_adapters.heads.metadata import PrunedMetadata
     from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["app"]
@@ -52,10 +52,10 @@ def evaluate(
     """Answer every question of a dataset with MODEL_OR_RUN and score the answers. The same command resumes a run."""
     from sfa_adapters.evaluation.answers import answer_rows
     from sfa_adapters.evaluation.open_host import open_host, read_head_plan
-    from sfa_adapters.evaluation.predictions import facts_of_answers, read_answers
+    from sfa_adapters.evaluation.predictions import metadata_of_answers, read_answers
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import hallucination_table, score_table
-    from sfa_adapters.heads.metadata import pruned_facts
+    from sfa_adapters.heads.metadata import pruned_metadata
     from sfa_adapters.recipes.run import recipe_rows
 
     first = _processes().is_main_process
@@ -70,7 +70,7 @@ def evaluate(
     source = _source(model, nano, out)
     chosen = _metric(metric)
     host = open_host(source, adapter, head_plan=heads, compensation=compensation, **changes)  # pyright: ignore[reportArgumentType]
-    recipe, pruned = host.recipe, pruned_facts(host.model)
+    recipe, pruned = host.recipe, pruned_metadata(host.model)
     parts = (recipe.name, recipe.data, recipe.eval_split)
     parts += () if pruned is None else ("pruned", pruned.plan, pruned.compensation)
     folder = out or Path("sfa-eval") / "-".join(_plain(part) for part in parts)
@@ -84,7 +84,7 @@ def evaluate(
     runs, notes = {}, list[str]()
     name = _named(recipe.name, pruned, notes)
     if other is not None and against is not None:
-        before = _named(against.resolve().parent.name, facts_of_answers(against), notes)
+        before = _named(against.resolve().parent.name, metadata_of_answers(against), notes)
         runs[before if before != name else f"{before} (before)"] = other
     runs[name] = answered_rows
     tables = {"scores": score_table(runs, chosen, f"{name} on {recipe.data}, {recipe.eval_split}")}
@@ -210,7 +210,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
 
 
-def _named(name: str, pruned: PrunedFacts | None, notes: list[str]) -> str:
+def _named(name: str, pruned: PrunedMetadata | None, notes: list[str]) -> str:
     """The name of a run with its share of removed heads; adds their details to the notes."""
     if pruned is None:
         return name

@@ -83,15 +83,15 @@ def inspect(
     from rich.table import Table
 
     console = Console()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", inspection.model)
-    facts.add_row("class", f"{inspection.model_class}, {inspection.model_parameters:,} parameters")
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("model", inspection.model)
+    summary.add_row("class", f"{inspection.model_class}, {inspection.model_parameters:,} parameters")
     for line in str(inspection.sfa).splitlines():
         label, _, text = line.partition(" ")
         if label != "adapters":
-            facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
-    facts.columns[-1].overflow = "fold"  # a folder may be longer than a line
-    console.print(facts)
+            summary.add_row("SFA adds" if label == "parameters" else label, text.strip())
+    summary.columns[-1].overflow = "fold"  # a folder may be longer than a line
+    console.print(summary)
     layers = Table("layer", "path in the tower", "attention", "parameters", box=box.SIMPLE_HEAD)
     layers.columns[1].overflow = layers.columns[2].overflow = "fold"  # names are never cut
     layers.columns[0].justify = layers.columns[-1].justify = "right"

@@ -101,7 +101,7 @@ def _simple(hint: Any) -> tuple[Any, bool]:
         hint = next(one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:
         return str, False
-    if get_origin(hint) in (tuple, list, Sequence):
+    if get_origin(hint) is tuple:
         return _simple(get_args(hint)[0])[0], True
     return hint, False
 

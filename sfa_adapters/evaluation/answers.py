@@ -17,7 +17,7 @@ from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
-from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.heads.metadata import pruned_metadata
 
 if TYPE_CHECKING:
     from sfa_adapters.data.rows import Row
@@ -182,7 +182,7 @@ def _settings(host: Host, rows: Sequence[Row], ocr: bool) -> dict[str, Any]:
     for name in ("model", "data"):  # a folder may have moved; weights and questions say what is in it
         settings[name] = Path(settings[name]).name if Path(settings[name]).exists() else settings[name]
     settings |= {"rows": len(rows), "questions": questions.hexdigest()[:16], "ocr": ocr}
-    pruned = pruned_facts(host.model)
+    pruned = pruned_metadata(host.model)
     settings |= {} if pruned is None else {"pruned": pruned.to_dict()}
     return settings | {"weights": fingerprint(host.model)}
 

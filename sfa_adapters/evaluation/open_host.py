@@ -141,7 +141,7 @@ def open_host(
         InjectionError: The head plan is of another model, or heads of a layer cannot be removed (e.g. 4-bit weights).
     """
     if head_plan is None and compensation != "none":
-        raise RecipeError(f"compensation={compensation} is for heads that go: give their head_plan, too.")
+        raise RecipeError(f"compensation={compensation} is for pruned heads: give their head_plan, too.")
     if isinstance(head_plan, HeadPlan):
         check_compensation(compensation, None)
     elif head_plan is not None:
@@ -187,5 +187,5 @@ def _prune(host: Host, plan: HeadPlan, compensation: Compensation) -> None:
         if left != len(done.plan.kept(path)) or done.plan.count != plan.count:
             raise InjectionError(
                 f"{path} has {left} heads after pruning, not {len(done.plan.kept(path))}, and {done.plan.count} of "
-                f"{plan.count} heads went: the plan was not carried out."
+                f"{plan.count} heads are pruned: the plan was not carried out."
             )

@@ -15,9 +15,9 @@ from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.files import write_whole
-from sfa_adapters.heads.metadata import PrunedFacts
+from sfa_adapters.heads.metadata import PrunedMetadata
 
-__all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
+__all__ = ["Prediction", "PredictionFile", "metadata_of_answers", "read_answers", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PredictionFile:
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
             raise RecipeError(f"{self.path}: the file of predictions must end in .jsonl.")
-        self.own = self.path if rank == 0 else self.path.with_suffix(f".{rank}.jsonl")
+        self.part = self.path if rank == 0 else self.path.with_suffix(f".{rank}.jsonl")
         self.settings = self.path.with_suffix(".settings.json")
 
     def parts(self) -> list[Path]:
@@ -102,7 +102,7 @@ class PredictionFile:
 
     def read(self) -> dict[int, Prediction]:
         """Reads existing answers by index. Removes an incomplete line at the end of this process's file."""
-        _repair(self.own)
+        _repair(self.part)
         return {p.index: p for part in self.parts() for p in _read_part(part)}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -113,13 +113,13 @@ class PredictionFile:
         """
         lines = "".join(json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in predictions)
         try:
-            with self.own.open("a", encoding="utf-8") as file:
+            with self.part.open("a", encoding="utf-8") as file:
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RecipeError(
-                f"{self.own} cannot be written ({error.strerror}). Earlier answers are safe; make room or choose "
+                f"{self.part} cannot be written ({error.strerror}). Earlier answers are safe; make room or choose "
                 "another folder, and run the same command again."
             ) from error
 
@@ -152,8 +152,8 @@ def read_answers(path: str | Path) -> list[Prediction]:
     return predictions
 
 
-def facts_of_answers(path: str | Path) -> PrunedFacts | None:
-    """What the model behind a file of predictions had lost; None for a whole one, and where nothing is on record.
+def metadata_of_answers(path: str | Path) -> PrunedMetadata | None:
+    """The pruned heads of the model behind a file of predictions; None if there are none, or none are recorded.
 
     Raises:
         DataError: The settings beside the file cannot be read.
@@ -163,7 +163,7 @@ def facts_of_answers(path: str | Path) -> PrunedFacts | None:
         return None
     try:
         pruned = json.loads(settings.read_text(encoding="utf-8")).get("pruned")
-        return None if pruned is None else PrunedFacts.from_dict(pruned)
+        return None if pruned is None else PrunedMetadata.from_dict(pruned)
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{settings} cannot be read ({error}).") from error
 

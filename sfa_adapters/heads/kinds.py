@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sfa_adapters.errors import InjectionError
+from sfa_adapters.moved import know_old_names
 
 __all__ = [
     "AttentionKind",
@@ -25,6 +26,8 @@ __all__ = [
     "read_geometry",
     "register_attention_kind",
 ]
+
+know_old_names(__name__)
 
 
 @dataclass(frozen=True)

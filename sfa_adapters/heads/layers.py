@@ -114,7 +114,7 @@ def _refuse_shared(model: nn.Module, inside: Mapping[str, nn.Module]) -> None:
             if first != path:
                 raise RecipeError(
                     f"{first} and {path} share {'a weight' if isinstance(thing, nn.Parameter) else 'one module'}: "
-                    "heads that went from one would go from the other. Untie them first (copy.deepcopy of one)."
+                    "heads pruned in one would be missing in the other. Untie them first (copy.deepcopy of one)."
                 )
 
 

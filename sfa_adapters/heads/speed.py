@@ -20,11 +20,11 @@ from torch import nn
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.expected import can_answer, decode_bytes, flops_of
-from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, whole
+from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, unpruned
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer, cache_bytes, call_seconds, peak_of, token_seconds
 
-__all__ = ["LEAST_GAIN", "LEAST_ROUNDS", "Speed", "check_rounds", "measure_speed", "whole"]
+__all__ = ["LEAST_GAIN", "LEAST_ROUNDS", "Speed", "check_rounds", "measure_speed", "unpruned"]
 
 LEAST_GAIN = 1.02  # smallest expected speed-up that counts: less is lost in the differences between two runs
 LEAST_ROUNDS = 5  # fewer give no useful interval: 94% at 5, 95% from 6 on
@@ -152,13 +152,13 @@ def measure_speed(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int =
     answers = can_answer(model)
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     with evaluating(model):
-        with whole(probe, model):
+        with unpruned(probe, model):
             _check_original(probe, output_of(model, probe.inputs))
             before = _sizes(probe.inputs, model, tokens)
         after = _sizes(probe.inputs, model, tokens)
         for number in range(rounds + 1):  # the first warms up
             for original in (number % 2 == 0, number % 2 == 1):
-                with whole(probe, model) if original else nullcontext():
+                with unpruned(probe, model) if original else nullcontext():
                     seconds = _seconds(probe.inputs, model, tokens)
                 if number:
                     times[original].append(seconds)

@@ -1,4 +1,4 @@
-"""The contract of a vision-language model: what its record (`VLMSpec`) promises, tried on a small real model.
+"""The contract suite of vision-language models: checks a record (`VLMSpec`) on a small real model.
 
 Derive a class, name the record, and pytest runs all of it:
 
@@ -7,7 +7,7 @@ Derive a class, name the record, and pytest runs all of it:
     class TestMine(VLMContract):
         family = "mine"
 
-Each part works, or the record refuses it and the user reads the reason.
+Each feature works, or the record refuses it and the error gives its reason.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class VLMContract:
-    """The suite. Derived classes name the record; what it needs else comes from there.
+    """The contract suite. Derived classes name the record, from which everything else comes.
 
     Attributes:
         family: Name of the record. It must have `nano`, which builds the small model.
@@ -112,7 +112,7 @@ class VLMContract:
     @pytest.fixture(scope="class")
     @classmethod
     def recipe(cls, spec: VLMSpec, folder: Path) -> Recipe:
-        """Two steps on a CPU."""
+        """A recipe of two steps on a CPU."""
         refused = spec.refusal("train")
         if refused is not None:
             pytest.skip(refused)
@@ -123,7 +123,7 @@ class VLMContract:
 
     @pytest.fixture
     def host(self, recipe: Recipe) -> Host:
-        """The model with SFA, ready to answer."""
+        """The model with SFA, for inference."""
         return load_host(recipe, "cpu", train=False)
 
     @pytest.fixture
@@ -137,7 +137,7 @@ class VLMContract:
         return _tensors(Collator(host.processor, host.spec, host.recipe)(_examples()))
 
     def allowed(self, spec: VLMSpec, feature: Feature, use: Callable[[], Any]) -> bool:
-        """Whether the record allows something; where it does not, using it must say why."""
+        """Whether the record allows a feature; where it does not, using it must raise its reason."""
         reason = spec.refuses.get(feature)
         if reason is None:
             return True
@@ -162,7 +162,7 @@ class VLMContract:
         assert getattr(processor, "image_processor", None) is not None
 
     def test_every_parameter_is_in_one_part(self, spec: VLMSpec) -> None:
-        """With adapters and without; the tower is where attention is found."""
+        """Every parameter is in one part, with adapters and without; the tower holds the attention layers."""
         assert spec.nano is not None
         model, _ = spec.nano()
         places = spec.places(model)
@@ -174,7 +174,7 @@ class VLMContract:
         assert spec.places(model) == places
 
     def test_recipes_take_it_or_say_why_not(self, spec: VLMSpec) -> None:
-        """A record that refuses to be trained is refused where a recipe names it, with its reason."""
+        """A recipe refuses a record that cannot train, with the reason of the record."""
         reason = spec.refusal("train")
         if reason is None:
             assert Recipe(name="contract", model="model", family=self.family).family == self.family
@@ -184,8 +184,8 @@ class VLMContract:
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
-    def test_sfa_acts_and_goes_without_a_trace(self, host: Host, inputs: dict[str, Any]) -> None:
-        """Scalars that are not 0 change the logits; ejected, everything is as it was."""
+    def test_sfa_acts_and_ejects_bit_for_bit(self, host: Host, inputs: dict[str, Any]) -> None:
+        """Scalars that are not 0 change the logits; after ejecting, the logits are as before."""
         for _, _, layer in injected_layers(host.model):
             for parameter in layer.parameters():
                 nn.init.constant_(parameter, 0.7)
@@ -198,7 +198,7 @@ class VLMContract:
         assert torch.equal(_logits(host.model, inputs), before)
 
     def test_a_bare_model_that_recipes_refuse_takes_sfa(self, spec: VLMSpec) -> None:
-        """What a record refuses to train, adapters still fit."""
+        """SFA can be injected also where the record refuses training."""
         assert spec.nano is not None
         model, _ = spec.nano()
         assert injected_layers(inject_sfa(model))
@@ -214,7 +214,7 @@ class VLMContract:
         assert not torch.isin(inputs["input_ids"][labelled], torch.tensor(image_token_ids(host.model))).any()
 
     def test_training_moves_what_it_should_and_resumes_bit_for_bit(self, recipe: Recipe, tmp_path: Path) -> None:
-        """Two steps at once, or one, a checkpoint, and another one: the same weights; nothing frozen moves."""
+        """Two steps, or one, a checkpoint and another step, give the same weights; nothing frozen changes."""
         quiet = Console(file=io.StringIO())
         states = []
         before: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ class VLMContract:
             if not resume:
                 assert _without_gradient(host, _tensors(collator(_examples()))) == []
             if resume:
-                _stop_behind(1, tmp_path / "run0", tmp_path / "run1")
+                _stopped_after(1, tmp_path / "run0", tmp_path / "run1")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SFAWarning)  # two steps cannot move a scalar far
                 train(host, _Rows(), collator, folder=tmp_path / f"run{number}", resume=resume, console=quiet)
@@ -247,7 +247,7 @@ class VLMContract:
     # -- looking, reducing, pruning -----------------------------------------------------------------------------------
 
     def test_attention_can_be_observed(self, host: Host, inputs: dict[str, Any]) -> None:
-        """In the tower and in the language model."""
+        """`observe` sees the attention of the tower and of the language model."""
         calls: list[str] = []
         for modules in ("vision", "language"):
             with observe(host.model, lambda call: calls.append(call.layer), modules=modules):
@@ -256,7 +256,7 @@ class VLMContract:
         assert any(host.places.language_model in name for name in calls)
 
     def test_fastv(self, spec: VLMSpec, host: Host, inputs: dict[str, Any]) -> None:
-        """Drops image tokens, and goes without a trace."""
+        """FastV changes the logits; after ejecting, they are as before."""
         config = FastVConfig(layer=1, ratio=0.75)
         if not self.allowed(spec, "fastv", lambda: inject_fastv(host.model, config)):
             return
@@ -266,7 +266,7 @@ class VLMContract:
         assert torch.equal(_logits(eject_fastv(host.model), inputs), before)
 
     def test_dymu(self, spec: VLMSpec, host: Host, inputs: dict[str, Any]) -> None:
-        """Merges tokens in the tower, shortens the prompt, and goes without a trace."""
+        """DyMU changes the logits; after ejecting, they are as before."""
         config = DyMUConfig(thresholds=0.2)
         if spec.image_tokens is None or not self.allowed(spec, "dymu", lambda: inject_dymu(host.model, config)):
             with pytest.raises(SFAError):
@@ -278,7 +278,7 @@ class VLMContract:
         assert torch.equal(_logits(eject_dymu(host.model), inputs), before)
 
     def test_adat(self, spec: VLMSpec, host: Host, inputs: dict[str, Any]) -> None:
-        """Exchanges the tokens of the tower, and goes without a trace."""
+        """Adaptive tokens change the logits; after ejecting, they are as before."""
         policy = PatchPolicy(budget=0.6)
         if not self.allowed(spec, "adat", lambda: inject_adat(host.model, policy)):
             return
@@ -288,7 +288,7 @@ class VLMContract:
         assert torch.equal(_logits(eject_adat(host.model), inputs), before)
 
     def test_heads(self, spec: VLMSpec, plain: Host) -> None:
-        """Scored on a prompt, planned and removed."""
+        """Heads are scored on a prompt, planned and pruned."""
         batch = _tensors(Collator(plain.processor, plain.spec, plain.recipe)(_examples()))
         prompt = {name: value for name, value in batch.items() if name != "labels"}
         if not self.allowed(spec, "heads", lambda: calibrate_heads(plain.model, [prompt], progress=False)):
@@ -318,13 +318,13 @@ class VLMContract:
 
 
 def _without_gradient(host: Host, inputs: dict[str, Any]) -> list[str]:
-    """Parameters that are to train and that the loss does not reach: `unread` of the record must name them."""
+    """Trainable parameters without a gradient: `unread` of the record must name them."""
     host.model(**inputs, use_cache=False).loss.backward()
     missing = [name for name, p in host.model.named_parameters() if p.requires_grad and p.grad is None]
     host.model.zero_grad(set_to_none=True)
     return missing
 
 
-def _stop_behind(step: int, run: Path, stopped: Path) -> None:
-    """The folder of a run as it was when it was stopped behind a step."""
+def _stopped_after(step: int, run: Path, stopped: Path) -> None:
+    """Copies the folder of a run as it was after a step."""
     shutil.copytree(run / f"checkpoint-{step}", stopped / f"checkpoint-{step}")

@@ -1,7 +1,7 @@
 """Slow, obvious references: phi pair by pair from its formula, and attention in float64 inside the plain tower.
 
 The reference of an attention layer is the layer of a tower without SFA, run on the same hidden states, with the softmax
-of q.k replaced: `SlowAttention` stands in for `scaled_dot_product_attention`, or for the softmax of an eager
+of q.k replaced: `SlowAttention` takes the place of `scaled_dot_product_attention`, or of the softmax of an eager
 implementation. So the module itself projects, normalises and rotates, and whatever it does with the result (an output
 projection of any name, a norm, a gate) happens in the reference as well.
 """
@@ -44,7 +44,20 @@ def phi_by_pairs(
     block: Tensor,
     block_grid: tuple[int, int] = (4, 4),
 ) -> Tensor:
-    """The formula of the method, for tokens of one cell each; `[heads, tokens, tokens]`, float64."""
+    """Phi by its formula, pair by pair, for tokens of one patch each.
+
+    Args:
+        places: Row and column of each token; None for prefix tokens.
+        grid: Rows and columns of patches.
+        row: `[heads]`.
+        col: `[heads]`.
+        dist: `[heads]`.
+        block: `[heads, blocks]`.
+        block_grid: Rows and columns of blocks.
+
+    Returns:
+        `[heads, tokens, tokens]`, float64, logits.
+    """
     reach = max(grid[0] - 1 + grid[1] - 1, 1)
 
     def block_id(place: tuple[float, float]) -> int:
@@ -69,12 +82,12 @@ def phi_by_pairs(
 
 
 def regular_places(grid: Grid, prefix: int) -> list[Place]:
-    """Places of the tokens of an image, row by row behind the prefix."""
+    """Places of the tokens of an image, row by row after the prefix."""
     return [None] * prefix + [(float(r), float(c)) for r in range(grid[0]) for c in range(grid[1])]
 
 
 def layer_phi(layer: SFALayer, places: list[Place], grid: Grid) -> Tensor:
-    """Phi of one injected layer, from its own scalars."""
+    """Phi of one injected layer, from its scalars, `[heads, tokens, tokens]`."""
     scalars: list[Any] = [dict(getattr(layer, name).items())["default"] for name in layer.adapter_layer_names]
     return phi_by_pairs(places, grid, *scalars)
 
@@ -88,7 +101,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, phi: Tensor, al
 
 
 class SlowAttention(TorchFunctionMode):
-    """Adds one phi after the other to the attention computations that run inside, in float64 and step by step.
+    """Context in which attention is computed in float64, step by step, with one given phi after the other added.
 
     Args:
         phis: One `[heads, tokens, tokens]` per computation, in order; `[images, heads, tokens, tokens]` where images
@@ -103,7 +116,7 @@ class SlowAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answers SDPA and softmax; everything else runs as it is."""
+        """Replaces SDPA and softmax; everything else runs as it is."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)

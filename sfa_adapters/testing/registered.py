@@ -1,4 +1,4 @@
-"""The small towers of all registered backbones: built-in ones and those of installed packages alike."""
+"""The small towers of all registered backbones, built-in ones and those of installed packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["NoTower", "small_towers", "towers_or_reasons"]
 
 @dataclass(frozen=True)
 class NoTower:
-    """A registered backbone that the suite has no tower for.
+    """A registered backbone without a small tower for the suite.
 
     Attributes:
         name: Of the backbone.
@@ -73,14 +73,14 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
     if place is None:
         text = (
             f"Backbone {record.name!r} names no small tower to test: write a sequence of "
-            'sfa_adapters.testing.TowerCase and say where it stands, small_towers="module:NAME" '
+            'sfa_adapters.testing.TowerCase and name it in the record, small_towers="module:NAME" '
             "(see docs/adding_a_backbone.md)."
         )
         return [NoTower(record.name, text)]
     try:
         cases = resolve_name(place)
     except ModuleNotFoundError as error:
-        # A library that is not installed is one thing; a module of one's own that is not there is a mistake.
+        # A library may not be installed; that the module itself is missing is a mistake in the record.
         library = (error.name or "").partition(".")[0]
         if library in ("", place.partition(":")[0].partition(".")[0]):
             raise ContractError(

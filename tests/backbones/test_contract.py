@@ -1,4 +1,4 @@
-"""Every tower that is installed keeps the contract; the last check is about one kind of tower only."""
+"""The contract suite over every installed tower; the last check is about one kind of tower only."""
 
 import pytest
 import torch

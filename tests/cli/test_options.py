@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ class Soup:
     """What is cooked.
 
     Attributes:
-        pages: Read beforehand.
+        pages: Read in advance.
         base: Water or milk, which is
             richer.
         salt: In grams.
@@ -30,6 +32,7 @@ class Soup:
         heat: Between 0 and 1.
         lid: Closed.
         times: Minutes.
+        stirred_well: Slowly.
 
     Raises:
         heat: No field.
@@ -42,6 +45,7 @@ class Soup:
     heat: float = 0.5
     lid: bool = False
     times: tuple[int, ...] | None = None
+    stirred_well: bool = False
 
     def __post_init__(self) -> None:
         if self.base not in ("water", "milk"):
@@ -78,6 +82,7 @@ def test_every_kind_of_field_is_read() -> None:
         pages=(Path("x"), Path("y")), base="milk", salt=3, herbs=("a", "b"), heat=0.25, lid=True, times=(1, 2)
     )
     assert cooked(*arguments.split())[0] == wanted
+    assert cooked("--stirred-well")[0] == Soup(stirred_well=True)
 
 
 def test_names_arguments_and_further_options() -> None:
@@ -94,13 +99,14 @@ def test_help_is_the_docstring_with_the_defaults() -> None:
     assert "Between 0 and 1. [default: 0.5]" in shown
     assert "--no-lid" not in shown
     assert help_texts(Soup) == {
-        "pages": "Read beforehand.",
+        "pages": "Read in advance.",
         "base": "Water or milk, which is richer.",
         "salt": "In grams.",
         "herbs": "Any",
         "heat": "Between 0 and 1.",
         "lid": "Closed.",
         "times": "Minutes.",
+        "stirred_well": "Slowly.",
     }
 
 
@@ -108,6 +114,39 @@ def test_only_some_fields_can_be_given() -> None:
     assert "--lid" not in cooked("--help", fields=("salt",))[1]
     assert cooked("--salt", "2", fields=("salt",))[0] == Soup(salt=2)
     assert cooked("--lid", fields=("salt",))[0] is None
+
+
+def test_a_field_without_a_default_must_be_given() -> None:
+    @dataclass
+    class Plate:
+        """What is eaten from.
+
+        Attributes:
+            size: In centimetres.
+        """
+
+        size: int
+
+    plates: list[Plate] = []
+    app = typer.Typer()
+    app.command()(from_dataclass(Plate)(plates.append))
+    result = CliRunner().invoke(app, [], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 2
+    assert "Missing option '--size'" in result.output
+    assert CliRunner().invoke(app, ["--size", "20"]).exit_code == 0
+    assert plates == [Plate(20)]
+
+
+def test_without_docstrings_the_options_stay() -> None:
+    code = (
+        "from sfa_adapters.cli.options import from_dataclass\n"
+        "from sfa_adapters.recipes.bench.options import BenchConfig\n"
+        "import inspect\n"
+        "command = from_dataclass(BenchConfig, fields=('out', 'rounds'))(lambda config: None)\n"
+        "print(*inspect.signature(command).parameters)\n"
+    )
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.split() == ["out", "rounds"], done.stderr
 
 
 def test_a_choice_is_refused_by_the_dataclass() -> None:

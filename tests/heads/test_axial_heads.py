@@ -1,4 +1,4 @@
-"""`calibrate_axial`: heads by measured affinity and by gates, against obvious references, on every tower."""
+"""`calibrate_axial`: heads by measured affinity and by gates, against slow references, on every tower."""
 
 from __future__ import annotations
 

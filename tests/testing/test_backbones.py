@@ -1,4 +1,4 @@
-"""The contract suite from a package outside of the repository: installed, found by entry point, passed, and failed."""
+"""The contract suite on a third-party package: installed, found by entry point, passed, and failed."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A host from a package outside of the repository: the one file of docs/adding_a_host.md, and its suite."""
+"""A host from a third-party package: the one file of docs/adding_a_host.md, and its contract suite."""
 
 import os
 import re

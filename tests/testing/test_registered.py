@@ -1,4 +1,4 @@
-"""Where small towers are found, and what is said where there are none."""
+"""Where the suite finds small towers, and its errors where there are none."""
 
 from __future__ import annotations
 

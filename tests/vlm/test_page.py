@@ -1,4 +1,4 @@
-"""Pages: boxes follow the image into what the processor gets."""
+"""Evidence boxes follow a page into the image that the processor makes of it."""
 
 import numpy as np
 from hypothesis import given
@@ -14,7 +14,9 @@ def test_a_padded_page_is_in_the_middle_and_boxes_follow(height: int, width: int
     image = np.random.default_rng(0).integers(1, 255, (height, width, 3), dtype=np.uint8)
     page = padded_to_square(image, (0.0, 0.5, 1.0))
     left, top, right, bottom = (round(value) for value in page.place((0, 0, width, height)))
-    assert page.image.shape == (max(height, width),) * 2 + (3,)
+    side = max(height, width)
+    assert (left, top) == ((side - width) // 2, (side - height) // 2)
+    assert page.image.shape == (side, side, 3)
     assert np.array_equal(page.image[top:bottom, left:right], image)
     outside = np.ones(page.image.shape[:2], dtype=bool)
     outside[top:bottom, left:right] = False

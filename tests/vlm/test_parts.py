@@ -1,4 +1,4 @@
-"""Parts of live models: PEFT aside, the language model, image tokens."""
+"""Parts of live models: without PEFT wrappers, the language model, image tokens."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,13 @@ def test_a_host_and_the_same_host_in_peft(host: HostCase) -> None:
     assert "pixel_values" in names
     wrapped = _wrapped(model)
     assert plain_model(wrapped) is model
-    assert [id(layer) for layer in find_decoder(wrapped).layers] == layers
+    decoder = find_decoder(wrapped)
+    assert [id(layer) for layer in decoder.layers] == layers
+    assert decoder.host is model
+    assert decoder.outer[0] is wrapped
+    assert model in decoder.outer
+    assert all(decoder.module in module.modules() for module in decoder.outer)
+    assert decoder.module not in decoder.outer
     assert image_token_ids(wrapped) == ids
     assert forward_names(wrapped) == names
 
@@ -44,7 +50,14 @@ def test_no_language_model_and_no_image_token_are_errors() -> None:
         image_token_ids(nn.Linear(2, 2))
 
 
+def test_all_placeholders_of_images_and_videos_are_named_in_order() -> None:
+    model: Any = nn.Linear(2, 2)
+    model.config = SimpleNamespace(image_token_id=[9, 4], image_token_index=9, video_token_id=7, video_token_index=0)
+    assert image_token_ids(model) == (0, 4, 7, 9)
+
+
 def test_names_of_the_image_token() -> None:
+    assert still_image_id(SimpleNamespace(image_token_id=[5], image_token_index=7)) == 7
     assert still_image_id(SimpleNamespace(image_token_index=7)) == 7
     assert still_image_id(SimpleNamespace(image_token_id=5, image_token_index=7)) == 5
     assert still_image_id(SimpleNamespace(video_token_id=5)) is None
@@ -61,6 +74,8 @@ def test_patches_along_a_side_of_an_image_token(config: dict[str, Any], side: in
 
 def test_a_host_without_decoder_layers_is_named() -> None:
     model: Any = next(case for case in HOSTS if case.name == "llava").build()
+    with pytest.raises(InjectionError, match="LlamaModel has no language model with decoder layers"):
+        find_decoder(model.model.language_model)
     model.model.language_model.layers = nn.ModuleList()
     with pytest.raises(InjectionError, match="LlavaForConditionalGeneration has no language model"):
         find_decoder(model)

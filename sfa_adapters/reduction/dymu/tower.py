@@ -1,6 +1,6 @@
-"""`TowerState`: a vision tower that merges tokens, and what has to follow when it does.
+"""`TowerState`: the state of a vision tower that merges tokens, and the updates that each merge needs.
 
-The hooks in `hooks` call it; how tokens lie is in `tokens`, which of them merge in `merging`.
+The hooks in `hooks` call it; where tokens are is in `tokens`, which of them merge in `merging`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,22 @@ Calibrator = Callable[[int, Pairs, int], float]
 
 @dataclass(eq=False)
 class TowerState:
-    """One tower that merges.
+    """State of DyMU in one tower.
 
     Attributes:
         tower: The tower.
+        backbone: Its record.
         thresholds: One per place between layers; 1 merges nothing.
-        side: Tokens along one side of what merges whole.
-        feature_layer: The layer whose output the host reads first.
-        tokens: Of the forward under way, or of the latest one.
-        window_index: Flat towers: which group stands at each place of the sequence, `[groups]`.
+        side: Tokens along one side of a group that merges whole.
+        prefix: Prefix tokens of each image.
+        feature_layer: The first layer whose output the host reads.
+        heads: Heads of each attention layer.
+        tokens: Tokens of the current or the latest forward.
+        grid: Rows and columns of patches of the images; None for flat towers.
+        window_index: Flat towers: which group is at each place of the sequence, `[groups]`.
         calibrator: Chooses thresholds while they are calibrated.
+        keys: Keys of the latest attention layer.
+        flat_input: Flat towers: groups of each image, places of their patches, and page grids.
         language: The `LanguageState` of the host's language model, None where merging stays in the tower.
     """
 
@@ -76,7 +82,7 @@ class TowerState:
     # -- the start of a forward ---------------------------------------------------------------------------------------
 
     def record_input(self, given: TowerInput) -> None:
-        """Records the grid of the images that the tower is called with, or how its segments lie."""
+        """Records the grid of the images that the tower is called with, or the places of its segments."""
         self.tokens = self.keys = None
         if not self.flat:
             self.grid = given.grid
@@ -99,7 +105,15 @@ class TowerState:
         }
 
     def begin(self, attention: nn.Module, states: Tensor) -> None:
-        """Notes how the tokens of a forward lie."""
+        """Begins the tokens of a forward, at its first layer.
+
+        Args:
+            attention: The attention module of the first layer.
+            states: Input of that layer, `[B, N, D]`, `[1, T, D]` or `[T, D]`.
+
+        Raises:
+            LayoutError: The grid of the images is not known, or has no whole groups.
+        """
         device, unit = states.device, self.side**2
         sfa = state_of(self.tower, "sfa")
         if self.flat:
@@ -139,7 +153,7 @@ class TowerState:
     # -- merging ------------------------------------------------------------------------------------------------------
 
     def merge(self, place: int, states: Tensor) -> Tensor:
-        """Merges in front of layer `place + 1`; the same tensor where nothing does."""
+        """The states with tokens merged before layer `place + 1`; the same tensor where none merges."""
         tokens, keys, self.keys = self.tokens, self.keys, None
         if tokens is None or keys is None or not self.merges_at(place):
             return states
@@ -156,7 +170,7 @@ class TowerState:
 
 
 def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """For SFA: tokens keep the places of their representatives."""
+    """Gives SFA the packing of the tokens that are left; the arguments of the layer stay."""
     assert state.tokens is not None
     if (sfa := state_of(state.tower, "sfa")) is not None:
         sfa.packing = state.tokens.packing()
@@ -164,7 +178,7 @@ def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Segment bounds and rotations of the tokens that are left; for SFA, their places."""
+    """Segment bounds and rotations of a Qwen-type layer for the tokens that are left; gives SFA their places."""
     tokens, seen = state.tokens, state.flat_input
     assert tokens is not None
     assert tokens.merged is not None

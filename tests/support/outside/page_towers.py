@@ -1,4 +1,4 @@
-"""Two towers without a batch dimension, `[tokens, width]`, whose projections have names of their own."""
+"""Two towers without a batch dimension, `[tokens, width]`, whose projections have unusual names."""
 
 from typing import Any
 
