@@ -61,6 +61,10 @@ MODULES: Mapping[str, str] = {
     for old_package, new_package, words in _MOVED
     for old, _, new in (word.partition(">") for word in words.split())
 }
+_PRUNED = (
+    "PrunedFacts>PrunedMetadata folder_facts>folder_metadata plan_facts>plan_metadata pruned_facts>pruned_metadata"
+)
+_RUN = "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"
 # By the old path of a module: names that are not at its new place, or are called otherwise there, and their new path.
 NAMES: Mapping[str, Mapping[str, str]] = {
     _path(old): {
@@ -68,13 +72,16 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     }
     for old, new, words in (
         ("heads", "heads", "whole>unpruned"),
+        ("heads.metadata", "heads.metadata", _PRUNED),
+        ("heads.snapshot", "heads.snapshot", "whole>unpruned"),
         ("recipes.analyze", "recipes.analyze.measure", "run_dominance run_entropy run_hallucination run_map"),
         ("recipes.demo", "recipes.demo.run", "FILES DemoConfig DemoError run_demo"),
         ("recipes.demo_options", "recipes.demo.host", "RELOADED load_host reloaded save_trained"),
         ("recipes.own_host", "hosts.user_supplied", "load_own>load_user_model own_prompt>user_prompt"),
         ("reduction.asking", "reduction.fastv.query_rows", "asking_rows>query_rows"),
         ("reduction.image_tokens", "vlm.parts", "Decoder find_decoder image_token_ids"),
-        ("sharing", "sharing", "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"),
+        ("sharing", "sharing", _RUN),
+        ("sharing.run_metadata", "sharing.run_metadata", _RUN),
         ("training.census", "memory.weights", "Census>ParameterCounts take_census>count_parameters"),
         ("training.trainer", "training.train", "FINAL TrainResult train"),
     )

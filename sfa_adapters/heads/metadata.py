@@ -14,8 +14,11 @@ from torch import nn
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of, read_pruned
+from sfa_adapters.moved import know_old_names
 
 __all__ = ["PrunedMetadata", "folder_metadata", "plan_metadata", "pruned_folder", "pruned_metadata"]
+
+know_old_names(__name__)
 
 
 @dataclass(frozen=True)

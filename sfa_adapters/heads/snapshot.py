@@ -19,9 +19,12 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.kinds import attention_kinds
 from sfa_adapters.heads.prune import PRUNED
 from sfa_adapters.layer import SFALayer
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.vlm.parts import plain_model
 
 __all__ = ["Probe", "evaluating", "numbers", "output_of", "take_probe", "unpruned"]
+
+know_old_names(__name__)
 
 # What pruning sets beside parameters. `_dense` is a mask that SFA keeps for heads as they were.
 _NUMBERS = frozenset(

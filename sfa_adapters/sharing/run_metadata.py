@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.sharing.folders import file_errors
 
 __all__ = ["RUN_FILE", "RunMetadata", "describe_hardware", "read_run_metadata", "write_run_metadata"]
+
+know_old_names(__name__)
 
 RUN_FILE = "run.json"
 
