@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -30,7 +30,7 @@ CLIP = register_backbone(
         towers=("transformers.models.clip.*.CLIPVisionModel", "transformers.models.clip.*.CLIPVisionTransformer"),
         attentions=("transformers.models.clip.*.CLIPAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.errors import InjectionError
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -44,7 +44,7 @@ INTERNVIT = register_backbone(
         towers=("transformers.models.internvl.*.InternVLVisionModel",),
         attentions=("transformers.models.internvl.*.InternVLVisionAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",

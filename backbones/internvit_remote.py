@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_layouts, register_backbone
 
 __all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]
 
@@ -117,7 +117,7 @@ INTERNVIT_REMOTE = register_backbone(
             "sfa_adapters.backbones.internvit_remote.MaskedInternAttention",
         ),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         wrap_attention=wrap,
         unwrap_attention=unwrap,

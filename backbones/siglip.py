@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -44,7 +44,7 @@ SIGLIP = register_backbone(
         ),
         attentions=("transformers.models.siglip.*.SiglipAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",
@@ -69,7 +69,7 @@ IDEFICS = register_backbone(
             f"transformers.models.{family}.*VisionAttention" for family in ("idefics2", "idefics3", "smolvlm")
         ),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         small_towers="sfa_adapters.testing.towers_transformers:IDEFICS",
     )

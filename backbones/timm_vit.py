@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.registry import Backbone, Geometry, PatchSeam, image_grid, register_backbone
 
@@ -17,10 +18,11 @@ def geometry(tower: nn.Module) -> Geometry:
     return Geometry(grid=(int(rows), int(columns)), prefix_tokens=int(model.num_prefix_tokens))
 
 
-def grid_of_input(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
+def layouts(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> ImageTokens | None:
     """The patch embedding gets the image first, as `x`; sizes may vary where the model has `dynamic_img_size`."""
     embedding: Any = patch_embed
-    return image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
+    grid = image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
+    return None if grid is None else ImageTokens(grid)
 
 
 def positions(tower: nn.Module) -> Tensor:
@@ -63,9 +65,8 @@ TIMM_VIT = register_backbone(
         towers=("timm.models.vision_transformer.VisionTransformer",),
         attentions=("timm.layers.attention.Attention",),
         geometry=geometry,
-        grid_of_input=grid_of_input,
+        layouts=layouts,
         image_module="patch_embed",  # forward_features and forward_intermediates do not pass the model's forward
-        mask_argument="attn_mask",
         patches=PatchSeam(
             images="patch_embed",
             projection="patch_embed.proj",

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sfa_adapters.arrangement import TokenArrangement
 from sfa_adapters.packing import Packing
 
 __all__ = ["NOT_IN_BACKWARD", "Arrangement", "ForwardLog", "TowerForward", "backward_task", "begin_gradient"]
 
-# How the tokens of a forward lie: packed images, the grid that all images share, or what a segmented tower described.
-Arrangement = Packing | tuple[int, int] | Any
+# How the tokens of a forward lie: as a feature packed them, or as the tower was given them.
+Arrangement = Packing | TokenArrangement
 METADATA_KEY = "sfa_adapters.forwards"
 NOT_IN_BACKWARD = -1
 # Forwards without a call of the tower that may still reach its layers.
@@ -42,16 +43,14 @@ class TowerForward:
     """One forward of a tower, alive as long as its autograd graph.
 
     Attributes:
-        grids: Grid of the images by their number of tokens; fixed-grid towers.
-        inputs: Description of the inputs by their number of tokens; segmented towers.
+        inputs: How the tokens lie that the tower was given, by their number.
         packing: How images of different token counts are packed into one sequence, set by the feature that packs them;
             it takes precedence.
         with_grad: Whether gradients were on when the forward began.
         requires_grad: Whether a hidden state that required gradients was seen.
     """
 
-    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
-    inputs: dict[int, Any] = field(default_factory=dict)
+    inputs: dict[int, TokenArrangement] = field(default_factory=dict)
     packing: Packing | None = None
     with_grad: bool = True
     requires_grad: bool = False
@@ -63,7 +62,7 @@ class TowerForward:
         """How a sequence of `num_tokens` tokens lies in this forward; None where it has no such sequence."""
         if self.packing is not None and self.packing.total == num_tokens:
             return self.packing
-        return self.grids.get(num_tokens, self.inputs.get(num_tokens))
+        return self.inputs.get(num_tokens)
 
 
 @dataclass(eq=False)

@@ -13,13 +13,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from sfa_adapters.attention_contract import MaskArgument
 from sfa_adapters.beside_peft import cover_both
 from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.peft_tuner import SFAModel
-from sfa_adapters.registry import find_tower
+from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.saved import WEIGHTS_NAME, read_scalars, write_scalars
 from sfa_adapters.signature import one_or_each
 from sfa_adapters.state_fit import fit_scalars, watch_state_dicts
@@ -162,8 +163,11 @@ class Description:
         num_heads: Heads per layer; one number for each layer of the tower where they differ.
         num_parameters: Structural parameters of one adapter, over all layers.
         layer_parameters: The same for each layer of the tower; 0 where it has no bias.
-        grid: Rows and columns of patches, None for towers that take images of any size.
-        prefix_tokens: Leading tokens without a place on the page (CLS, registers).
+        grid: Rows and columns of patches, None where any size goes.
+        prefix_tokens: Leading tokens without a place.
+        joined: How the images of a forward are put together, see `Backbone.joined`.
+        mask_argument: The argument of the attention's forward that takes the bias.
+        mask_reason: Why it is this one.
         adapters: Names of the adapters in the model; empty before injection.
         active: Names of those that are active.
     """
@@ -178,6 +182,9 @@ class Description:
     layer_parameters: tuple[int, ...]
     grid: tuple[int, int] | None
     prefix_tokens: int
+    joined: str
+    mask_argument: str
+    mask_reason: str
     adapters: tuple[str, ...]
     active: tuple[str, ...]
 
@@ -189,7 +196,8 @@ class Description:
             heads = f"{_span(self.num_heads)} heads, {sum(self.num_heads)} together"
         rows = {
             "tower": f"{self.tower or '(the model)'}  {self.tower_class}",
-            "backbone": self.backbone,
+            "backbone": f"{self.backbone}  (images: {self.joined})",
+            "bias": f"through {self.mask_argument}: {self.mask_reason}",
             "layers": f"{self.num_layers} of {self.tower_layers}, {heads}",
             "grid": f"{grid} patches, {self.prefix_tokens} prefix tokens",
             "parameters": f"{self.num_parameters:,} ({_span([n for n in self.layer_parameters if n])} per layer)",
@@ -239,6 +247,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
             counts[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
         adapters, active = (), ()
     heads = one_or_each(plan.num_heads)
+    argument = _argument(plan.found)
     return Description(
         backbone=plan.located.backbone.name,
         tower=plan.located.name,
@@ -250,9 +259,19 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
         layer_parameters=tuple(counts.get(index, 0) for index in range(len(plan.located.attentions))),
         grid=plan.geometry.grid,
         prefix_tokens=plan.geometry.prefix_tokens,
+        joined=plan.found.backbone.joined,
+        mask_argument=argument.name,
+        mask_reason=argument.reason,
         adapters=adapters,
         active=active,
     )
+
+
+def _argument(located: FoundTower) -> MaskArgument:
+    """Where the bias enters; a stand-in for the attention (`Backbone.wrap_attention`) is there from injection on."""
+    attention = located.attentions[0][1]
+    wrap = located.backbone.wrap_attention
+    return located.backbone.argument_of(attention if wrap is None else wrap(attention))
 
 
 def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:

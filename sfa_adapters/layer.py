@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
 from sfa_adapters.forward_hooks import hidden_states_of
+from sfa_adapters.forwards import Arrangement
 from sfa_adapters.hooks import detach
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.mask_argument import attach_to_attention, give_mask, given_mask, unused_mask
-from sfa_adapters.packing import PackedMask, Packing
+from sfa_adapters.packing import PackedMask, Packing, check_block_diagonal
 from sfa_adapters.scalar_layer import ScalarLayer
 from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import SFA, TowerState
@@ -103,16 +105,18 @@ class SFALayer(ScalarLayer):
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
         arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
+            assert not isinstance(arrangement, Packing)
             segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
             if len(factors) == 1 and segments[0].batch_size is not None:
                 return SegmentedMask(_split_batch(factors[0]), backend)
             return SegmentedMask(factors, backend)
-        if isinstance(arrangement, Packing):
-            layouts = arrangement.layouts(block_map, key, device)
+        if isinstance(arrangement, Packing) or arrangement.joined == "packed":
+            layouts = self._packed_layouts(arrangement, attention_mask, block_map, key, device)
             # A mask that already keeps the images apart gets the biases, rather than a second mask.
             mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(arrangement.lengths)
-            mask.biases = [bias_factors(weights, x, self.num_heads) for x in layouts]
+            factors = {id(layout): bias_factors(weights, layout, self.num_heads) for layout in layouts}
+            mask.biases = [factors[id(layout)] for layout in layouts]
             mask.backend = backend
             return mask
         assert not isinstance(attention_mask, LazyMask)
@@ -120,6 +124,20 @@ class SFALayer(ScalarLayer):
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)
         return StructuralMask(bias, attention_mask, backend, _CachedDense(self, bias, weights, budget))
+
+    def _packed_layouts(
+        self, arrangement: Arrangement, attention_mask: Any, block_map: Tensor, key: Any, device: torch.device
+    ) -> Sequence[TokenLayout]:
+        """The layout of each image of a packed sequence.
+
+        Raises:
+            LayoutError: The model's mask keeps other images apart than those of its input: nothing may replace it.
+        """
+        if isinstance(arrangement, Packing):
+            return arrangement.layouts(block_map, key, device)
+        if isinstance(attention_mask, Tensor) and not torch.compiler.is_compiling():
+            check_block_diagonal(attention_mask, arrangement.lengths, self.name)
+        return self.state.image_layouts(arrangement, block_map, key, device)
 
     def dense_mask(self, bias: BiasFactors, weights: list[StructuralWeights], like: Tensor) -> Tensor:
         """The dense mask in the dtype of `like`, kept until a scalar or the layout changes."""
@@ -185,7 +203,8 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
 def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
     """Adds the layer to its attention module as a child, and attaches its hooks."""
     attention.add_module(CHILD_NAME, layer)
-    attach_to_attention(attention, SFA, layer.state, layer.state.backbone.mask_argument, add_bias, check_bias_used)
+    argument = layer.state.backbone.argument_of(attention).name
+    attach_to_attention(attention, SFA, layer.state, argument, add_bias, check_bias_used)
     layer.state.layers.append(layer)
 
 
@@ -201,7 +220,7 @@ def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     hidden_states: Any = hidden_states_of(args, kwargs)
-    segmented = layer.state.backbone.segment_layouts is not None
+    segmented = layer.state.backbone.joined == "segments"
     bounds = _segment_bounds(attention, layer, args, kwargs) if segmented else None
     layer.state.see_states(hidden_states, layer)
     mask = layer.build_mask(hidden_states, given_mask(attention, SFA, args, kwargs), bounds)
@@ -241,6 +260,6 @@ def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) ->
         implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
         raise BiasNotAppliedError(
             f"{layer.name} ({type(attention).__name__}) ran without using its bias: the attention implementation "
-            f"{implementation!r} drops the argument {layer.state.backbone.mask_argument!r}. "
+            f"{implementation!r} drops the argument {layer.state.backbone.argument_of(attention).name!r}. "
             "Load the model with attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa')."
         )

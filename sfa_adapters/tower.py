@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfa_adapters.arrangement import TokenArrangement
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
@@ -65,13 +66,10 @@ class TowerState:
     def record_input(self, given: TowerInput) -> None:
         """Records, when a forward begins, where the tokens of its images lie."""
         forward = TowerForward()
-        num_tokens, arrangement = given.arrangement()
-        if self.backbone.grid_of_input is None:
-            forward.inputs[num_tokens] = arrangement
-        elif arrangement is not None:
-            forward.grids[num_tokens] = arrangement
-        for num_tokens, arrangement in (*forward.grids.items(), *forward.inputs.items()):
-            self._see(num_tokens, arrangement)
+        arrangement = given.arrangement()
+        if arrangement is not None:
+            forward.inputs[arrangement.num_tokens] = arrangement
+            self._see(arrangement.num_tokens, arrangement)
         if torch.compiler.is_compiling():
             self.log.compiled = forward
         else:
@@ -98,8 +96,8 @@ class TowerState:
             self.seen[packing.total] = SEVERAL  # no two packings are alike
 
     @property
-    def inputs(self) -> dict[int, Any]:
-        """Segmented towers: descriptions of the inputs of the forward under way, by number of tokens."""
+    def inputs(self) -> dict[int, TokenArrangement]:
+        """How the tokens lie that the forward under way was given, by their number."""
         forward = self._forward()
         return {} if forward is None else forward.inputs
 
@@ -136,7 +134,7 @@ class TowerState:
     def _without_call(self, num_tokens: int, layer: int) -> Arrangement:
         """As `arrangement`, for a layer that runs outside of a call of the tower, perhaps after its embedding."""
         forwards = self.log.without_call(num_tokens, layer)
-        arrangements = {forward.arrangement(num_tokens) for forward in forwards}
+        arrangements = _different(forward.arrangement(num_tokens) for forward in forwards)
         if not arrangements:
             raise LayoutError(self._unknown(num_tokens))
         if len(arrangements) > 1:
@@ -157,7 +155,7 @@ class TowerState:
         forwards = self.log.trace(hidden_states, layer)
         if not forwards:  # the whole forward is being run again, not through the tower's call
             forwards = self.log.without_call(num_tokens, layer.index)
-        arrangements = {forward.arrangement(num_tokens) for forward in forwards} - {None}
+        arrangements = _different(forward.arrangement(num_tokens) for forward in forwards)
         if len(arrangements) != 1:
             raise LayoutError(
                 f"Gradient checkpointing runs layer {layer.index} of the {self.backbone.name} tower again on "
@@ -169,15 +167,16 @@ class TowerState:
 
     def _unknown(self, num_tokens: int, forward: TowerForward | None = None) -> str:
         name, prefix = self.tower_name or "the model", self.geometry.prefix_tokens
-        if self.backbone.segment_layouts is not None:
+        if self.backbone.joined != "batch":
             return (
                 f"An adapted {self.backbone.name} layer got {num_tokens} tokens that bypassed the forward of its tower "
                 f"({name}); call the tower, so that the image sizes are known."
             )
-        grids = [grid for grid in (forward.grids if forward is not None else self.seen).values() if grid is not SEVERAL]
+        given = forward.inputs if forward is not None else self.seen
+        grids = [entry.grid for entry in given.values() if entry is not SEVERAL]
         if forward is None and self.geometry.grid is not None and self.geometry.grid not in grids:
             grids.insert(0, self.geometry.grid)
-        known = ", ".join(f"{h}x{w}+{prefix}={h * w + prefix}" for h, w in grids if isinstance(h, int))
+        known = ", ".join(f"{h}x{w}+{prefix}={h * w + prefix}" for h, w in grids)
         where = ", and the layer ran outside of a call of the tower" if forward is None else ""
         return (
             f"An adapted {self.backbone.name} layer got {num_tokens} tokens; the tower's grids have {known}{where}. "
@@ -186,29 +185,44 @@ class TowerState:
 
     # -- layouts ----------------------------------------------------------------------------------------------------
 
-    def layout(self, grid: tuple[int, int], block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
-        """The layout of prefix tokens and a grid, cached."""
-        prefix = self.geometry.prefix_tokens
+    def layout(self, arrangement: TokenArrangement, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
+        """The layout of images in a batch, of one grid or padded, prefix in front."""
 
         def build() -> TokenLayout:
-            layout = TokenLayout.regular(*grid, prefix, block_map, device)
+            layout = arrangement.layout(block_map).to(device)
             return layout if self.rearrange is None else self.rearrange(layout)
 
-        return self._cached((grid, key, device), build)
+        return self._cached((arrangement, key, device), build)
+
+    def image_layouts(
+        self, arrangement: TokenArrangement, block_map: Tensor, key: Any, device: torch.device
+    ) -> list[TokenLayout]:
+        """The layout of each image of a packed sequence; equal images share one object."""
+
+        def build() -> list[TokenLayout]:
+            layouts = arrangement.image_layouts(block_map)
+            moved = {id(layout): layout.to(device) for layout in layouts}
+            return [moved[id(layout)] for layout in layouts]
+
+        return self._cached((arrangement, key, device), build)
 
     def segments(
-        self, description: Any, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device
+        self,
+        arrangement: TokenArrangement,
+        bounds: tuple[int, ...],
+        block_map: Tensor,
+        key: Any,
+        device: torch.device,
     ) -> list[TokenLayout]:
         """Layouts of the segments of a flat sequence, cached: short ones in one padded batch, long ones each alone."""
 
         def build() -> list[TokenLayout]:
-            assert self.backbone.segment_layouts is not None
-            layouts = self.backbone.segment_layouts(description, bounds, block_map)
+            layouts = arrangement.segments(bounds, block_map)
             if max(layout.num_tokens for layout in layouts) <= SHORT_SEGMENT:
                 layouts = [TokenLayout.batch(layouts)]
             return [layout.to(device) for layout in layouts]
 
-        return self._cached((description, bounds, key, device), build)
+        return self._cached((arrangement, bounds, key, device), build)
 
     def _cached(self, key: Any, build: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -252,3 +266,7 @@ class TowerState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layouts": {}, "seen": {}}
+
+
+def _different(arrangements: Iterable[Arrangement | None]) -> set[Arrangement]:
+    return {arrangement for arrangement in arrangements if arrangement is not None}

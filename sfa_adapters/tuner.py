@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.axial import check_heads
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
@@ -107,10 +108,10 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
     located = find_tower(model, config.tower_path)
     if located.backbone.check is not None:
         located.backbone.check(located.tower)
-    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in located.attentions)
-    if min(heads) < 1:
-        name, module = located.attentions[heads.index(min(heads))]
-        raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
+    heads = tuple(head_count(module, located.tower) for _, module in located.attentions)
+    if located.backbone.wrap_attention is None:
+        for _, module in located.attentions:  # one without a mask argument is refused before anything changes
+            located.backbone.argument_of(module)
     geometry = located.backbone.geometry(located.tower)
     plan = InjectionPlan(located, geometry, heads, _choose_layers(located, config.layers_to_transform))
     if config.init == "axial" and config.tower is None:  # a saved adapter brings its values
@@ -198,8 +199,9 @@ def note_head_counts(model: nn.Module) -> None:
 
 def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]) -> None:
     try:
-        attentions = enumerate(find_tower(model, path).attentions)
-        counts = {number: int(module.num_heads) for number, (_, module) in attentions}  # pyright: ignore[reportArgumentType]
+        located = find_tower(model, path)
+        attentions = enumerate(located.attentions)
+        counts = {number: head_count(module, located.tower) for number, (_, module) in attentions}
     except NoMatchingBackboneError:  # a part of a tower
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):

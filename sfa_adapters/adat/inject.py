@@ -84,7 +84,9 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     watch_input(tower, located.backbone, ADAT, state, seam.images)
     attach(tower.get_submodule(seam.tokens_in), ADAT, state, pre=exchange_hook)
     for _, attention in located.attentions:
-        attach_to_attention(attention, ADAT, state, located.backbone.mask_argument, attention_hook, attended_hook)
+        attach_to_attention(
+            attention, ADAT, state, located.backbone.argument_of(attention).name, attention_hook, attended_hook
+        )
     attach(tower.get_submodule(seam.tokens_out), ADAT, state, post=lay_out_hook)
     if tower is not tower.get_submodule(seam.tokens_out):
         attach(tower, ADAT, state, post=tower_hook)

@@ -80,7 +80,7 @@ def fixed_tower(model: nn.Module) -> FoundTower:
         ObservationError: The tower attends within windows of images of any size (Qwen-type).
     """
     located = find_tower(model)
-    if located.backbone.grid_of_input is None:
+    if located.backbone.joined != "batch":
         raise ObservationError(
             f"A {located.backbone.name} tower attends within windows, image after image, and its patches have no fixed "
             "grid: this analysis reads towers with one grid per image (SigLIP, CLIP, InternViT, Idefics, timm). "

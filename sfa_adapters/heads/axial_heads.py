@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.axial import AXES, LayerHeads
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.heads.axis_affinity import axis_affinity
@@ -93,7 +94,7 @@ def _layers(vision: FoundTower, wanted: Sequence[int] | None) -> list[int]:
     wrong = [layer for layer in numbers if isinstance(layer, bool) or not 0 <= layer < total]
     if wrong:
         raise InjectionError(f"layers={wanted} names layer {wrong[0]}; the tower has layers 0..{total - 1}.")
-    several = [n for n in numbers if int(getattr(vision.attentions[n][1], "num_heads", 0)) > 1]
+    several = [n for n in numbers if head_count(vision.attentions[n][1], vision.tower) > 1]
     if not several:
         raise InjectionError(
             f"No layer of {list(numbers)} has two heads, so none can be shared between rows and columns."
@@ -104,7 +105,7 @@ def _layers(vision: FoundTower, wanted: Sequence[int] | None) -> list[int]:
 def _pages(vision: FoundTower, pages: Tensor | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Keyword arguments of the tower for each page, on its device and in its dtype."""
     if isinstance(pages, Tensor):
-        if vision.backbone.segment_layouts is not None or pages.ndim != 4:
+        if vision.backbone.joined != "batch" or pages.ndim != 4:
             raise DataError(
                 f"pages {tuple(pages.shape)} must be images [pages, 3, height, width]; a {vision.backbone.name} tower "
                 "takes a list with the keyword arguments of its forward."

@@ -12,7 +12,7 @@ from typing import Any
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.hooks import features_of
-from sfa_adapters.layout import TokenLayout, default_block_map
+from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower
 from sfa_adapters.tower_input import TowerInput, watching_input
 
@@ -48,7 +48,6 @@ class _Pages:
 
     def __init__(self, vision: FoundTower) -> None:
         self.backbone = vision.backbone
-        self.geometry = vision.backbone.geometry(vision.tower)
         self.arrangement: Any = None
         self.tokens = 0
         self.known: dict[Any, TokenLayout] = {}
@@ -57,17 +56,18 @@ class _Pages:
     def record_input(self, given: TowerInput) -> None:
         """Records the arrangement when a forward begins."""
         self.ends = {}
-        self.tokens, self.arrangement = given.arrangement()
+        self.arrangement = given.arrangement()
+        self.tokens = 0 if self.arrangement is None else self.arrangement.num_tokens
 
     def layout(self, call: AttentionCall) -> TokenLayout:
         """The layout of an attention call; the segments of a layer are called in order."""
         key: Any = self.arrangement
         start = stop = 0
-        if self.backbone.segment_layouts is not None:
+        if self.backbone.joined == "segments":
             start = self.ends.get(call.layer, 0) if call.segment else 0
             stop = self.ends[call.layer] = start + call.num_queries
             key = (self.arrangement, start, stop)
-        fits = stop <= self.tokens if self.backbone.segment_layouts is not None else call.num_queries == self.tokens
+        fits = stop <= self.tokens if self.backbone.joined == "segments" else call.num_queries == self.tokens
         if self.arrangement is None or not fits or call.num_keys != call.num_queries:
             raise LayoutError(
                 f"{call.layer} attends over {call.num_queries} queries and {call.num_keys} keys, but the images of "
@@ -78,7 +78,6 @@ class _Pages:
         return self.known[key].to(call.device)
 
     def _build(self, start: int, stop: int) -> TokenLayout:
-        if self.backbone.segment_layouts is not None:
-            return self.backbone.segment_layouts(self.arrangement, (start, stop), default_block_map())[0]
-        height, width = self.arrangement
-        return TokenLayout.regular(height, width, self.geometry.prefix_tokens)
+        if self.backbone.joined == "segments":
+            return self.arrangement.segments((start, stop), None)[0]
+        return self.arrangement.layout(None)

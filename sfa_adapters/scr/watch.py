@@ -84,7 +84,7 @@ class Watch:
         self.vision, self.language = (), ()
         if config.entropy:
             assert self.tower is not None
-            if self.tower.backbone.grid_of_input is None:
+            if self.tower.backbone.joined != "batch":
                 raise ObservationError(
                     f"A {self.tower.backbone.name} tower has no fixed grid of patches, so dense patches cannot be told "
                     "from others: set entropy=0."
@@ -119,7 +119,7 @@ class Watch:
             seen.calls[call.layer] = call
 
         with ExitStack() as stack:
-            if self.tower is not None and self.tower.backbone.grid_of_input is not None:
+            if self.tower is not None and self.tower.backbone.joined == "batch":
                 tower, backbone = self.tower.tower, self.tower.backbone
                 stack.enter_context(watching_input(tower, backbone, SCR, seen.record_input, seen))
             if self.vision or self.language:

@@ -79,7 +79,9 @@ def _baked(layers: Layers, factors: Sequence[BiasFactors], dtype: torch.dtype) -
     try:
         for (name, attention, layer), bias in zip(layers, factors, strict=True):
             layer._disable_adapters = True
-            baked.attach_bias(attention, bias.dense()[0].to(dtype), layer.state.backbone.mask_argument, name)
+            baked.attach_bias(
+                attention, bias.dense()[0].to(dtype), layer.state.backbone.argument_of(attention).name, name
+            )
             attached.append(attention)
         yield
     finally:

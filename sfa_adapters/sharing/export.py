@@ -137,7 +137,7 @@ def export_baked(
         "patch_size": list(patch),
         "prefix_tokens": prefix,
         "heads": layers[0][2].num_heads,
-        "mask_argument": located.backbone.mask_argument,
+        "mask_argument": located.backbone.argument_of(layers[0][1]).name,
         "layers": [{"module": name, "class": type(attention).__name__} for name, attention, _ in layers],
         "base_model": base_model,
         "base_revision": revision,
@@ -214,10 +214,10 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "
             "without them (adat off, eject_adat), or share the adapter."
         )
-    if located.backbone.segment_layouts is not None:
+    if located.backbone.joined != "batch" or located.backbone.geometry(located.tower).grid is None:
         raise RecipeError(
-            f"{where} is a {located.backbone.name} tower: it takes pages of any size and cuts each into windows of its "
-            "own, so there is no one bias to bake. Share the adapter instead."
+            f"{where} is a {located.backbone.name} tower: it takes pages of any size, so there is no one bias to bake. "
+            "Share the adapter instead."
         )
     if located.backbone.wrap_attention is not None or not isinstance(model, PreTrainedModel):
         raise RecipeError(

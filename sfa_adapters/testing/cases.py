@@ -85,7 +85,9 @@ class TowerCase:
         hidden: Patch features of each image, `[tokens, width]`; never a pooled output.
         split: Cuts such inputs into inputs of one image each.
         resized: Inputs of another, non-square image size, or None where the tower takes one size only.
-        turn: Exchanges rows and columns of the images. By default `turn_images` where there are resized inputs.
+        turn: Exchanges rows and columns in inputs. By default `turn_images` where there are resized inputs.
+        padded_length: For towers that pad each image to one length: that length, from inputs. By default the tokens of
+            the largest image.
         real_tokens: For towers that pad: which tokens of the attention's input are real, `[batch, tokens]`, bool.
         eager: Moves a tower from fused to eager attention, or None where it has only one of them.
         eager_takes_bias: Whether its eager attention takes the bias.
@@ -96,7 +98,10 @@ class TowerCase:
         lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
         compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
             or "every layer" with a bias.
-        library: The library of the tower, e.g. "timm". The suite does not read it.
+        library: Where the tower comes from, e.g. "timm". The suite does not read it.
+        runs: What of the contract runs by default: "everything", its part about the bias ("bias"), or nothing of it
+            ("nightly"). Members of a large family differ little, so that one of them is enough for each change; a
+            nightly job runs all of it on all of them.
     """
 
     name: str
@@ -113,6 +118,7 @@ class TowerCase:
     split: Callable[[Inputs], list[Inputs]] = split_batch
     resized: Callable[[int], Inputs] | None = None
     turn: Callable[[Inputs], Inputs] | None = None
+    padded_length: Callable[[Inputs], int] | None = None
     real_tokens: Callable[[Inputs], Tensor] | None = None
     eager: Callable[[nn.Module], None] | None = None
     eager_takes_bias: bool = True
@@ -121,6 +127,7 @@ class TowerCase:
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"
     library: str = ""
+    runs: Literal["everything", "bias", "nightly"] = "everything"
 
     def __post_init__(self) -> None:
         if self.grids is None and (self.grid is None or self.resized is not None):

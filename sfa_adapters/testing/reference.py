@@ -104,7 +104,8 @@ class SlowAttention(TorchFunctionMode):
     """Context in which attention is computed in float64, step by step, with one given phi after the other added.
 
     Args:
-        phis: One `[heads, tokens, tokens]` per computation, in order.
+        phis: One `[heads, tokens, tokens]` per computation, in order; `[images, heads, tokens, tokens]` where images
+            of a batch differ.
     """
 
     def __init__(self, phis: Sequence[Tensor]) -> None:
@@ -157,9 +158,9 @@ class SlowAttention(TorchFunctionMode):
             f"the attention ran {self.calls} computations, and there are {len(self.phis)} segments"
         )
         phi = self.phis[self.calls - 1]
-        assert states.shape[-3:-1] == phi.shape[:2], (
+        assert states.shape[-3:-1] == phi.shape[-3:-1], (
             f"the attention has {tuple(states.shape)} [.., heads, tokens, width or tokens]; by its inputs there are "
-            f"{phi.shape[0]} heads and {phi.shape[1]} tokens"
+            f"{phi.shape[-3]} heads and {phi.shape[-2]} tokens"
         )
         return phi
 
@@ -177,7 +178,9 @@ def phis_of_call(
         inputs: The inputs of the tower.
     """
     grids = case.grids_of(inputs)
-    if backbone.segment_layouts is None:
+    if backbone.joined in ("padded", "packed"):
+        return [_joined_phi(case, backbone.joined == "packed", layer, call, inputs)]
+    if backbone.joined == "batch":
         places = regular_places(grids[0], case.prefix) if case.places is None else case.places(inputs, call)
         return [layer_phi(layer, places, grids[0])]
     if case.places is None:
@@ -195,6 +198,27 @@ def phis_of_call(
         image = next(number for number, end in enumerate(ends) if start < end)
         phis.append(layer_phi(layer, places[start:stop], grids[image]))
     return phis
+
+
+def _joined_phi(case: TowerCase, packed: bool, layer: SFALayer, call: Mapping[str, Any], inputs: Inputs) -> Tensor:
+    """Phi of all images of one computation: block-diagonal `[heads, all, all]`, or `[images, heads, tokens, tokens]`.
+
+    Zero between images and at padding, which the tower's own mask hides.
+    """
+    grids = case.grids_of(inputs)
+    counts = [case.prefix + rows * columns for rows, columns in grids]
+    if case.places is None:
+        places = [place for grid in grids for place in regular_places(grid, case.prefix)]
+    else:
+        places = case.places(inputs, call)
+    assert len(places) == sum(counts), f"{len(places)} places for images of {counts} tokens"
+    ends = list(itertools.accumulate(counts))
+    parts = [places[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    phis = [layer_phi(layer, part, grid) for part, grid in zip(parts, grids, strict=True)]
+    if packed:
+        return torch.stack([torch.block_diag(*(phi[head] for phi in phis)) for head in range(len(phis[0]))])
+    length = case.padded_length(inputs) if case.padded_length is not None else max(counts)
+    return torch.stack([F.pad(phi, (0, length - phi.shape[-1]) * 2) for phi in phis])
 
 
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

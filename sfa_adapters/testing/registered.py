@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
@@ -31,24 +31,29 @@ class NoTower:
         return self.name
 
 
-def small_towers(*backbones: str) -> tuple[TowerCase, ...]:
+def small_towers(*backbones: str, runs: Sequence[str] = ("everything",)) -> tuple[TowerCase, ...]:
     """The small towers that records name in `Backbone.small_towers`.
 
     Args:
         *backbones: Names of registered backbones; all by default.
+        runs: Which of them, by `TowerCase.runs`.
 
     Raises:
         ContractError: No backbone has that name, or it names no small towers, or those need a library that is missing.
     """
-    entries = towers_or_reasons(*backbones)
+    entries = towers_or_reasons(*backbones, runs=runs)
     for entry in entries:
         if isinstance(entry, NoTower):
             raise ContractError(entry.reason)
     return tuple(entry for entry in entries if isinstance(entry, TowerCase))
 
 
-def towers_or_reasons(*backbones: str) -> list[TowerCase | NoTower]:
+def towers_or_reasons(*backbones: str, runs: Sequence[str] = ("everything",)) -> list[TowerCase | NoTower]:
     """As `small_towers`, but a backbone without a small tower is an entry that says why.
+
+    Args:
+        *backbones: Names of registered backbones; all by default.
+        runs: Which of the small towers, by `TowerCase.runs`. A backbone that has only others has no entry.
 
     Raises:
         ContractError: No backbone has that name, or what its record names is no sequence of its `TowerCase`s.
@@ -59,7 +64,7 @@ def towers_or_reasons(*backbones: str) -> list[TowerCase | NoTower]:
         raise ContractError(f"No backbone is named {unknown[0]!r}; registered: {', '.join(sorted(records))}.")
     entries: list[TowerCase | NoTower] = []
     for name in backbones or sorted(records):
-        entries.extend(_of_record(records[name]))
+        entries.extend(e for e in _of_record(records[name]) if isinstance(e, NoTower) or e.runs in runs)
     return entries
 
 

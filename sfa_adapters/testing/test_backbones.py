@@ -4,9 +4,17 @@ import pytest
 
 from sfa_adapters.registry import registered_backbones
 from sfa_adapters.testing.backbones import backbone_contract
+from sfa_adapters.testing.cases import TowerCase
+from sfa_adapters.testing.contract_bias import BiasContract
 from sfa_adapters.testing.registered import NoTower, towers_or_reasons
 
 TestInstalledTowers = backbone_contract()
+
+
+class TestBiasOfFurtherTowers(BiasContract):
+    """The part about the bias, for towers that ask for no more of each run (`TowerCase.runs`)."""
+
+    cases = tuple(entry for entry in towers_or_reasons(runs=("bias",)) if isinstance(entry, TowerCase))
 
 
 @pytest.mark.parametrize("backbone", sorted(registered_backbones()))

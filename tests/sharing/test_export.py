@@ -284,7 +284,7 @@ def test_what_has_no_one_bias_is_refused_with_the_reason(tmp_path: Path) -> None
     for _, _, layer in injected_layers(off):
         layer.set_adapter([])
     for model, reason, kind in (
-        (qwen, "windows of its own", RecipeError),
+        (qwen, "pages of any size", RecipeError),
         (inject_sfa(remote), "-HF variant", RecipeError),
         (vit, "not a class of transformers", RecipeError),
         (adaptive, "anew for each page", RecipeError),

@@ -30,7 +30,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
             towers=(),
             attentions=(),
             geometry=geometry,
-            grid_of_input=lambda *_: None,
+            layouts=lambda *_: None,
             small_towers=small_towers,
         )
         register_backbone(record)

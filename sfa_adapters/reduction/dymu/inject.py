@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.hooks import attach, detach_all, features_of, watch_method
 from sfa_adapters.mask_argument import attach_to_attention
@@ -99,7 +100,7 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     """Checks everything that can be wrong with the tower, without touching it."""
     tower, backbone = located.tower, located.backbone
     where = located.name or type(tower).__name__
-    flat = backbone.segment_layouts is not None
+    flat = backbone.joined == "segments"
     if backbone.patches is None and not flat:
         raise InjectionError(
             f"{where} is a {backbone.name} tower, in which tokens cannot merge: it has masks or attention of its own. "
@@ -115,7 +116,7 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     side = needed if config.side is None else config.side
     if side < needed:
         raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")
-    heads = {int(getattr(module, "num_heads", 0)) for _, module in located.attentions}
+    heads = {head_count(module, tower) for _, module in located.attentions}
     if len(heads) != 1:
         raise InjectionError(
             f"The layers of {where} have {sorted(heads)} heads: tokens merge by heads of equal number."
@@ -155,7 +156,7 @@ def _hook_tower(located: FoundTower, state: TowerState) -> None:
         local = path[len(located.name) + 1 :] if located.name else path
         layer = tower.get_submodule(local.rpartition(".")[0])
         attach(layer, DYMU, state, pre=layer_hook, place=(number, attention))
-        attach_to_attention(attention, DYMU, state, backbone.mask_argument, attention_hook, attended_hook)
+        attach_to_attention(attention, DYMU, state, backbone.argument_of(attention).name, attention_hook, attended_hook)
         keys, kind = _keys_module(attention)
         attach(keys, DYMU, state, post=keys_hook, place=(number, kind))
     if state.flat:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfa_adapters.arrangement import ImageTokens, Listed, TokenArrangement
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
@@ -71,8 +72,8 @@ class TowerState:
 
     @property
     def flat(self) -> bool:
-        """Whether the tower works on one sequence of segments (Qwen-type)."""
-        return self.backbone.segment_layouts is not None
+        """Whether the tower works on one sequence of segments."""
+        return self.backbone.joined == "segments"
 
     def merges_at(self, place: int) -> bool:
         """Whether tokens can merge between layers `place` and `place + 1`."""
@@ -193,15 +194,9 @@ def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
         new["max_seqlen"] = int(bounds.diff().max())
     sfa = state_of(state.tower, "sfa")
     if sfa is not None:
-        ends = F.pad(torch.tensor(merged.lengths).cumsum(0) * unit, (1, 0))
-        every_group = torch.arange(len(merged.size))
         places = seen["places"].to(before.device)[merged.origin].flatten(0, 1)
-        given_inputs = {
-            "position_ids": places,
-            "window_index": every_group,
-            "cu_seqlens": ends,
-            "page_grids": seen["pages"],
-        }
-        count, description = state.backbone.describe_input(state.tower, (), given_inputs)  # pyright: ignore[reportOptionalCall]
-        sfa.inputs[count] = description
+        parts = places.split([length * unit for length in merged.lengths])
+        pages = [(int(rows), int(columns)) for rows, columns in seen["pages"]]
+        images = [ImageTokens(page, Listed.of(part)) for page, part in zip(pages, parts, strict=True)]
+        sfa.inputs[len(places)] = TokenArrangement("segments", tuple(images))
     return new
