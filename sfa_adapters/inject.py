@@ -247,7 +247,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
             counts[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
         adapters, active = (), ()
     heads = one_or_each(plan.num_heads)
-    argument = _argument(plan.found)
+    argument = _argument(plan.located)
     return Description(
         backbone=plan.located.backbone.name,
         tower=plan.located.name,
@@ -259,7 +259,7 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
         layer_parameters=tuple(counts.get(index, 0) for index in range(len(plan.located.attentions))),
         grid=plan.geometry.grid,
         prefix_tokens=plan.geometry.prefix_tokens,
-        joined=plan.found.backbone.joined,
+        joined=plan.located.backbone.joined,
         mask_argument=argument.name,
         mask_reason=argument.reason,
         adapters=adapters,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -207,10 +208,10 @@ def build_vision_model(name: str) -> nn.Module:
 
 def timm_models() -> list[str]:
     """The models of timm that are looked at; empty without timm."""
-    try:
-        import timm
-    except ImportError:
+    if find_spec("timm") is None:
         return []
+    import timm
+
     return [name for name in TIMM if timm.is_model(name)]
 
 
