@@ -36,15 +36,17 @@ class MaskArgument:
     reason: str
 
 
-def head_count(attention: nn.Module, tower: nn.Module | None = None) -> int:
+def head_count(attention: nn.Module, tower: nn.Module | None = None, path: str = "") -> int:
     """Attention heads of a module: its own attribute, else that of its configuration, else of the tower's.
 
     Args:
         attention: The attention module.
         tower: The tower around it.
+        path: Its path, for the message.
 
     Raises:
-        InjectionError: Nobody says it; lists the names that were looked for.
+        InjectionError: Nobody says it, or the module itself says something that is no number of heads; lists the names
+            that were looked for.
     """
     holders: list[Any] = [attention, getattr(attention, "config", None)]
     if tower is not None:
@@ -54,11 +56,18 @@ def head_count(attention: nn.Module, tower: nn.Module | None = None) -> int:
             count = getattr(holder, name, None)
             if isinstance(count, int) and not isinstance(count, bool) and count > 0:
                 return count
+            if holder is attention and count is not None:  # the configuration knows nothing of pruned heads
+                raise InjectionError(f"{_named(attention, path)} has {name}={count!r}, which is no number of heads.")
     raise InjectionError(
-        f"{type(attention).__name__} does not say its number of heads: neither it nor its config has one of "
+        f"{_named(attention, path)} does not say its number of heads: neither it nor its config has one of "
         f"{', '.join(HEAD_NAMES)}. Give the module such an attribute where it is defined, or register a backbone with "
         "wrap_attention."
     )
+
+
+def _named(module: nn.Module, path: str) -> str:
+    kind = type(module).__name__
+    return f"{path} ({kind})" if path else kind
 
 
 def parameter_names(attention: nn.Module) -> tuple[list[str], bool]:

@@ -108,7 +108,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
     located = find_tower(model, config.tower_path)
     if located.backbone.check is not None:
         located.backbone.check(located.tower)
-    heads = tuple(head_count(module, located.tower) for _, module in located.attentions)
+    heads = tuple(head_count(module, located.tower, name) for name, module in located.attentions)
     if located.backbone.wrap_attention is None:
         for _, module in located.attentions:  # one without a mask argument is refused before anything changes
             located.backbone.argument_of(module)

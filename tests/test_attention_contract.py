@@ -64,9 +64,15 @@ def test_heads_are_read_from_the_module_its_config_and_the_tower(name: str) -> N
     assert head_count(Bare(), tower) == 5
 
 
-@pytest.mark.parametrize("value", [None, 0, True, "4"])
-def test_what_is_no_number_of_heads_is_not_taken_for_one(value: Any) -> None:
+@pytest.mark.parametrize("value", [0, True, "4"])
+def test_a_module_with_no_number_of_heads_is_not_counted_by_its_config(value: Any) -> None:
     module = Bare()
     module.num_heads = value  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(InjectionError, match="Bare does not say its number of heads"):
-        head_count(module)
+    module.config = SimpleNamespace(num_heads=4)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InjectionError, match=r"blocks\.0 \(Bare\) has num_heads="):
+        head_count(module, path="blocks.0")
+
+
+def test_a_module_that_says_nothing_is_an_error_that_lists_the_names() -> None:
+    with pytest.raises(InjectionError, match="Bare does not say its number of heads.*num_attention_heads"):
+        head_count(Bare())

@@ -74,11 +74,11 @@ class Mine(nn.Module):
         self.core = core
 
 
-def test_a_class_around_a_known_core_has_its_record_unless_it_has_one(own: dict[str, VLMSpec]) -> None:
+def test_a_class_around_a_known_core_has_its_record_unless_it_has_one(registered: dict[str, VLMSpec]) -> None:
     model = Mine(next(case for case in CASES if case.name == "llava").build().get_submodule("model"))
     assert find_spec(model) is vlm_spec("llava")
-    own["mine"] = _spec(classes=("*.Mine",))
-    assert find_spec(model) is own["mine"]
+    registered["mine"] = _spec(classes=("*.Mine",))
+    assert find_spec(model) is registered["mine"]
 
 
 def test_a_model_of_another_class_is_refused_and_a_sharded_one_is_not() -> None:
@@ -107,7 +107,7 @@ def test_a_record_passes_on_all_places_that_it_names() -> None:
 
 
 def test_a_package_whose_module_fails_fails_again_and_works_when_it_is_mended(
-    own: dict[str, VLMSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: dict[str, VLMSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     information = tmp_path / "their_host-1.0.dist-info"
     information.mkdir()
