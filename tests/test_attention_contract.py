@@ -74,5 +74,5 @@ def test_a_module_with_no_number_of_heads_is_not_counted_by_its_config(value: An
 
 
 def test_a_module_that_says_nothing_is_an_error_that_lists_the_names() -> None:
-    with pytest.raises(InjectionError, match="Bare does not say its number of heads.*num_attention_heads"):
+    with pytest.raises(InjectionError, match=r"Bare does not say its number of heads.*num_attention_heads"):
         head_count(Bare())
