@@ -71,7 +71,9 @@ def places_from_rotary(inputs: Inputs, kwargs: Mapping[str, Any], largest: int =
     axes: list[list[float]] = []
     for axis, part in enumerate(torch.arange(cos.shape[-1] // 2).chunk(2)):
         angle = torch.arange(largest).double()[:, None] * frequency[axis::2]
-        distance = torch.cdist(torch.cat((cos[:, part], sin[:, part]), -1).double(), torch.cat((angle.cos(), angle.sin()), -1))
+        distance = torch.cdist(
+            torch.cat((cos[:, part], sin[:, part]), -1).double(), torch.cat((angle.cos(), angle.sin()), -1)
+        )
         assert distance.min(dim=1).values.max() < 1e-2, "the rotary embedding does not look as expected"
         axes.append(distance.argmin(dim=1).double().tolist())
     return list(zip(*axes, strict=True))
@@ -182,7 +184,9 @@ GEMMA4 = (
 def flat_patches(seed: int, sizes: Sequence[Grid] = SIZES) -> Inputs:
     """Pix2Struct: row and column from 1 in front of each patch; padding is zero throughout."""
     length = max(lengths(sizes)) + 2
-    patches = torch.cat((torch.stack([places_of(grid, length, -1) for grid in sizes]) + 1.0, random(seed, len(sizes), length, 48)), -1)
+    patches = torch.cat(
+        (torch.stack([places_of(grid, length, -1) for grid in sizes]) + 1.0, random(seed, len(sizes), length, 48)), -1
+    )
     return {"flattened_patches": patches * (patches[..., :1] > 0)}
 
 

@@ -1,4 +1,4 @@
-"""Small NaFlexVits of timm: dense images and dictionaries of patches, with every kind of position embedding and prefix."""
+"""Small NaFlexVits of timm: dense images and dictionaries of patches; every kind of position embedding and prefix."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def dense_grids(inputs: Inputs) -> list[Grid]:
 def read_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All real tokens of each image, prefix included; the tower is built with `global_pool=""`."""
     states = model(dict(inputs))
-    return [image[: image.shape[0] - len(valid) + int(valid.sum())] for image, valid in zip(states, inputs["patch_valid"], strict=True)]
+    return [
+        image[: image.shape[0] - len(valid) + int(valid.sum())]
+        for image, valid in zip(states, inputs["patch_valid"], strict=True)
+    ]
 
 
 def _case(name: str, prefix: int, dense: bool = False, **options: Any) -> TowerCase:
