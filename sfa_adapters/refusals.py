@@ -115,8 +115,8 @@ CHANNELS = Refusal(
 MIXED_HEADS = Refusal(
     "mixed heads",
     _timm("cait.Cait", "convit.ConVit"),
-    "its attention mixes the logits of all heads, or gates them by position, around a softmax written by hand without a "
-    "mask, so that a bias would not stay with its head.",
+    "its attention mixes the logits of all heads, or gates them by position, around a softmax written by hand without "
+    "a mask, so that a bias would not stay with its head.",
     LORA + "In timm take a plain ViT, an Eva or a NaFlexVit (vit_*, eva02_*, naflexvit_*).",
 )
 VIDEO = Refusal(

@@ -28,13 +28,21 @@ def of(model: Any, config: Any, **settings: Any) -> Build:
     return lambda: model(config(**settings))
 
 
-def auto(model_type: str) -> Build:
-    """A host at its default size, without memory."""
+def auto(model_type: str, host: Any = tf.AutoModelForImageTextToText, **settings: Any) -> Build:
+    """A host with a short language model, else at its default size, without memory."""
 
     def build() -> nn.Module:
-        config = tf.AutoConfig.for_model(model_type)
+        config: Any = tf.AutoConfig.for_model(model_type, **settings)
+        for part in (config, getattr(config, "text_config", None)):
+            if hasattr(part, "num_hidden_layers"):
+                part.num_hidden_layers = 1
+            if getattr(part, "layer_types", None):
+                part.layer_types = part.layer_types[:1]
+            if hasattr(part, "num_kv_shared_layers"):
+                part.num_kv_shared_layers = 0
         with torch.device("meta"), meta_device_safe_creation_ops():
-            return tf.AutoModelForImageTextToText.from_config(config)
+            make = getattr(host, "from_config", None) or host._from_config
+            return make(config)
 
     return build
 
@@ -74,7 +82,7 @@ CASES: list[tuple[str, Build, str, str, bool]] = [
     ("timm swin", from_timm("swin_tiny_patch4_window7_224"), "SwinTransformer", "relative positions", False),
     ("timm relpos", from_timm("vit_relpos_small_patch16_224"), "VisionTransformerRelPos", "relative rows", False),
     ("timm samvit", from_timm("samvit_base_patch16_224"), "VisionTransformerSAM", "relative rows and columns", False),
-    ("timm levit", from_timm("levit_128s"), "Levit", "relative positions of its own", False),
+    ("timm levit", from_timm("levit_128s"), "LevitDistilled", "relative positions of its own", False),
     ("timm maxvit", from_timm("maxvit_tiny_rw_224"), "MaxxVit", "relative positions of its own", False),
     ("timm hiera", from_timm("hiera_tiny_224"), "Hiera", "lie on different grids", False),
     ("timm fastvit", from_timm("fastvit_t8"), "FastVit", "coarse feature maps", False),
@@ -84,19 +92,17 @@ CASES: list[tuple[str, Build, str, str, bool]] = [
     ("florence2", auto("florence2"), "Florence2VisionBackbone", "runs over channels", False),
     ("fast_vlm", auto("fast_vlm"), "FastVit", "coarse feature maps", False),
     ("gemma3n", auto("gemma3n"), "MobileNetV5Encoder", "coarse feature maps", False),
-    ("chameleon", auto("chameleon"), "ChameleonVQVAE", "discrete tokens", False),
-    ("emu3", auto("emu3"), "Emu3VQVAE", "discrete tokens", False),
+    ("chameleon", auto("chameleon", vocabulary_map={"<image>": 1}), "ChameleonVQVAE", "discrete tokens", False),
+    ("emu3", auto("emu3", vocabulary_map={"<image>": 1}), "Emu3VQVAE", "discrete tokens", False),
     ("apertus1p5", auto("apertus1p5"), "Apertus1p5VisionTokenizerModel", "discrete tokens", False),
     ("fuyu", auto("fuyu"), "FuyuForCausalLM", "no vision attention", False),
     ("gemma4_unified", auto("gemma4_unified"), "Gemma4UnifiedForConditionalGeneration", "no vision attention", False),
     ("inkling_mm_model", auto("inkling_mm_model"), "InklingForConditionalGeneration", "no vision attention", False),
     ("mistral4", auto("mistral4"), "Mistral4ForCausalLM", "reads no images", False),
-    ("evolla", auto("evolla"), "EvollaForProteinText2Text", "reads no images", False),
+    ("evolla", auto("evolla", tf.EvollaForProteinText2Text), "EvollaForProteinText2Text", "reads no images", False),
     ("udop", auto("udop"), "UdopForConditionalGeneration", "words and patches share one encoder", False),
 ]  # fmt: skip
-PARAMETERS = [
-    pytest.param(*case[1:4], id=case[0], marks=() if case[4] else pytest.mark.nightly) for case in CASES
-]
+PARAMETERS = [pytest.param(*case[1:4], id=case[0], marks=() if case[4] else pytest.mark.nightly) for case in CASES]
 
 
 @pytest.mark.parametrize(("build", "kind", "reason"), PARAMETERS)
