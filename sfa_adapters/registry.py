@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 
 from sfa_adapters.arrangement import ImageTokens, Joined, TokenArrangement
 from sfa_adapters.attention_contract import MaskArgument, choose_mask_argument
+from sfa_adapters.class_names import matches, qualified_name
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.old_records import grid_layouts, segment_arrangements
 from sfa_adapters.read_layers import count_read_layers
+from sfa_adapters.refusals import refusal_of
 
 __all__ = [
     "Backbone",
@@ -269,17 +270,6 @@ def _registered(name: str) -> Backbone:
     return record
 
 
-def qualified_name(module: nn.Module) -> str:
-    """`module.Class` of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def matches(module: nn.Module, patterns: Sequence[str]) -> bool:
-    """Whether the class of a module, or a class it derives from, fits one of the patterns."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
 def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
     """Finds the vision tower of a model; text towers are left alone.
 
@@ -289,7 +279,8 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
             carries SFA already.
 
     Raises:
-        NoMatchingBackboneError: No registered backbone fits; lists the attention modules that were seen.
+        NoMatchingBackboneError: No registered backbone fits; says why where the model is known to carry no bias, else
+            lists the attention modules that were seen.
         InjectionError: Several towers fit, or none at the path.
     """
     backbones = registered_backbones()
@@ -339,6 +330,9 @@ def _choose_tower(
 
 
 def _nothing_found(model: nn.Module, backbones: Mapping[str, Backbone]) -> str:
+    known = refusal_of(model)
+    if known is not None:
+        return f"No registered backbone fits {type(model).__name__}. {known}"
     seen: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if "attention" in type(module).__name__.lower() or "attn" in name.rpartition(".")[2].lower():
