@@ -42,7 +42,8 @@ class SmallTower:
         patch: Shape of one patch of the input.
         frames: Whether one entry of the grids can be several frames.
         loops: Places of the tokens of a grid, for towers without rotation.
-        positions: Rows and columns as the tower's rotation counts them.
+        positions: What the tower's rotation is given for rows and columns `[places, 2]`; for several frames, one behind
+            the other.
         count: What the grids count, in patches along a side.
         prefix: Leading tokens of each image.
         layers: Attention layers.
@@ -138,14 +139,18 @@ class SmallTower:
         lengths = [math.prod(size) for size in self.sizes(inputs)]
         if self.prefix:
             return [part[self.prefix :] for part in states.split([length + self.prefix for length in lengths])]
-        share = sum(lengths) // len(states)
-        return list(states.split([length // share for length in lengths]))
+        sides = inputs.get("merge_sizes")
+        if sides is None:
+            share = [sum(lengths) // len(states)] * len(lengths)
+        else:
+            share = [int(side) ** 2 for side in sides]
+        return list(states.split([length // part for length, part in zip(lengths, share, strict=True)]))
 
     # -- places -------------------------------------------------------------------------------------------------------
 
     @cache  # noqa: B019 - the towers of this file live as long as the process
     def rotation(self) -> Tensor:
-        """The rotation of every place up to `LARGEST`, row by row, `[places, channels]`."""
+        """The rotation of every place up to `LARGEST`, row by row, `[frames * places, channels]`."""
         tower = self.build()
         rotary = next(m for m in tower.modules() if type(m).__name__.endswith("RotaryEmbedding"))
         places = torch.cartesian_prod(torch.arange(LARGEST), torch.arange(LARGEST))
@@ -165,7 +170,7 @@ class SmallTower:
         for number, row in enumerate(distance):
             assert number in starts or row.min() < 1e-4, "the rotation does not look as expected"
         return [
-            None if number in starts else (float(place // LARGEST), float(place % LARGEST))
+            None if number in starts else (float(place // LARGEST % LARGEST), float(place % LARGEST))
             for number, place in enumerate(nearest.tolist())
         ]
 
@@ -276,7 +281,7 @@ SMALL_TOWERS: dict[str, tuple[SmallTower, ...]] = {
         SmallTower(
             model="minimax_m3_vl", tower="MiniMaxM3VLVisionModel", config="MiniMaxM3VLVisionConfig",
             options=PLAIN, lora="q_proj",
-            positions=lambda places: torch.nn.functional.pad(places, (1, 0)),
+            positions=lambda places: torch.cat([torch.nn.functional.pad(places, (1, 0), value=t) for t in (0, 1)]),
         ),
         SmallTower(
             model="cosmos3_edge", tower="Cosmos3EdgeVisionModel", config="Cosmos3EdgeVisionConfig",
@@ -285,7 +290,8 @@ SMALL_TOWERS: dict[str, tuple[SmallTower, ...]] = {
         SmallTower(
             model="inkling2", tower="Inkling2VisionModel", config="Inkling2VisionConfig",
             options={**PLAIN, "posemb_grid_size": 4, "projection_hidden_dim": 32, "text_hidden_size": 32},
-            patch=(2 * PATCH, 2 * PATCH, 3), count=2, prefix=1, lora="q_proj", positions=lambda places: places + 1,
+            patch=(2 * PATCH, 2 * PATCH, 3), count=2, prefix=1, frames=False, lora="q_proj",
+            positions=lambda places: places + 1,
         ),
         SmallTower(
             model="cohere_compass", tower="CohereCompassVisionModel", config="CohereCompassVisionConfig",
