@@ -219,7 +219,7 @@ QWEN2_5_VIT = register_backbone(
         layouts=_windows,
         joined="segments",
         statistics=statistics,
-        merges_segments=True,
+        token_reduction=True,
         small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
     )
 )

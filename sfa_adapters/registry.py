@@ -113,8 +113,8 @@ class Backbone:
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
-        merges_segments: Segmented towers only: whether tokens may merge between its layers, as DyMU does. They must
-            take `cu_seqlens` and `position_embeddings`, and a child `merger` must join merge groups behind them.
+        token_reduction: Segmented towers only: whether features that drop or merge tokens (DyMU, `drop_blank_groups`,
+            FastV by density) know its input, its windows and its merger.
         statistics: Of towers without `patches`: as there.
         grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
         describe_input: Old form, until 0.2: what to remember of the inputs of a segmented tower. Use `layouts`.
@@ -137,7 +137,7 @@ class Backbone:
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
-    merges_segments: bool = False
+    token_reduction: bool = False
     small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
     grid_of_input: GridOfInput | None = None
