@@ -68,6 +68,10 @@ class MergeGroups:
         """
         return Windows(self.side, max(rows, columns)).places(rows, columns)
 
+    def check(self, rows: int, columns: int) -> None:
+        """As in `Windows`."""
+        Windows(self.side, 1).check(rows, columns)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -87,11 +91,7 @@ class Windows:
         Raises:
             LayoutError: The grid has no whole groups.
         """
-        if rows % self.side or columns % self.side:
-            raise LayoutError(
-                f"A grid of {rows}x{columns} patches has no whole {self.side}x{self.side} groups; both sides must be "
-                f"multiples of {self.side} (check image_grid_thw, and that the processor is that of this model)."
-            )
+        self.check(rows, columns)
         group_rows, group_columns = rows // self.side, columns // self.side
         row, column = Raster().places(group_rows, group_columns)
         across = -(-group_columns // self.window)
@@ -100,6 +100,18 @@ class Windows:
         inner_row, inner_column = Raster().places(self.side, self.side)
         row = (row[order, None] * self.side + inner_row).flatten()
         return row, (column[order, None] * self.side + inner_column).flatten()
+
+    def check(self, rows: int, columns: int) -> None:
+        """Checks that a grid can be cut into groups.
+
+        Raises:
+            LayoutError: It has no whole groups.
+        """
+        if rows % self.side or columns % self.side:
+            raise LayoutError(
+                f"A grid of {rows}x{columns} patches has no whole {self.side}x{self.side} groups; both sides must be "
+                f"multiples of {self.side} (check image_grid_thw, and that the processor is that of this model)."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,9 @@ class ImageTokens:
         order: In which order the sequence lists them; None is row by row (`Raster`).
         frames: How often the grid is listed: the frames of a video, one behind the other.
         padding: Padding tokens behind them; of towers that pad.
+
+    Raises:
+        LayoutError: There are no tokens, or the grid has no whole merge groups.
     """
 
     grid: tuple[int, int]
@@ -147,6 +162,8 @@ class ImageTokens:
                 f"An image needs tokens: got a grid of {self.grid[0]}x{self.grid[1]} patches, {self.frames} frames and "
                 f"{self.padding} padding tokens."
             )
+        if isinstance(self.order, (MergeGroups, Windows)):  # here, so that it is said before the tower itself fails
+            self.order.check(*self.grid)
 
     @property
     def num_tokens(self) -> int:
@@ -183,22 +200,23 @@ class TokenArrangement:
         joined: How the images are put together.
         images: The images in order; one for `batch`, where they share a grid.
         prefix_tokens: Leading tokens of each image without a place on the page.
+        after_merge: How they lie behind a layer of the tower that makes one token of several; None where all layers
+            see the same tokens.
 
     Raises:
-        LayoutError: There is no image, a segmented tower has prefix tokens, or padded images differ in length.
+        LayoutError: There is no image, or padded images differ in length.
     """
 
     joined: Joined
     images: tuple[ImageTokens, ...]
     prefix_tokens: int = 0
+    after_merge: TokenArrangement | None = None
 
     def __post_init__(self) -> None:
         if self.joined not in get_args(Joined):
             raise LayoutError(f"joined={self.joined!r} must be one of {', '.join(get_args(Joined))}.")
         if not self.images:
             raise LayoutError("A forward needs at least one image; its list of images (or their grids) is empty.")
-        if self.joined == "segments" and self.prefix_tokens:
-            raise LayoutError("The images of a segmented tower have no prefix tokens here; describe them as `packed`.")
         lengths = {image.num_tokens + image.padding for image in self.images}
         if self.joined == "padded" and len(lengths) > 1:
             raise LayoutError(f"Padded images must have one length; with their padding they have {sorted(lengths)}.")
@@ -234,10 +252,12 @@ class TokenArrangement:
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(itertools.accumulate(image.num_tokens for image in self.images))
+        return list(itertools.accumulate(self.lengths))
 
     def segments(self, bounds: Sequence[int], block_map: Tensor | None) -> list[TokenLayout]:
         """The layout of each segment; distances are relative to the whole image, also inside a window.
+
+        The prefix tokens of an image belong to its first segment.
 
         Args:
             bounds: Where segments begin and end, ascending from 0; `cu_seqlens`.
@@ -255,7 +275,8 @@ class TokenArrangement:
             if start >= stop or number == len(self._ends) or stop > self._ends[number]:
                 raise LayoutError(f"Segment {start}..{stop} does not lie inside one image; images end at {self._ends}.")
             image = self.images[number]
-            first = self._ends[number] - image.num_tokens
-            row, column = (axis[start - first : stop - first] for axis in places[image])
-            layouts.append(TokenLayout.from_boxes(row, column, torch.ones(len(row)), image.grid, block_map=block_map))
+            first = self._ends[number] - self.lengths[number] + self.prefix_tokens  # the first token with a place
+            prefix = max(0, min(first, stop) - start)
+            row, column = (axis[max(0, start - first) : max(0, stop - first)] for axis in places[image])
+            layouts.append(TokenLayout.from_boxes(row, column, torch.ones(len(row)), image.grid, prefix, block_map))
         return layouts

@@ -111,11 +111,14 @@ class Backbone:
             child where people call other methods of the tower than its forward (timm: `forward_features`).
         mask_argument: Name of the argument of the attention module's forward that takes an additive mask. By default
             it is read from its signature (`sfa_adapters.attention_contract`).
+        left_out: Paths in the tower, as patterns, of attention modules of these classes that get no bias.
         segment_argument: Segmented towers only: the argument of the attention's forward with the segment boundaries.
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
+        token_reduction: Segmented towers only: whether features that drop or merge tokens (DyMU, `drop_blank_groups`,
+            FastV by density) know its input, its windows and its merger.
         statistics: Of towers without `patches`: as there.
         grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
         describe_input: Old form, until 0.2: what to remember of the inputs of a segmented tower. Use `layouts`.
@@ -131,12 +134,14 @@ class Backbone:
     layouts: Layouts | None = None
     joined: Joined = "batch"
     image_module: str = ""
+    left_out: tuple[str, ...] = ()
     mask_argument: str | None = None
     segment_argument: str = "cu_seqlens"
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    token_reduction: bool = False
     small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
     grid_of_input: GridOfInput | None = None
@@ -195,6 +200,10 @@ class Backbone:
     def is_attention(self, module: nn.Module) -> bool:
         """Whether the module is an attention layer of this kind of tower."""
         return matches(module, self.attentions)
+
+    def adapts(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at a path in a tower of this kind is an attention layer that gets a bias."""
+        return self.is_attention(module) and not any(fnmatchcase(path, pattern) for pattern in self.left_out)
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
         """Pickled and copied as its name: records hold functions, often lambdas, which cannot be pickled.
@@ -295,7 +304,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
     name, tower, backbone = _choose_tower(model, towers, path)
     prefix = f"{name}." if name else ""
-    attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.is_attention(m))
+    attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.adapts(key, m))
     if not attentions:
         raise NoMatchingBackboneError(
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "

@@ -80,6 +80,8 @@ class TowerCase:
         grid: Rows and columns of patches at its default image size, None where it takes any size.
         prefix: Leading tokens without a place (CLS, registers).
         grids: Rows and columns of each image (and of each frame) of some inputs, in order. By default `grid`.
+        grids_of_call: For towers that make one token of several between layers: as `grids`, from inputs and the keyword
+            arguments of an attention's forward. By default `grids`.
         places: For towers whose attention does not see the tokens of an image row by row: place of each token, from
             inputs and the keyword arguments of the attention's forward.
         hidden: Patch features of each image, `[tokens, width]`; never a pooled output.
@@ -113,6 +115,7 @@ class TowerCase:
     grid: Grid | None
     prefix: int = 0
     grids: Callable[[Inputs], Sequence[Grid]] | None = None
+    grids_of_call: Callable[[Inputs, Mapping[str, Any]], Sequence[Grid]] | None = None
     places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None
     hidden: Callable[[nn.Module, Inputs], list[Tensor]] = read_hidden
     split: Callable[[Inputs], list[Inputs]] = split_batch

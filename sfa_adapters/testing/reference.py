@@ -177,17 +177,17 @@ def phis_of_call(
         call: The arguments of the attention's forward by name.
         inputs: The inputs of the tower.
     """
-    grids = case.grids_of(inputs)
+    grids = case.grids_of(inputs) if case.grids_of_call is None else list(case.grids_of_call(inputs, call))
     if backbone.joined in ("padded", "packed"):
         return [_joined_phi(case, backbone.joined == "packed", layer, call, inputs)]
     if backbone.joined == "batch":
         places = regular_places(grids[0], case.prefix) if case.places is None else case.places(inputs, call)
         return [layer_phi(layer, places, grids[0])]
     if case.places is None:
-        places = [place for grid in grids for place in regular_places(grid, 0)]
+        places = [place for grid in grids for place in regular_places(grid, case.prefix)]
     else:
         places = case.places(inputs, call)
-    ends = list(itertools.accumulate(rows * columns for rows, columns in grids))
+    ends = list(itertools.accumulate(case.prefix + rows * columns for rows, columns in grids))
     bounds = [int(bound) for bound in call[backbone.segment_argument]]
     assert bounds[-1] == ends[-1] == len(places), (
         f"{backbone.segment_argument} ends at {bounds[-1]}, by its inputs the tower has {ends[-1]} tokens, and there "
