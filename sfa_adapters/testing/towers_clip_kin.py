@@ -1,0 +1,47 @@
+"""Small towers of the kind of CLIP: those of transformers that were built after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfa_adapters.testing.cases import images
+from sfa_adapters.testing.members import Small, installed
+from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, RESIZED
+
+__all__ = ["CLIP_KIN"]
+
+# The fused attention adds a position_bias; the eager one of these towers does not know it.
+FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
+QIANFAN: dict[str, Any] = {"image_size": (56, 56), "patch_size": (14, 14), "layer_scale_init_value": 1.0}
+
+CLIP_KIN = installed(
+    "clip_kin", OPTIONS, COMMON,
+    (
+        Small("blip_2.modeling_blip_2", "Blip2VisionModel", "Blip2VisionConfig", **FUSED_ONLY),
+        Small("kosmos2.modeling_kosmos2", "Kosmos2VisionTransformer", "Kosmos2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("qianfan_ocr.modeling_qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", QIANFAN,
+              resized=RESIZED),
+        Small("instructblip.modeling_instructblip", "InstructBlipVisionModel", "InstructBlipVisionConfig",
+              **FUSED_ONLY),
+        Small("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel",
+              "InstructBlipVideoVisionConfig", **FUSED_ONLY),
+        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", resized=INTERPOLATED, encoder="encoder",
+              checkpointing=None),
+        Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32},
+              resized=INTERPOLATED, encoder="encoder", eager=None, checkpointing=None),
+        Small("altclip.modeling_altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig",
+              resized=INTERPOLATED),
+        Small("metaclip_2.modeling_metaclip_2", "MetaClip2VisionModel", "MetaClip2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("clipseg.modeling_clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("owlvit.modeling_owlvit", "OwlViTVisionTransformer", "OwlViTVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("owlv2.modeling_owlv2", "Owlv2VisionTransformer", "Owlv2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("mlcd.modeling_mlcd", "MLCDVisionModel", "MLCDVisionConfig"),
+    ),
+)  # fmt: skip
