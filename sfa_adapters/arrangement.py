@@ -149,8 +149,8 @@ class ImageTokens:
         edges = [edge for run in self.without_place for edge in run]
         if edges and not (edges[0] >= 0 and edges[-1] <= self.num_tokens and _ascend(self.without_place)):
             raise LayoutError(
-                f"without_place={self.without_place} must be runs of at least one token, in order and apart, inside the "
-                f"{self.num_tokens} tokens of the image."
+                f"without_place={self.without_place} must be runs of at least one token, in order and apart, inside "
+                f"the {self.num_tokens} tokens of the image."
             )
         if min(self.grid) < 1 or self.frames < 1 or self.padding < 0:
             raise LayoutError(
@@ -286,7 +286,7 @@ class TokenArrangement:
         """As `segments`, where each must be an image: a window has no prefix of its own."""
         if list(bounds) != [0, *self._ends]:
             raise LayoutError(
-                f"Segments {list(bounds)} must each be a whole image, prefix tokens and those without a place included; "
-                f"images end at {self._ends}."
+                f"Segments {list(bounds)} must each be a whole image, prefix tokens and those without a place "
+                f"included; images end at {self._ends}."
             )
         return self.image_layouts(block_map)

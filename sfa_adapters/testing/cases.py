@@ -85,6 +85,8 @@ class TowerCase:
         lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
         compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
             or "every layer" with a bias.
+        plain: What the slow reference runs in place of a plain attention module, for modules whose logits cannot be
+            reached from Python: one that computes the same step by step.
         library: Where the tower comes from, e.g. "timm". The suite does not read it.
         runs: What of the contract runs by default: "everything", its part about the bias ("bias"), or nothing of it
             ("nightly"). Members of a large family differ little, so that one of them is enough for each change; a
@@ -113,6 +115,7 @@ class TowerCase:
     encoder: str | None = None
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"
+    plain: Callable[[nn.Module], nn.Module] | None = None
     library: str = ""
     runs: Literal["everything", "bias", "nightly"] = "everything"
 

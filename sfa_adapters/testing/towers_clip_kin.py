@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfa_adapters.testing.cases import images
 from sfa_adapters.testing.members import Small, installed
 from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, RESIZED
 
-__all__ = ["CLIP_KIN"]
+__all__ = ["BLIP", "CLIP_KIN"]
 
 # The fused attention adds a position_bias; the eager one of these towers does not know it.
 FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
+# Of towers that are no `PreTrainedModel` themselves: their host chooses.
+FUSED = {"attn_implementation": "sdpa"}
 QIANFAN: dict[str, Any] = {"image_size": (56, 56), "patch_size": (14, 14), "layer_scale_init_value": 1.0}
 
 CLIP_KIN = installed(
@@ -26,9 +27,9 @@ CLIP_KIN = installed(
               **FUSED_ONLY),
         Small("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel",
               "InstructBlipVideoVisionConfig", **FUSED_ONLY),
-        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", resized=INTERPOLATED, encoder="encoder",
+        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", FUSED, resized=INTERPOLATED, encoder="encoder",
               checkpointing=None),
-        Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32},
+        Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32, **FUSED},
               resized=INTERPOLATED, encoder="encoder", eager=None, checkpointing=None),
         Small("altclip.modeling_altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", resized=INTERPOLATED,
               encoder="encoder"),
@@ -44,4 +45,8 @@ CLIP_KIN = installed(
               encoder="encoder"),
         Small("mlcd.modeling_mlcd", "MLCDVisionModel", "MLCDVisionConfig"),
     ),
+)  # fmt: skip
+BLIP = installed(
+    "blip", OPTIONS, {**COMMON, "eager": None},
+    (Small("blip.modeling_blip", "BlipVisionModel", "BlipVisionConfig", resized=INTERPOLATED, encoder="encoder"),),
 )  # fmt: skip

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.testing.cases import Inputs, images
+from sfa_adapters.testing.cases import Inputs
 from sfa_adapters.testing.members import Small, installed
 from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, PATCH, RESIZED
 
 __all__ = ["MOLMO2", "SIGLIP_KIN"]
 
 PLAIN = {**COMMON, "prefix": 0}
+# Of towers that are no `PreTrainedModel` themselves: their host chooses.
+FUSED = {"attn_implementation": "sdpa"}
 
 
 def patches(seed: int) -> Inputs:
@@ -33,13 +35,13 @@ SIGLIP_KIN = installed(
     (
         Small("granite_docling.modeling_granite_docling", "GraniteDoclingVisionModel", "GraniteDoclingVisionConfig",
               {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
-        Small("ovis2.modeling_ovis2", "Ovis2VisionTransformer", "Ovis2VisionConfig", encoder="encoder", eager=None,
+        Small("ovis2.modeling_ovis2", "Ovis2VisionTransformer", "Ovis2VisionConfig", FUSED, encoder="encoder", eager=None,
               checkpointing=None),
         Small("janus.modeling_janus", "JanusVisionModel", "JanusVisionConfig", resized=INTERPOLATED,
               encoder="encoder"),
         Small("step3p7.modeling_step3p7", "Step3p7VisionModel", "Step3p7VisionConfig", {"layer_scale_init_value": 1.0},
               resized=RESIZED, hidden=before_the_downsampler),
-        Small("aimv2.modeling_aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", resized=RESIZED, encoder="encoder"),
+        Small("aimv2.modeling_aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", {"is_native": True}, resized=RESIZED, encoder="encoder"),
     ),
 )  # fmt: skip
 MOLMO2 = installed(
