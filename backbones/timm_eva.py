@@ -38,8 +38,8 @@ def check(tower: nn.Module) -> None:
     dropout: Any = getattr(tower, "patch_drop", None)
     if getattr(dropout, "prob", 0) > 0:
         raise UnsupportedAttentionError(
-            f"{type(tower).__name__} drops patches in training (patch_drop_rate={dropout.prob:g}), so that the place of "
-            "a token is not known. Build it with patch_drop_rate=0."
+            f"{type(tower).__name__} drops patches in training (patch_drop_rate={dropout.prob:g}), so that the place "
+            "of a token is not known. Build it with patch_drop_rate=0."
         )
 
 

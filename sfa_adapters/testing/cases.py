@@ -69,6 +69,8 @@ class TowerCase:
         grids: Rows and columns of each image (and of each frame) of some inputs, in order. By default `grid`.
         places: For towers whose attention does not see the tokens of an image row by row: place of each token, from
             inputs and the keyword arguments of the attention's forward.
+        tokens: For towers that put the images of a batch together in another way than all patches behind the prefix:
+            tokens of each image, those without a place included, for each of which `places` has an entry.
         hidden: Patch features of each image, `[tokens, width]`; never a pooled output.
         split: Cuts such inputs into inputs of one image each.
         resized: Inputs of another, non-square image size, or None where the tower takes one size only.
@@ -103,6 +105,7 @@ class TowerCase:
     prefix: int = 0
     grids: Callable[[Inputs], Sequence[Grid]] | None = None
     places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None
+    tokens: Callable[[Inputs], Sequence[int]] | None = None
     hidden: Callable[[nn.Module, Inputs], list[Tensor]] = read_hidden
     split: Callable[[Inputs], list[Inputs]] = split_batch
     resized: Callable[[int], Inputs] | None = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sfa_adapters.testing.members import Small, installed
-from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, RESIZED
+from torch import Tensor, nn
 
-__all__ = ["BLIP", "CLIP_KIN"]
+from sfa_adapters.testing.cases import Inputs, Place, images
+from sfa_adapters.testing.members import Small, installed
+from sfa_adapters.testing.reference import regular_places
+from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, PATCH, RESIZED
+
+__all__ = ["BLIP", "CLIP_KIN", "UNLIMITED_OCR", "X_CLIP"]
 
 # The fused attention adds a position_bias; the eager one of these towers does not know it.
 FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
@@ -27,8 +32,8 @@ CLIP_KIN = installed(
               **FUSED_ONLY),
         Small("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel",
               "InstructBlipVideoVisionConfig", **FUSED_ONLY),
-        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", FUSED, resized=INTERPOLATED, encoder="encoder",
-              checkpointing=None),
+        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", FUSED, resized=INTERPOLATED,
+              encoder="encoder", checkpointing=None),
         Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32, **FUSED},
               resized=INTERPOLATED, encoder="encoder", eager=None, checkpointing=None),
         Small("altclip.modeling_altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", resized=INTERPOLATED,
@@ -49,4 +54,45 @@ CLIP_KIN = installed(
 BLIP = installed(
     "blip", OPTIONS, {**COMMON, "eager": None},
     (Small("blip.modeling_blip", "BlipVisionModel", "BlipVisionConfig", resized=INTERPOLATED, encoder="encoder"),),
+)  # fmt: skip
+
+
+# -- a video of two frames --
+
+
+def frames_of_one_video(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tokens of both frames, which see each other."""
+    return [model(**inputs).last_hidden_state.flatten(0, 1)]
+
+
+def message_last(inputs: Inputs, call: Mapping[str, Any]) -> list[Place]:
+    """CLS, the patches, and the message of the other frame."""
+    height, width = inputs["pixel_values"].shape[-2:]
+    return [*regular_places((height // PATCH, width // PATCH), 1), None]
+
+
+X_CLIP = installed(
+    "x_clip", {**OPTIONS, "num_frames": 2}, COMMON,
+    (
+        Small("x_clip.modeling_x_clip", "XCLIPVisionModel", "XCLIPVisionConfig", resized=INTERPOLATED,
+              places=message_last, hidden=frames_of_one_video, encoder="encoder"),
+    ),
+)  # fmt: skip
+
+# -- a SAM encoder in front: 16x16 patches of 8 pixels, of which two convolutions make 4x4 --
+
+SAM = {
+    "hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 128,
+    "patch_size": 8, "output_channels": 16, "downsample_channels": [16, 32], "window_size": 4,
+    "global_attn_indexes": [0],
+}  # fmt: skip
+
+UNLIMITED_OCR = installed(
+    "unlimited_ocr", {"sam_config": SAM, "encoder_config": OPTIONS}, COMMON,
+    (
+        Small("unlimited_ocr.modeling_unlimited_ocr", "UnlimitedOcrVisionModel", "UnlimitedOcrVisionConfig",
+              inputs=images(128, 128), resized=images(96, 160),
+              grids=lambda inputs: [tuple(side // 32 for side in inputs["pixel_values"].shape[-2:])],
+              encoder="vision_encoder.encoder"),
+    ),
 )  # fmt: skip

@@ -35,13 +35,14 @@ SIGLIP_KIN = installed(
     (
         Small("granite_docling.modeling_granite_docling", "GraniteDoclingVisionModel", "GraniteDoclingVisionConfig",
               {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
-        Small("ovis2.modeling_ovis2", "Ovis2VisionTransformer", "Ovis2VisionConfig", FUSED, encoder="encoder", eager=None,
-              checkpointing=None),
+        Small("ovis2.modeling_ovis2", "Ovis2VisionTransformer", "Ovis2VisionConfig", FUSED, encoder="encoder",
+              eager=None, checkpointing=None),
         Small("janus.modeling_janus", "JanusVisionModel", "JanusVisionConfig", resized=INTERPOLATED,
               encoder="encoder"),
         Small("step3p7.modeling_step3p7", "Step3p7VisionModel", "Step3p7VisionConfig", {"layer_scale_init_value": 1.0},
               resized=RESIZED, hidden=before_the_downsampler),
-        Small("aimv2.modeling_aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", {"is_native": True}, resized=RESIZED, encoder="encoder"),
+        Small("aimv2.modeling_aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", {"is_native": True}, resized=RESIZED,
+              encoder="encoder"),
     ),
 )  # fmt: skip
 MOLMO2 = installed(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sfa_adapters.testing.cases import images
+import torch
+
+from sfa_adapters.testing.cases import Inputs, Place, images
 from sfa_adapters.testing.members import Small, grids_of_patches, installed
+from sfa_adapters.testing.reference import regular_places
 from sfa_adapters.testing.towers_transformers import set_checkpointing, set_eager
 
-__all__ = ["DATA2VEC_VISION", "VIT"]
+__all__ = ["DATA2VEC_VISION", "LAYOUTLMV3", "VIT", "VIT_MAE"]
 
 PATCH = 14
 OPTIONS: dict[str, Any] = {
@@ -51,5 +55,74 @@ DATA2VEC_VISION = installed(
               OWN_BIAS),
         Small("data2vec.modeling_data2vec_vision", "Data2VecVisionModel", "Data2VecVisionConfig", SHARED_BIAS,
               name="data2vec_shared_bias"),
+    ),
+)  # fmt: skip
+
+
+# -- ViTMAE: half of the patches, shuffled --
+
+
+def shuffled(height: int, width: int, **others: Any) -> Any:
+    """Makes two images, and the random numbers that patches are sorted by."""
+    picture = images(height, width, **others)
+
+    def make(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        patches = (height // PATCH) * (width // PATCH)
+        return {**picture(seed), "noise": torch.rand(2, patches, generator=generator)}
+
+    return make
+
+
+def kept_places(inputs: Inputs, call: Mapping[str, Any]) -> list[Place]:
+    """CLS, and the patches with the smallest half of the numbers, smallest first."""
+    columns = inputs["pixel_values"].shape[-1] // PATCH
+    places: list[Place] = []
+    for numbers in inputs["noise"].tolist():
+        smallest = sorted(range(len(numbers)), key=numbers.__getitem__)[: len(numbers) // 2]
+        places += [None, *((float(k // columns), float(k % columns)) for k in smallest)]
+    return places
+
+
+def turn_shuffled(inputs: Inputs) -> Inputs:
+    """Exchanges rows and columns; each patch keeps its number."""
+    pixels, noise = inputs["pixel_values"], inputs["noise"]
+    rows, columns = (side // PATCH for side in pixels.shape[-2:])
+    turned = noise.view(-1, rows, columns).transpose(1, 2).flatten(1)
+    return {**inputs, "pixel_values": pixels.transpose(-1, -2).contiguous(), "noise": turned}
+
+
+VIT_MAE = installed(
+    "vit_mae", {**OPTIONS, "mask_ratio": 0.5}, COMMON,
+    (
+        Small("vit_mae.modeling_vit_mae", "ViTMAEModel", "ViTMAEConfig", inputs=shuffled(56, 56),
+              resized=shuffled(56, 84, interpolate_pos_encoding=True), places=kept_places, turn=turn_shuffled,
+              grids=lambda inputs: grids_of_patches(PATCH)(inputs) * 2,
+              tokens=lambda inputs: [1 + inputs["noise"].shape[1] // 2] * 2, compiles="no"),
+    ),
+)  # fmt: skip
+
+
+# -- LayoutLMv3: words in front --
+
+WORDS = 5
+
+
+def words_and_images(seed: int) -> Inputs:
+    """Two pages with five words each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (2, WORDS), generator=generator)
+    corner = torch.randint(0, 500, (2, WORDS, 2), generator=generator)
+    size = torch.randint(1, 500, (2, WORDS, 2), generator=generator)
+    return {"input_ids": ids, "bbox": torch.cat((corner, corner + size), -1), **images(56, 56)(seed)}
+
+
+LAYOUTLMV3 = installed(
+    "layoutlmv3", {**OPTIONS, "input_size": 56, "vocab_size": 50, "coordinate_size": 6, "shape_size": 4}, COMMON,
+    (
+        Small("layoutlmv3.modeling_layoutlmv3", "LayoutLMv3Model", "LayoutLMv3Config", inputs=words_and_images,
+              places=lambda inputs, call: [*[None] * WORDS, *regular_places((4, 4), 1)]),
+        Small("layoutlmv3.modeling_layoutlmv3", "LayoutLMv3Model", "LayoutLMv3Config",
+              {"has_relative_attention_bias": False, "has_spatial_attention_bias": False}, name="layoutlmv3_no_bias"),
     ),
 )  # fmt: skip
