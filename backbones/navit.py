@@ -1,7 +1,7 @@
 """Towers on one flat sequence: the patches of all images of a forward, of any size each (NaViT; Qwen-VL and relatives).
 
 The attention runs once for each segment between two boundaries (`cu_seqlens`): an image, a frame, a whole clip, or a
-window. It is given no mask, but takes a `position_bias` (transformers 5.14 and later, sdpa). Grids come as `[images, 3]`
+window. It is given no mask, but takes a `position_bias` (transformers 5.14 and later, sdpa). Grids are `[images, 3]`
 (frames, rows, columns) beside the patches. Towers differ in the order of the tokens:
 
 * merge groups (`navit`): the processor lists groups of 2x2 patches row by row, the four of a group next to each other;

@@ -146,6 +146,9 @@ class ImageTokens:
         order: In which order the sequence lists them; None is row by row (`Raster`).
         frames: How often the grid is listed: the frames of a video, one behind the other.
         padding: Padding tokens behind them; of towers that pad.
+        without_place: Runs of tokens among them that have no place on the page but are attended to, such as a CLS token
+            at the end or in front of each tile: start and stop of each, counted in the whole sequence of the image
+            behind its prefix. `order` does not list them.
 
     Raises:
         LayoutError: There are no tokens, or the grid has no whole merge groups.
@@ -155,8 +158,15 @@ class ImageTokens:
     order: TokenOrder | None = None
     frames: int = 1
     padding: int = 0
+    without_place: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        edges = [edge for run in self.without_place for edge in run]
+        if edges and not (edges[0] >= 0 and edges[-1] <= self.num_tokens and _ascend(self.without_place)):
+            raise LayoutError(
+                f"without_place={self.without_place} must be runs of at least one token, in order and apart, inside "
+                f"the {self.num_tokens} tokens of the image."
+            )
         if min(self.grid) < 1 or self.frames < 1 or self.padding < 0:
             raise LayoutError(
                 f"An image needs tokens: got a grid of {self.grid[0]}x{self.grid[1]} patches, {self.frames} frames and "
@@ -167,12 +177,12 @@ class ImageTokens:
 
     @property
     def num_tokens(self) -> int:
-        """N, of all frames, without padding."""
+        """N, of all frames and with those without a place, without padding."""
         one = len(self.order.rows) if isinstance(self.order, Listed) else self.grid[0] * self.grid[1]
-        return one * self.frames
+        return one * self.frames + sum(stop - start for start, stop in self.without_place)
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token, `[N]` each.
+        """Row and column of each token that has a place, `[N]` each.
 
         Raises:
             LayoutError: The order does not fit the grid.
@@ -187,9 +197,20 @@ class ImageTokens:
             LayoutError: The order does not fit the grid.
         """
         if (self.order is None or isinstance(self.order, Raster)) and self.frames == 1:
-            return TokenLayout.regular(*self.grid, prefix_tokens, block_map)
-        row, column = self.places()
-        return TokenLayout.from_boxes(row, column, torch.ones(len(row)), self.grid, prefix_tokens, block_map)
+            layout = TokenLayout.regular(*self.grid, prefix_tokens, block_map)
+        else:
+            row, column = self.places()
+            layout = TokenLayout.from_boxes(row, column, torch.ones(len(row)), self.grid, prefix_tokens, block_map)
+        if not self.without_place:
+            return layout
+        placed = torch.ones(prefix_tokens + self.num_tokens, dtype=torch.bool)
+        for start, stop in self.without_place:
+            placed[prefix_tokens + start : prefix_tokens + stop] = False
+        return layout.spread(placed.nonzero().flatten(), len(placed))
+
+
+def _ascend(runs: Sequence[tuple[int, int]]) -> bool:
+    return all(start < stop for start, stop in runs) and all(a[1] <= b[0] for a, b in itertools.pairwise(runs))
 
 
 @dataclass(frozen=True)
@@ -264,8 +285,11 @@ class TokenArrangement:
             block_map: As in `TokenLayout.regular`.
 
         Raises:
-            LayoutError: A segment reaches over the border of an image, or is empty.
+            LayoutError: A segment reaches over the border of an image, is empty, or cuts an image with tokens that have
+                no place.
         """
+        if self.prefix_tokens or any(image.without_place for image in self.images):
+            return self._whole_segments(bounds, block_map)
         places = {image: image.places() for image in set(self.images)}
         layouts: list[TokenLayout] = []
         number = 0
@@ -280,3 +304,12 @@ class TokenArrangement:
             row, column = (axis[max(0, start - first) : max(0, stop - first)] for axis in places[image])
             layouts.append(TokenLayout.from_boxes(row, column, torch.ones(len(row)), image.grid, prefix, block_map))
         return layouts
+
+    def _whole_segments(self, bounds: Sequence[int], block_map: Tensor | None) -> list[TokenLayout]:
+        """As `segments`, where each must be an image: a window has no prefix of its own."""
+        if list(bounds) != [0, *self._ends]:
+            raise LayoutError(
+                f"Segments {list(bounds)} must each be a whole image, prefix tokens and those without a place "
+                f"included; images end at {self._ends}."
+            )
+        return self.image_layouts(block_map)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -102,7 +103,9 @@ class Backbone:
         name: Unique name, saved with adapters.
         towers: Classes of the tower: the module whose forward takes the image.
         attentions: Classes of its attention modules. Their number of heads is read from them or from their
-            configuration.
+            configuration. Where one such module holds another, the inner one is taken.
+        attention_paths: Patterns over the paths of attention modules in the tower, where modules of their class also do
+            something else (X-CLIP: attention over frames).
         geometry: Reads grid and prefix from a tower.
         layouts: Says how the tokens of each image of a forward lie, from the inputs of the image module: see `Layouts`.
         joined: How images are put together: `batch` (one grid), `padded` (a grid for each image), `packed` (one
@@ -130,6 +133,7 @@ class Backbone:
     name: str
     towers: tuple[str, ...]
     attentions: tuple[str, ...]
+    attention_paths: tuple[str, ...] = ("*",)
     geometry: Callable[[nn.Module], Geometry]
     layouts: Layouts | None = None
     joined: Joined = "batch"
@@ -204,6 +208,20 @@ class Backbone:
     def adapts(self, path: str, module: nn.Module) -> bool:
         """Whether the module at a path in a tower of this kind is an attention layer that gets a bias."""
         return self.is_attention(module) and not any(fnmatchcase(path, pattern) for pattern in self.left_out)
+
+    def attentions_of(self, tower: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Path in the tower and module of each of its attention layers, in order."""
+        matching = {
+            path: module
+            for path, module in tower.named_modules()
+            if self.adapts(path, module) and any(fnmatchcase(path, pattern) for pattern in self.attention_paths)
+        }
+        # Until transformers 5.20 some modules of this name hold the one that computes attention.
+        return [
+            (path, module)
+            for path, module in matching.items()
+            if not any(other.startswith(f"{path}.") for other in matching)
+        ]
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
         """Pickled and copied as its name: records hold functions, often lambdas, which cannot be pickled.
@@ -304,7 +322,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
     name, tower, backbone = _choose_tower(model, towers, path)
     prefix = f"{name}." if name else ""
-    attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.adapts(key, m))
+    attentions = tuple((prefix + path, module) for path, module in backbone.attentions_of(tower))
     if not attentions:
         raise NoMatchingBackboneError(
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "

@@ -180,7 +180,8 @@ def phis_of_call(
     grids = case.grids_of(inputs) if case.grids_of_call is None else list(case.grids_of_call(inputs, call))
     if backbone.joined in ("padded", "packed"):
         return [_joined_phi(case, backbone.joined == "packed", layer, call, inputs)]
-    if backbone.joined == "batch":
+    # A tower that takes a batch or a packed sequence names boundaries for the latter.
+    if backbone.joined == "batch" and call.get(backbone.segment_argument) is None:
         places = regular_places(grids[0], case.prefix) if case.places is None else case.places(inputs, call)
         return [layer_phi(layer, places, grids[0])]
     if case.places is None:
@@ -206,7 +207,7 @@ def _joined_phi(case: TowerCase, packed: bool, layer: SFALayer, call: Mapping[st
     Zero between images and at padding, which the tower's own mask hides.
     """
     grids = case.grids_of(inputs)
-    counts = [case.prefix + rows * columns for rows, columns in grids]
+    counts = [case.prefix + rows * columns for rows, columns in grids] if case.tokens is None else case.tokens(inputs)
     if case.places is None:
         places = [place for grid in grids for place in regular_places(grid, case.prefix)]
     else:

@@ -61,13 +61,13 @@ class SmallTower:
     patch: tuple[int, ...] = (3 * 2 * PATCH * PATCH,)
     frames: bool = True
     loops: Callable[[int, int], list[Place]] | None = None
-    positions: Callable[[Tensor], Tensor] = staticmethod(lambda rows_columns: rows_columns)
+    positions: Callable[[Tensor], Tensor] = field(default=lambda rows_columns: rows_columns)
     count: int = 1
     prefix: int = 0
     layers: int = 3
     heads: int = 4
     lora: str = "qkv"
-    extra: Callable[[Sizes], Inputs] = staticmethod(lambda sizes: {})
+    further: Callable[[Sizes], Inputs] = field(default=lambda sizes: {})
     runs: Literal["everything", "bias", "nightly"] = "nightly"
 
     @property
@@ -100,7 +100,7 @@ class SmallTower:
         patches = torch.randn(tokens, *self.patch, generator=torch.Generator().manual_seed(seed))
         patches = patches[None] if self.model == "paddleocr_vl" else patches
         grid = next(name for name in self.names if name.endswith("grid_thw"))
-        return {self.names[0]: patches, grid: torch.tensor(counted), **self.extra(sizes)}
+        return {self.names[0]: patches, grid: torch.tensor(counted), **self.further(sizes)}
 
     def resized(self, seed: int) -> Inputs:
         """Two images of other sizes, the second with two frames where the tower takes them."""
@@ -140,10 +140,7 @@ class SmallTower:
         if self.prefix:
             return [part[self.prefix :] for part in states.split([length + self.prefix for length in lengths])]
         sides = inputs.get("merge_sizes")
-        if sides is None:
-            share = [sum(lengths) // len(states)] * len(lengths)
-        else:
-            share = [int(side) ** 2 for side in sides]
+        share = [sum(lengths) // len(states)] * len(lengths) if sides is None else [int(side) ** 2 for side in sides]
         return list(states.split([length // part for length, part in zip(lengths, share, strict=True)]))
 
     # -- places -------------------------------------------------------------------------------------------------------
@@ -268,7 +265,7 @@ SMALL_TOWERS: dict[str, tuple[SmallTower, ...]] = {
         ),
         SmallTower(
             model="video_llama_3", tower="VideoLlama3VisionModel", config="VideoLlama3VisionConfig", options=PLAIN,
-            patch=STILL, lora="q_proj", extra=lambda sizes: {"merge_sizes": torch.tensor([2, 1])},
+            patch=STILL, lora="q_proj", further=lambda sizes: {"merge_sizes": torch.tensor([2, 1])},
         ),
         SmallTower(
             model="lfm3_vl", tower="Lfm3VlVisionModel", config="Lfm3VlVisionConfig",
