@@ -1,7 +1,6 @@
 """InternViT as it comes with its checkpoints (`InternVisionModel`, remote code): fused `qkv`, and no mask argument.
 
-The one tower whose attention takes no bias through an argument. `MaskedInternAttention` replaces each attention module:
-it holds the same projection modules under the same names, so state-dict keys do not change and LoRA finds its targets.
+Its attention takes no bias through an argument: `MaskedInternAttention` stands in for each attention module.
 """
 
 from __future__ import annotations
@@ -13,24 +12,22 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import UnsupportedAttentionError
 from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_layouts, register_backbone
+from sfa_adapters.stand_in import StandIn, unwrap, wrapping
 
 __all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]
 
 
-class MaskedInternAttention(nn.Module):
-    """Replaces a remote-code `InternAttention`: it shares its modules, and has a mask argument.
+class MaskedInternAttention(StandIn):
+    """Stands in for a remote-code `InternAttention`, sharing its modules, with a mask argument.
 
     Without a mask it computes what the original's eager path does, operation by operation, so it is bit-exact with it.
 
     Args:
-        original: The attention module; it is kept, and `restore` gives it back.
+        original: The attention module.
     """
 
     def __init__(self, original: Any) -> None:
-        super().__init__()
-        self.__dict__["original"] = original  # not a child: its parameters are this module's already
-        for name, child in original.named_children():
-            self.add_module(name, child)
+        super().__init__(original)
         self.qkv: Any
         self.proj: Any
         self.q_norm: Any
@@ -40,7 +37,6 @@ class MaskedInternAttention(nn.Module):
         self.config = original.config
         self.num_heads, self.scale = int(original.num_heads), float(original.scale)
         self.qk_normalization = bool(getattr(original, "qk_normalization", False))
-        self.train(original.training)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Self-attention.
@@ -65,28 +61,10 @@ class MaskedInternAttention(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, width)))
 
-    def restore(self) -> nn.Module:
-        """The original, with the modules that are here now (a later LoRA may have replaced some)."""
-        original = self.__dict__["original"]
-        for name, child in self.named_children():
-            setattr(original, name, child)
-        original.train(self.training)
-        return original
-
     @staticmethod
     def _normalise(norm: nn.Module, states: Tensor) -> Tensor:
         """Applies a norm to the full width, all heads together; `[batch, heads, tokens, head width]`."""
         return norm(states.transpose(1, 2).flatten(-2, -1)).view_as(states.transpose(1, 2)).transpose(1, 2)
-
-
-def wrap(attention: nn.Module) -> nn.Module:
-    """The replacement of an attention module, or the module itself if it is one."""
-    return attention if isinstance(attention, MaskedInternAttention) else MaskedInternAttention(attention)
-
-
-def unwrap(attention: nn.Module) -> nn.Module:
-    """The original of a replaced attention module, or the module itself if it was not replaced."""
-    return attention.restore() if isinstance(attention, MaskedInternAttention) else attention
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -119,7 +97,7 @@ INTERNVIT_REMOTE = register_backbone(
         geometry=geometry,
         layouts=pixel_layouts,
         image_module="embeddings",
-        wrap_attention=wrap,
+        wrap_attention=wrapping(MaskedInternAttention, "InternAttention"),
         unwrap_attention=unwrap,
         check=check,
         small_towers="sfa_adapters.testing.towers_remote:INTERNVIT_REMOTE",

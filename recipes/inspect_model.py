@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sfa_adapters import SFAConfig, describe
+from sfa_adapters.class_names import qualified_name
 from sfa_adapters.errors import SFAError
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.metadata import pruned_folder
@@ -27,7 +28,7 @@ from sfa_adapters.heads.prune import Target, slice_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.inject import Description
-from sfa_adapters.registry import find_tower, qualified_name
+from sfa_adapters.registry import find_tower
 
 if TYPE_CHECKING:
     from sfa_adapters.hosts.recipe import Recipe

@@ -68,6 +68,10 @@ class MergeGroups:
         """
         return Windows(self.side, max(rows, columns)).places(rows, columns)
 
+    def check(self, rows: int, columns: int) -> None:
+        """As in `Windows`."""
+        Windows(self.side, 1).check(rows, columns)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -87,11 +91,7 @@ class Windows:
         Raises:
             LayoutError: The grid has no whole groups.
         """
-        if rows % self.side or columns % self.side:
-            raise LayoutError(
-                f"A grid of {rows}x{columns} patches has no whole {self.side}x{self.side} groups; both sides must be "
-                f"multiples of {self.side} (check image_grid_thw, and that the processor is that of this model)."
-            )
+        self.check(rows, columns)
         group_rows, group_columns = rows // self.side, columns // self.side
         row, column = Raster().places(group_rows, group_columns)
         across = -(-group_columns // self.window)
@@ -100,6 +100,18 @@ class Windows:
         inner_row, inner_column = Raster().places(self.side, self.side)
         row = (row[order, None] * self.side + inner_row).flatten()
         return row, (column[order, None] * self.side + inner_column).flatten()
+
+    def check(self, rows: int, columns: int) -> None:
+        """Checks that a grid can be cut into groups.
+
+        Raises:
+            LayoutError: It has no whole groups.
+        """
+        if rows % self.side or columns % self.side:
+            raise LayoutError(
+                f"A grid of {rows}x{columns} patches has no whole {self.side}x{self.side} groups; both sides must be "
+                f"multiples of {self.side} (check image_grid_thw, and that the processor is that of this model)."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,28 +146,43 @@ class ImageTokens:
         order: In which order the sequence lists them; None is row by row (`Raster`).
         frames: How often the grid is listed: the frames of a video, one behind the other.
         padding: Padding tokens behind them; of towers that pad.
+        without_place: Runs of tokens among them that have no place on the page but are attended to, such as a CLS token
+            at the end or in front of each tile: start and stop of each, counted in the whole sequence of the image
+            behind its prefix. `order` does not list them.
+
+    Raises:
+        LayoutError: There are no tokens, or the grid has no whole merge groups.
     """
 
     grid: tuple[int, int]
     order: TokenOrder | None = None
     frames: int = 1
     padding: int = 0
+    without_place: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        edges = [edge for run in self.without_place for edge in run]
+        if edges and not (edges[0] >= 0 and edges[-1] <= self.num_tokens and _ascend(self.without_place)):
+            raise LayoutError(
+                f"without_place={self.without_place} must be runs of at least one token, in order and apart, inside "
+                f"the {self.num_tokens} tokens of the image."
+            )
         if min(self.grid) < 1 or self.frames < 1 or self.padding < 0:
             raise LayoutError(
                 f"An image needs tokens: got a grid of {self.grid[0]}x{self.grid[1]} patches, {self.frames} frames and "
                 f"{self.padding} padding tokens."
             )
+        if isinstance(self.order, (MergeGroups, Windows)):  # here, so that it is said before the tower itself fails
+            self.order.check(*self.grid)
 
     @property
     def num_tokens(self) -> int:
-        """N, of all frames, without padding."""
+        """N, of all frames and with those without a place, without padding."""
         one = len(self.order.rows) if isinstance(self.order, Listed) else self.grid[0] * self.grid[1]
-        return one * self.frames
+        return one * self.frames + sum(stop - start for start, stop in self.without_place)
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token, `[N]` each.
+        """Row and column of each token that has a place, `[N]` each.
 
         Raises:
             LayoutError: The order does not fit the grid.
@@ -170,9 +197,20 @@ class ImageTokens:
             LayoutError: The order does not fit the grid.
         """
         if (self.order is None or isinstance(self.order, Raster)) and self.frames == 1:
-            return TokenLayout.regular(*self.grid, prefix_tokens, block_map)
-        row, column = self.places()
-        return TokenLayout.from_boxes(row, column, torch.ones(len(row)), self.grid, prefix_tokens, block_map)
+            layout = TokenLayout.regular(*self.grid, prefix_tokens, block_map)
+        else:
+            row, column = self.places()
+            layout = TokenLayout.from_boxes(row, column, torch.ones(len(row)), self.grid, prefix_tokens, block_map)
+        if not self.without_place:
+            return layout
+        placed = torch.ones(prefix_tokens + self.num_tokens, dtype=torch.bool)
+        for start, stop in self.without_place:
+            placed[prefix_tokens + start : prefix_tokens + stop] = False
+        return layout.spread(placed.nonzero().flatten(), len(placed))
+
+
+def _ascend(runs: Sequence[tuple[int, int]]) -> bool:
+    return all(start < stop for start, stop in runs) and all(a[1] <= b[0] for a, b in itertools.pairwise(runs))
 
 
 @dataclass(frozen=True)
@@ -183,22 +221,23 @@ class TokenArrangement:
         joined: How the images are put together.
         images: The images in order; one for `batch`, where they share a grid.
         prefix_tokens: Leading tokens of each image without a place on the page.
+        after_merge: How they lie behind a layer of the tower that makes one token of several; None where all layers
+            see the same tokens.
 
     Raises:
-        LayoutError: There is no image, a segmented tower has prefix tokens, or padded images differ in length.
+        LayoutError: There is no image, or padded images differ in length.
     """
 
     joined: Joined
     images: tuple[ImageTokens, ...]
     prefix_tokens: int = 0
+    after_merge: TokenArrangement | None = None
 
     def __post_init__(self) -> None:
         if self.joined not in get_args(Joined):
             raise LayoutError(f"joined={self.joined!r} must be one of {', '.join(get_args(Joined))}.")
         if not self.images:
             raise LayoutError("A forward needs at least one image; its list of images (or their grids) is empty.")
-        if self.joined == "segments" and self.prefix_tokens:
-            raise LayoutError("The images of a segmented tower have no prefix tokens here; describe them as `packed`.")
         lengths = {image.num_tokens + image.padding for image in self.images}
         if self.joined == "padded" and len(lengths) > 1:
             raise LayoutError(f"Padded images must have one length; with their padding they have {sorted(lengths)}.")
@@ -234,18 +273,23 @@ class TokenArrangement:
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(itertools.accumulate(image.num_tokens for image in self.images))
+        return list(itertools.accumulate(self.lengths))
 
     def segments(self, bounds: Sequence[int], block_map: Tensor | None) -> list[TokenLayout]:
         """The layout of each segment; distances are relative to the whole image, also inside a window.
+
+        The prefix tokens of an image belong to its first segment.
 
         Args:
             bounds: Where segments begin and end, ascending from 0; `cu_seqlens`.
             block_map: As in `TokenLayout.regular`.
 
         Raises:
-            LayoutError: A segment reaches over the border of an image, or is empty.
+            LayoutError: A segment reaches over the border of an image, is empty, or cuts an image with tokens that have
+                no place.
         """
+        if self.prefix_tokens or any(image.without_place for image in self.images):
+            return self._whole_segments(bounds, block_map)
         places = {image: image.places() for image in set(self.images)}
         layouts: list[TokenLayout] = []
         number = 0
@@ -255,7 +299,17 @@ class TokenArrangement:
             if start >= stop or number == len(self._ends) or stop > self._ends[number]:
                 raise LayoutError(f"Segment {start}..{stop} does not lie inside one image; images end at {self._ends}.")
             image = self.images[number]
-            first = self._ends[number] - image.num_tokens
-            row, column = (axis[start - first : stop - first] for axis in places[image])
-            layouts.append(TokenLayout.from_boxes(row, column, torch.ones(len(row)), image.grid, block_map=block_map))
+            first = self._ends[number] - self.lengths[number] + self.prefix_tokens  # the first token with a place
+            prefix = max(0, min(first, stop) - start)
+            row, column = (axis[max(0, start - first) : max(0, stop - first)] for axis in places[image])
+            layouts.append(TokenLayout.from_boxes(row, column, torch.ones(len(row)), image.grid, prefix, block_map))
         return layouts
+
+    def _whole_segments(self, bounds: Sequence[int], block_map: Tensor | None) -> list[TokenLayout]:
+        """As `segments`, where each must be an image: a window has no prefix of its own."""
+        if list(bounds) != [0, *self._ends]:
+            raise LayoutError(
+                f"Segments {list(bounds)} must each be a whole image, prefix tokens and those without a place "
+                f"included; images end at {self._ends}."
+            )
+        return self.image_layouts(block_map)

@@ -31,7 +31,7 @@ class SFAWarning(UserWarning):
 
 
 class NoMatchingBackboneError(SFAError, ValueError):
-    """No registered backbone fits the model; the text lists the attention modules that were seen."""
+    """No registered backbone fits the model; the text says why, or lists the attention modules that were seen."""
 
 
 class InjectionError(SFAError, ValueError):

@@ -47,7 +47,7 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The hidden states among the arguments of an encoder, of one of its layers or of its attention."""
     if args:
         return args[0]
-    names = ("hidden_states", "inputs_embeds", "x")
+    names = ("hidden_states", "inputs_embeds", "x", "hidden_state")
     return next((kwargs[name] for name in names if name in kwargs), None)
 
 

@@ -104,8 +104,10 @@ class SFALayer(ScalarLayer):
             raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
         arrangement = self.state.arrangement(hidden_states, self)
-        if bounds is not None:
+        joined = self.state.backbone.joined if isinstance(arrangement, Packing) else arrangement.joined
+        if joined == "segments":
             assert not isinstance(arrangement, Packing)
+            assert bounds is not None
             segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
             if len(factors) == 1 and segments[0].batch_size is not None:
@@ -220,8 +222,10 @@ def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     hidden_states: Any = hidden_states_of(args, kwargs)
+    segment_argument = layer.state.backbone.segment_argument
+    # Towers that take images both in a batch and as segments name the boundaries in the latter case only.
     segmented = layer.state.backbone.joined == "segments"
-    bounds = _segment_bounds(attention, layer, args, kwargs) if segmented else None
+    bounds = _segment_bounds(attention, layer, args, kwargs) if segmented else kwargs.get(segment_argument)
     layer.state.see_states(hidden_states, layer)
     mask = layer.build_mask(hidden_states, given_mask(attention, SFA, args, kwargs), bounds)
     return give_mask(attention, SFA, mask, args, kwargs)

@@ -85,6 +85,8 @@ class TokenLayout:
         rows: Positions on the vertical axis.
         columns: Positions on the horizontal axis.
         padding: True where a token is padding, `[B, N]`, or None when there is none.
+        placeless: True at tokens behind the prefix that have no place either, `[N]` or `[B, N]`, or None when there are
+            none: a CLS token at the end, or in front of each tile. As prefix tokens they are seen, with phi = 0.
     """
 
     grid: tuple[int, int] | tuple[tuple[int, int], ...]
@@ -93,6 +95,7 @@ class TokenLayout:
     rows: AxisKinds
     columns: AxisKinds
     padding: Tensor | None = None
+    placeless: Tensor | None = None
     _derived: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,8 +108,9 @@ class TokenLayout:
             )
         if not 0 <= self.prefix_tokens <= shape[-1]:
             raise LayoutError(f"prefix_tokens={self.prefix_tokens} must lie in 0..{shape[-1]}, the number of tokens.")
-        if self.padding is not None and self.padding.shape != shape:
-            raise LayoutError(f"padding {tuple(self.padding.shape)} must have the tokens' shape {tuple(shape)}.")
+        for name, marks in (("padding", self.padding), ("placeless", self.placeless)):
+            if marks is not None and marks.shape != shape:
+                raise LayoutError(f"{name} {tuple(marks.shape)} must have the tokens' shape {tuple(shape)}.")
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -221,7 +225,15 @@ class TokenLayout:
         grids = tuple(layout.grid for layout in layouts)
         rows = _merge([layout.rows for layout in layouts], total)
         columns = _merge([layout.columns for layout in layouts], total)
-        return cls(grids, prefixes.pop(), block, rows, columns, padding if bool(padding.any()) else None)  # pyright: ignore[reportArgumentType]
+        marks = [layout.placeless for layout in layouts]
+        placeless = None
+        if any(mark is not None for mark in marks):
+            filled = [
+                torch.zeros_like(p.block, dtype=torch.bool) if p.placeless is None else p.placeless for p in layouts
+            ]
+            placeless = _pad_rows(filled, total)
+        padding = padding if bool(padding.any()) else None
+        return cls(grids, prefixes.pop(), block, rows, columns, padding, placeless)  # pyright: ignore[reportArgumentType]
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -238,9 +250,20 @@ class TokenLayout:
     @property
     def spatial(self) -> Tensor:
         """True where a token has a place on the page (no prefix, no padding), bool, `[N]` or `[B, N]`."""
-        mask = torch.ones_like(self.block, dtype=torch.bool)
-        mask[..., : self.prefix_tokens] = False
+        mask = ~self.off_page
         return mask if self.padding is None else mask & ~self.padding
+
+    @property
+    def off_page(self) -> Tensor:
+        """True at tokens that are seen but have no place: the prefix and `placeless`, bool, `[N]` or `[B, N]`."""
+        mask = torch.zeros_like(self.block, dtype=torch.bool)
+        mask[..., : self.prefix_tokens] = True
+        return mask if self.placeless is None else mask | self.placeless
+
+    @property
+    def has_off_page(self) -> bool:
+        """Whether there may be such tokens."""
+        return self.prefix_tokens > 0 or self.placeless is not None
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +277,7 @@ class TokenLayout:
 
     @property
     def key_channels(self) -> Tensor:
-        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]` and one channel for prefixes, fp32."""
+        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]` and one channel for `off_page`, fp32."""
         return self._derive("key_channels", self._build_key_channels)
 
     def _build_one_hot(self) -> Tensor:
@@ -264,9 +287,8 @@ class TokenLayout:
     def _build_key_channels(self) -> Tensor:
         rows, columns = self.one_hot.split((self.rows.num_kinds, self.columns.num_kinds), dim=-1)
         parts = [rows[..., :-1], columns[..., :-1]]
-        if self.prefix_tokens:
-            is_prefix = torch.arange(self.num_tokens, device=self.device) < self.prefix_tokens
-            parts.append(is_prefix.float()[:, None].expand(*self.block.shape, 1))
+        if self.has_off_page:
+            parts.append(self.off_page.float().unsqueeze(-1))
         return torch.cat(parts, dim=-1)
 
     def _derive(self, name: str, build: Callable[[], Tensor]) -> Tensor:
@@ -284,8 +306,29 @@ class TokenLayout:
             AxisKinds(axis.index.to(device), axis.start.to(device), axis.extent.to(device))
             for axis in (self.rows, self.columns)
         ]
-        padding = None if self.padding is None else self.padding.to(device)
-        return replace(self, block=self.block.to(device), rows=move[0], columns=move[1], padding=padding)
+        padding, placeless = (None if mark is None else mark.to(device) for mark in (self.padding, self.placeless))
+        block = self.block.to(device)
+        return replace(self, block=block, rows=move[0], columns=move[1], padding=padding, placeless=placeless)
+
+    def spread(self, where: Tensor, num_tokens: int) -> TokenLayout:
+        """Puts tokens without a place between those of one image: token k of this layout becomes token `where[k]`.
+
+        Args:
+            where: Ascending, `[N]`, beginning with the prefix; all other tokens of the result are `placeless`.
+            num_tokens: Tokens of the result.
+        """
+
+        def put(values: Tensor, fill: bool | int) -> Tensor:
+            return torch.full((num_tokens,), fill, dtype=values.dtype, device=values.device).index_copy(
+                0, where, values
+            )
+
+        rows = replace(self.rows, index=put(self.rows.index, 0))
+        columns = replace(self.columns, index=put(self.columns.index, 0))
+        placed = torch.zeros_like(self.block, dtype=torch.bool) if self.placeless is None else self.placeless
+        padding = None if self.padding is None else put(self.padding, False)
+        block, placeless = put(self.block, 0), put(placed, True)
+        return TokenLayout(self.grid, self.prefix_tokens, block, rows, columns, padding, placeless)
 
     def select(self, index: Tensor, prefix_tokens: int | None = None) -> TokenLayout:
         """Reorders or drops tokens: token k of the result is token `index[..., k]` of this layout.
@@ -312,8 +355,8 @@ class TokenLayout:
 
         rows = replace(self.rows, index=take(self.rows.index))
         columns = replace(self.columns, index=take(self.columns.index))
-        padding = None if self.padding is None else take(self.padding)
-        return TokenLayout(self.grid, keep, take(self.block), rows, columns, padding)
+        padding, placeless = (None if mark is None else take(mark) for mark in (self.padding, self.placeless))
+        return TokenLayout(self.grid, keep, take(self.block), rows, columns, padding, placeless)
 
 
 def check_block_map(block_map: Tensor | None) -> Tensor:

@@ -65,6 +65,6 @@ def segment_arrangements(
     def layouts(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenArrangement:
         count, description = describe(module, args, kwargs)
         one = (ImageTokens((1, count)),)  # the grids are in the description
-        return DescribedSegments("segments", one, 0, description, count, build)
+        return DescribedSegments("segments", one, description=description, count=count, build=build)
 
     return layouts

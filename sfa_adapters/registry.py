@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from sfa_adapters.arrangement import ImageTokens, Joined, TokenArrangement
 from sfa_adapters.attention_contract import MaskArgument, choose_mask_argument
+from sfa_adapters.class_names import matches, qualified_name
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.old_records import grid_layouts, segment_arrangements
 from sfa_adapters.read_layers import count_read_layers
+from sfa_adapters.refusals import refusal_of
 
 __all__ = [
     "Backbone",
@@ -101,7 +103,9 @@ class Backbone:
         name: Unique name, saved with adapters.
         towers: Classes of the tower: the module whose forward takes the image.
         attentions: Classes of its attention modules. Their number of heads is read from them or from their
-            configuration.
+            configuration. Where one such module holds another, the inner one is taken.
+        attention_paths: Patterns over the paths of attention modules in the tower, where modules of their class also do
+            something else (X-CLIP: attention over frames).
         geometry: Reads grid and prefix from a tower.
         layouts: Says how the tokens of each image of a forward lie, from the inputs of the image module: see `Layouts`.
         joined: How images are put together: `batch` (one grid), `padded` (a grid for each image), `packed` (one
@@ -110,11 +114,14 @@ class Backbone:
             child where people call other methods of the tower than its forward (timm: `forward_features`).
         mask_argument: Name of the argument of the attention module's forward that takes an additive mask. By default
             it is read from its signature (`sfa_adapters.attention_contract`).
+        left_out: Paths in the tower, as patterns, of attention modules of these classes that get no bias.
         segment_argument: Segmented towers only: the argument of the attention's forward with the segment boundaries.
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
+        token_reduction: Segmented towers only: whether features that drop or merge tokens (DyMU, `drop_blank_groups`,
+            FastV by density) know its input, its windows and its merger.
         statistics: Of towers without `patches`: as there.
         grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
         describe_input: Old form, until 0.2: what to remember of the inputs of a segmented tower. Use `layouts`.
@@ -126,16 +133,19 @@ class Backbone:
     name: str
     towers: tuple[str, ...]
     attentions: tuple[str, ...]
+    attention_paths: tuple[str, ...] = ("*",)
     geometry: Callable[[nn.Module], Geometry]
     layouts: Layouts | None = None
     joined: Joined = "batch"
     image_module: str = ""
+    left_out: tuple[str, ...] = ()
     mask_argument: str | None = None
     segment_argument: str = "cu_seqlens"
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
     patches: PatchSeam | None = None
+    token_reduction: bool = False
     small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
     grid_of_input: GridOfInput | None = None
@@ -194,6 +204,24 @@ class Backbone:
     def is_attention(self, module: nn.Module) -> bool:
         """Whether the module is an attention layer of this kind of tower."""
         return matches(module, self.attentions)
+
+    def adapts(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at a path in a tower of this kind is an attention layer that gets a bias."""
+        return self.is_attention(module) and not any(fnmatchcase(path, pattern) for pattern in self.left_out)
+
+    def attentions_of(self, tower: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Path in the tower and module of each of its attention layers, in order."""
+        matching = {
+            path: module
+            for path, module in tower.named_modules()
+            if self.adapts(path, module) and any(fnmatchcase(path, pattern) for pattern in self.attention_paths)
+        }
+        # Until transformers 5.20 some modules of this name hold the one that computes attention.
+        return [
+            (path, module)
+            for path, module in matching.items()
+            if not any(other.startswith(f"{path}.") for other in matching)
+        ]
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
         """Pickled and copied as its name: records hold functions, often lambdas, which cannot be pickled.
@@ -269,17 +297,6 @@ def _registered(name: str) -> Backbone:
     return record
 
 
-def qualified_name(module: nn.Module) -> str:
-    """`module.Class` of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def matches(module: nn.Module, patterns: Sequence[str]) -> bool:
-    """Whether the class of a module, or a class it derives from, fits one of the patterns."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
 def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
     """Finds the vision tower of a model; text towers are left alone.
 
@@ -289,7 +306,8 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
             carries SFA already.
 
     Raises:
-        NoMatchingBackboneError: No registered backbone fits; lists the attention modules that were seen.
+        NoMatchingBackboneError: No registered backbone fits; says why where the model is known to carry no bias, else
+            lists the attention modules that were seen.
         InjectionError: Several towers fit, or none at the path.
     """
     backbones = registered_backbones()
@@ -304,7 +322,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
     name, tower, backbone = _choose_tower(model, towers, path)
     prefix = f"{name}." if name else ""
-    attentions = tuple((prefix + key, m) for key, m in tower.named_modules() if backbone.is_attention(m))
+    attentions = tuple((prefix + path, module) for path, module in backbone.attentions_of(tower))
     if not attentions:
         raise NoMatchingBackboneError(
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "
@@ -339,6 +357,9 @@ def _choose_tower(
 
 
 def _nothing_found(model: nn.Module, backbones: Mapping[str, Backbone]) -> str:
+    known = refusal_of(model)
+    if known is not None:
+        return f"No registered backbone fits {type(model).__name__}. {known}"
     seen: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if "attention" in type(module).__name__.lower() or "attn" in name.rpartition(".")[2].lower():

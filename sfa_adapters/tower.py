@@ -67,9 +67,10 @@ class TowerState:
         """Records, when a forward begins, where the tokens of its images lie."""
         forward = TowerForward()
         arrangement = given.arrangement()
-        if arrangement is not None:
+        while arrangement is not None:
             forward.inputs[arrangement.num_tokens] = arrangement
             self._see(arrangement.num_tokens, arrangement)
+            arrangement = arrangement.after_merge
         if torch.compiler.is_compiling():
             self.log.compiled = forward
         else:
@@ -218,7 +219,8 @@ class TowerState:
 
         def build() -> list[TokenLayout]:
             layouts = arrangement.segments(bounds, block_map)
-            if max(layout.num_tokens for layout in layouts) <= SHORT_SEGMENT:
+            one_prefix = len({layout.prefix_tokens for layout in layouts}) == 1
+            if one_prefix and max(layout.num_tokens for layout in layouts) <= SHORT_SEGMENT:
                 layouts = [TokenLayout.batch(layouts)]
             return [layout.to(device) for layout in layouts]
 

@@ -93,7 +93,6 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
         (lambda: TokenArrangement("batch", ()), "at least one image"),
         (lambda: TokenArrangement("pile", (ImageTokens((1, 1)),)), "must be one of batch, padded, packed, segments"),  # pyright: ignore[reportArgumentType]
         (lambda: TokenArrangement("batch", (ImageTokens((1, 1)),) * 2), "one grid for all images"),
-        (lambda: TokenArrangement("segments", (ImageTokens((1, 1)),), 1), "no prefix tokens"),
         (lambda: TokenArrangement("padded", (ImageTokens((1, 1)), ImageTokens((1, 2)))), "must have one length"),
         (lambda: ImageTokens((0, 4)), "needs tokens: got a grid of 0x4"),
         (lambda: ImageTokens((1, 4), frames=0), "0 frames"),
@@ -107,3 +106,42 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
 def test_what_cannot_be_is_refused(act, text: str) -> None:
     with pytest.raises(LayoutError, match=text):
         act()
+
+
+def test_tokens_without_a_place_are_counted_and_keep_their_position() -> None:
+    """Two tiles beside each other, each with a CLS token in front and a padding token that takes part behind."""
+    rows, columns = (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 0, 1, 2, 3, 2, 3)
+    image = ImageTokens((2, 4), Listed(rows, columns), without_place=((0, 1), (5, 7), (11, 12)))
+    assert image.num_tokens == 12
+    layout = image.layout(0, None)
+    assert layout.num_tokens == 12
+    assert layout.spatial.tolist() == [False, *[True] * 4, False, False, *[True] * 4, False]
+    assert layout.padding is None
+    alone = ImageTokens((2, 4), Listed(rows, columns)).layout(0, None)
+    assert torch.equal(layout.block[layout.spatial], alone.block)
+    assert TokenArrangement("batch", (image,)).num_tokens == 12
+    nothing = ImageTokens((1, 1), Listed((), ()), without_place=((0, 3),)).layout(0, None)
+    assert not nothing.spatial.any()
+    behind_cls = ImageTokens((1, 2), without_place=((2, 3),)).layout(1, None)
+    assert behind_cls.spatial.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("runs", [((1, 1),), ((3, 2),), ((0, 2), (1, 3)), ((-1, 1),), ((5, 6),)])
+def test_runs_without_a_place_must_lie_in_order_inside_the_sequence(runs: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(LayoutError, match="without_place"):
+        ImageTokens((2, 2), without_place=runs)
+
+
+def test_segments_with_prefix_tokens_are_whole_images() -> None:
+    images = (ImageTokens((2, 3)), ImageTokens((1, 2)))
+    arrangement = TokenArrangement("segments", images, prefix_tokens=2)
+    assert arrangement.num_tokens == 12
+    first, second = arrangement.segments((0, 8, 12), None)
+    assert (first.num_tokens, first.prefix_tokens, first.grid) == (8, 2, (2, 3))
+    assert (second.num_tokens, second.prefix_tokens, second.grid) == (4, 2, (1, 2))
+    assert first.spatial.tolist() == [False, False, *[True] * 6]
+    for bounds in ((0, 4, 8, 12), (0, 12), (0, 8)):
+        with pytest.raises(LayoutError, match="whole image"):
+            arrangement.segments(bounds, None)
+    with pytest.raises(LayoutError, match="whole image"):
+        TokenArrangement("segments", (ImageTokens((1, 2), without_place=((2, 3),)),)).segments((0, 1, 3), None)

@@ -74,6 +74,29 @@ def test_adaptive_tokens(cells: int, prefix: int, seed: int):
 
 
 @exact
+@given(side, side, prefixes, st.integers(1, 4), seeds)
+def test_tokens_without_a_place_behind_the_prefix(height: int, width: int, prefix: int, more: int, seed: int):
+    """A CLS token at the end, or one in front of each tile: phi is zero there, as at a prefix token."""
+    tokens = prefix + height * width + more
+    generator = torch.Generator().manual_seed(seed)
+    where = prefix + torch.randperm(tokens - prefix, generator=generator)[: height * width].sort().values
+    where = torch.cat((torch.arange(prefix), where))
+    layout = TokenLayout.regular(height, width, prefix)
+    spread = layout.spread(where, tokens)
+    check_backends(spread, seed)
+    bias = StructuralBias(2, init_std=1.0)
+    phi = bias(spread)
+    assert_close(phi[:, :, where[:, None], where], bias(layout))
+    rest = torch.ones(tokens, dtype=torch.bool)
+    rest[where] = False
+    assert not phi[:, :, rest].any()
+    assert not phi[..., rest].any()
+    moved = spread.to("cpu").select(torch.arange(tokens))
+    assert torch.equal(bias(moved), phi)
+    check_backends(TokenLayout.batch([spread, TokenLayout.regular(height, width, prefix)]), seed)
+
+
+@exact
 @given(st.lists(st.tuples(side, side), min_size=1, max_size=3), prefixes, seeds)
 def test_ragged_batches(grids: list[tuple[int, int]], prefix: int, seed: int):
     check_backends(TokenLayout.batch([TokenLayout.regular(*grid, prefix) for grid in grids]), seed)

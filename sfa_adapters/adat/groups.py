@@ -93,8 +93,15 @@ def drop_blank_groups(
     policy = policy or GroupPolicy()
     located = find_tower(model)
     core: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-    if located.backbone.name != "qwen2_5_vit" or core is None:
-        raise InjectionError(f"drop_blank_groups is for Qwen2.5-VL; {type(model).__name__} takes inject_adat(model).")
+    if not located.backbone.token_reduction or core is None:
+        instead = (
+            f"its tower {type(located.tower).__name__} ({located.backbone.name}) takes whole pages only."
+            if located.backbone.patches is None
+            else "it takes inject_adat(model)."
+        )
+        raise InjectionError(
+            f"drop_blank_groups is for Qwen2.5-VL; the model is a {type(model).__name__}, and {instead}"
+        )
     missing = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"} - set(inputs)
     if missing or inputs.get("pixel_values_videos") is not None:
         what = f"lacks {sorted(missing)}" if missing else "holds videos"

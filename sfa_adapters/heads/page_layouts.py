@@ -63,6 +63,11 @@ class _Pages:
         """The layout of an attention call; the segments of a layer are called in order."""
         key: Any = self.arrangement
         start = stop = 0
+        if self.arrangement is not None and self.arrangement.after_merge is not None:
+            raise LayoutError(
+                f"The {self.backbone.name} tower makes one token of several between its layers, so the tokens of "
+                f"{call.layer} cannot be told from those in front. Choose heads by another criterion."
+            )
         if self.backbone.joined == "segments":
             start = self.ends.get(call.layer, 0) if call.segment else 0
             stop = self.ends[call.layer] = start + call.num_queries

@@ -80,8 +80,12 @@ class TowerCase:
         grid: Rows and columns of patches at its default image size, None where it takes any size.
         prefix: Leading tokens without a place (CLS, registers).
         grids: Rows and columns of each image (and of each frame) of some inputs, in order. By default `grid`.
+        grids_of_call: For towers that make one token of several between layers: as `grids`, from inputs and the keyword
+            arguments of an attention's forward. By default `grids`.
         places: For towers whose attention does not see the tokens of an image row by row: place of each token, from
             inputs and the keyword arguments of the attention's forward.
+        tokens: For towers that put the images of a batch together in another way than all patches behind the prefix:
+            tokens of each image, those without a place included, for each of which `places` has an entry.
         hidden: Patch features of each image, `[tokens, width]`; never a pooled output.
         split: Cuts such inputs into inputs of one image each.
         resized: Inputs of another, non-square image size, or None where the tower takes one size only.
@@ -98,6 +102,8 @@ class TowerCase:
         lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
         compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
             or "every layer" with a bias.
+        plain: What the slow reference runs in place of a plain attention module, for modules whose logits cannot be
+            reached from Python: one that computes the same step by step.
         library: Where the tower comes from, e.g. "timm". The suite does not read it.
         runs: What of the contract runs by default: "everything", its part about the bias ("bias"), or nothing of it
             ("nightly"). Members of a large family differ little, so that one of them is enough for each change; a
@@ -113,7 +119,9 @@ class TowerCase:
     grid: Grid | None
     prefix: int = 0
     grids: Callable[[Inputs], Sequence[Grid]] | None = None
+    grids_of_call: Callable[[Inputs, Mapping[str, Any]], Sequence[Grid]] | None = None
     places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None
+    tokens: Callable[[Inputs], Sequence[int]] | None = None
     hidden: Callable[[nn.Module, Inputs], list[Tensor]] = read_hidden
     split: Callable[[Inputs], list[Inputs]] = split_batch
     resized: Callable[[int], Inputs] | None = None
@@ -126,6 +134,7 @@ class TowerCase:
     encoder: str | None = None
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"
+    plain: Callable[[nn.Module], nn.Module] | None = None
     library: str = ""
     runs: Literal["everything", "bias", "nightly"] = "everything"
 

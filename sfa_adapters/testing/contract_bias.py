@@ -224,8 +224,9 @@ def _reference(case: TowerCase, attention: nn.Module, layer: SFALayer, call: Cal
     args, kwargs, _ = call
     by_name = arguments_by_name(attention, args, kwargs)
     phis = phis_of_call(case, registered_backbones()[case.backbone], layer, by_name, inputs)
+    slow_module = attention if case.plain is None else case.plain(attention)
     with torch.no_grad(), SlowAttention(phis) as slow:
-        output = attention(*args, **kwargs)
+        output = slow_module(*args, **kwargs)
     assert slow.calls == len(phis), (
         f"the plain {type(attention).__name__} called scaled_dot_product_attention or softmax {slow.calls} times, and "
         f"there are {len(phis)} attention computations by its inputs"

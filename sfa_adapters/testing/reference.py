@@ -177,17 +177,18 @@ def phis_of_call(
         call: The arguments of the attention's forward by name.
         inputs: The inputs of the tower.
     """
-    grids = case.grids_of(inputs)
+    grids = case.grids_of(inputs) if case.grids_of_call is None else list(case.grids_of_call(inputs, call))
     if backbone.joined in ("padded", "packed"):
         return [_joined_phi(case, backbone.joined == "packed", layer, call, inputs)]
-    if backbone.joined == "batch":
+    # A tower that takes a batch or a packed sequence names boundaries for the latter.
+    if backbone.joined == "batch" and call.get(backbone.segment_argument) is None:
         places = regular_places(grids[0], case.prefix) if case.places is None else case.places(inputs, call)
         return [layer_phi(layer, places, grids[0])]
     if case.places is None:
-        places = [place for grid in grids for place in regular_places(grid, 0)]
+        places = [place for grid in grids for place in regular_places(grid, case.prefix)]
     else:
         places = case.places(inputs, call)
-    ends = list(itertools.accumulate(rows * columns for rows, columns in grids))
+    ends = list(itertools.accumulate(case.prefix + rows * columns for rows, columns in grids))
     bounds = [int(bound) for bound in call[backbone.segment_argument]]
     assert bounds[-1] == ends[-1] == len(places), (
         f"{backbone.segment_argument} ends at {bounds[-1]}, by its inputs the tower has {ends[-1]} tokens, and there "
@@ -206,7 +207,7 @@ def _joined_phi(case: TowerCase, packed: bool, layer: SFALayer, call: Mapping[st
     Zero between images and at padding, which the tower's own mask hides.
     """
     grids = case.grids_of(inputs)
-    counts = [case.prefix + rows * columns for rows, columns in grids]
+    counts = [case.prefix + rows * columns for rows, columns in grids] if case.tokens is None else case.tokens(inputs)
     if case.places is None:
         places = [place for grid in grids for place in regular_places(grid, case.prefix)]
     else:

@@ -13,8 +13,8 @@ from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
+from sfa_adapters.class_names import matches
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.registry import matches
 from sfa_adapters.vlm.parts import plain_model
 from sfa_adapters.vlm.spec import FEATURES, Feature, VLMSpec
 

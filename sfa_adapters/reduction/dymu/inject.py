@@ -101,9 +101,14 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     tower, backbone = located.tower, located.backbone
     where = located.name or type(tower).__name__
     flat = backbone.joined == "segments"
-    if backbone.patches is None and not flat:
+    if backbone.patches is None and not (flat and backbone.token_reduction):
+        why = (
+            "its order of tokens and what merges them behind its layers are not those that DyMU knows"
+            if flat
+            else "it has masks or attention of its own"
+        )
         raise InjectionError(
-            f"{where} is a {backbone.name} tower, in which tokens cannot merge: it has masks or attention of its own. "
+            f"{where} is a {backbone.name} tower ({type(tower).__name__}), in which tokens cannot merge: {why}. "
             "DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
         )
     if DYMU in features_of(tower):

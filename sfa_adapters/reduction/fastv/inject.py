@@ -113,7 +113,8 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
 
     Raises:
         InjectionError: The model has no language model that this works on, too few layers, FastV already, or DyMU that
-            shortens the prompts of `selector="density"`.
+            shortens the prompts of `selector="density"`; or the selector is `density`, and the tower takes patches of a
+            form that is not known.
         UnsupportedAttentionError: The selector needs attention scores, which flash and flex attention do not show.
 
     Example:
@@ -193,7 +194,15 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
 
 
 def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
-    return find_tower(model) if config.selector == "density" else None
+    if config.selector != "density":
+        return None
+    located = find_tower(model)
+    if located.backbone.joined != "batch" and not located.backbone.token_reduction:
+        raise InjectionError(
+            f"selector='density' reads text off the pixels, and how the patches of {type(located.tower).__name__} "
+            f"({located.backbone.name}) hold their pixels is not known. Choose another selector, e.g. 'attention'."
+        )
+    return located
 
 
 def _statistics(config: FastVConfig, located: FoundTower | None) -> tuple[Any, Any] | None:

@@ -1,0 +1,76 @@
+"""Small towers of families of transformers: one line for each member, which an older release may not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from torch import nn
+
+from sfa_adapters.testing.cases import Grid, Inputs, TowerCase, lively
+
+__all__ = ["Small", "grids_of_patches", "installed"]
+
+
+class Small:
+    """One member of a family: the classes of its tower, and what its case has of its own.
+
+    Args:
+        module: Module in `transformers.models` that has both classes, e.g. `vit.modeling_vit`.
+        tower: Class of the tower.
+        config: Class of its configuration.
+        options: Options of the configuration, on top of those of the family.
+        **case: Fields of the `TowerCase`, likewise.
+    """
+
+    def __init__(
+        self, module: str, tower: str, config: str, options: Mapping[str, Any] | None = None, **case: Any
+    ) -> None:
+        self.module, self.tower, self.config = module, tower, config
+        self.options, self.case = options or {}, case
+
+    @property
+    def there(self) -> bool:
+        """Whether the installed transformers has it."""
+        return find_spec(f"transformers.models.{self.module.partition('.')[0]}") is not None
+
+    def build(self, options: Mapping[str, Any]) -> nn.Module:
+        """The tower, with random weights."""
+        module = import_module(f"transformers.models.{self.module}")
+        config = getattr(module, self.config)(**{**options, **self.options})
+        return getattr(module, self.tower)(config)
+
+    def tower_case(
+        self, options: Mapping[str, Any], common: Mapping[str, Any], runs: Literal["everything", "bias", "nightly"]
+    ) -> TowerCase:
+        """Its case, named after its folder if it brings no name."""
+        fields = {"name": self.module.partition(".")[0], "runs": runs, **common, **self.case}
+        return TowerCase(**fields, build=lively(lambda: self.build(options)))
+
+
+def installed(
+    backbone: str, options: Mapping[str, Any], common: Mapping[str, Any], members: Sequence[Small]
+) -> tuple[TowerCase, ...]:
+    """The cases of those members that the installed transformers has; the first is the one that runs by default.
+
+    Args:
+        backbone: Name of their record.
+        options: Options of all their configurations.
+        common: Fields that their cases have in common.
+        members: The most used one first.
+    """
+    there = [member for member in members if member.there]
+    shared = {**common, "backbone": backbone}
+    return tuple(m.tower_case(options, shared, "nightly" if number else "bias") for number, m in enumerate(there))
+
+
+def grids_of_patches(patch: int, name: str = "pixel_values") -> Any:
+    """`TowerCase.grids` of towers that cut all `[batch, channels, height, width]` images of an input into patches."""
+
+    def grids(inputs: Inputs) -> list[Grid]:
+        height, width = inputs[name].shape[-2:]
+        return [(height // patch, width // patch)]
+
+    return grids

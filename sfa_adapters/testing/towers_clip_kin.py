@@ -1,0 +1,98 @@
+"""Small towers of the kind of CLIP: those of transformers that were built after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sfa_adapters.testing.cases import Inputs, Place, images
+from sfa_adapters.testing.members import Small, installed
+from sfa_adapters.testing.reference import regular_places
+from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, PATCH, RESIZED
+
+__all__ = ["BLIP", "CLIP_KIN", "UNLIMITED_OCR", "X_CLIP"]
+
+# The fused attention adds a position_bias; the eager one of these towers does not know it.
+FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
+# Of towers that are no `PreTrainedModel` themselves: their host chooses.
+FUSED = {"attn_implementation": "sdpa"}
+QIANFAN: dict[str, Any] = {"image_size": (56, 56), "patch_size": (14, 14), "layer_scale_init_value": 1.0}
+
+CLIP_KIN = installed(
+    "clip_kin", OPTIONS, COMMON,
+    (
+        Small("blip_2.modeling_blip_2", "Blip2VisionModel", "Blip2VisionConfig", **FUSED_ONLY),
+        Small("kosmos2.modeling_kosmos2", "Kosmos2VisionTransformer", "Kosmos2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("qianfan_ocr.modeling_qianfan_ocr", "QianfanOCRVisionModel", "QianfanOCRVisionConfig", QIANFAN,
+              resized=RESIZED),
+        Small("instructblip.modeling_instructblip", "InstructBlipVisionModel", "InstructBlipVisionConfig",
+              **FUSED_ONLY),
+        Small("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel",
+              "InstructBlipVideoVisionConfig", **FUSED_ONLY),
+        Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", FUSED, resized=INTERPOLATED,
+              encoder="encoder", checkpointing=None),
+        Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32, **FUSED},
+              resized=INTERPOLATED, encoder="encoder", eager=None, checkpointing=None),
+        Small("altclip.modeling_altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig",
+              resized=INTERPOLATED),
+        Small("metaclip_2.modeling_metaclip_2", "MetaClip2VisionModel", "MetaClip2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("clipseg.modeling_clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("owlvit.modeling_owlvit", "OwlViTVisionTransformer", "OwlViTVisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("owlv2.modeling_owlv2", "Owlv2VisionTransformer", "Owlv2VisionConfig", resized=INTERPOLATED,
+              encoder="encoder"),
+        Small("mlcd.modeling_mlcd", "MLCDVisionModel", "MLCDVisionConfig"),
+    ),
+)  # fmt: skip
+BLIP = installed(
+    "blip", OPTIONS, {**COMMON, "eager": None},
+    (Small("blip.modeling_blip", "BlipVisionModel", "BlipVisionConfig", resized=INTERPOLATED, encoder="encoder"),),
+)  # fmt: skip
+
+
+# -- a video of two frames --
+
+
+def frames_of_one_video(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tokens of both frames, which see each other."""
+    return [model(**inputs).last_hidden_state.flatten(0, 1)]
+
+
+def message_last(inputs: Inputs, call: Mapping[str, Any]) -> list[Place]:
+    """CLS, the patches, and the message of the other frame."""
+    height, width = inputs["pixel_values"].shape[-2:]
+    return [*regular_places((height // PATCH, width // PATCH), 1), None]
+
+
+X_CLIP = installed(
+    "x_clip", {**OPTIONS, "num_frames": 2}, COMMON,
+    (
+        Small("x_clip.modeling_x_clip", "XCLIPVisionModel", "XCLIPVisionConfig", resized=INTERPOLATED,
+              places=message_last, hidden=frames_of_one_video, encoder="encoder"),
+    ),
+)  # fmt: skip
+
+# -- a SAM encoder in front: 16x16 patches of 8 pixels, of which two convolutions make 4x4 --
+
+SAM = {
+    "hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 128,
+    "patch_size": 8, "output_channels": 16, "downsample_channels": [16, 32], "window_size": 4,
+    "global_attn_indexes": [0],
+}  # fmt: skip
+
+UNLIMITED_OCR = installed(
+    "unlimited_ocr", {"sam_config": SAM, "encoder_config": OPTIONS}, COMMON,
+    (
+        Small("unlimited_ocr.modeling_unlimited_ocr", "UnlimitedOcrVisionModel", "UnlimitedOcrVisionConfig",
+              inputs=images(128, 128), resized=images(96, 160),
+              grids=lambda inputs: [tuple(side // 32 for side in inputs["pixel_values"].shape[-2:])],
+              encoder="vision_encoder.encoder"),
+    ),
+)  # fmt: skip
