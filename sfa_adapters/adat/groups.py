@@ -99,7 +99,9 @@ def drop_blank_groups(
             if located.backbone.patches is None
             else "it takes inject_adat(model)."
         )
-        raise InjectionError(f"drop_blank_groups is for Qwen2.5-VL; the model is a {type(model).__name__}, and {instead}")
+        raise InjectionError(
+            f"drop_blank_groups is for Qwen2.5-VL; the model is a {type(model).__name__}, and {instead}"
+        )
     missing = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"} - set(inputs)
     if missing or inputs.get("pixel_values_videos") is not None:
         what = f"lacks {sorted(missing)}" if missing else "holds videos"
