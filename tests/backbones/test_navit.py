@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from sfa_adapters import inject_sfa
 from sfa_adapters.arrangement import ImageTokens, MergeGroups, TokenArrangement
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.heads.page_layouts import layouts_of
 from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.towers_minicpm import MINICPM_VIT
@@ -207,3 +209,14 @@ def test_each_tower_is_of_one_record() -> None:
     for case in CASES.values():
         tower = case.build()
         assert [name for name, record in records.items() if record.is_tower(tower)] == [case.backbone]
+
+
+@pytest.mark.skipif("minicpmv4_6" not in CASES, reason="this version of transformers has no MiniCPM-V 4.6")
+def test_layouts_of_calls_are_refused_where_tokens_merge_midway() -> None:
+    """A call of so and so many queries may stand in front of the merger or behind it."""
+    tower, inputs = CASES["minicpmv4_6"].fresh()
+    call: Any = SimpleNamespace(layer="encoder.layers.2.self_attn", segment=0, num_queries=6, num_keys=6, device="cpu")
+    with layouts_of(find_tower(tower)) as layout_of:
+        tower(**inputs)
+        with pytest.raises(LayoutError, match="minicpm_vit tower makes one token of several"):
+            layout_of(call)

@@ -12,7 +12,7 @@ from torch import nn
 from tests.support.hosts import IMAGE, TEXT
 from tests.support.towers import lively
 
-IDS = {
+IDS: dict[str, Any] = {
     "image_token_id": IMAGE, "video_token_id": IMAGE + 1, "vision_start_token_id": IMAGE + 2,
     "vision_end_token_id": IMAGE + 3,
 }  # fmt: skip
