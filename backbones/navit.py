@@ -1,8 +1,8 @@
 """Towers on one flat sequence: the patches of all images of a forward, of any size each (NaViT; Qwen-VL and relatives).
 
 The attention runs once for each segment between two boundaries (`cu_seqlens`): an image, a frame, a whole clip, or a
-window. It is given no mask, but takes a `position_bias` (transformers 5.14 and later, sdpa). Grids are `[images, 3]`
-(frames, rows, columns) beside the patches. Towers differ in the order of the tokens:
+window. It is given no mask, but takes a `position_bias` (transformers 5.14 and later, sdpa). Beside the patches come
+grids, `[images, 3]`: frames, rows, columns. Towers differ in the order of the tokens:
 
 * merge groups (`navit`): the processor lists groups of 2x2 patches row by row, the four of a group next to each other;
 * row by row (`navit_raster`): patches merge behind the tower;
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
-from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, TokenOrder, Windows
+from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, Windows
 from sfa_adapters.attention_contract import parameter_names
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.registry import Backbone, Geometry, register_backbone
@@ -65,14 +65,12 @@ WINDOWS = """
 GRID_NAMES = ("grid_thw", "image_grid_thw")
 
 Args = tuple[Any, ...]
-Order = Callable[[nn.Module, Args, Mapping[str, Any]], list[TokenOrder]]
 
 
-def _classes(table: str) -> dict[str, tuple[str, ...]]:
-    """The two class patterns of a record, from a table."""
+def _patterns(table: str, column: int) -> tuple[str, ...]:
+    """The class patterns of a record: towers stand in column 1 of a table, attentions in column 2."""
     rows = [row.split() for row in table.strip().splitlines()]
-    towers, attentions = ([f"transformers.models.{row[0]}.*.{row[column]}" for row in rows] for column in (1, 2))
-    return {"towers": tuple(towers), "attentions": tuple(attentions)}
+    return tuple(f"transformers.models.{row[0]}.*.{row[column]}" for row in rows)
 
 
 def geometry(tower: nn.Module) -> Geometry:
@@ -126,7 +124,9 @@ def _token_side(tower: nn.Module) -> int:
     return int(config.spatial_merge_size) if "image_grid_thw" in names else 1
 
 
-def _given_places(tower: nn.Module, kwargs: Mapping[str, Any], sort: Callable[[Tensor], Tensor | None]) -> Any:
+def _given_places(
+    tower: nn.Module, kwargs: Mapping[str, Any], sort: Callable[[Tensor], Tensor | None]
+) -> list[ImageTokens] | None:
     """Tokens at positions that were given beside the grids; None where none were.
 
     Positions come where tokens are left out (`drop_blank_groups`), and where somebody computed them ahead:
@@ -193,7 +193,8 @@ def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
 NAVIT = register_backbone(
     Backbone(
         name="navit",
-        **_classes(MERGE_GROUPS),
+        towers=_patterns(MERGE_GROUPS, 1),
+        attentions=_patterns(MERGE_GROUPS, 2),
         geometry=geometry,
         layouts=_merge_groups,
         joined="segments",
@@ -203,7 +204,8 @@ NAVIT = register_backbone(
 NAVIT_RASTER = register_backbone(
     Backbone(
         name="navit_raster",
-        **_classes(RASTER),
+        towers=_patterns(RASTER, 1),
+        attentions=_patterns(RASTER, 2),
         geometry=geometry,
         layouts=_raster,
         joined="segments",
@@ -214,7 +216,8 @@ NAVIT_RASTER = register_backbone(
 QWEN2_5_VIT = register_backbone(
     Backbone(
         name="qwen2_5_vit",
-        **_classes(QWEN2_5),
+        towers=_patterns(QWEN2_5, 1),
+        attentions=_patterns(QWEN2_5, 2),
         geometry=geometry,
         layouts=_windows,
         joined="segments",
@@ -226,7 +229,8 @@ QWEN2_5_VIT = register_backbone(
 NAVIT_WINDOWS = register_backbone(
     Backbone(
         name="navit_windows",
-        **_classes(WINDOWS),
+        towers=_patterns(WINDOWS, 1),
+        attentions=_patterns(WINDOWS, 2),
         geometry=geometry,
         layouts=_windows,
         joined="segments",

@@ -87,6 +87,26 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
     assert sorted(set(halves[1].columns.start.tolist())) == [0.5, 0.75]
 
 
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), st.integers(1, 2), st.integers(1, 2))
+@settings(max_examples=30, deadline=None)
+def test_prefix_tokens_belong_to_the_first_segment_of_their_image(
+    grids: list[tuple[int, int]], prefix: int, frames: int
+) -> None:
+    images = tuple(ImageTokens(grid, frames=frames) for grid in grids)
+    arrangement = TokenArrangement("segments", images, prefix)
+    ends = list(itertools.accumulate(arrangement.lengths))
+    assert arrangement.num_tokens == ends[-1] == sum(prefix + frames * h * w for h, w in grids)
+    for layout, image in zip(arrangement.segments((0, *ends), None), images, strict=True):
+        assert (layout.prefix_tokens, layout.num_tokens) == (prefix, prefix + image.num_tokens)
+        assert torch.equal(layout.block[prefix:], image.layout(0, None).block)
+    # Each image cut behind its prefix and its first token: the rest has no prefix.
+    cuts = [cut for start, end in itertools.pairwise((0, *ends)) for cut in {start + prefix + 1, end}]
+    parts = arrangement.segments((0, *sorted(cuts)), None)
+    assert {layout.prefix_tokens for layout in parts} <= {0, prefix}
+    assert sum(layout.prefix_tokens for layout in parts) == prefix * len(images)
+    assert sum(layout.num_tokens for layout in parts) == ends[-1]
+
+
 @pytest.mark.parametrize(
     ("act", "text"),
     [
@@ -97,6 +117,8 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
         (lambda: ImageTokens((0, 4)), "needs tokens: got a grid of 0x4"),
         (lambda: ImageTokens((1, 4), frames=0), "0 frames"),
         (lambda: MergeGroups(2).places(3, 4), "3x4 patches has no whole 2x2 groups"),
+        (lambda: ImageTokens((4, 3), MergeGroups(2)), "4x3 patches has no whole 2x2 groups"),
+        (lambda: ImageTokens((3, 4), Windows(2, 2)), "3x4 patches has no whole 2x2 groups"),
         (lambda: ImageTokens((2, 2), Listed((2,), (0,))).layout(0, None), "outside the 2x2 grid"),
         (lambda: TokenArrangement("segments", (ImageTokens((1, 4)),)).segments((0, 5), None), "inside one image"),
         (lambda: TokenArrangement("segments", (ImageTokens((1, 4)),)).segments((0, 0, 4), None), "inside one image"),

@@ -75,6 +75,7 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
     config = config or DyMUConfig()
     check_allowed(model, "dymu", InjectionError)
     located = find_tower(model)
+    _check_kind(located)
     host = None if config.language == "off" else find_host(model, located)
     state = _plan(located, config, find_host(model, located, strict=False))
     if host is not None:
@@ -101,16 +102,6 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     tower, backbone = located.tower, located.backbone
     where = located.name or type(tower).__name__
     flat = backbone.joined == "segments"
-    if backbone.patches is None and not (flat and backbone.token_reduction):
-        why = (
-            "its order of tokens and what merges them behind its layers are not those that DyMU knows"
-            if flat
-            else "it has masks or attention of its own"
-        )
-        raise InjectionError(
-            f"{where} is a {backbone.name} tower ({type(tower).__name__}), in which tokens cannot merge: {why}. "
-            "DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
-        )
     if DYMU in features_of(tower):
         raise InjectionError(f"{where} merges tokens already; call eject_dymu(model) first.")
     places = _places(located, host)
@@ -130,6 +121,22 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     return TowerState(
         tower, backbone, config.per_place(places), side, geometry.prefix_tokens, _first_read(located, host), heads.pop()
     )
+
+
+def _check_kind(located: FoundTower) -> None:
+    """Refuses towers in which tokens cannot merge."""
+    tower, backbone = located.tower, located.backbone
+    flat = backbone.joined == "segments"
+    if backbone.patches is None and not (flat and backbone.token_reduction):
+        why = (
+            "its order of tokens and what merges them behind its layers are not those that DyMU knows"
+            if flat
+            else "it has masks or attention of its own"
+        )
+        raise InjectionError(
+            f"{located.name or type(tower).__name__} is a {backbone.name} tower ({type(tower).__name__}), in which "
+            f"tokens cannot merge: {why}. DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
+        )
 
 
 def _places(located: FoundTower, host: HostTokens | None) -> int:

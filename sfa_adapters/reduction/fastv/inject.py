@@ -175,8 +175,9 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
     kinds = set(getattr(options, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(options, "sliding_window", None) is not None):
         raise InjectionError(
-            f"{name} has layers of {', '.join(sorted(kinds - {'full_attention'})) or 'sliding_attention'}: a window "
-            "counts tokens, and would reach further back once some are gone. FastV is for full attention."
+            f"{name} has layers of {', '.join(sorted(kinds - {'full_attention'})) or 'sliding_attention'}, "
+            "which count on every token being there: a window would reach further back once some are gone, and a state "
+            "would miss them. FastV is for full attention."
         )
     vision: Any = getattr(getattr(decoder.host, "config", None), "vision_config", None)
     deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
