@@ -32,6 +32,7 @@ __all__ = [
     "find_tower",
     "register_backbone",
     "registered_backbones",
+    "tower_paths",
 ]
 
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
@@ -307,13 +308,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         InjectionError: Several towers fit, or none at the path.
     """
     backbones = registered_backbones()
-    towers: list[tuple[str, nn.Module, Backbone]] = []
-    for name, module in model.named_modules():
-        if any(not outer or name.startswith(outer + ".") for outer, _, _ in towers):
-            continue
-        backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
-        if backbone is not None:
-            towers.append((name, module, backbone))
+    towers = _towers_of(model, backbones)
     if not towers:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
     name, tower, backbone = _choose_tower(model, towers, path)
@@ -326,6 +321,23 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         )
     used = count_read_layers(model, name, len(attentions))
     return FoundTower(name, tower, backbone, attentions, used, several=len(towers) > 1)
+
+
+def tower_paths(model: nn.Module) -> list[str]:
+    """Paths of the vision towers of a model that are known, "" for the model itself."""
+    return [name for name, _, _ in _towers_of(model, registered_backbones())]
+
+
+def _towers_of(model: nn.Module, backbones: Mapping[str, Backbone]) -> list[tuple[str, nn.Module, Backbone]]:
+    """Path, module and record of each tower; a tower inside another one is a part of it."""
+    towers: list[tuple[str, nn.Module, Backbone]] = []
+    for name, module in model.named_modules():
+        if any(not outer or name.startswith(outer + ".") for outer, _, _ in towers):
+            continue
+        backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
+        if backbone is not None:
+            towers.append((name, module, backbone))
+    return towers
 
 
 def _choose_tower(
@@ -346,7 +358,8 @@ def _choose_tower(
             raise InjectionError(
                 f"{type(model).__name__} has several vision towers{', all with SFA' if adapted else ''}: {names}. Say "
                 f"which one is meant, e.g. inject_sfa(model, tower={towers[0][0]!r}), describe(model, tower=...) or "
-                "SFAConfig(tower_path=...). Elsewhere pass the tower itself."
+                "SFAConfig(tower_path=...); inject_sfa(model, tower='all') takes all of them. Elsewhere pass the tower "
+                "itself."
             )
         return adapted[0]
     return towers[0]

@@ -33,11 +33,8 @@ LLAMA4 = installed(
 
 # -- tiles --
 
-SIDE, TILES, LENGTH = (
-    2,
-    4,
-    8,
-)  # patches per side of a tile, tiles of a sequence, tokens of a tile: CLS, 4 patches, 3 more
+# Patches per side of a tile, tiles of a sequence, and tokens of a tile: CLS, four patches, three of padding.
+SIDE, TILES, LENGTH = 2, 4, 8
 SHAPES: dict[int, Grid] = {6: (2, 2), 2: (1, 2), 5: (2, 1)}  # by aspect ratio id
 
 
