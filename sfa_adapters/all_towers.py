@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from sfa_adapters.adapter_folder import WEIGHTS_NAME
 from sfa_adapters.registry import tower_paths
 from sfa_adapters.saved import CONFIG_NAME
 from sfa_adapters.state_keys import plain_path

@@ -23,7 +23,7 @@ def class_token_last(inputs: Inputs, call: Mapping[str, Any]) -> list[Place]:
 
 LLAMA4 = installed(
     "llama4", {**OPTIONS, "projector_output_dim": 32, "projector_input_dim": 32, "vision_output_dim": 32},
-    {**COMMON, "prefix": 0, "eager_takes_bias": False},
+    {**COMMON, "prefix": 0, "eager_takes_bias": False, "reentrant": False},
     (
         Small("llama4.modeling_llama4", "Llama4VisionModel", "Llama4VisionConfig", {"intermediate_size": 128},
               places=class_token_last, inputs=images(56, 56)),

@@ -81,7 +81,7 @@ def _further(
         name=name, backbone=backbone, inputs=images(4 * patch, 6 * patch), hidden=read_timm, layers=2, heads=4,
         build=lively(lambda: timm.create_model(variant, num_classes=0, global_pool="", **sizes, **scale)),
         grid=(4, 6), prefix=prefix, grids=grids, eager=set_eager, checkpointing=set_checkpointing, library="timm",
-        **{"compiles": "no", "runs": "nightly", **case},
+        **{"compiles": "no", "runs": "nightly", "reentrant": False, **case},
     )  # fmt: skip
 
 
