@@ -20,7 +20,7 @@ OWN_CHECKPOINTING = needs("checkpointing (TowerCase.checkpointing)", lambda case
 
 
 def skip_unless_possible(case: TowerCase, reentrant: bool = True) -> None:
-    """Skips a test of re-entrant checkpointing of a tower whose layers cannot be checkpointed so, with or without SFA."""
+    """Skips a test of re-entrant checkpointing where layers cannot be checkpointed so, with or without SFA."""
     if reentrant and not case.reentrant:
         pytest.skip("layers of this small tower cannot be checkpointed with use_reentrant=True")
 

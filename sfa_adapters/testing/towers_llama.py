@@ -1,4 +1,4 @@
-"""Small towers of Llama 4 and of Llama 3.2 Vision (Mllama), with tokens that have no place behind or between patches."""
+"""Small towers of Llama 4 and of Llama 3.2 Vision (Mllama): tokens without a place behind or between patches."""
 
 from __future__ import annotations
 

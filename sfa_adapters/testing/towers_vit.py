@@ -38,8 +38,8 @@ VIT = installed(
             "Dinov2WithRegistersConfig", {"num_register_tokens": 4}, prefix=5, resized=RESIZED, encoder="encoder",
         ),
         Small(
-            "dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", {"num_register_tokens": 2, "pos_embed_rescale": None},
-            prefix=3, resized=RESIZED,
+            "dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig",
+            {"num_register_tokens": 2, "pos_embed_rescale": None}, prefix=3, resized=RESIZED,
         ),
         Small("deit.modeling_deit", "DeiTModel", "DeiTConfig", prefix=2, resized=INTERPOLATED),
         Small("ijepa.modeling_ijepa", "IJepaModel", "IJepaConfig", prefix=0, resized=INTERPOLATED),
