@@ -203,7 +203,7 @@ class Backbone:
             for path, module in tower.named_modules()
             if self.is_attention(module) and any(fnmatchcase(path, pattern) for pattern in self.attention_paths)
         }
-        # Until transformers 5.20 some modules of this name hold the one that computes attention.
+        # In older releases of transformers modules of this name hold the one that computes attention.
         return [
             (path, module)
             for path, module in matching.items()

@@ -12,7 +12,7 @@ from torch import nn
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import LayoutError, UnsupportedAttentionError
-from sfa_adapters.registry import find_tower
+from sfa_adapters.registry import Backbone, Geometry, find_tower
 from sfa_adapters.testing.cases import images, lively
 from tests.support import compare
 
@@ -65,7 +65,7 @@ def test_towers_whose_tokens_cannot_be_placed_are_refused(build: Callable[[], nn
 
 def test_mae_needs_its_random_numbers():
     tower: Any = inject_sfa(transformers.ViTMAEModel(transformers.ViTMAEConfig(**SMALL)))
-    with pytest.raises(LayoutError, match=r"drawn? .*inside.*noise=torch\.rand\(images, patches\)|draws inside"):
+    with pytest.raises(LayoutError, match=r"draws inside.*noise=torch\.rand\(images, patches\)"):
         tower(PIXELS)
     assert tower(PIXELS, noise=torch.rand(2, 16)).last_hidden_state.shape == (2, 5, 32)
 
@@ -95,6 +95,25 @@ def test_words_alone_have_no_place():
         with_image = model(**words, pixel_values=PIXELS[:1]).last_hidden_state
         eject_sfa(model)
         assert compare.difference(model(**words, pixel_values=PIXELS[:1]).last_hidden_state, with_image) > 1e-2
+
+
+class Attention(nn.Module):
+    """Stands for a class of attention that is used in several ways."""
+
+
+def test_of_nested_attention_modules_the_inner_one_is_taken_and_paths_choose():
+    tower = nn.ModuleDict({"layers": nn.ModuleList(nn.Module() for _ in range(2)), "pool": Attention()})
+    for layer in tower["layers"]:  # pyright: ignore[reportGeneralTypeIssues]
+        layer.attention, layer.frames = Attention(), Attention()
+        layer.attention.inner = Attention()
+    options: Any = {"name": "nested", "towers": (), "attentions": ("*.Attention",), "layouts": lambda *_: None}
+    geometry = {"geometry": lambda tower: Geometry(grid=None, prefix_tokens=0)}
+    every = Backbone(**options, **geometry).attentions_of(tower)
+    assert [path for path, _ in every] == [f"layers.{n}.{x}" for n in (0, 1) for x in ("attention.inner", "frames")] + [
+        "pool"
+    ]
+    chosen = Backbone(**options, **geometry, attention_paths=("layers.*.attention*",)).attentions_of(tower)
+    assert [path for path, _ in chosen] == ["layers.0.attention.inner", "layers.1.attention.inner"]
 
 
 # -- hosts -------------------------------------------------------------------------------------------------------------
