@@ -61,7 +61,8 @@ def test_select_layer_is_read_where_the_host_reads_it():
 @pytest.mark.parametrize(("layers", "used"), [([3, 1], 4), ([-2, 0], 4), ([-1], 5), ([0], 1)])
 def test_molmo2_counts_layers_from_the_first(layers: list[int], used: int):
     pytest.importorskip("transformers.models.molmo2")
-    from transformers.models.molmo2.modeling_molmo2 import Molmo2AdapterConfig, Molmo2VisionConfig, Molmo2VisionModel
+    from transformers.models.molmo2.configuration_molmo2 import Molmo2AdapterConfig, Molmo2VisionConfig
+    from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionModel
 
     host: Any = nn.Module()
     host.config = transformers.PretrainedConfig()
@@ -81,9 +82,8 @@ def test_the_decoder_of_clipseg_reads_outputs_of_layers():
 
 @pytest.mark.parametrize(("stages", "used"), [(["stage2", "stage4"], 4), (["stem", "stage1"], 1), (None, 5)])
 def test_a_backbone_is_read_at_its_stages(stages: list[str] | None, used: int):
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, image_size=56, out_features=stages
-    )
+    options: dict[str, Any] = {**VISION, "num_hidden_layers": LAYERS, "out_features": stages}
+    config = transformers.Dinov2Config(**options)
     model: Any = lively(lambda: transformers.Dinov2Backbone(config))()
     inject_sfa(model, compare.strong_config())
     assert (describe(model).num_layers, describe(model).tower_layers) == (used, LAYERS)

@@ -122,6 +122,7 @@ class CheckpointingContract(Suite):
         self, case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The checkpoint saves a tensor that no layer has seen."""
+        skip_unless_possible(case, reentrant)
         tower, _ = compare.injected(case)
         if any("." not in name for name, _, _ in injected_layers(tower)):
             pytest.skip("the attention of this tower stands in no layer")
@@ -172,7 +173,7 @@ def check_two_forwards(
     switch_on()
     losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
     for result, reference in zip(gradients_after(losses, tower, order), expected, strict=True):
-        compare.assert_same_gradients(result, reference, tolerance=1e-6)
+        compare.assert_same_gradients(result, reference, tolerance=2e-6)
 
 
 def checkpoint_part(part: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:

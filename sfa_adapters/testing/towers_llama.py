@@ -83,6 +83,15 @@ def used_tiles(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [states[: rows * columns].flatten(0, 1) for states, (rows, columns) in zip(hidden, shapes, strict=True)]
 
 
+def turn_tiles(inputs: Inputs) -> Inputs:
+    """Exchanges rows and columns of images of two tiles, and inside the tiles."""
+    return {
+        "pixel_values": inputs["pixel_values"].transpose(-1, -2).contiguous(),
+        "aspect_ratio_ids": 7 - inputs["aspect_ratio_ids"],  # 2 is 1x2, 5 is 2x1
+        "aspect_ratio_mask": inputs["aspect_ratio_mask"],
+    }
+
+
 MLLAMA = installed(
     "mllama",
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4,
@@ -91,6 +100,6 @@ MLLAMA = installed(
     (
         Small("mllama.modeling_mllama", "MllamaVisionModel", "MllamaVisionConfig", inputs=tiled(6, 2), grids=grids,
               resized=tiled(5, 2), places=places, tokens=lambda inputs: [TILES * LENGTH] * 2, hidden=used_tiles,
-              turn=lambda inputs: inputs, checkpointing=None),
+              turn=turn_tiles, checkpointing=None, compiles="no"),
     ),
 )  # fmt: skip

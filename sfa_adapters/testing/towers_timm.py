@@ -70,8 +70,14 @@ def _further(
 
     LayerScale starts at 1e-5 there, which would hide every effect.
     """
-    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 4, "img_size": (4 * patch, 6 * patch), **(model or {})}
-    scale = {} if "init_values" in sizes else {"init_values": 1.0}
+    sizes: dict[str, Any] = {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "img_size": (4 * patch, 6 * patch),
+        **(model or {}),
+    }
+    scale: dict[str, Any] = {} if "init_values" in sizes else {"init_values": 1.0}
 
     def grids(inputs: Inputs) -> list[tuple[int, int]]:
         height, width = inputs["pixel_values"].shape[-2:]

@@ -72,11 +72,12 @@ def test_mae_needs_its_random_numbers():
 
 @pytest.mark.parametrize(("number", "tiles"), [(9, 4), (-1, 4), (6, 2)])
 def test_mllama_refuses_tiles_that_it_does_not_know(number: int, tiles: int):
-    from transformers.models.mllama.modeling_mllama import MllamaVisionConfig, MllamaVisionModel
+    from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
+    from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
+    options: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = MllamaVisionConfig(
-        **options, attention_heads=4, image_size=28, patch_size=14, intermediate_layers_indices=[0]
+        **options, num_global_layers=1, attention_heads=4, image_size=28, patch_size=14, intermediate_layers_indices=[0]
     )
     tower: Any = inject_sfa(MllamaVisionModel(config))
     with pytest.raises(LayoutError, match=rf"aspect_ratio_ids has {number}; ids are 0 .* to 8.*{tiles} tiles"):
@@ -107,12 +108,12 @@ def test_of_nested_attention_modules_the_inner_one_is_taken_and_paths_choose():
         layer.attention, layer.frames = Attention(), Attention()
         layer.attention.inner = Attention()
     options: Any = {"name": "nested", "towers": (), "attentions": ("*.Attention",), "layouts": lambda *_: None}
-    geometry = {"geometry": lambda tower: Geometry(grid=None, prefix_tokens=0)}
-    every = Backbone(**options, **geometry).attentions_of(tower)
+    options["geometry"] = lambda tower: Geometry(grid=None, prefix_tokens=0)
+    every = Backbone(**options).attentions_of(tower)
     assert [path for path, _ in every] == [f"layers.{n}.{x}" for n in (0, 1) for x in ("attention.inner", "frames")] + [
         "pool"
     ]
-    chosen = Backbone(**options, **geometry, attention_paths=("layers.*.attention*",)).attentions_of(tower)
+    chosen = Backbone(**options, attention_paths=("layers.*.attention*",)).attentions_of(tower)
     assert [path for path, _ in chosen] == ["layers.0.attention.inner", "layers.1.attention.inner"]
 
 
