@@ -132,8 +132,17 @@ class CheckpointingContract(Suite):
                 layer: Any = tower.get_submodule(name.rpartition(".")[0])
                 inner = layer.forward
 
-                def forward(states: Tensor, *args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-                    return checkpoint(lambda x: inner(x * 1.0, *args, **kwargs), states, use_reentrant=reentrant)
+                def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+                    name = "" if args else next(iter({"hidden_states", "hidden_state"} & set(kwargs)))
+
+                    def run(states: Tensor) -> Any:
+                        return (
+                            inner(states * 1.0, *args[1:], **kwargs)
+                            if args
+                            else inner(**{name: states * 1.0}, **kwargs)
+                        )
+
+                    return checkpoint(run, args[0] if args else kwargs.pop(name), use_reentrant=reentrant)
 
                 monkeypatch.setattr(layer, "forward", forward)
 
