@@ -46,9 +46,8 @@ class MaskedMultiheadAttention(StandIn):
             return self.restore()(query, key, value, *args, **kwargs)
         batch, tokens, width = query.shape
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        heads = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout_p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask, dropout_p)
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).reshape(batch, tokens, width)), None
 
 

@@ -30,8 +30,8 @@ def layouts(embeddings: nn.Module, args: tuple[Any, ...], kwargs: Any) -> list[I
     grid = pixel_grid(embeddings, args, kwargs)
     if noise is None or grid is None:
         raise LayoutError(
-            "ViTMAE shuffles patches by random numbers that it draws inside, so the place of a token is not known. "
-            "Call it with noise=torch.rand(images, patches)."
+            "ViTMAE shuffles patches by random numbers that it draws inside, so that the place of a token is not "
+            "known. Call it with noise=torch.rand(images, patches)."
         )
     kept = int(noise.shape[1] * (1 - model.config.mask_ratio))
     order = torch.argsort(noise, dim=1)[:, :kept]

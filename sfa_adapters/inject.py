@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from sfa_adapters.all_towers import ALL_TOWERS, adapters_of_towers, folders_of_towers, names_of_towers
 from sfa_adapters.attention_contract import MaskArgument
 from sfa_adapters.beside_peft import cover_both
 from sfa_adapters.bias import parameter_shapes
@@ -61,7 +63,8 @@ def inject_sfa(
         model: A tower, or a vision-language model with one.
         config: Options; `SFAConfig()` by default. It is copied.
         adapter_name: Name of the adapter.
-        tower: Path of the tower in the model, for hosts with several, e.g. "model.image_tower".
+        tower: Path of the tower in the model, for hosts with several, e.g. "model.image_tower"; or "all" for each of
+            them, under names such as "default_image_tower".
 
     Returns:
         The same model.
@@ -85,7 +88,13 @@ def inject_sfa(
             f"config={config!r:.80} is a {type(config).__name__}; pass an SFAConfig, e.g. SFAConfig(init_std=0.02). "
             "Adapters of other methods are PEFT's: get_peft_model(model, config)."
         )
-    config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
+    config = copy.deepcopy(config) if config is not None else SFAConfig()
+    if tower == ALL_TOWERS:
+        names = names_of_towers(model)
+        if len(names) > 1:
+            return _inject_each(model, config, adapter_name, names)
+        tower = None
+    config = _with_tower(config, tower)
     plan = plan_injection(model, config, adapter_name)
     with all_or_nothing(model, adapter_name):
         state = prepare_tower(plan)
@@ -98,6 +107,19 @@ def inject_sfa(
             layer.set_adapter([adapter_name])
         watch_state_dicts(model)
         cover_both(model)
+    return model
+
+
+def _inject_each(model: Model, config: SFAConfig, adapter_name: str, names: dict[str, str]) -> Model:
+    """`inject_sfa` for every tower, or for none if one of them fails."""
+    if config.tower_path is not None:
+        raise InjectionError(f"tower='all', but the config has tower_path={config.tower_path!r}; give one.")
+    for path, short in names.items():  # a taken name must fail before anything could be removed
+        plan_injection(model, _with_tower(copy.deepcopy(config), path), f"{adapter_name}_{short}")
+    with ExitStack() as stack:
+        for path, short in names.items():
+            stack.enter_context(all_or_nothing(model, f"{adapter_name}_{short}"))
+            inject_sfa(model, config, f"{adapter_name}_{short}", tower=path)
     return model
 
 
@@ -278,12 +300,13 @@ def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default"
     """Writes one adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), for models without PEFT.
 
     `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With sharded parameters
-    (`fully_shard`) call it in every process; the first one writes.
+    (`fully_shard`) call it in every process; the first one writes. Adapters that `inject_sfa(model, tower="all")` made
+    are written together, each in a folder of its tower inside `folder`.
 
     Args:
         model: A model with SFA.
         folder: Where to write.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter, as it was named at injection.
 
     Returns:
         The folder.
@@ -293,6 +316,11 @@ def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default"
         WeightsError: The folder cannot be written, or the adapter has no values.
     """
     check_model(model)
+    together = adapters_of_towers(model, adapter_name)
+    for short, name in together.items():
+        save_sfa(model, Path(folder) / short, name)
+    if together:
+        return Path(folder)
     unsaved = [
         layer.configs[adapter_name].modules_to_save
         for _, _, layer in injected_layers(model)
@@ -314,7 +342,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
         model: The base model, without an adapter of this name.
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`; or the folder of a model
             (`model.save_pretrained`, a checkpoint of a Trainer; also in shards), of a LoRA that was saved with SFA
-            beside it, or one safetensors file.
+            beside it, or one safetensors file; or a folder with one such folder for each tower.
         adapter_name: Name of the adapter in this model; where a file holds several adapters, also which one is read.
         config: The configuration, only for files that do not hold it.
 
@@ -328,6 +356,12 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
         SFAError: As `inject_sfa`, e.g. no tower was found or the name is taken.
     """
     check_model(model)
+    if towers := folders_of_towers(Path(folder)):
+        with ExitStack() as stack:
+            for part in towers:
+                loaded = load_sfa(model, part, f"{adapter_name}_{part.name}")
+                stack.enter_context(all_or_nothing(loaded, f"{adapter_name}_{part.name}"))
+        return model
     saved = read_scalars(folder, adapter_name, config)
     others = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     if saved.other_method is not None and all(isinstance(module, SFALayer) for module in others):

@@ -43,6 +43,14 @@ def _selected_layers(holder: nn.Module) -> list[int]:
     pairs, spatial = (getattr(config, name, None) for name in ("deepstack_layer_map", "spatial_vision_layer"))
     if pairs is not None or spatial is not None:
         return _integers([*(pair[0] for pair in pairs or ()), spatial])
+    # Molmo 2 and the decoder of CLIPSeg name layers instead: entry k + 1 is the output of layer k.
+    adapter = getattr(getattr(config, "adapter_config", None), "vision_feature_layer", None)
+    after = _integers(adapter or getattr(holder, "extract_layers", None) or [])
+    if after:
+        return [layer + 1 if layer >= 0 else layer for layer in after]
+    # A backbone of transformers (`AutoBackbone`) gives the feature maps of some of its stages, "stem" being entry 0.
+    if hasattr(holder, "out_features") and (stages := _integers(getattr(holder, "out_indices", None) or [])):
+        return stages
     # Code that comes with InternVL and LLaVA checkpoints reads the attribute, which people change there.
     for value in (
         getattr(holder, "select_layer", None),

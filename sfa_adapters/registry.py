@@ -35,6 +35,7 @@ __all__ = [
     "find_tower",
     "register_backbone",
     "registered_backbones",
+    "tower_paths",
 ]
 
 know_old_names(__name__)
@@ -105,7 +106,7 @@ class Backbone:
         attentions: Classes of its attention modules. Their number of heads is read from them or from their
             configuration. Where one such module holds another, the inner one is taken.
         attention_paths: Patterns over the paths of attention modules in the tower, where modules of their class also do
-            something else (X-CLIP: attention over frames).
+            something else (X-CLIP: attention over frames; MiniCPM-V: a merger with attention).
         geometry: Reads grid and prefix from a tower.
         layouts: Says how the tokens of each image of a forward lie, from the inputs of the image module: see `Layouts`.
         joined: How images are put together: `batch` (one grid), `padded` (a grid for each image), `packed` (one
@@ -114,7 +115,6 @@ class Backbone:
             child where people call other methods of the tower than its forward (timm: `forward_features`).
         mask_argument: Name of the argument of the attention module's forward that takes an additive mask. By default
             it is read from its signature (`sfa_adapters.attention_contract`).
-        left_out: Paths in the tower, as patterns, of attention modules of these classes that get no bias.
         segment_argument: Segmented towers only: the argument of the attention's forward with the segment boundaries.
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
@@ -138,7 +138,6 @@ class Backbone:
     layouts: Layouts | None = None
     joined: Joined = "batch"
     image_module: str = ""
-    left_out: tuple[str, ...] = ()
     mask_argument: str | None = None
     segment_argument: str = "cu_seqlens"
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
@@ -207,16 +206,12 @@ class Backbone:
 
     def adapts(self, path: str, module: nn.Module) -> bool:
         """Whether the module at a path in a tower of this kind is an attention layer that gets a bias."""
-        return self.is_attention(module) and not any(fnmatchcase(path, pattern) for pattern in self.left_out)
+        return self.is_attention(module) and any(fnmatchcase(path, pattern) for pattern in self.attention_paths)
 
     def attentions_of(self, tower: nn.Module) -> list[tuple[str, nn.Module]]:
         """Path in the tower and module of each of its attention layers, in order."""
-        matching = {
-            path: module
-            for path, module in tower.named_modules()
-            if self.adapts(path, module) and any(fnmatchcase(path, pattern) for pattern in self.attention_paths)
-        }
-        # Until transformers 5.20 some modules of this name hold the one that computes attention.
+        matching = {path: module for path, module in tower.named_modules() if self.adapts(path, module)}
+        # In older releases of transformers modules of this name hold the one that computes attention.
         return [
             (path, module)
             for path, module in matching.items()
@@ -311,13 +306,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         InjectionError: Several towers fit, or none at the path.
     """
     backbones = registered_backbones()
-    towers: list[tuple[str, nn.Module, Backbone]] = []
-    for name, module in model.named_modules():
-        if any(not outer or name.startswith(outer + ".") for outer, _, _ in towers):
-            continue
-        backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
-        if backbone is not None:
-            towers.append((name, module, backbone))
+    towers = _towers_of(model, backbones)
     if not towers:
         raise NoMatchingBackboneError(_nothing_found(model, backbones))
     name, tower, backbone = _choose_tower(model, towers, path)
@@ -330,6 +319,23 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
         )
     used = count_read_layers(model, name, len(attentions))
     return FoundTower(name, tower, backbone, attentions, used, several=len(towers) > 1)
+
+
+def tower_paths(model: nn.Module) -> list[str]:
+    """Paths of the vision towers of a model that are known, "" for the model itself."""
+    return [name for name, _, _ in _towers_of(model, registered_backbones())]
+
+
+def _towers_of(model: nn.Module, backbones: Mapping[str, Backbone]) -> list[tuple[str, nn.Module, Backbone]]:
+    """Path, module and record of each tower; a tower inside another one is a part of it."""
+    towers: list[tuple[str, nn.Module, Backbone]] = []
+    for name, module in model.named_modules():
+        if any(not outer or name.startswith(outer + ".") for outer, _, _ in towers):
+            continue
+        backbone = next((record for record in backbones.values() if record.is_tower(module)), None)
+        if backbone is not None:
+            towers.append((name, module, backbone))
+    return towers
 
 
 def _choose_tower(
@@ -350,7 +356,8 @@ def _choose_tower(
             raise InjectionError(
                 f"{type(model).__name__} has several vision towers{', all with SFA' if adapted else ''}: {names}. Say "
                 f"which one is meant, e.g. inject_sfa(model, tower={towers[0][0]!r}), describe(model, tower=...) or "
-                "SFAConfig(tower_path=...). Elsewhere pass the tower itself."
+                "SFAConfig(tower_path=...); inject_sfa(model, tower='all') takes all of them. Elsewhere pass the tower "
+                "itself."
             )
         return adapted[0]
     return towers[0]

@@ -56,13 +56,17 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     state: TowerState = state_of(module, SFA)
-    if state.log.current() is None or not isinstance(output, Tensor) or not output.is_floating_point():
+    several = type(output) is tuple and len(output) > 0  # some embeddings give their masks or sizes beside the states
+    states = output[0] if several else output
+    if state.log.current() is None or not isinstance(states, Tensor) or not states.is_floating_point():
         return None
-    begins = not output.requires_grad and _must_begin(state)
+    begins = not states.requires_grad and _must_begin(state)
     if begins:
-        output = begin_gradient(output)
-    state.log.note(output)
-    return output if begins else None
+        states = begin_gradient(states)
+    state.log.note(states)
+    if not begins:
+        return None
+    return (states, *output[1:]) if several else states
 
 
 def _must_begin(state: TowerState) -> bool:

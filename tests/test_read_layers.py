@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from sfa_adapters import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
-from sfa_adapters.errors import InjectionError
+from sfa_adapters.errors import InjectionError, WeightsError
 from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig
 from sfa_adapters.tuner import injected_layers
@@ -53,6 +53,47 @@ def test_select_layer_is_read_where_the_host_reads_it():
     assert describe(model).num_layers == 4
     del model.select_layer
     assert describe(model).num_layers == 3
+
+
+# -- hosts and backbones that name layers in another way ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "used"), [([3, 1], 4), ([-2, 0], 4), ([-1], 5), ([0], 1)])
+def test_molmo2_counts_layers_from_the_first(layers: list[int], used: int):
+    pytest.importorskip("transformers.models.molmo2")
+    from transformers.models.molmo2.configuration_molmo2 import Molmo2AdapterConfig, Molmo2VisionConfig
+    from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionModel
+
+    host: Any = nn.Module()
+    host.config = transformers.PretrainedConfig()
+    host.config.adapter_config = Molmo2AdapterConfig(vision_feature_layer=layers)
+    options = {"image_size": [56, 56], "num_position_embeddings": 16, "num_key_value_heads": 4, "head_dim": 8}
+    host.vision_tower = Molmo2VisionModel(Molmo2VisionConfig(**{**VISION, **options, "num_hidden_layers": LAYERS}))
+    assert describe(host).num_layers == used
+
+
+def test_the_decoder_of_clipseg_reads_outputs_of_layers():
+    vision = {**VISION, "num_hidden_layers": LAYERS}
+    config = transformers.CLIPSegConfig(vision_config=vision, extract_layers=[0, 2], reduce_dim=8)
+    model: Any = transformers.CLIPSegForImageSegmentation(config)
+    assert describe(model).num_layers == 3
+    assert describe(model.clip).num_layers == LAYERS
+
+
+@pytest.mark.parametrize(("stages", "used"), [(["stage2", "stage4"], 4), (["stem", "stage1"], 1), (None, 5)])
+def test_a_backbone_is_read_at_its_stages(stages: list[str] | None, used: int):
+    options: dict[str, Any] = {**VISION, "num_hidden_layers": LAYERS, "out_features": stages}
+    config = transformers.Dinov2Config(**options)
+    model: Any = lively(lambda: transformers.Dinov2Backbone(config))()
+    inject_sfa(model, compare.strong_config())
+    assert (describe(model).num_layers, describe(model).tower_layers) == (used, LAYERS)
+    compare.freeze_base(model)
+    torch.cat(model(PIXELS).feature_maps).square().sum().backward()
+    assert without_gradient(model) == []
+    host: Any = nn.Module()
+    host.backbone = lively(lambda: transformers.Dinov2Backbone(config))()
+    assert describe(host).num_layers == used
+    assert describe(lively(lambda: transformers.Dinov2Model(config))()).num_layers == LAYERS
 
 
 # -- Granite 4 Vision: several layers, under names of its own ----------------------------------------------------------
@@ -203,6 +244,54 @@ def test_as_a_peft_model(path: str, tmp_path: Path):
     assert torch.equal(answer(PeftModel.from_pretrained(video_llava(), str(tmp_path))), expected)
     assert torch.equal(answer(load_sfa(video_llava(), tmp_path)), expected)
     assert torch.equal(answer(eject_sfa(model)), answer(video_llava()))
+
+
+def test_all_towers_at_once(tmp_path: Path):
+    model = video_llava()
+    plain, snapshot = answer(model), compare.Snapshot(model)
+    assert inject_sfa(model, compare.strong_config(), tower="all") is model
+    for short in ("image_tower", "video_tower"):
+        info = describe(model, tower=f"model.{short}")
+        assert (info.adapters, info.num_layers) == ((f"default_{short}",), 2)
+    expected = answer(model)
+    assert compare.difference(expected, plain) > 1e-3
+    assert save_sfa(model, tmp_path) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image_tower", "video_tower"]
+    assert torch.equal(answer(load_sfa(video_llava(), tmp_path)), expected)
+    named = load_sfa(video_llava(), tmp_path, "mine")
+    assert describe(named, tower=IMAGES).adapters == ("mine_image_tower",)
+    eject_sfa(model)
+    assert torch.equal(answer(model), plain)
+    snapshot.assert_unchanged(model)
+    compare.freeze_base(named.train())
+    named(**ask()).logits.square().mean().backward()
+    assert without_gradient(named) == []
+
+
+def test_all_towers_or_none_get_an_adapter(tmp_path: Path):
+    model = video_llava()
+    inject_sfa(model, compare.strong_config(), "default_image_tower", tower=IMAGES)
+    before = answer(model)
+    with pytest.raises(InjectionError, match="already has an SFA adapter named 'default_image_tower'"):
+        inject_sfa(model, compare.strong_config(), tower="all")
+    assert torch.equal(answer(model), before)
+    with pytest.raises(InjectionError, match=r"tower='all', but the config has tower_path='model\.video_tower'"):
+        inject_sfa(video_llava(), compare.strong_config(tower_path=VIDEOS), tower="all")
+    save_sfa(inject_sfa(video_llava(), compare.strong_config(), tower="all"), tmp_path)
+    (tmp_path / "video_tower" / "adapter_model.safetensors").unlink()
+    fresh = video_llava()
+    snapshot = compare.Snapshot(fresh)
+    with pytest.raises(WeightsError, match=r"video_tower has no adapter_model"):
+        load_sfa(fresh, tmp_path)
+    snapshot.assert_unchanged(fresh)
+
+
+def test_all_towers_of_a_host_with_one_are_that_one(tmp_path: Path):
+    model: Any = lively(lambda: granite([(1, 4)], 2))()
+    inject_sfa(model, tower="all")
+    assert describe(model).adapters == ("default",)
+    save_sfa(model, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
 
 
 def test_beside_lora_the_path_is_that_of_the_host():

@@ -97,6 +97,8 @@ class TowerCase:
         eager_takes_bias: Whether its eager attention takes the bias.
         checkpointing: Switches gradient checkpointing on, with `use_reentrant` as given, or off for None. None where
             the tower has no checkpointing of its own.
+        reentrant: Whether that checkpointing can be re-entrant, with the tower itself in training. It cannot where its
+            layers get tensors as keyword arguments that need gradients, or get nothing else.
         encoder: Path of the module that runs all layers, if its forward takes the hidden states first or as
             `inputs_embeds`; it is then checkpointed as a whole, too.
         lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
@@ -131,6 +133,7 @@ class TowerCase:
     eager: Callable[[nn.Module], None] | None = None
     eager_takes_bias: bool = True
     checkpointing: Callable[[nn.Module, bool | None], None] | None = None
+    reentrant: bool = True
     encoder: str | None = None
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sfa_adapters.inject import eject_sfa, inject_sfa
 from sfa_adapters.testing import compare
 from sfa_adapters.testing.cases import TowerCase
-from sfa_adapters.testing.contract_training import OWN_CHECKPOINTING
+from sfa_adapters.testing.contract_training import OWN_CHECKPOINTING, skip_unless_possible
 from sfa_adapters.testing.suite import Suite, needs, reentrant_or_not
 from sfa_adapters.tuner import injected_layers
 
@@ -34,6 +34,7 @@ class CheckpointingContract(Suite):
     def test_a_frozen_tower_trains_its_scalars(self, case: TowerCase, reentrant: bool) -> None:
         """In a frozen tower no input of a checkpoint requires gradients; the scalars train all the same."""
         assert case.checkpointing is not None
+        skip_unless_possible(case, reentrant)
         tower, inputs = compare.injected(case)
         compare.freeze_base(tower.train())
         case.checkpointing(tower, None)
@@ -47,6 +48,7 @@ class CheckpointingContract(Suite):
     def test_scalars_of_the_last_layer_alone_train_under_reentrant_checkpointing(self, case: TowerCase) -> None:
         """The same where nothing before the last layer trains."""
         assert case.checkpointing is not None
+        skip_unless_possible(case)
         tower, inputs = compare.injected(case, layers_to_transform=[-1])
         compare.freeze_base(tower.train())
         case.checkpointing(tower, None)
@@ -58,6 +60,7 @@ class CheckpointingContract(Suite):
     def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(self, case: TowerCase) -> None:
         """The hooks that let a frozen tower train are removed with the last adapter."""
         assert case.checkpointing is not None
+        skip_unless_possible(case)
         tower, inputs = case.fresh()
         case.checkpointing(tower.train(), True)
         plain, snapshot = compare.gradients(case, tower, inputs), compare.Snapshot(tower)
@@ -119,6 +122,7 @@ class CheckpointingContract(Suite):
         self, case: TowerCase, reentrant: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The checkpoint saves a tensor that no layer has seen."""
+        skip_unless_possible(case, reentrant)
         tower, _ = compare.injected(case)
         if any("." not in name for name, _, _ in injected_layers(tower)):
             pytest.skip("the attention of this tower is in no layer")
@@ -128,8 +132,17 @@ class CheckpointingContract(Suite):
                 layer: Any = tower.get_submodule(name.rpartition(".")[0])
                 inner = layer.forward
 
-                def forward(states: Tensor, *args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-                    return checkpoint(lambda x: inner(x * 1.0, *args, **kwargs), states, use_reentrant=reentrant)
+                def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+                    name = "" if args else next(iter({"hidden_states", "hidden_state"} & set(kwargs)))
+
+                    def run(states: Tensor) -> Any:
+                        return (
+                            inner(states * 1.0, *args[1:], **kwargs)
+                            if args
+                            else inner(**{name: states * 1.0}, **kwargs)
+                        )
+
+                    return checkpoint(run, args[0] if args else kwargs.pop(name), use_reentrant=reentrant)
 
                 monkeypatch.setattr(layer, "forward", forward)
 
@@ -138,6 +151,7 @@ class CheckpointingContract(Suite):
 
 def own_checkpointing(case: TowerCase, tower: nn.Module, reentrant: bool) -> Callable[[], None]:
     """A function that switches on the tower's own checkpointing."""
+    skip_unless_possible(case, reentrant)
     assert case.checkpointing is not None
     switch = case.checkpointing
     return lambda: switch(tower, reentrant)
@@ -168,7 +182,7 @@ def check_two_forwards(
     switch_on()
     losses = [compare.loss_of(case.hidden(tower, inputs)) for inputs in pair]
     for result, reference in zip(gradients_after(losses, tower, order), expected, strict=True):
-        compare.assert_same_gradients(result, reference, tolerance=1e-6)
+        compare.assert_same_gradients(result, reference, tolerance=2e-6)
 
 
 def checkpoint_part(part: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:

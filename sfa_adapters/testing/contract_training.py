@@ -14,9 +14,15 @@ from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.suite import Suite, needs, reentrant_or_not
 from sfa_adapters.tuner import injected_layers
 
-__all__ = ["OWN_CHECKPOINTING", "TrainingContract"]
+__all__ = ["OWN_CHECKPOINTING", "TrainingContract", "skip_unless_possible"]
 
 OWN_CHECKPOINTING = needs("checkpointing (TowerCase.checkpointing)", lambda case: case.checkpointing is not None)
+
+
+def skip_unless_possible(case: TowerCase, reentrant: bool = True) -> None:
+    """Skips a test of re-entrant checkpointing where layers cannot be checkpointed so, with or without SFA."""
+    if reentrant and not case.reentrant:
+        pytest.skip("layers of this small tower cannot be checkpointed with use_reentrant=True")
 
 
 class TrainingContract(Suite):
@@ -28,6 +34,7 @@ class TrainingContract(Suite):
         """The tower's own checkpointing, reentrant or not, changes no gradient."""
         tower, inputs = compare.injected(case)
         assert case.checkpointing is not None
+        skip_unless_possible(case, reentrant)
         case.checkpointing(tower.train(), None)
         expected = compare.gradients(case, tower, inputs)
         case.checkpointing(tower, reentrant)
@@ -38,7 +45,7 @@ class TrainingContract(Suite):
         handle.remove()
         assert len(calls) == 2, "the layer was not recomputed"
         assert set(compare.structural(tower)) <= set(gradients)
-        compare.assert_same_gradients(gradients, expected, tolerance=1e-6)
+        compare.assert_same_gradients(gradients, expected, tolerance=2e-6)
 
     @needs("a tower that is said to compile (TowerCase.compiles)", lambda case: case.compiles != "no")
     def test_compiles_without_graph_breaks(self, case: TowerCase) -> None:

@@ -18,7 +18,12 @@ __all__ = ["BLIP", "CLIP_KIN", "UNLIMITED_OCR", "X_CLIP"]
 FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
 # Of towers that are no `PreTrainedModel` themselves: their host chooses.
 FUSED = {"attn_implementation": "sdpa"}
-QIANFAN: dict[str, Any] = {"image_size": (56, 56), "patch_size": (14, 14), "layer_scale_init_value": 1.0}
+QIANFAN: dict[str, Any] = {
+    "image_size": (56, 56),
+    "patch_size": (14, 14),
+    "layer_scale_init_value": 1.0,
+    "drop_path_rate": 0.0,
+}
 
 CLIP_KIN = installed(
     "clip_kin", OPTIONS, COMMON,
@@ -48,7 +53,7 @@ CLIP_KIN = installed(
               encoder="encoder"),
         Small("owlv2.modeling_owlv2", "Owlv2VisionTransformer", "Owlv2VisionConfig", resized=INTERPOLATED,
               encoder="encoder"),
-        Small("mlcd.modeling_mlcd", "MLCDVisionModel", "MLCDVisionConfig"),
+        Small("mlcd.modeling_mlcd", "MLCDVisionModel", "MLCDVisionConfig", reentrant=False),
     ),
 )  # fmt: skip
 BLIP = installed(

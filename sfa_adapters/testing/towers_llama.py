@@ -1,4 +1,4 @@
-"""Small towers of Llama 4 and of Llama 3.2 Vision (Mllama): tokens without a place stand behind or between patches."""
+"""Small towers of Llama 4 and of Llama 3.2 Vision (Mllama): tokens without a place behind or between patches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def class_token_last(inputs: Inputs, call: Mapping[str, Any]) -> list[Place]:
 
 LLAMA4 = installed(
     "llama4", {**OPTIONS, "projector_output_dim": 32, "projector_input_dim": 32, "vision_output_dim": 32},
-    {**COMMON, "prefix": 0, "eager_takes_bias": False},
+    {**COMMON, "prefix": 0, "eager_takes_bias": False, "reentrant": False},
     (
         Small("llama4.modeling_llama4", "Llama4VisionModel", "Llama4VisionConfig", {"intermediate_size": 128},
               places=class_token_last, inputs=images(56, 56)),
@@ -33,11 +33,8 @@ LLAMA4 = installed(
 
 # -- tiles --
 
-SIDE, TILES, LENGTH = (
-    2,
-    4,
-    8,
-)  # patches per side of a tile, tiles of a sequence, tokens of a tile: CLS, 4 patches, 3 more
+# Patches per side of a tile, tiles of a sequence, and tokens of a tile: CLS, four patches, three of padding.
+SIDE, TILES, LENGTH = 2, 4, 8
 SHAPES: dict[int, Grid] = {6: (2, 2), 2: (1, 2), 5: (2, 1)}  # by aspect ratio id
 
 
@@ -86,6 +83,15 @@ def used_tiles(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [states[: rows * columns].flatten(0, 1) for states, (rows, columns) in zip(hidden, shapes, strict=True)]
 
 
+def turn_tiles(inputs: Inputs) -> Inputs:
+    """Exchanges rows and columns of images of two tiles, and inside the tiles."""
+    return {
+        "pixel_values": inputs["pixel_values"].transpose(-1, -2).contiguous(),
+        "aspect_ratio_ids": 7 - inputs["aspect_ratio_ids"],  # 2 is 1x2, 5 is 2x1
+        "aspect_ratio_mask": inputs["aspect_ratio_mask"],
+    }
+
+
 MLLAMA = installed(
     "mllama",
     {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4,
@@ -94,6 +100,6 @@ MLLAMA = installed(
     (
         Small("mllama.modeling_mllama", "MllamaVisionModel", "MllamaVisionConfig", inputs=tiled(6, 2), grids=grids,
               resized=tiled(5, 2), places=places, tokens=lambda inputs: [TILES * LENGTH] * 2, hidden=used_tiles,
-              turn=lambda inputs: inputs, checkpointing=None),
+              turn=turn_tiles, checkpointing=None, compiles="no"),
     ),
 )  # fmt: skip

@@ -25,8 +25,8 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 RESIZED = images(42, 70)
 INTERPOLATED = images(42, 70, interpolate_pos_encoding=True)
-OWN_BIAS = {"use_relative_position_bias": True, "layer_scale_init_value": 1.0}
-SHARED_BIAS = {"use_shared_relative_position_bias": True, "layer_scale_init_value": 1.0}
+OWN_BIAS = {"use_relative_position_bias": True, "layer_scale_init_value": 1.0, "drop_path_rate": 0.0}
+SHARED_BIAS = {"use_shared_relative_position_bias": True, "layer_scale_init_value": 1.0, "drop_path_rate": 0.0}
 
 VIT = installed(
     "vit", OPTIONS, COMMON,
@@ -38,14 +38,14 @@ VIT = installed(
             "Dinov2WithRegistersConfig", {"num_register_tokens": 4}, prefix=5, resized=RESIZED, encoder="encoder",
         ),
         Small(
-            "dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", {"num_register_tokens": 2},
-            prefix=3, resized=RESIZED,
+            "dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig",
+            {"num_register_tokens": 2, "pos_embed_rescale": None}, prefix=3, resized=RESIZED,
         ),
         Small("deit.modeling_deit", "DeiTModel", "DeiTConfig", prefix=2, resized=INTERPOLATED),
         Small("ijepa.modeling_ijepa", "IJepaModel", "IJepaConfig", prefix=0, resized=INTERPOLATED),
         Small("vit_msn.modeling_vit_msn", "ViTMSNModel", "ViTMSNConfig", resized=INTERPOLATED),
         Small("beit.modeling_beit", "BeitModel", "BeitConfig", OWN_BIAS),
-        Small("beit.modeling_beit", "BeitModel", "BeitConfig", SHARED_BIAS, name="beit_shared_bias"),
+        Small("beit.modeling_beit", "BeitModel", "BeitConfig", SHARED_BIAS, name="beit_shared_bias", reentrant=False),
     ),
 )  # fmt: skip
 DATA2VEC_VISION = installed(
@@ -54,7 +54,7 @@ DATA2VEC_VISION = installed(
         Small("data2vec.modeling_data2vec_vision", "Data2VecVisionModel", "Data2VecVisionConfig",
               OWN_BIAS),
         Small("data2vec.modeling_data2vec_vision", "Data2VecVisionModel", "Data2VecVisionConfig", SHARED_BIAS,
-              name="data2vec_shared_bias"),
+              name="data2vec_shared_bias", reentrant=False),
     ),
 )  # fmt: skip
 
@@ -118,7 +118,8 @@ def words_and_images(seed: int) -> Inputs:
 
 
 LAYOUTLMV3 = installed(
-    "layoutlmv3", {**OPTIONS, "input_size": 56, "vocab_size": 50, "coordinate_size": 6, "shape_size": 4}, COMMON,
+    "layoutlmv3", {**OPTIONS, "input_size": 56, "vocab_size": 50, "coordinate_size": 6, "shape_size": 4},
+    {**COMMON, "checkpointing": None},
     (
         Small("layoutlmv3.modeling_layoutlmv3", "LayoutLMv3Model", "LayoutLMv3Config", inputs=words_and_images,
               places=lambda inputs, call: [*[None] * WORDS, *regular_places((4, 4), 1)]),
