@@ -183,14 +183,17 @@ class TokenArrangement:
         joined: How the images are put together.
         images: The images in order; one for `batch`, where they share a grid.
         prefix_tokens: Leading tokens of each image without a place on the page.
+        suffix_tokens: Trailing tokens of each image without a place on the page (learned queries); of a `batch` only.
 
     Raises:
-        LayoutError: There is no image, a segmented tower has prefix tokens, or padded images differ in length.
+        LayoutError: There is no image, a segmented tower has prefix tokens, another than a batch has suffix tokens, or
+            padded images differ in length.
     """
 
     joined: Joined
     images: tuple[ImageTokens, ...]
     prefix_tokens: int = 0
+    suffix_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.joined not in get_args(Joined):
@@ -199,6 +202,8 @@ class TokenArrangement:
             raise LayoutError("A forward needs at least one image; its list of images (or their grids) is empty.")
         if self.joined == "segments" and self.prefix_tokens:
             raise LayoutError("The images of a segmented tower have no prefix tokens here; describe them as `packed`.")
+        if self.suffix_tokens and self.joined != "batch":
+            raise LayoutError(f"Suffix tokens go behind a batch of images of one grid; these are {self.joined}.")
         lengths = {image.num_tokens + image.padding for image in self.images}
         if self.joined == "padded" and len(lengths) > 1:
             raise LayoutError(f"Padded images must have one length; with their padding they have {sorted(lengths)}.")
@@ -208,7 +213,8 @@ class TokenArrangement:
     @property
     def num_tokens(self) -> int:
         """Tokens of the sequence that an attention layer sees, prefix and padding included."""
-        lengths = [self.prefix_tokens + image.num_tokens + image.padding for image in self.images]
+        beside = self.prefix_tokens + self.suffix_tokens
+        lengths = [beside + image.num_tokens + image.padding for image in self.images]
         return sum(lengths) if self.joined in ("packed", "segments") else lengths[0]
 
     @property
@@ -218,8 +224,8 @@ class TokenArrangement:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image, prefix tokens included, without padding."""
-        return tuple(self.prefix_tokens + image.num_tokens for image in self.images)
+        """Tokens of each image, prefix and suffix tokens included, without padding."""
+        return tuple(self.prefix_tokens + image.num_tokens + self.suffix_tokens for image in self.images)
 
     def image_layouts(self, block_map: Tensor | None) -> list[TokenLayout]:
         """One layout for each image; equal images share one object."""
@@ -229,7 +235,8 @@ class TokenArrangement:
     def layout(self, block_map: Tensor | None) -> TokenLayout:
         """One layout for a `batch` and for equal images without padding, else a row for each of the `padded` images."""
         if self.joined == "batch" or (len(set(self.images)) == 1 and not self.images[0].padding):
-            return self.images[0].layout(self.prefix_tokens, block_map)
+            layout = self.images[0].layout(self.prefix_tokens, block_map)
+            return layout.with_suffix(self.suffix_tokens) if self.suffix_tokens else layout
         return TokenLayout.batch(self.image_layouts(block_map), self.num_tokens)
 
     @cached_property

@@ -182,7 +182,7 @@ def _shifted_tables(bias: BiasFactors) -> Tensor:
     last_row, last_column = rows[..., -1:], columns[..., -1:]
     upper = [rows[..., :-1] - last_row, rows.new_zeros(*rows.shape[:-1], columns.shape[-1] - 1)]
     lower = [columns.new_zeros(*columns.shape[:-1], rows.shape[-1] - 1), columns[..., :-1] - last_column]
-    if bias.layout.prefix_tokens:  # prefix keys have phi = 0: relative to the others, minus what was subtracted
+    if bias.layout.has_off_page:  # keys off the page have phi = 0: relative to the others, minus what was subtracted
         upper.append(-last_row)
         lower.append(-last_column)
     return torch.cat((torch.cat(upper, dim=-1), torch.cat(lower, dim=-1)), dim=-2)

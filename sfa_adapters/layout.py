@@ -85,6 +85,7 @@ class TokenLayout:
         rows: Positions on the vertical axis.
         columns: Positions on the horizontal axis.
         padding: True where a token is padding, `[B, N]`, or None when there is none.
+        suffix_tokens: How many trailing tokens have no place on the page (learned queries behind the patches).
     """
 
     grid: tuple[int, int] | tuple[tuple[int, int], ...]
@@ -93,6 +94,7 @@ class TokenLayout:
     rows: AxisKinds
     columns: AxisKinds
     padding: Tensor | None = None
+    suffix_tokens: int = 0
     _derived: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +105,12 @@ class TokenLayout:
                 f"block {tuple(shape)}, row {shapes[0]} and column {shapes[1]} "
                 "must have one shape, [tokens] or [batch, tokens]."
             )
-        if not 0 <= self.prefix_tokens <= shape[-1]:
-            raise LayoutError(f"prefix_tokens={self.prefix_tokens} must lie in 0..{shape[-1]}, the number of tokens.")
+        for name, count, most in (
+            ("prefix_tokens", self.prefix_tokens, shape[-1]),
+            ("suffix_tokens", self.suffix_tokens, shape[-1] - self.prefix_tokens),
+        ):
+            if not 0 <= count <= most:
+                raise LayoutError(f"{name}={count} must lie in 0..{most}, the number of tokens.")
         if self.padding is not None and self.padding.shape != shape:
             raise LayoutError(f"padding {tuple(self.padding.shape)} must have the tokens' shape {tuple(shape)}.")
 
@@ -205,8 +211,8 @@ class TokenLayout:
         """
         if not layouts:
             raise LayoutError("TokenLayout.batch needs at least one layout.")
-        if any(layout.block.ndim != 1 for layout in layouts):
-            raise LayoutError("TokenLayout.batch takes single-image layouts ([tokens]), not batches.")
+        if any(layout.block.ndim != 1 or layout.suffix_tokens for layout in layouts):
+            raise LayoutError("TokenLayout.batch takes single-image layouts ([tokens]), no batches, without a suffix.")
         prefixes = {layout.prefix_tokens for layout in layouts}
         if len(prefixes) > 1:
             raise LayoutError(f"All images of a batch need one prefix; found {sorted(prefixes)}.")
@@ -223,6 +229,22 @@ class TokenLayout:
         columns = _merge([layout.columns for layout in layouts], total)
         return cls(grids, prefixes.pop(), block, rows, columns, padding if bool(padding.any()) else None)  # pyright: ignore[reportArgumentType]
 
+    def with_suffix(self, count: int) -> TokenLayout:
+        """The same tokens of one image, and behind them `count` tokens without a place on the page.
+
+        Raises:
+            LayoutError: The layout is that of a batch, or the count is negative.
+        """
+        if self.block.ndim != 1 or count < 0:
+            raise LayoutError(f"A suffix of {count} tokens goes behind the tokens of one image, [tokens].")
+
+        def pad(values: Tensor) -> Tensor:
+            return torch.nn.functional.pad(values, (0, count))
+
+        axes = (replace(axis, index=pad(axis.index)) for axis in (self.rows, self.columns))
+        total = self.suffix_tokens + count
+        return TokenLayout(self.grid, self.prefix_tokens, pad(self.block), *axes, suffix_tokens=total)
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     @property
@@ -237,10 +259,20 @@ class TokenLayout:
 
     @property
     def spatial(self) -> Tensor:
-        """True where a token has a place on the page (no prefix, no padding), bool, `[N]` or `[B, N]`."""
-        mask = torch.ones_like(self.block, dtype=torch.bool)
-        mask[..., : self.prefix_tokens] = False
+        """True where a token has a place on the page (no prefix, suffix or padding), bool, `[N]` or `[B, N]`."""
+        mask = ~self._off_page.expand(self.block.shape)
         return mask if self.padding is None else mask & ~self.padding
+
+    @property
+    def _off_page(self) -> Tensor:
+        """Tokens of the prefix and of the suffix, bool, `[N]`."""
+        number = torch.arange(self.num_tokens, device=self.device)
+        return (number < self.prefix_tokens) | (number >= self.num_tokens - self.suffix_tokens)
+
+    @property
+    def has_off_page(self) -> bool:
+        """Whether there are tokens without a place besides padding."""
+        return self.prefix_tokens > 0 or self.suffix_tokens > 0
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +286,7 @@ class TokenLayout:
 
     @property
     def key_channels(self) -> Tensor:
-        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]` and one channel for prefixes, fp32."""
+        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]`, and a channel for keys off the page, fp32."""
         return self._derive("key_channels", self._build_key_channels)
 
     def _build_one_hot(self) -> Tensor:
@@ -264,9 +296,8 @@ class TokenLayout:
     def _build_key_channels(self) -> Tensor:
         rows, columns = self.one_hot.split((self.rows.num_kinds, self.columns.num_kinds), dim=-1)
         parts = [rows[..., :-1], columns[..., :-1]]
-        if self.prefix_tokens:
-            is_prefix = torch.arange(self.num_tokens, device=self.device) < self.prefix_tokens
-            parts.append(is_prefix.float()[:, None].expand(*self.block.shape, 1))
+        if self.has_off_page:
+            parts.append(self._off_page.float()[:, None].expand(*self.block.shape, 1))
         return torch.cat(parts, dim=-1)
 
     def _derive(self, name: str, build: Callable[[], Tensor]) -> Tensor:
@@ -295,8 +326,10 @@ class TokenLayout:
             prefix_tokens: Prefix length of the result; by default this layout's, whose prefix must then stay in front.
 
         Raises:
-            LayoutError: A prefix token would move behind the front.
+            LayoutError: A prefix token would move behind the front, or the layout has a suffix.
         """
+        if self.suffix_tokens:
+            raise LayoutError("Tokens of a layout with a suffix cannot be selected.")
         keep = self.prefix_tokens if prefix_tokens is None else prefix_tokens
         if bool((index[..., keep:] < self.prefix_tokens).any()) or bool(
             (index[..., :keep] >= self.prefix_tokens).any()

@@ -112,6 +112,8 @@ class Backbone:
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
+        unread_layers: Layers at the end whose patch tokens nobody reads, so that a bias there would get no gradient: of
+            towers that give only what learned queries have gathered.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
         statistics: Of towers without `patches`: as there.
         grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
@@ -133,6 +135,7 @@ class Backbone:
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
+    unread_layers: int = 0
     patches: PatchSeam | None = None
     small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
@@ -298,7 +301,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "
             f"{list(backbone.attentions)}.\n{_nothing_found(tower, backbones)}"
         )
-    used = count_read_layers(model, name, len(attentions))
+    used = min(count_read_layers(model, name, len(attentions)), len(attentions) - backbone.unread_layers)
     return FoundTower(name, tower, backbone, attentions, used, several=len(towers) > 1)
 
 

@@ -56,13 +56,20 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     state: TowerState = state_of(module, SFA)
-    if state.log.current() is None or not isinstance(output, Tensor) or not output.is_floating_point():
+    # A whole encoder in front of these layers gives an output with names.
+    states: Any = output.get("last_hidden_state") if isinstance(output, dict) else output
+    if state.log.current() is None or not isinstance(states, Tensor) or not states.is_floating_point():
         return None
-    begins = not output.requires_grad and _must_begin(state)
+    begins = not states.requires_grad and _must_begin(state)
     if begins:
-        output = begin_gradient(output)
-    state.log.note(output)
-    return output if begins else None
+        states = begin_gradient(states)
+    state.log.note(states)
+    if not begins:
+        return None
+    if isinstance(output, dict):
+        output["last_hidden_state"] = states
+        return output
+    return states
 
 
 def _must_begin(state: TowerState) -> bool:

@@ -63,6 +63,7 @@ class TowerCase:
         inputs: Makes keyword arguments of its forward from a seed: a batch of two different images, or one image for
             a tower that takes one at a time.
         layers: How many attention layers it has.
+        unread: How many of them, at the end, get no bias since nobody reads their patch tokens.
         heads: Heads of each.
         grid: Rows and columns of patches at its own image size, None where any size goes.
         prefix: Leading tokens without a place (CLS, registers).
@@ -99,6 +100,7 @@ class TowerCase:
     heads: int
     grid: Grid | None
     prefix: int = 0
+    unread: int = 0
     grids: Callable[[Inputs], Sequence[Grid]] | None = None
     places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None
     hidden: Callable[[nn.Module, Inputs], list[Tensor]] = read_hidden
