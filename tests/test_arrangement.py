@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, TokenArrangement, Windows
+from sfa_adapters.attention import attend
+from sfa_adapters.bias import StructuralBias
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.layout import TokenLayout
+from sfa_adapters.testing.reference import phi_by_pairs, regular_places, softmax_attention
 
 SIDES = st.integers(1, 5)
 
@@ -87,6 +92,23 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
     assert sorted(set(halves[1].columns.start.tolist())) == [0.5, 0.75]
 
 
+def test_tokens_behind_the_patches_have_no_place_on_either_backend() -> None:
+    arrangement = TokenArrangement("batch", (ImageTokens((2, 3)),), prefix_tokens=1, suffix_tokens=4)
+    assert arrangement.num_tokens == 11 == arrangement.lengths[0]
+    layout = arrangement.layout(None)
+    assert layout.spatial.tolist() == [False] + [True] * 6 + [False] * 4
+    torch.manual_seed(0)
+    bias = StructuralBias(2, init_std=1.0)
+    places = [*regular_places((2, 3), 1), *[None] * 4]
+    phi = phi_by_pairs(places, (2, 3), *(getattr(bias, term) for term in ("row", "col", "dist", "block")))
+    assert torch.allclose(bias(layout)[0].double(), phi, atol=1e-5)
+    query, key, value = torch.randn(3, 1, 2, 11, 8).unbind(0)
+    expected = softmax_attention(query.double(), key.double(), value.double(), phi)
+    for backend in ("dense", "folded"):
+        out = attend(query, key, value, bias.factors(layout), backend=backend)
+        assert torch.allclose(out.double(), expected, atol=1e-5), backend
+
+
 @pytest.mark.parametrize(
     ("act", "text"),
     [
@@ -95,6 +117,15 @@ def test_segments_are_parts_of_their_image_with_its_distances() -> None:
         (lambda: TokenArrangement("batch", (ImageTokens((1, 1)),) * 2), "one grid for all images"),
         (lambda: TokenArrangement("segments", (ImageTokens((1, 1)),), 1), "no prefix tokens"),
         (lambda: TokenArrangement("padded", (ImageTokens((1, 1)), ImageTokens((1, 2)))), "must have one length"),
+        (
+            lambda: TokenArrangement("packed", (ImageTokens((1, 1)),), 0, 1),
+            "batch of images of one grid; these are packed",
+        ),
+        (lambda: TokenLayout.regular(1, 2).with_suffix(-1), "suffix of -1 tokens"),
+        (lambda: TokenLayout.batch([TokenLayout.regular(1, 2)]).with_suffix(1), "behind the tokens of one image"),
+        (lambda: TokenLayout.batch([TokenLayout.regular(1, 2).with_suffix(1)]), "without a suffix"),
+        (lambda: TokenLayout.regular(1, 2).with_suffix(1).select(torch.tensor([0])), "suffix cannot be selected"),
+        (lambda: replace(TokenLayout.regular(1, 2, 1), suffix_tokens=3), r"suffix_tokens=3 must lie in 0\.\.2"),
         (lambda: ImageTokens((0, 4)), "needs tokens: got a grid of 0x4"),
         (lambda: ImageTokens((1, 4), frames=0), "0 frames"),
         (lambda: MergeGroups(2).places(3, 4), "3x4 patches has no whole 2x2 groups"),
