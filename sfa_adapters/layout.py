@@ -286,7 +286,7 @@ class TokenLayout:
 
     @property
     def key_channels(self) -> Tensor:
-        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]`; a further channel marks keys off the page."""
+        """What a folded key says of its place, `[.., N, (U - 1) + (V - 1)]`, and a channel for keys off the page."""
         return self._derive("key_channels", self._build_key_channels)
 
     def _build_one_hot(self) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,21 +53,50 @@ class JoinedAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class JoinedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), JoinedAttention()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.attention(self.norm(x), mask)
+
+
+class Embedding(nn.Module):
+    """Gives its tokens in one of several forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(WIDTH, WIDTH), "tensor"
+
+    def forward(self, tokens: Tensor) -> Any:
+        tokens = self.linear(tokens)
+        forms: dict[str, Any] = {
+            "tensor": tokens,
+            "tuple": (tokens, "grid"),
+            "output": {"last_hidden_state": tokens, "grid": None},
+            "object": SimpleNamespace(tokens=tokens),
+        }
+        return forms[self.form]
+
+
 class JoinedTower(nn.Module):
     """Takes tokens, how they lie, and any mask."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([JoinedAttention(), JoinedAttention()])
-        self.checkpointing = False
+        self.embedding = Embedding()
+        self.layers = nn.ModuleList([JoinedLayer(), JoinedLayer()])
+        self.grad_checkpointing = False
 
     def forward(self, tokens: Tensor, arrangement: Any, mask: Tensor | None = None) -> Tensor:
+        given: Any = self.embedding(tokens)
+        form = self.embedding.form
+        x = given if form == "tensor" else given[0] if form == "tuple" else None
+        x = given["last_hidden_state"] if form == "output" else given.tokens if form == "object" else x
         for layer in self.layers:
-            if self.checkpointing:
-                tokens = tokens + checkpoint(layer, tokens, mask, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
-            else:
-                tokens = tokens + layer(tokens, mask)
-        return tokens
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.grad_checkpointing else layer(x, mask)
+        return x
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +190,7 @@ def test_each_image_attends_under_its_own_bias_whatever_mask_there_is(
 ) -> None:
     model = tower(backend=backend)
     for layer in model.layers:
-        layer.eager = eager
+        layer.attention.eager = eager
     several = itertools.product((0, 2), (False, True)) if joined == "padded" else [(0, True)]
     for spare, symmetric in several:
         arrangement = arranged(joined, grids, spare)
@@ -202,11 +232,12 @@ def test_two_adapters_add_up_and_none_is_the_plain_tower(joined: str, backend: A
         compare.assert_close(image, untouched)
 
 
-@BACKENDS
-@pytest.mark.parametrize("joined", ["padded", "packed"])
-def test_checkpointed_layers_get_the_gradients_of_their_own_images(joined: str, backend: Any) -> None:
-    """Two forwards of as many tokens on other grids are under way when the first runs backward."""
+@pytest.mark.parametrize("form", ["tensor", "tuple", "output", "object"])
+@pytest.mark.parametrize(("joined", "backend"), [("padded", "dense"), ("padded", "folded"), ("packed", "dense")])
+def test_checkpointed_layers_get_the_gradients_of_their_own_images(joined: str, backend: Any, form: str) -> None:
+    """Two forwards of as many tokens on other grids are under way in a frozen tower when the first runs backward."""
     model = tower(backend=backend).train()
+    model.embedding.form = form
     pair = [arranged(joined, grids, 1) for grids in (MIXED, tuple((w, h) for h, w in MIXED))]
 
     def gradients(arrangements: list[TokenArrangement]) -> list[dict[str, Tensor]]:
@@ -221,7 +252,7 @@ def test_checkpointed_layers_get_the_gradients_of_their_own_images(joined: str, 
         return results
 
     expected = [gradients([arrangement])[0] for arrangement in pair]
-    model.checkpointing = True
+    model.grad_checkpointing = True
     for result, alone in zip(gradients(pair), expected, strict=True):
         compare.assert_same_gradients(result, alone)
 
@@ -235,7 +266,7 @@ def test_padding_hides_in_half_precision_and_its_rows_stay_finite(
     """A row of padding that is NaN would spoil all rows of the next layer."""
     model, arrangement = tower(backend=backend, init_std=0.5), arranged("padded", MIXED, 1)
     for layer in model.layers:
-        layer.eager = eager
+        layer.attention.eager = eager
     seen, tokens = visible(arrangement, True), joined_tokens(arrangement)
     exact = model(tokens, arrangement, as_mask(seen, "lowest number"))
     output = model.to(dtype)(tokens.to(dtype), arrangement, as_mask(seen, "lowest number", dtype))
@@ -251,9 +282,9 @@ def test_a_mask_is_checked_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) 
     mask = as_mask(visible(arrangement, True), "bool")
     for _ in range(2):
         model(joined_tokens(arrangement), arrangement, mask)
-    assert checks == ["layers.0"]
+    assert checks == ["layers.0.attention"]
     model(joined_tokens(arrangement), arrangement, as_mask(visible(arrangement, True), "bool"))
-    assert checks == ["layers.0"] * 2
+    assert checks == ["layers.0.attention"] * 2
     copy.deepcopy(model)
 
 
@@ -267,15 +298,19 @@ OTHER = arranged("packed", ((3, 4), (2, 3), (1, 2)), 0)
         (
             "packed",
             visible(OTHER, True),
-            r"layers\.0: the mask of the model does not keep images of \[7, 13, 3\] tokens",
+            r"layers\.0\.attention: the mask of the model does not keep images of \[7, 13, 3\] tokens",
         ),
         (
             "packed",
             visible(OTHER, True)[..., 1:, 1:],
-            r"layers\.0 got a mask \(1, 1, 22, 22\) for images of \[7, 13, 3\]",
+            r"layers\.0\.attention got a mask \(1, 1, 22, 22\) for images of \[7, 13, 3\]",
         ),
         ("packed", torch.ones(1, 1, 23, 23, dtype=torch.bool), r"does not keep images of \[7, 13, 3\] tokens apart"),
-        ("padded", torch.ones(3, 1, 1, 14, dtype=torch.bool), r"layers\.0: .* tokens behind the 7 of image 0.*padding"),
+        (
+            "padded",
+            torch.ones(3, 1, 1, 14, dtype=torch.bool),
+            r"layers\.0\.attention: .* tokens behind the 7 of image 0.*padding",
+        ),
     ],
 )
 def test_a_mask_that_does_not_fit_the_images_is_an_error(joined: str, seen: Tensor, text: str, kind: str) -> None:
