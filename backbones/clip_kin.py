@@ -5,7 +5,6 @@ Their attention takes a mask, or, in the BLIP-2 family, hands a `position_bias` 
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -14,9 +13,6 @@ from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
 from sfa_adapters.registry import (
     Backbone,
-    Geometry,
-    config_grid,
-    image_grid,
     pixel_grid,
     pixel_layouts,
     register_backbone,
@@ -72,35 +68,5 @@ X_CLIP = register_backbone(
         layouts=with_message_token,
         image_module="embeddings",
         small_towers="sfa_adapters.testing.towers_clip_kin:X_CLIP",
-    )
-)
-
-# -- Unlimited-OCR: a SAM encoder, which has a relative bias of its own, and behind it a CLIP encoder on its features --
-
-
-def features_geometry(tower: nn.Module) -> Geometry:
-    """Grid of the features that the SAM encoder makes of an image of its own size, behind the CLS token."""
-    model: Any = tower
-    rows, columns = config_grid(model.sam_encoder)
-    convolutions = [module for module in model.sam_encoder.proj.modules() if isinstance(module, nn.Conv2d)]
-    down = prod(int(convolution.stride[0]) for convolution in convolutions)
-    return Geometry(grid=(rows // down, columns // down), prefix_tokens=1)
-
-
-def features_layouts(embeddings: nn.Module, args: tuple[Any, ...], kwargs: Any) -> ImageTokens | None:
-    """The features, `[batch, channels, rows, columns]`, are the patches."""
-    grid = image_grid(args[0] if args else kwargs.get("patch_embeds"), 1)
-    return None if grid is None else ImageTokens(grid)
-
-
-UNLIMITED_OCR = register_backbone(
-    Backbone(
-        name="unlimited_ocr",
-        towers=("transformers.models.unlimited_ocr.*.UnlimitedOcrVisionModel",),
-        attentions=("transformers.models.unlimited_ocr.*.UnlimitedOcrAttention",),
-        geometry=features_geometry,
-        layouts=features_layouts,
-        image_module="vision_encoder.embeddings",
-        small_towers="sfa_adapters.testing.towers_clip_kin:UNLIMITED_OCR",
     )
 )

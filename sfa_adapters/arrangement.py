@@ -266,8 +266,8 @@ class TokenArrangement:
         return [known[image] for image in self.images]
 
     def layout(self, block_map: Tensor | None) -> TokenLayout:
-        """The layout of a `batch` (one for all images) or of `padded` images (one row for each)."""
-        if self.joined == "batch":
+        """One layout for a `batch` and for equal images without padding, else a row for each of the `padded` images."""
+        if self.joined == "batch" or (len(set(self.images)) == 1 and not self.images[0].padding):
             return self.images[0].layout(self.prefix_tokens, block_map)
         return TokenLayout.batch(self.image_layouts(block_map), self.num_tokens)
 

@@ -215,6 +215,12 @@ class ForwardLog:
                 if upper is not None and upper not in visited:
                     visited.add(upper)
                     queue.append(upper)
+        if not matches and states.grad_fn is None and module is not None:
+            # Computed without a graph, from frozen weights, inside a layer whose input was known.
+            task, holder, forward = self._thread.traced or (NOT_IN_BACKWARD, None, None)
+            inside = holder is not None and holder is not module and any(m is module for m in holder.modules())
+            if task == backward_task() and inside and forward is not None:
+                return [forward]
         return matches
 
     def _of_storage(self, states: Tensor) -> list[TowerForward]:

@@ -25,7 +25,7 @@ from sfa_adapters.hooks import detach
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.mask_argument import attach_to_attention, give_mask, given_mask, unused_mask
-from sfa_adapters.packing import PackedMask, Packing, check_block_diagonal
+from sfa_adapters.packing import PackedMask, Packing, check_block_diagonal, check_hidden_padding
 from sfa_adapters.scalar_layer import ScalarLayer
 from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import SFA, TowerState
@@ -86,7 +86,8 @@ class SFALayer(ScalarLayer):
             bounds: Segment boundaries, `[segments + 1]`, for segmented towers.
 
         Raises:
-            LayoutError: The layout of the tokens is not known, or active adapters have different blocks.
+            LayoutError: The layout of the tokens is not known, the mask of the model does not fit it, or active
+                adapters have different blocks.
             WeightsError: The scalars of an active adapter were never loaded.
         """
         active = self.active
@@ -122,6 +123,8 @@ class SFALayer(ScalarLayer):
             mask.backend = backend
             return mask
         assert not isinstance(attention_mask, LazyMask)
+        if arrangement.joined == "padded" and any(image.padding for image in arrangement.images):
+            self.state.check_mask(attention_mask, arrangement, check_hidden_padding, self.name)
         layout = self.state.layout(arrangement, block_map, key, device)
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)
@@ -137,8 +140,7 @@ class SFALayer(ScalarLayer):
         """
         if isinstance(arrangement, Packing):
             return arrangement.layouts(block_map, key, device)
-        if isinstance(attention_mask, Tensor) and not torch.compiler.is_compiling():
-            check_block_diagonal(attention_mask, arrangement.lengths, self.name)
+        self.state.check_mask(attention_mask, arrangement, check_block_diagonal, self.name)
         return self.state.image_layouts(arrangement, block_map, key, device)
 
     def dense_mask(self, bias: BiasFactors, weights: list[StructuralWeights], like: Tensor) -> Tensor:

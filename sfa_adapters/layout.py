@@ -210,7 +210,7 @@ class TokenLayout:
         if not layouts:
             raise LayoutError("TokenLayout.batch needs at least one layout.")
         if any(layout.block.ndim != 1 for layout in layouts):
-            raise LayoutError("TokenLayout.batch takes single-image layouts ([tokens]), not batches.")
+            raise LayoutError("TokenLayout.batch takes single-image layouts ([tokens]), no batches.")
         prefixes = {layout.prefix_tokens for layout in layouts}
         if len(prefixes) > 1:
             raise LayoutError(f"All images of a batch need one prefix; found {sorted(prefixes)}.")

@@ -23,7 +23,7 @@ from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask
 
-__all__ = ["PackedMask", "Packing", "check_block_diagonal"]
+__all__ = ["PackedMask", "Packing", "check_block_diagonal", "check_hidden_padding"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +140,7 @@ def check_block_diagonal(mask: Tensor, lengths: Sequence[int], where: str) -> No
         raise LayoutError(
             f"{where} got a mask {tuple(mask.shape)} for images of {list(lengths)} tokens, {total} in all."
         )
-    square = mask[(0,) * (mask.ndim - 2)]
-    visible = square if mask.dtype == torch.bool else square > torch.finfo(mask.dtype).min / 2
+    visible = _visible(mask[(0,) * (mask.ndim - 2)])
     ends = torch.tensor(list(accumulate(lengths)), device=mask.device)
     starts = torch.nn.functional.pad(ends[:-1], (1, 0))
     # The first and last token of an image see each other, and neither sees the token beyond the border.
@@ -152,3 +151,29 @@ def check_block_diagonal(mask: Tensor, lengths: Sequence[int], where: str) -> No
             f"{where}: the mask of the model does not keep images of {list(lengths)} tokens apart, which its inputs "
             "name. Call the tower itself, with the sizes of its images."
         )
+
+
+def check_hidden_padding(mask: Tensor, lengths: Sequence[int], where: str) -> None:
+    """Checks that a mask hides the padding of padded images from their first tokens.
+
+    Args:
+        mask: Boolean (True = attend) or additive, broadcastable to `[B, H, N, N]`.
+        lengths: Tokens of each image without padding.
+        where: For the message.
+
+    Raises:
+        LayoutError: It shows padding: with a bias, which hides it, the tower would compute something else than without.
+    """
+    seen = _visible(mask[(None,) * (4 - mask.ndim)][:, 0, 0])
+    ends = torch.tensor(lengths, device=mask.device)
+    shown = seen & (torch.arange(seen.shape[-1], device=mask.device) >= ends[:, None])
+    if bool(shown.any()):
+        number = int(shown.any(-1).nonzero()[0])
+        raise LayoutError(
+            f"{where}: the mask of the model shows tokens behind the {lengths[number]} of image {number}, which are "
+            "padding by the sizes in its input. Pass sizes and mask from one call of the processor."
+        )
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -119,6 +119,8 @@ class Backbone:
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
+        unread_layers: Layers at the end whose patch tokens nobody reads, so that a bias there would get no gradient: of
+            towers that give only what learned queries have gathered.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
         token_reduction: Segmented towers only: whether features that drop or merge tokens (DyMU, `drop_blank_groups`,
             FastV by density) know its input, its windows and its merger.
@@ -143,6 +145,7 @@ class Backbone:
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
     check: Callable[[nn.Module], None] | None = None
+    unread_layers: int = 0
     patches: PatchSeam | None = None
     token_reduction: bool = False
     small_towers: str | None = None
@@ -317,7 +320,7 @@ def find_tower(model: nn.Module, path: str | None = None) -> FoundTower:
             f"{name or type(model).__name__} is a {backbone.name} tower, but none of its modules is one of "
             f"{list(backbone.attentions)}.\n{_nothing_found(tower, backbones)}"
         )
-    used = count_read_layers(model, name, len(attentions))
+    used = min(count_read_layers(model, name, len(attentions)), len(attentions) - backbone.unread_layers)
     return FoundTower(name, tower, backbone, attentions, used, several=len(towers) > 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class TowerState:
         rearrange: Function applied to every layout of a regular grid as it is built; the placebo of the studies
             shuffles places with it. Set it before the first forward.
         ramp_watch: Notices training without `AxialRamp`.
+        checked: The mask that was checked last, and against which arrangement: all layers of a forward share one.
     """
 
     backbone: Backbone
@@ -60,6 +62,7 @@ class TowerState:
     warned: bool = False
     rearrange: Callable[[TokenLayout], TokenLayout] | None = None
     ramp_watch: RampWatch = field(default_factory=RampWatch)
+    checked: tuple[weakref.ref[Tensor], TokenArrangement] | None = None
 
     # -- the forward under way --------------------------------------------------------------------------------------
 
@@ -184,6 +187,28 @@ class TowerState:
             f"Call the tower ({name}) itself, with sides that its patch size divides."
         )
 
+    def check_mask(
+        self,
+        mask: Any,
+        arrangement: TokenArrangement,
+        check: Callable[[Tensor, tuple[int, ...], str], None],
+        where: str,
+    ) -> None:
+        """Checks the mask that the model passed against the images of its input, once for all layers.
+
+        Args:
+            mask: The mask, or anything else, which is not checked.
+            arrangement: How the tokens lie.
+            check: Raises a `LayoutError`; it is given the mask, the tokens of each image, and `where`.
+            where: Path of the attention layer, for the message.
+        """
+        if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
+            return
+        if self.checked is not None and self.checked[0]() is mask and self.checked[1] == arrangement:
+            return
+        check(mask, arrangement.lengths, where)
+        self.checked = (weakref.ref(mask), arrangement)
+
     # -- layouts ----------------------------------------------------------------------------------------------------
 
     def layout(self, arrangement: TokenArrangement, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
@@ -267,7 +292,7 @@ class TowerState:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layouts": {}, "seen": {}}
+        return {**self.__dict__, "layouts": {}, "seen": {}, "checked": None}
 
 
 def _different(arrangements: Iterable[Arrangement | None]) -> set[Arrangement]:

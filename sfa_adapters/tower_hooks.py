@@ -56,17 +56,31 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     state: TowerState = state_of(module, SFA)
-    several = type(output) is tuple and len(output) > 0  # some embeddings give their masks or sizes beside the states
-    states = output[0] if several else output
-    if state.log.current() is None or not isinstance(states, Tensor) or not states.is_floating_point():
+    states = _states_of(output)
+    if state.log.current() is None or states is None or not states.is_floating_point():
         return None
     begins = not states.requires_grad and _must_begin(state)
     if begins:
         states = begin_gradient(states)
     state.log.note(states)
-    if not begins:
-        return None
-    return (states, *output[1:]) if several else states
+    return _with_states(output, states) if begins else None
+
+
+def _states_of(output: Any) -> Tensor | None:
+    """The hidden states in an output: itself, the first of a tuple, or `last_hidden_state` of a whole encoder."""
+    if isinstance(output, dict):
+        output = output.get("last_hidden_state")
+    elif type(output) is tuple and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    """The output with other hidden states."""
+    if isinstance(output, dict):
+        output["last_hidden_state"] = states
+        return output
+    return (states, *output[1:]) if type(output) is tuple else states
 
 
 def _must_begin(state: TowerState) -> bool:

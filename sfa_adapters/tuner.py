@@ -183,7 +183,7 @@ def _choose_layers(located: FoundTower, wanted: list[int] | int | None) -> tuple
     if dead:
         raise InjectionError(
             f"layers_to_transform={wanted} names layer {dead[0]}, but the host reads only layers 0..{used - 1} "
-            "(vision_feature_layer): a bias there would never get a gradient."
+            "(vision_feature_layer, or what this tower gives): a bias there would never get a gradient."
         )
     return tuple(chosen)
 

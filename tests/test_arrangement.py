@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, TokenArrangement, Windows
+from sfa_adapters.attention import attend
+from sfa_adapters.bias import StructuralBias
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.testing.reference import phi_by_pairs, regular_places, softmax_attention
 
 SIDES = st.integers(1, 5)
 
@@ -105,6 +108,23 @@ def test_prefix_tokens_belong_to_the_first_segment_of_their_image(
     assert {layout.prefix_tokens for layout in parts} <= {0, prefix}
     assert sum(layout.prefix_tokens for layout in parts) == prefix * len(images)
     assert sum(layout.num_tokens for layout in parts) == ends[-1]
+
+
+def test_tokens_behind_the_patches_have_no_place_on_either_backend() -> None:
+    arrangement = TokenArrangement("batch", (ImageTokens((2, 3), without_place=((6, 10),)),), prefix_tokens=1)
+    assert arrangement.num_tokens == 11 == arrangement.lengths[0]
+    layout = arrangement.layout(None)
+    assert layout.spatial.tolist() == [False] + [True] * 6 + [False] * 4
+    torch.manual_seed(0)
+    bias = StructuralBias(2, init_std=1.0)
+    places = [*regular_places((2, 3), 1), *[None] * 4]
+    phi = phi_by_pairs(places, (2, 3), *(getattr(bias, term) for term in ("row", "col", "dist", "block")))
+    assert torch.allclose(bias(layout)[0].double(), phi, atol=1e-5)
+    query, key, value = torch.randn(3, 1, 2, 11, 8).unbind(0)
+    expected = softmax_attention(query.double(), key.double(), value.double(), phi)
+    for backend in ("dense", "folded"):
+        out = attend(query, key, value, bias.factors(layout), backend=backend)
+        assert torch.allclose(out.double(), expected, atol=1e-5), backend
 
 
 @pytest.mark.parametrize(

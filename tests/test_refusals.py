@@ -33,7 +33,8 @@ def auto(model_type: str, host: Any = tf.AutoModelForImageTextToText, **settings
 
     def build() -> nn.Module:
         config: Any = tf.AutoConfig.for_model(model_type, **settings)
-        for part in (config, getattr(config, "text_config", None)):
+        parts: list[Any] = [config, getattr(config, "text_config", None)]
+        for part in parts:
             if hasattr(part, "num_hidden_layers"):
                 part.num_hidden_layers = 1
             if getattr(part, "layer_types", None):
@@ -62,8 +63,7 @@ CASES: list[tuple[str, Build, str, str, bool]] = [
     ("swin", of(tf.SwinModel, tf.SwinConfig, **SWIN), "SwinModel", "relative positions of its own", True),
     ("resnet", of(tf.ResNetModel, tf.ResNetConfig, hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8),
      "ResNetModel", "has no attention", True),
-    ("sam", lambda: tf.SamVisionModel(tf.SamVisionConfig(**SAM)), "SamVisionEncoder",
-     "relative rows and columns", True),
+    ("sam", of(tf.SamVisionModel, tf.SamVisionConfig, **SAM), "SamVisionEncoder", "relative rows and columns", True),
     ("swinv2", of(tf.Swinv2Model, tf.Swinv2Config, **SWIN), "Swinv2Model", "relative positions of its own", False),
     ("hiera", of(tf.HieraModel, tf.HieraConfig, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1]),
      "HieraModel", "lie on different grids", False),

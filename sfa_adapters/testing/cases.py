@@ -76,6 +76,7 @@ class TowerCase:
         inputs: Makes keyword arguments of its forward from a seed: a batch of two different images, or one image for
             a tower that takes one at a time.
         layers: How many attention layers it has.
+        unread: How many of them, at the end, get no bias since nobody reads their patch tokens.
         heads: Heads of each.
         grid: Rows and columns of patches at its default image size, None where it takes any size.
         prefix: Leading tokens without a place (CLS, registers).
@@ -120,6 +121,7 @@ class TowerCase:
     heads: int
     grid: Grid | None
     prefix: int = 0
+    unread: int = 0
     grids: Callable[[Inputs], Sequence[Grid]] | None = None
     grids_of_call: Callable[[Inputs, Mapping[str, Any]], Sequence[Grid]] | None = None
     places: Callable[[Inputs, Mapping[str, Any]], list[Place]] | None = None

@@ -50,6 +50,7 @@ class CheckpointingContract(Suite):
         assert case.checkpointing is not None
         skip_unless_possible(case)
         tower, inputs = compare.injected(case, layers_to_transform=[-1])
+        tower, inputs = compare.injected(case, layers_to_transform=[-1 - case.unread])
         compare.freeze_base(tower.train())
         case.checkpointing(tower, None)
         expected = compare.gradients(case, tower, inputs)

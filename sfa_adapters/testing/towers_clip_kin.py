@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sfa_adapters.testing.cases import Inputs, Place, images
+from sfa_adapters.testing.cases import Inputs, Place
 from sfa_adapters.testing.members import Small, installed
 from sfa_adapters.testing.reference import regular_places
 from sfa_adapters.testing.towers_vit import COMMON, INTERPOLATED, OPTIONS, PATCH, RESIZED
 
-__all__ = ["BLIP", "CLIP_KIN", "UNLIMITED_OCR", "X_CLIP"]
+__all__ = ["BLIP", "CLIP_KIN", "X_CLIP"]
 
 # The fused attention adds a position_bias; the eager one of these towers does not know it.
 FUSED_ONLY: dict[str, Any] = {"resized": INTERPOLATED, "encoder": "encoder", "eager_takes_bias": False}
@@ -81,23 +81,5 @@ X_CLIP = installed(
     (
         Small("x_clip.modeling_x_clip", "XCLIPVisionModel", "XCLIPVisionConfig", resized=INTERPOLATED,
               places=message_last, hidden=frames_of_one_video, encoder="encoder"),
-    ),
-)  # fmt: skip
-
-# -- a SAM encoder in front: 16x16 patches of 8 pixels, of which two convolutions make 4x4 --
-
-SAM = {
-    "hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 128,
-    "patch_size": 8, "output_channels": 16, "downsample_channels": [16, 32], "window_size": 4,
-    "global_attn_indexes": [0],
-}  # fmt: skip
-
-UNLIMITED_OCR = installed(
-    "unlimited_ocr", {"sam_config": SAM, "encoder_config": OPTIONS}, COMMON,
-    (
-        Small("unlimited_ocr.modeling_unlimited_ocr", "UnlimitedOcrVisionModel", "UnlimitedOcrVisionConfig",
-              inputs=images(128, 128), resized=images(96, 160),
-              grids=lambda inputs: [tuple(side // 32 for side in inputs["pixel_values"].shape[-2:])],
-              encoder="vision_encoder.encoder"),
     ),
 )  # fmt: skip

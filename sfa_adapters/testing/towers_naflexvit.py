@@ -17,6 +17,11 @@ __all__ = ["NAFLEXVIT"]
 SIDE = 4
 
 
+def checkpoint_layers(tower: nn.Module, reentrant: bool | None) -> None:
+    """As `set_checkpointing`, never reentrant: the layers get keyword arguments, which that kind does not take."""
+    set_checkpointing(tower, None if reentrant is None else False)
+
+
 def patch_rows(seed: int, sizes: tuple[Grid, ...] = SIZES) -> Inputs:
     """What timm's NaFlex collator gives: patches, row and column of each, and which are real; two tokens of padding."""
     length = max(lengths(sizes)) + 2
@@ -71,7 +76,7 @@ def _case(name: str, prefix: int, dense: bool = False, **options: Any) -> TowerC
     }  # fmt: skip
     return TowerCase(
         name=name, backbone="naflexvit", build=lively(build), layers=3, heads=4, grid=None, prefix=prefix,
-        eager=set_eager, checkpointing=set_checkpointing, library="timm", compiles="no",
+        eager=set_eager, checkpointing=checkpoint_layers, library="timm", compiles="no",
         runs="bias" if name == "naflexvit" else "nightly", lora_targets=("attn.qkv",),
         **(whole if dense else rows),
     )  # fmt: skip

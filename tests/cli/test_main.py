@@ -203,8 +203,8 @@ def test_a_broken_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_model_without_a_known_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path)
     line = _mistake(capsys, "inspect", str(tmp_path))
-    assert "No registered backbone fits ResNetModel" in line
-    assert "adding_a_backbone" in line
+    assert "No registered backbone fits ResNetModel. It is a ResNetModel: it has no attention" in line
+    assert "docs/backbones.md" in line
 
 
 @pytest.mark.parametrize(
