@@ -34,6 +34,7 @@ MEMBERS = (
         cls_and_registers,
     ),
     Member("dinov3_vit", "DINOv3ViTModel DINOv3ViTBackbone", "DINOv3ViTAttention", cls_and_registers),
+    Member("tipsv2", "Tipsv2VisionModel Tipsv2VisionBackbone", "Tipsv2VisionAttention", cls_and_registers),
     Member("beit", "BeitModel BeitBackbone", "BeitAttention", 1),
 )
 

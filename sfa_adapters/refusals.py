@@ -24,12 +24,14 @@ class Refusal:
         classes: Patterns over `module.Class`, of the tower, or of the host where there is no tower.
         reason: Why, as a sentence about the module.
         advice: What to do.
+        attends: Whether there is vision attention at all.
     """
 
     name: str
     classes: tuple[str, ...]
     reason: str
     advice: str
+    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ MIXED_HEADS = Refusal(
 )
 VIDEO = Refusal(
     "video",
-    _transformers("vjepa2.VJEPA2Model"),
+    _transformers("vjepa2.VJEPA2Model", "videoprism.VideoPrismVisionModel"),
     "its tokens are patches through several frames, which attend to one another over time, and its attention takes no "
     "mask; the bias knows rows and columns of one page.",
     "For images take an image tower, such as DINOv2, SigLIP or Perception Encoder (docs/backbones.md lists them).",
@@ -135,11 +137,25 @@ HYBRID = Refusal(
     "sequence of patches.",
     LORA + ANOTHER_TOWER,
 )
+CUT_WINDOWS = Refusal(
+    "windows without a bias",
+    _transformers("sam3.Sam3ViTModel"),
+    "most of its layers attend inside windows that it cuts out of the map, with padding and without a mask; rows "
+    "and columns of a page end at their borders.",
+    LORA + ANOTHER_TOWER,
+)
+NO_PAGE = Refusal(
+    "tokens that are no patches",
+    _transformers("imagegpt.ImageGPTModel", "perceiver.PerceiverModel"),
+    "its tokens are single pixels that see only earlier ones (ImageGPT), or latents without a place (Perceiver).",
+    LORA + ANOTHER_TOWER,
+)
 CONVOLUTIONS = Refusal(
     "no attention",
     ("transformers.modeling_utils.PreTrainedModel", "timm.models.*"),
     "it has no attention, only convolutions or other mixing layers, and SFA is a bias on the logits of attention.",
     LORA + ANOTHER_TOWER,
+    attends=False,
 )
 DISCRETE = Refusal(
     "discrete image tokens",
@@ -147,6 +163,7 @@ DISCRETE = Refusal(
     "a convolutional autoencoder, without a vision transformer, turns images into discrete tokens, which the language "
     "model then reads like words.",
     ANOTHER_TOWER,
+    attends=False,
 )
 NO_TOWER = Refusal(
     "no vision tower",
@@ -155,12 +172,14 @@ NO_TOWER = Refusal(
     ),
     "it has no vision attention: patches are embedded by linear layers and go straight into the language model.",
     "SFA adapts vision towers only. " + ANOTHER_TOWER,
+    attends=False,
 )
 NO_IMAGES = Refusal(
     "no images",
     _transformers("mistral4.Mistral4PreTrainedModel", "evolla.EvollaPreTrainedModel"),
     "it reads no images (Mistral 4 is text only, Evolla reads proteins).",
     "Pass a vision-language model, or a vision tower.",
+    attends=False,
 )
 DOCUMENT_ENCODER = Refusal(
     "layout in the text encoder",
@@ -168,11 +187,12 @@ DOCUMENT_ENCODER = Refusal(
     "words and patches share one encoder, whose attention has learned biases over horizontal and vertical distance "
     "already.",
     "Nothing is missing there: those biases train with the model. " + ANOTHER_TOWER,
+    attends=False,
 )
 
 REFUSALS = (
-    RELATIVE_BIAS, WINDOWED_BIAS, POOLED, CHANNELS, MIXED_HEADS, VIDEO, HYBRID, DISCRETE, NO_TOWER, NO_IMAGES,
-    DOCUMENT_ENCODER, CONVOLUTIONS,
+    RELATIVE_BIAS, WINDOWED_BIAS, POOLED, CHANNELS, MIXED_HEADS, CUT_WINDOWS, VIDEO, HYBRID, DISCRETE, NO_PAGE,
+    NO_TOWER, NO_IMAGES, DOCUMENT_ENCODER, CONVOLUTIONS,
 )  # fmt: skip
 
 

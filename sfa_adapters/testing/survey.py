@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sfa_adapters.errors import InjectionError, SFAError
+from sfa_adapters.refusals import refusal_of
 from sfa_adapters.registry import FoundTower, find_tower, qualified_name, registered_backbones
 from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.registered import towers_or_reasons
@@ -44,10 +45,37 @@ __all__ = [
 # unbuilt    its default configuration cannot be built, so nothing is known
 Verdict = Literal["works", "unchecked", "refused", "none", "unbuilt"]
 
-# Default configurations that cannot be built as they are: what to change. Nested keys with dots.
-CHANGES: dict[str, dict[str, Any]] = {
-    "aya_vision": {"vision_config.num_attention_heads": 16},
-}
+# Default configurations that cannot be built as they are, or have no tower: what to add. Only the tower matters here.
+PERCEPTION_ENCODER = {
+    "embed_dim": 1024, "depth": 2, "img_size": [448, 448], "global_pool": "", "use_post_transformer_norm": False,
+    "init_values": 0.1, "ref_feat_shape": [32, 32],
+}  # fmt: skip
+ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+ADDITIONS: dict[str, dict[str, Any]] = {
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 1}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROTARY}}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 2, "num_hidden_layers": 2}},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64, "num_hidden_layers": 6},
+    },
+    "emu3": {"vocabulary_map": {"<image>": 1}},
+    "gemma4": {"vision_config": {}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": PERCEPTION_ENCODER,
+        },
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
+            "indexer_compress_ratio": 64,
+        },
+    },
+}  # fmt: skip
 # Towers of timm: one of each class or kind that people use.
 TIMM = (
     "vit_base_patch16_224", "vit_base_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224",
@@ -107,7 +135,7 @@ def _entry(name: str, build: Callable[[str], nn.Module], checked: set[str], only
     try:
         towers = _towers(model)
     except SFAError as error:
-        return Entry(name, "refused" if _has_attention(model, only_vision) else "none", reason=_line(error))
+        return Entry(name, "refused" if _attends(model, only_vision) else "none", reason=_line(error))
     first = towers[0]
     if any(tower.backbone.check is not None for tower in towers):
         try:
@@ -145,8 +173,11 @@ def _towers(model: nn.Module) -> list[FoundTower]:
             raise error from None
 
 
-def _has_attention(model: nn.Module, only_vision: bool) -> bool:
-    """Whether something that looks like a vision encoder has attention modules, by their names."""
+def _attends(model: nn.Module, only_vision: bool) -> bool:
+    """Whether a model has vision attention: by the reason for its refusal, else by the names of its modules."""
+    known = refusal_of(model)
+    if known is not None:
+        return known.refusal.attends
     words = ("vision", "visual", "image", "vit", "encoder", "sam", "patch", "pixel")
     return any(
         ("attention" in type(module).__name__.lower() or name.endswith("attn"))
@@ -179,11 +210,13 @@ def hosts() -> list[str]:
 
 def build_host(name: str) -> nn.Module:
     """A host from its default configuration, with two layers of language model."""
-    from transformers import AutoModelForImageTextToText
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     config = _configuration(name)
     _shorten(getattr(config, "text_config", None))
-    return AutoModelForImageTextToText.from_config(config)
+    # By the name of its class: the automatic class does not know the configurations of all types in its own table.
+    return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])._from_config(config)
 
 
 def vision_models() -> list[str]:
@@ -225,14 +258,7 @@ def build_timm(name: str) -> nn.Module:
 def _configuration(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name]()
-    for path, value in CHANGES.get(name, {}).items():
-        *parents, last = path.split(".")
-        holder = config
-        for parent in parents:
-            holder = getattr(holder, parent)
-        setattr(holder, last, value)
-    return config
+    return CONFIG_MAPPING[name](**ADDITIONS.get(name, {}))
 
 
 def _shorten(text: Any) -> None:

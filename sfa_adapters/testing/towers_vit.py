@@ -41,6 +41,10 @@ VIT = installed(
             "dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig",
             {"num_register_tokens": 2, "pos_embed_rescale": None}, prefix=3, resized=RESIZED,
         ),
+        Small(
+            "tipsv2.modeling_tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", {"num_register_tokens": 2}, prefix=3,
+            resized=RESIZED, encoder="encoder",
+        ),
         Small("deit.modeling_deit", "DeiTModel", "DeiTConfig", prefix=2, resized=INTERPOLATED),
         Small("ijepa.modeling_ijepa", "IJepaModel", "IJepaConfig", prefix=0, resized=INTERPOLATED),
         Small("vit_msn.modeling_vit_msn", "ViTMSNModel", "ViTMSNConfig", resized=INTERPOLATED),
