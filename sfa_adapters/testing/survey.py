@@ -187,7 +187,7 @@ def _attends(model: nn.Module, only_vision: bool) -> bool:
 
 
 def _line(error: Exception) -> str:
-    text = next(iter(str(error).splitlines()), "")
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, SFAError) else f"{type(error).__name__}: {text}"
 
 
