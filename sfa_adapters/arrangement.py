@@ -288,7 +288,7 @@ class TokenArrangement:
             LayoutError: A segment reaches over the border of an image, is empty, or cuts an image with tokens that have
                 no place.
         """
-        if self.prefix_tokens or any(image.without_place for image in self.images):
+        if any(image.without_place for image in self.images):
             return self._whole_segments(bounds, block_map)
         places = {image: image.places() for image in set(self.images)}
         layouts: list[TokenLayout] = []
@@ -306,10 +306,10 @@ class TokenArrangement:
         return layouts
 
     def _whole_segments(self, bounds: Sequence[int], block_map: Tensor | None) -> list[TokenLayout]:
-        """As `segments`, where each must be an image: a window has no prefix of its own."""
+        """As `segments`, where each must be an image: tokens without a place lie anywhere in it."""
         if list(bounds) != [0, *self._ends]:
             raise LayoutError(
-                f"Segments {list(bounds)} must each be a whole image, prefix tokens and those without a place "
-                f"included; images end at {self._ends}."
+                f"Segments {list(bounds)} must each be a whole image, because some of its tokens have no place; images "
+                f"end at {self._ends}."
             )
         return self.image_layouts(block_map)

@@ -54,7 +54,7 @@ def test_fastv_works_or_says_why_not(name: str) -> None:
         inject_fastv(model, FastVConfig(selector="density", **GIVEN))
     snapshot.assert_unchanged(model)
     if name == "qwen3_vl":
-        with pytest.raises(InjectionError, match="adds image features behind each of its first 1 layers"):
+        with pytest.raises(InjectionError, match="adds image features after each of its first 1 layers"):
             inject_fastv(model, FastVConfig(prune_at="input"))
     for selector in ("attention", "random"):
         inject_fastv(model, FastVConfig(k=2, selector=selector))
