@@ -210,6 +210,7 @@ COVERED_BY = {
     "testing/contract_bias": "backbones/test_contract",
     "testing/contract_checkpointing": "backbones/test_contract",
     "testing/contract_training": "backbones/test_contract",
+    "testing/host_suite": "testing/test_hosts",
     "testing/modeling_intern_vit": "backbones/test_contract",
     "testing/test_backbones": "backbones/test_contract",
     "testing/test_hosts": "testing/test_hosts",
