@@ -232,6 +232,5 @@ COVERED_BY = {
     "training/train": "training/test_trainer",
     "tuner": "test_other_entries",
     "units": "test_numerals",
-    "vlm/sizes": "memory/test_predict",
     "vlm/spec": "vlm/test_records",
 }
