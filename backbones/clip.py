@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration, behind the CLS token."""
+    """The patch grid of the configuration, and one prefix token (CLS)."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
 
 
@@ -20,7 +20,7 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.CLIP
 
 
@@ -30,7 +30,7 @@ CLIP = register_backbone(
         towers=("transformers.models.clip.*.CLIPVisionModel", "transformers.models.clip.*.CLIPVisionTransformer"),
         attentions=("transformers.models.clip.*.CLIPAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",

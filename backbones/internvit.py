@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.errors import InjectionError
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration, behind the CLS token."""
+    """The patch grid of the configuration, and one prefix token (CLS)."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
 
 
@@ -21,7 +21,11 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def check_patches(tower: nn.Module) -> None:
-    """Adaptive tokens take their places from absolute position embeddings."""
+    """Refuses settings under which adaptive tokens would differ from the tower's own.
+
+    Raises:
+        InjectionError: No absolute position embeddings to resample, or dropout of embedded patches.
+    """
     model: Any = tower
     if model.embeddings.position_embeddings is None:
         raise InjectionError("This InternViT has no absolute position embeddings (use_absolute_position_embeddings).")
@@ -30,7 +34,7 @@ def check_patches(tower: nn.Module) -> None:
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.IMAGENET
 
 
@@ -40,7 +44,7 @@ INTERNVIT = register_backbone(
         towers=("transformers.models.internvl.*.InternVLVisionModel",),
         attentions=("transformers.models.internvl.*.InternVLVisionAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",

@@ -1,7 +1,6 @@
 """InternViT as it comes with its checkpoints (`InternVisionModel`, remote code): fused `qkv`, and no mask argument.
 
-The one tower whose attention cannot be reached through an argument. `MaskedInternAttention` stands in for each
-attention module:
+The one tower whose attention takes no bias through an argument. `MaskedInternAttention` replaces each attention module:
 it holds the same projection modules under the same names, so state-dict keys do not change and LoRA finds its targets.
 """
 
@@ -13,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_layouts, register_backbone
 
 __all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]
 
 
 class MaskedInternAttention(nn.Module):
-    """Stands in for a remote-code `InternAttention`, sharing its modules, with a mask argument.
+    """Replaces a remote-code `InternAttention`: it shares its modules, and has a mask argument.
 
     Without a mask it computes what the original's eager path does, operation by operation, so it is bit-exact with it.
 
@@ -44,7 +43,15 @@ class MaskedInternAttention(nn.Module):
         self.train(original.training)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Attends; `[batch, tokens, width]` to the same shape."""
+        """Self-attention.
+
+        Args:
+            hidden_states: `[batch, tokens, width]`.
+            attention_mask: Added to the logits, broadcast to `[batch, heads, tokens, tokens]`.
+
+        Returns:
+            `[batch, tokens, width]`.
+        """
         batch, tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -68,22 +75,22 @@ class MaskedInternAttention(nn.Module):
 
     @staticmethod
     def _normalise(norm: nn.Module, states: Tensor) -> Tensor:
-        """The norm runs over the full width, all heads together."""
+        """Applies a norm to the full width, all heads together; `[batch, heads, tokens, head width]`."""
         return norm(states.transpose(1, 2).flatten(-2, -1)).view_as(states.transpose(1, 2)).transpose(1, 2)
 
 
 def wrap(attention: nn.Module) -> nn.Module:
-    """The stand-in for an attention module; a stand-in stays."""
+    """The replacement of an attention module, or the module itself if it is one."""
     return attention if isinstance(attention, MaskedInternAttention) else MaskedInternAttention(attention)
 
 
 def unwrap(attention: nn.Module) -> nn.Module:
-    """The original of a stand-in."""
+    """The original of a replaced attention module, or the module itself if it was not replaced."""
     return attention.restore() if isinstance(attention, MaskedInternAttention) else attention
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration, behind the CLS token."""
+    """The patch grid of the configuration, and one prefix token (CLS)."""
     return Geometry(grid=config_grid(tower), prefix_tokens=1)
 
 
@@ -110,7 +117,7 @@ INTERNVIT_REMOTE = register_backbone(
             "sfa_adapters.backbones.internvit_remote.MaskedInternAttention",
         ),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         wrap_attention=wrap,
         unwrap_attention=unwrap,

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_grid, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:
-    """Grid from the configuration; every token is a patch."""
+    """The patch grid of the configuration, and no prefix tokens."""
     return Geometry(grid=config_grid(tower), prefix_tokens=0)
 
 
@@ -24,13 +24,13 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def has_head(tower: nn.Module) -> bool:
-    """The attention-pooling head looks at every token."""
+    """Whether the tower has the attention-pooling head, which looks at every token."""
     model: Any = tower
     return bool(model.use_head)
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What its image processor normalises with."""
+    """Mean and standard deviation of its image processor, by channel."""
     return processor_statistics.HALF
 
 
@@ -44,7 +44,7 @@ SIGLIP = register_backbone(
         ),
         attentions=("transformers.models.siglip.*.SiglipAttention",),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         patches=PatchSeam(
             images="embeddings",
@@ -69,7 +69,7 @@ IDEFICS = register_backbone(
             f"transformers.models.{family}.*VisionAttention" for family in ("idefics2", "idefics3", "smolvlm")
         ),
         geometry=geometry,
-        grid_of_input=pixel_grid,
+        layouts=pixel_layouts,
         image_module="embeddings",
         small_towers="sfa_adapters.testing.towers_transformers:IDEFICS",
     )

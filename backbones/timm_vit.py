@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.registry import Backbone, Geometry, PatchSeam, image_grid, register_backbone
 
@@ -17,10 +18,11 @@ def geometry(tower: nn.Module) -> Geometry:
     return Geometry(grid=(int(rows), int(columns)), prefix_tokens=int(model.num_prefix_tokens))
 
 
-def grid_of_input(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[int, int] | None:
+def layouts(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> ImageTokens | None:
     """The patch embedding gets the image first, as `x`; sizes may vary where the model has `dynamic_img_size`."""
     embedding: Any = patch_embed
-    return image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
+    grid = image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
+    return None if grid is None else ImageTokens(grid)
 
 
 def positions(tower: nn.Module) -> Tensor:
@@ -30,7 +32,11 @@ def positions(tower: nn.Module) -> Tensor:
 
 
 def check_patches(tower: nn.Module) -> None:
-    """Adaptive tokens take the place of the plain tokens in front of `norm_pre`."""
+    """Refuses settings that adaptive tokens, which replace the plain ones in front of `norm_pre`, would bypass.
+
+    Raises:
+        InjectionError: No absolute position embeddings to resample, dropout of patches or positions, or a patch norm.
+    """
     model: Any = tower
     if model.pos_embed is None:
         raise InjectionError(f"This {type(tower).__name__} has no absolute position embeddings (pos_embed).")
@@ -47,7 +53,7 @@ def pools(tower: nn.Module) -> bool:
 
 
 def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As the pretrained configuration has them, or one half."""
+    """Mean and standard deviation of the pretrained configuration by channel, else 0.5."""
     model: Any = tower
     settings = getattr(model, "pretrained_cfg", None) or {}
     return tuple(settings.get("mean", (0.5, 0.5, 0.5))), tuple(settings.get("std", (0.5, 0.5, 0.5)))
@@ -59,9 +65,8 @@ TIMM_VIT = register_backbone(
         towers=("timm.models.vision_transformer.VisionTransformer",),
         attentions=("timm.layers.attention.Attention",),
         geometry=geometry,
-        grid_of_input=grid_of_input,
+        layouts=layouts,
         image_module="patch_embed",  # forward_features and forward_intermediates do not pass the model's forward
-        mask_argument="attn_mask",
         patches=PatchSeam(
             images="patch_embed",
             projection="patch_embed.proj",

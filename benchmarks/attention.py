@@ -1,11 +1,10 @@
 """Attention alone under a structural bias: plain SDPA against every backend and the eager reference.
 
-    python -m benchmarks.attention                       # this machine, grids 16..64, fp32 and bf16: 10 minutes on 2
-    cores python -m benchmarks.attention --device cuda --rounds 50
+    python -m benchmarks.attention                       # grids 16 to 64, fp32 and bf16: 10 minutes on 2 cores
+    python -m benchmarks.attention --device cuda --rounds 50
 
-Candidates: `plain` SDPA without a bias; `folded`; `dense` (the matrix is built in every call); `cached` (a dense
-matrix that was
-built before; without gradients only); `auto`; `eager` (buffers and the whole score matrix, as first written).
+Candidates: `plain` SDPA without a bias; `folded`; `dense` (the matrix is built in every call); `cached` (a dense matrix
+from an earlier call; without gradients only); `auto`; `eager` (buffers and the whole score matrix, as first written).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each side of a cell costs and covers: plans of rendered pages from the true boxes of their words.
+"""Cost and coverage of ADAT by cell size: patch plans of rendered pages from the true boxes of their words.
 
     python -m benchmarks.cells                          # 100 pages of 448 px, 1 minute
     python -m benchmarks.cells --scorer density
@@ -28,7 +28,7 @@ HEAD = ["| cell | budget | ratio | largest | words under 8 px | words under 14 p
 
 
 def density(page: Page, cell: int, scorer: str) -> torch.Tensor:
-    """Density of each cell of a page, by a scorer or (`boxes`) from the words themselves."""
+    """Density of each cell of a page, by a scorer or (`boxes`) from the boxes of its words."""
     count = -(-SIZE // cell)
     if scorer == "boxes":
         return to_cells(torch.from_numpy(box_density(page.boxes, (SIZE, SIZE))), (SIZE, SIZE), cell, (count, count))
@@ -37,7 +37,7 @@ def density(page: Page, cell: int, scorer: str) -> torch.Tensor:
 
 
 def covered(plan: PatchPlan, page: Page) -> np.ndarray:
-    """Pixels of words under tokens of at most 8 px, of at most 14 px, and all."""
+    """Number of pixels of words under tokens of at most 8 px, of at most 14 px, and in all, `[3]`."""
     side, words = np.zeros(plan.padded_size), np.zeros(plan.padded_size, dtype=bool)
     for top, left, height, width in plan.boxes.numpy():
         side[round(top) : round(top + height), round(left) : round(left + width)] = height

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, the head of a result file.
+"""Shared parts of the benchmarks: interleaved timing, peak memory, result files with a header.
 
 Times are only compared inside one run. Candidates take turns (A B C A B C ...), so that a machine that slows down
 slows all of them, and each ratio is formed inside one round; the table gives the median ratio and its quartiles.
@@ -32,7 +32,7 @@ class Row:
         ratio: Median over rounds of its time over the baseline's in the same round.
         low: Lower quartile of those ratios.
         high: Upper quartile.
-        megabytes: Peak of memory allocated during one call, beyond what was there before, or None when it was not run.
+        megabytes: Peak of the memory that one call allocates, without what was allocated before.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Row:
     megabytes: float
 
     def markdown(self, *labels: str) -> str:
-        """The line of a Markdown table."""
+        """The row as a line of a Markdown table, behind cells with these labels."""
         cells = [*labels, self.name, f"{self.milliseconds:.1f}", f"{self.ratio:.2f}", f"{self.low:.2f}-{self.high:.2f}"]
         return "| " + " | ".join([*cells, f"{self.megabytes:.0f}"]) + " |"
 

@@ -1,9 +1,10 @@
-"""CPU seconds of a training step of `sfa demo`: questions packed behind their picture, and one row for each question.
+"""CPU seconds of a training step of `sfa demo`: questions packed behind their picture, against one row for each.
 
     OMP_NUM_THREADS=1 python benchmarks/demo_packing.py
 
-`training/` makes one row of each question, as `sfa train` needs it. Both ways train the same host on the same questions
-here, in turns, so that a busy machine slows both. What a Trainer adds to a step is left out: it favours the rows.
+`training/` makes one row of each question, as `sfa train` needs it. Here both ways train the same host on the same
+questions, in turns, so that a busy machine slows both. What a Trainer adds to a step is left out, which favours the
+rows.
 """
 
 from __future__ import annotations

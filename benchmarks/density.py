@@ -1,10 +1,10 @@
-"""The density estimator and the edge labels against truth: printed boxes, an OCR engine, pages without text.
+"""Accuracy of the density estimator and of edge labels: against printed boxes, an OCR engine, pages without text.
 
     python -m benchmarks.density                       # 6 minutes on 2 cores; --no-ocr without rapidocr
     python -m benchmarks.density --also edges=runs/density-edges/best.safetensors
 
 Pages are of the test split, which shares no font face, photograph or table with the training pages. "Found" and "false
-positive" mean a density over 0.3, the lower threshold of the published plan. Intervals are 95%, pages resampled.
+positive" mean a density over 0.3, the lower threshold of the published plan. 95% intervals resample pages (bootstrap).
 """
 
 from __future__ import annotations

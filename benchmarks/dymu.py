@@ -1,6 +1,6 @@
-"""DyMU: what merging costs and saves in a tower, and what it costs the answers of the nano host. No training.
+"""DyMU: time and memory of a merging tower, and accuracy of the nano host with it. Nothing is trained.
 
-    python -m benchmarks.dymu                            # 5 minutes on 2 quiet cores
+    python -m benchmarks.dymu                            # 5 minutes on 2 idle cores
 
 Time: a CLIP-L/336 tower with random weights, cut to six layers, fp32, two rendered pages; thresholds calibrated on
 these pages. Accuracy: the pretrained nano host (LLaVA-OneVision, 144 patches) on charts of unseen tables; thresholds
@@ -53,7 +53,7 @@ def pages(count: int, side: int) -> Tensor:
 
 
 def time_table(rounds: int) -> list[str]:
-    """Time of the tower."""
+    """Time and memory of the tower, with and without merging."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=LAYERS, image_size=336,
@@ -82,7 +82,7 @@ def time_table(rounds: int) -> list[str]:
 
 
 def accuracy_table(charts: int) -> list[str]:
-    """Relaxed accuracy of the nano host."""
+    """Relaxed accuracy of the nano host, by tokens left and by what the language model does with them."""
     host = load_nano()
     samples = chart_samples("test", charts)
     training = chart_samples("train", 128, seed=1)

@@ -4,9 +4,8 @@
     python -m benchmarks.encoder --device cuda --batch 8 --rounds 30
 
 Candidates: `plain`; `folded`; `dense` (matrix built in every layer of every forward); `auto` (default memory budget);
-`auto+cache`
-(a budget that holds the dense masks of all layers; without gradients only); `eager` (buffers and score matrices, as
-first written).
+`auto+cache` (a budget that holds the dense masks of all layers; without gradients only); `eager` (buffers and score
+matrices, as first written).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Prefill and decoding of LLaVA-1.5-7B's shape with FastV, against the same host untouched, all on sdpa.
+"""FastV: time of prefill and decoding in the shape of LLaVA-1.5-7B, against the unmodified host, all on sdpa.
 
     python -m benchmarks.fastv                                       # an eighth of the width, fp32: minutes on 2 cores
     python -m benchmarks.fastv --hidden 4096 --heads 32 --device cuda --dtype bfloat16 --rounds 20     # full size
 
 CLIP-L/336 makes 576 image tokens; the language model has 32 layers. Weights are random: what is measured is time and
 memory. Features of the image are computed once, so that the first table is about the language model alone; the prompt
-is the image and 40 tokens of text. `input` prunes in front of layer 0. The second table is one decoding step behind it.
+is the image and 40 tokens of text. `input` prunes before layer 0. The second table is one decoding step after it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(hidden: int, heads: int, layers: int, device: torch.device, dtype: tor
 
 
 def twin(model: Any) -> Any:
-    """The same host with the same weights, and hooks of its own."""
+    """A copy of the host that shares its weights and has its own hooks."""
     return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
 
@@ -112,7 +112,7 @@ def table(title: str, rows: list[Row], held: dict[str, int]) -> list[str]:
 
 
 def megabytes(cache: Any) -> float:
-    """Of keys and values."""
+    """Size of the keys and values of a cache, in MiB."""
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     return sum(part.numel() * part.element_size() for part in parts) / 2**20
 

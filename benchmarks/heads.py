@@ -1,4 +1,4 @@
-"""What removing attention heads is worth in time: measured next to what arithmetic expects.
+"""Speedup from pruning attention heads: measured, beside what arithmetic expects.
 
     python -m benchmarks.heads                                       # a quarter of the width, fp32: minutes on one core
     python -m benchmarks.heads --scale 1 --device cuda --dtype bfloat16 --rounds 20     # full size, one after the other
@@ -53,7 +53,7 @@ def build(shape: str, scale: int, device: torch.device, dtype: torch.dtype) -> A
 
 
 def receipt_of(model: Any, rate: float, args: argparse.Namespace) -> PruneReceipt:
-    """Removes heads of a model and times it."""
+    """Prunes heads of a model and times it against the original."""
     config: Any = model.config
     layers = [f"model.layers.{number}.self_attn" for number in range(config.num_hidden_layers)]
     numbers = torch.rand(len(layers), config.num_attention_heads, generator=torch.Generator().manual_seed(0)).tolist()

@@ -3,9 +3,9 @@
     python -m benchmarks.memory                                    # InternVL3.5-8B: nf4, split and bf16, on one GPU
     python -m benchmarks.memory --recipe llava_1_5_7b --plans nf4 bf16 --batch 4 --tiles 1
 
-Needs a CUDA GPU, and no download. Measured is the peak of the allocator (`max_memory_allocated`), so the context of
-CUDA is in neither number. `split` has both halves on the one card, with its hooks; what is predicted for that is what
-`bf16` needs there.
+Needs a CUDA GPU, and no download. What is measured is the peak of the allocator (`max_memory_allocated`), so the
+context of CUDA is in neither number. `split` has both halves on one card, with its hooks; its prediction is that of
+`bf16`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def build(recipe: Recipe, config: Any) -> Host:
 
 
 def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.Tensor]:
-    """A batch of noise, as long as the longest that the recipe lets in."""
+    """A batch of random inputs, of the greatest length that the recipe allows."""
     batch, vision = recipe.micro_batch, config.vision_config
     ids = torch.randint(3, 1000, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = config.image_token_id

@@ -1,9 +1,9 @@
-"""What a training step keeps for its backward pass, counted on tensors without memory, beside the prediction.
+"""Activations that a training step keeps for its backward pass: counted on fake tensors, beside the prediction.
 
     OMP_NUM_THREADS=1 python benchmarks/memory_fake.py            # the four hosts of the recipes, in full size
 
 The halves of a host run under `FakeTensorMode`, and what autograd saves is counted by storage. The language model gets
-embeddings; ids would need their values, which such tensors do not have. What cannot run so is named.
+embeddings, since fake tensors have no values that could be ids. Halves that cannot run in this mode are named.
 """
 
 from __future__ import annotations

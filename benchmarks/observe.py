@@ -1,4 +1,4 @@
-"""What it costs to observe attention: a language model's forward, observed and not, against eager `output_attentions`.
+"""Cost of `observe`: a language model's forward, observed and not, against eager `output_attentions`.
 
     python -m benchmarks.observe                         # N 576 to 8192, a layer of 32 heads, fp32: 6 minutes
     python -m benchmarks.observe --device cuda --dtype bfloat16 --rounds 20

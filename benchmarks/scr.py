@@ -1,4 +1,4 @@
-"""What a training step costs with the terms of SCR: forward and backward of the nano host, 16 charts a step.
+"""Cost of the SCR terms in a training step: forward and backward of the nano host, 16 charts a step.
 
     python -m benchmarks.scr                             # 2 minutes on 2 cores
 

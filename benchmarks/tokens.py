@@ -1,11 +1,11 @@
-"""The whole InternViT-300M encoder on adaptive tokens, against its own tokens and against down-sampling to as many.
+"""The whole InternViT-300M encoder on adaptive tokens, against its own tokens and against a page resized to as many.
 
     python -m benchmarks.tokens                          # 24 layers, four pages of 448 px, fp32: 6 minutes on 2 cores
     python -m benchmarks.tokens --device cuda --dtype bfloat16 --rounds 20
 
 Candidates: `plain`, 1024 tokens and CLS; `ADAT r`, at most the share r of them, scoring and planning included;
-`down r`, the page made smaller to about as many tokens; `ADAT r + SFA`. One call encodes all pages, one at a time. The
-second table says where the time of scoring goes.
+`down r`, the page resized to about as many tokens; `ADAT r + SFA`. One call encodes all pages, one at a time. The last
+line is the time of scoring and planning alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hosts, data, training and evaluation: what a person runs rather than imports."""
+"""Recipes, studies, benchmarks and demos: programs to run rather than modules to import."""
 
 if __name__ != "sfa_adapters.recipes":
     raise ImportError("Import sfa_adapters.recipes, not recipes. Run: pip install -e .")

@@ -1,4 +1,4 @@
-"""The recipes that come with the library, by name, and the full-size architecture of their hosts."""
+"""The recipes of this library by name, and the full-size configuration of their hosts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ARCHITECTURES: Mapping[str, Callable[[], PretrainedConfig]] = {
     qwen2_5_vl_7b.recipe().model: qwen2_5_vl_7b.architecture,
 }
 
-# Rows of hub datasets, as their cards say, so that the steps of a run are known beforehand.
+# Rows of hub datasets, from their cards, so that the steps of a run are known without a download.
 _ROWS: Mapping[tuple[str, str | None, str], int] = {
     ("HuggingFaceM4/ChartQA", None, "train"): 28_299,
     ("HuggingFaceM4/ChartQA", None, "val"): 1_920,
@@ -49,7 +49,10 @@ _ROWS: Mapping[tuple[str, str | None, str], int] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name; dashes and dots count as underscores, large letters as small ones.
+    """The recipe of a name; case does not matter, and dashes and dots count as underscores.
+
+    Args:
+        name: Name of the recipe.
 
     Raises:
         RecipeError: There is none; suggests the nearest name.
@@ -63,10 +66,10 @@ def find_recipe(name: str) -> Recipe:
 
 
 def architecture(recipe: Recipe) -> PretrainedConfig:
-    """The configuration of a recipe's host, full size, without a download where it is one of the catalog's.
+    """The configuration of a recipe's host, without a download for the hosts of the catalog.
 
     Args:
-        recipe: Its `model` says which host: one of the catalog, `nano:` and a family, a folder, or another hub id.
+        recipe: Its `model` names the host: one of the catalog, `nano:` and a family, a folder, or another hub id.
 
     Returns:
         The configuration. Weights are not read.
@@ -82,7 +85,11 @@ def architecture(recipe: Recipe) -> PretrainedConfig:
 
 
 def training_rows(recipe: Recipe) -> int | None:
-    """How many questions a recipe trains on, where that is known without reading them; None where it is not."""
+    """Number of training questions of a recipe, if it is known without reading them; else None.
+
+    Args:
+        recipe: The recipe.
+    """
     rows = _ROWS.get((recipe.data, recipe.data_config, recipe.train_split))
     if rows is None and recipe.data in ("charts", "pages"):
         rows = recipe.limit

@@ -1,4 +1,4 @@
-"""Builds any model without its weights and says what SFA would add: what `sfa inspect` prints.
+"""`sfa inspect`: builds any model without its weights, and lists what SFA would add.
 
     sfa inspect OpenGVLab/InternVL3_5-8B-HF
     sfa inspect vit_base_patch16_siglip_384
@@ -60,10 +60,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `sfa inspect` prints.
+    """Result of `sfa inspect`.
 
     Attributes:
-        model: The name that was asked for.
+        model: The given name.
         model_class: Class of the model that was built.
         model_parameters: Its parameters.
         sfa: What SFA would add.
@@ -82,7 +82,7 @@ class Inspection:
 
 
 def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
-    """Says what SFA would add to a model.
+    """Builds a model without weights and counts what SFA would add.
 
     Args:
         name: A model id of the Hugging Face hub, a local folder with a `config.json` (also one of `save_pruned`), a
@@ -92,7 +92,7 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
 
     Raises:
         ModelNotFoundError: No configuration was found under the name.
-        RecipeError: The record of a run cannot be read, or the heads that the folder's model lost are not told rightly.
+        RecipeError: The record of a run, or that of pruned heads, cannot be read.
         NoMatchingBackboneError: The model has no vision tower that a registered backbone fits.
     """
     recipe = _recipe_of(name)
@@ -126,7 +126,7 @@ def _recipe_of(name: str) -> Recipe | None:
 
 
 def _remove_heads(model: nn.Module, folder: Path) -> None:
-    """Cuts a model on the meta device as the folder says, which `save_pruned` wrote."""
+    """Prunes a model on the meta device by the head plan in a folder of `save_pruned`."""
     pruned, _ = read_pruned(folder)
     for path in (path for path, heads in pruned.plan.removed.items() if heads):
         try:
@@ -145,6 +145,10 @@ def _remove_heads(model: nn.Module, folder: Path) -> None:
 
 def build_without_weights(name: str, trust_remote_code: bool = False) -> nn.Module:
     """Builds a model on the meta device from its configuration alone.
+
+    Args:
+        name: As for `inspect_model`, but neither a recipe nor the folder of a run.
+        trust_remote_code: Run modelling code that comes with the model.
 
     Raises:
         ModelNotFoundError: No configuration was found under the name.
@@ -209,7 +213,7 @@ def _from_config(name: str, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
     from transformers.initialization import meta_device_safe_creation_ops
 
-    # Deprecations inside a configuration file are not the reader's to mend.
+    # Deprecations inside a configuration file are none that the user can fix.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -226,12 +230,12 @@ def _from_config(name: str, trust_remote_code: bool) -> nn.Module:
                 is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
                 auto = AutoModelForImageTextToText if is_vlm else AutoModel
                 return auto.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # remote code and the client of the hub raise what they like
+    except Exception as error:  # remote code and the client of the hub raise errors of any class
         raise ModelNotFoundError(_reason(name, error)) from error
 
 
 def _reason(name: str, error: BaseException) -> str:
-    """One line for the many ways in which a configuration cannot be had."""
+    """A message of one line for the reason that a configuration cannot be loaded."""
     from huggingface_hub import errors
 
     chain: list[BaseException] = []

@@ -3,8 +3,8 @@
 Command:    sfa train internvl3_5_8b            the same on a CPU in minutes: sfa train internvl3_5_8b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train internvl3_5_8b        two cards, one copy each
 Hardware:   one or two A100-40GB.
-Expected:   published for the language model in NF4, one question per forward, tiles not told: 8.3 GB on one card and
-            12 hours. Here what trains is float32, and images have up to 12 tiles: `sfa plan` predicts 22.7 GB.
+Expected:   published for the language model in NF4, one question per forward, tiles not reported: 8.3 GB on one card
+            and 12 hours. Here what trains is float32, and images have up to 12 tiles: `sfa plan` predicts 22.7 GB.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 32 s of CPU time (docs/recipes.md).
 """
 
@@ -28,7 +28,7 @@ def recipe() -> Recipe:
 def published() -> Recipe:
     """The published run: 2e-5 for everything, structural scalars too, and 28,299 questions 3 times in 2,652 steps.
 
-    How many tiles it cut an image into was not told; one is what its baseline was evaluated with.
+    Its number of tiles was not reported; its baseline was evaluated with one.
     """
     return recipe().replace(
         name="internvl3_5_8b_published",
@@ -69,7 +69,7 @@ def architecture() -> InternVLConfig:
 
 
 def main() -> None:
-    """`sfa train internvl3_5_8b` with what else stands on the command line."""
+    """`sfa train internvl3_5_8b` with the arguments of the command line."""
     sys.argv[1:1] = ["train", "internvl3_5_8b"]
     runpy.run_module("sfa_adapters", run_name="__main__")
 

@@ -52,7 +52,7 @@ def architecture() -> LlavaConfig:
 
 
 def main() -> None:
-    """`sfa train llava_1_5_7b` with what else stands on the command line."""
+    """`sfa train llava_1_5_7b` with the arguments of the command line."""
     sys.argv[1:1] = ["train", "llava_1_5_7b"]
     runpy.run_module("sfa_adapters", run_name="__main__")
 

@@ -54,7 +54,7 @@ def architecture() -> LlavaOnevisionConfig:
 
 
 def main() -> None:
-    """`sfa train llava_onevision_7b` with what else stands on the command line."""
+    """`sfa train llava_onevision_7b` with the arguments of the command line."""
     sys.argv[1:1] = ["train", "llava_onevision_7b"]
     runpy.run_module("sfa_adapters", run_name="__main__")
 

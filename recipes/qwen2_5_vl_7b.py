@@ -54,7 +54,7 @@ def architecture() -> Qwen2_5_VLConfig:
 
 
 def main() -> None:
-    """`sfa train qwen2_5_vl_7b` with what else stands on the command line."""
+    """`sfa train qwen2_5_vl_7b` with the arguments of the command line."""
     sys.argv[1:1] = ["train", "qwen2_5_vl_7b"]
     runpy.run_module("sfa_adapters", run_name="__main__")
 

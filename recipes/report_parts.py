@@ -1,4 +1,4 @@
-"""What reports of runs have in common: intervals and tables as text, and the facts of a run."""
+"""Common parts of reports of runs: intervals and tables as text, and the metadata of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 from sfa_adapters.statistics import Interval
 
-__all__ = ["facts_line", "hardware", "markdown_table", "percent", "run_facts"]
+__all__ = ["hardware", "markdown_table", "metadata_line", "percent", "run_metadata"]
 
 PACKAGES = ("sfa-adapters", "torch", "transformers", "peft")
 
 
 def percent(interval: Interval | None) -> str:
-    """`62.3 [58.1, 66.4]`; a dash where there was nothing to measure; empty for None, a comparison with nothing."""
+    """An interval in percent, e.g. `62.3 [58.1, 66.4]`; a dash for NaN, and empty for None."""
     if interval is None:
         return ""
     if math.isnan(interval.value):
@@ -44,11 +44,11 @@ def hardware() -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
-def run_facts(command: str, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """What a result needs beside its numbers, for JSON.
+def run_metadata(command: str, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Metadata of a run for JSON: command, settings, hardware, versions and time.
 
     Args:
-        command: Makes it again.
+        command: The command line that repeats it.
         settings: Host, seed, steps, ...
         seconds: Wall-clock time.
     """
@@ -62,7 +62,12 @@ def run_facts(command: str, settings: Mapping[str, Any], seconds: float) -> dict
     }
 
 
-def facts_line(facts: Mapping[str, Any]) -> str:
-    """The same in one line; `run_facts` with `seed` and `steps`."""
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return f"Seed {facts['seed']}, {facts['steps']} steps. {facts['hardware']}. {versions}. {facts['seconds']:.0f} s."
+def metadata_line(metadata: Mapping[str, Any]) -> str:
+    """The metadata of a run in one line.
+
+    Args:
+        metadata: From `run_metadata`, with `seed` and `steps` among the settings.
+    """
+    versions = ", ".join(f"{name} {number}" for name, number in metadata["versions"].items())
+    steps = f"Seed {metadata['seed']}, {metadata['steps']} steps."
+    return f"{steps} {metadata['hardware']}. {versions}. {metadata['seconds']:.0f} s."

@@ -1,10 +1,10 @@
-"""`run`: a recipe from beginning to end: load, ask the untrained host, train, ask again, tables, pictures, model card.
+"""`run`: a whole recipe: load, evaluate the untrained host, train, evaluate again, write tables, figures, model card.
 
     <folder>/recipe.yaml                     every setting
     <folder>/checkpoint-N/                   while it trains; `resume` goes on from the newest
     <folder>/final/                          the trained adapter with its card, for `sfa eval`, `share` and `export`
-    <folder>/baseline.jsonl, predictions.jsonl        what the untrained and the trained host said
-    <folder>/results.md, .json, .png         what that is worth
+    <folder>/baseline.jsonl, predictions.jsonl        answers of the untrained and of the trained host
+    <folder>/results.md, .json, .png         their scores
     <folder>/log.csv, training.png, bias.csv, bias.png, skipped.jsonl
 
 Evaluation reloads the saved checkpoint, from `final`. Call `run` in every process.
@@ -34,7 +34,7 @@ from sfa_adapters.evaluation.predictions import Prediction
 from sfa_adapters.evaluation.scores import Metric, ScoreTable, metric_for, score
 from sfa_adapters.evaluation.tables import hallucination_table, score_table
 from sfa_adapters.files import can_be_made, require_writable
-from sfa_adapters.heads.metadata import folder_facts
+from sfa_adapters.heads.metadata import folder_metadata
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.settings import write_recipe
@@ -43,8 +43,8 @@ from sfa_adapters.recipes.nano.checkpoint import NANO, nano_settings
 from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
 from sfa_adapters.recipes.run_pictures import draw_bias, draw_scores
 from sfa_adapters.recipes.synthetic.rendered_rows import RENDERED, rendered_rows
-from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
 from sfa_adapters.sharing.hub import write_card
+from sfa_adapters.sharing.run_metadata import RunMetadata, read_run_metadata, write_run_metadata
 from sfa_adapters.training.arguments import require_logger
 from sfa_adapters.training.checkpoints import RECORD
 from sfa_adapters.training.runs import checkpoint_to_resume
@@ -55,21 +55,21 @@ if TYPE_CHECKING:
 
 __all__ = ["RunResult", "recipe_rows", "run"]
 
-# Of rendered data, where the recipe does not say how much.
+# Number of rendered rows, where the recipe sets no limit.
 RENDERED_TRAINING, RENDERED_TEST = 10_000, 500
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """Files and scores of a run.
 
     Attributes:
-        folder: Of the run.
+        folder: Folder of the run.
         trained: The trained adapter in it.
         predictions: Answers of the trained host; None where it was not evaluated, here and below.
         baseline: Answers of the untrained host.
-        scores: Of the trained host.
-        baseline_scores: Of the untrained host.
+        scores: Scores of the trained host.
+        baseline_scores: Scores of the untrained host.
     """
 
     folder: Path
@@ -84,11 +84,12 @@ def recipe_rows(recipe: Recipe, training: bool) -> Any:
     """The rows that a recipe trains on or is evaluated on.
 
     Args:
-        recipe: Says where they come from.
-        training: The training split; else that of the evaluation, in which rows need no answer and are never streamed.
+        recipe: The recipe.
+        training: Whether those of training; if not, those of the evaluation, which need no answer and are never
+            streamed.
 
     Raises:
-        DataError: They cannot be had.
+        DataError: They cannot be read.
     """
     split, limit = (recipe.train_split, recipe.limit) if training else (recipe.eval_split, recipe.eval_limit)
     if recipe.data in RENDERED:
@@ -109,20 +110,20 @@ def run(
     share: bool = True,
     console: Console | None = None,
 ) -> RunResult:
-    """Runs a recipe.
+    """Runs a recipe from loading to the model card.
 
     Args:
         recipe: The recipe.
-        nano: On the nano host of its family: the same path in minutes on a CPU.
+        nano: Use the nano host of its family: the same code in minutes on a CPU.
         resume: True goes on from the newest whole checkpoint, a path from that one, "auto" only where there is one. A
-            run that is trained already is evaluated; a checkpoint that is named must be one of it all the same.
-        evaluate: Ask the trained host.
-        baseline: Ask the untrained host before, too.
-        share: Write the model card. Nothing is sent anywhere.
-        console: For tables and bars; the terminal by default.
+            run that is trained already is only evaluated; a named checkpoint must belong to it all the same.
+        evaluate: Evaluate the trained host.
+        baseline: Evaluate the untrained host, too.
+        share: Write the model card. Nothing is uploaded.
+        console: Shows tables and bars; the terminal by default.
 
     Returns:
-        What the run leaves.
+        Files and scores.
 
     Raises:
         RecipeError: A setting, the memory of this machine or the folder does not fit.
@@ -141,7 +142,7 @@ def run(
     _require_memory(planned)
     training, row_sets = recipe_rows(recipe, True), recipe_rows(recipe, False) if evaluate else ()
     require_writable(folder)
-    if nano:  # a refused run leaves no host behind
+    if nano:  # after the checks, so that a refused run writes no host
         with processes.main_process_first():  # `save_pretrained` writes in the first process only
             recipe = nano_host(planned, host)
     if trained:
@@ -165,7 +166,7 @@ def run(
             scores = {name: score(each, metric) for name, each in prediction_files.items()}
             result = replace(result, scores=scores["trained"], baseline_scores=scores.get("untrained"))
             _report(recipe, prediction_files, metric, folder, console)
-            _tell_facts(result, recipe)
+            _add_scores(result, recipe)
         if share:
             for warning in write_card(result.trained):
                 console.print(warning)
@@ -175,7 +176,7 @@ def run(
 
 
 def _check(recipe: Recipe, result: RunResult, resume: bool | str) -> bool:
-    """Checks all that is known before data are read, and leaves nothing behind.
+    """Checks everything that can be checked before data are read, without writing anything.
 
     Returns:
         Whether the run is trained already.
@@ -185,14 +186,18 @@ def _check(recipe: Recipe, result: RunResult, resume: bool | str) -> bool:
     trained = bool(resume) and (result.trained / RECORD).is_file()
     if not trained:
         require_logger(recipe)
-    if not trained or (isinstance(resume, str) and resume != "auto"):  # a checkpoint that was named must be there
+    if not trained or (isinstance(resume, str) and resume != "auto"):  # a named checkpoint must exist
         checkpoint_to_resume(recipe, result.folder, resume)
     can_be_made(result.folder)
     return trained
 
 
 def _require_memory(recipe: Recipe) -> None:
-    """Before anything is loaded; on a CPU nobody knows how much there is."""
+    """Checks the predicted memory before anything is loaded; not on a CPU, whose memory is not known.
+
+    Raises:
+        RecipeError: The run does not fit.
+    """
     if not torch.cuda.is_available():
         return
     from sfa_adapters.memory.predict import predict_memory
@@ -213,9 +218,11 @@ def _train(
     if processes.is_main_process:
         scalars = dict(result.scalars) or None
         counts = {"steps": result.steps, "examples": result.steps * recipe.batch_size, "skipped": len(result.skipped)}
-        write_facts(folder / FINAL, RunFacts.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts))
+        write_run_metadata(
+            folder / FINAL, RunMetadata.here(seconds=result.seconds, loss=result.loss, scalars=scalars, **counts)
+        )
     processes.wait_for_everyone()
-    if recipe.plan != "fsdp2":  # there no process has the whole host
+    if recipe.plan != "fsdp2":  # under which no process has the whole host
         _picture(recipe, host.model)
     del host
     _free()
@@ -248,7 +255,7 @@ def _free() -> None:
 
 
 def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, folder: Path, console: Console) -> None:
-    pruned = folder_facts(recipe.model)
+    pruned = folder_metadata(recipe.model)
     name = recipe.name if pruned is None else f"{recipe.name} ({pruned.label})"
     notes = () if pruned is None else (f"Of all runs: {pruned}.",)
     tables = {"results": score_table(runs, metric, f"{name} on {recipe.data}, {recipe.eval_split}")}
@@ -265,13 +272,13 @@ def _report(recipe: Recipe, runs: dict[str, list[Prediction]], metric: Metric, f
     )
 
 
-def _tell_facts(result: RunResult, recipe: Recipe) -> None:
-    """Adds the scores to what is known about the training."""
+def _add_scores(result: RunResult, recipe: Recipe) -> None:
+    """Adds the scores to the record of the run, for the model card."""
     where: dict[str, Any] = {"data": recipe.data, "split": recipe.eval_split}
-    pruned = folder_facts(recipe.model)
+    pruned = folder_metadata(recipe.model)
     cut = [] if pruned is None else [pruned.label]
     where |= {} if pruned is None else {"pruned": pruned.to_dict()}
     hosts = [", ".join(words) for words in (cut, ["untrained", *cut])]
     measured = ((result.scores, {"host": hosts[0]} if cut else {}), (result.baseline_scores, {"host": hosts[1]}))
-    scores = tuple({**fact.to_dict(), **where, **more} for fact, more in measured if fact is not None)
-    write_facts(result.trained, replace(read_facts(result.trained), scores=scores))
+    scores = tuple({**table.to_dict(), **where, **more} for table, more in measured if table is not None)
+    write_run_metadata(result.trained, replace(read_run_metadata(result.trained), scores=scores))

@@ -1,4 +1,4 @@
-"""The pictures of a run: scores before and after, and the bias that was learned."""
+"""The figures of a run: scores before and after training, and the learned bias."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sfa_adapters.inject import describe
 __all__ = ["draw_bias", "draw_scores"]
 
 COLOURS = ("#9aa5b1", "#1f6feb", "#e36209", "#2da44e")
-ANY_SIZE = (16, 16)  # rows and columns that are drawn where a tower has no grid of its own
+ANY_SIZE = (16, 16)  # rows and columns that are drawn for a tower without a fixed grid
 
 
 def draw_scores(runs: Mapping[str, ScoreTable], path: Path, title: str = "") -> Path:
-    """Bars with 95% intervals, one group for each split.
+    """Draws scores as bars with 95% intervals, one group of bars for each group of questions.
 
     Args:
         runs: Scores of each run, on the same data.
-        path: Where the picture goes.
-        title: Stands above it.
+        path: The file to write.
+        title: Title of the figure.
 
     Returns:
-        The path.
+        The file.
     """
     from matplotlib.figure import Figure
 
@@ -62,11 +62,11 @@ def draw_bias(model: nn.Module, folder: Path, title: str = "") -> Path:
 
     Args:
         model: A host with SFA.
-        folder: Where both go.
-        title: Stands above the picture.
+        folder: Folder for both files.
+        title: Title of the figure.
 
     Returns:
-        The picture.
+        The figure's file.
     """
     write_bias_table(model, folder / "bias.csv")
     return plot_bias(model, folder / "bias.png", grid=describe(model).grid or ANY_SIZE, title=title)

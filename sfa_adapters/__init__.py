@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
         import_module(_PEFT_METHOD)
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
-    # What was imported may have imported the module `observe`, which sets this package's attribute to the module.
+    # The import above may have loaded the module `observe`, which sets this package's attribute to the module.
     if "sfa_adapters.observe" in sys.modules:
         globals()["observe"] = sys.modules["sfa_adapters.observe"].observe
     return value
@@ -93,7 +93,7 @@ def __dir__() -> list[str]:
 
 
 class _OldPaths:
-    """Asked for modules that no other finder knows, such as those at their old paths; costs nothing before."""
+    """Finder of last resort: imports modules by the paths that they had before they moved."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
@@ -106,6 +106,7 @@ class _OldPaths:
 
 
 sys.meta_path.append(_OldPaths)
-# Where PEFT is imported already, torch is too, and `PeftModel.from_pretrained` may come without another import of ours.
+# Where PEFT is imported already, torch is too, and `PeftModel.from_pretrained` may follow without another import of
+# this package.
 if "peft" in sys.modules:
     import_module(_PEFT_METHOD)

@@ -1,4 +1,4 @@
-"""`python -m sfa_adapters` is `sfa`."""
+"""`python -m sfa_adapters` runs the command line `sfa`."""
 
 from sfa_adapters.cli.main import main
 

@@ -1,7 +1,7 @@
-"""What an adapter folder needs beside that which PEFT writes: a card that names SFA, and no tensors of other adapters.
+"""Completes an adapter folder that PEFT has written: SFA in the model card, and no tensors of other adapters.
 
-PEFT asks the configuration of an adapter to save itself when the weights and the model card are there already. So this
-runs last, for every adapter that PEFT saves.
+PEFT saves the configuration of an adapter after its weights and its model card. `SFAConfig.save_pretrained` calls this
+then, so it runs last, for every adapter that PEFT saves.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logits of a vision tower. The library sfa-adapters registers it as a PEFT method
 
 
 def complete_folder(folder: Path) -> None:
-    """Adds to the model card what SFA is and how it is loaded, and takes tensors of other adapters out of the weights.
+    """Adds SFA and how to load it to the model card, and removes tensors of other adapters from the weights.
 
     Args:
-        folder: Where PEFT has written; files that are not there are left alone.
+        folder: Where PEFT has written; missing files are skipped.
     """
     card = folder / "README.md"
     if card.is_file() and CARD_TITLE not in (text := card.read_text(encoding="utf-8")):
@@ -42,7 +42,7 @@ def complete_folder(folder: Path) -> None:
     if not weights.is_file():
         return
     tensors = load_file(weights)
-    # PEFT before 0.21 writes every SFA adapter into each file; only those of others still carry a name.
+    # PEFT before 0.21 writes every SFA adapter into each file; only those of other adapters still carry a name.
     foreign = [key for key, parts in scalar_keys(tensors).items() if parts.adapter is not None]
     if foreign:
         partial = folder / f"{WEIGHTS_NAME}.part"

@@ -1,8 +1,8 @@
-"""How the structural scalars start: near zero, or "axial", with a few heads per layer that look along rows and columns.
+"""Initial values of the structural scalars: "normal", near zero, or "axial", some heads along rows and columns.
 
 Under Adam a scalar moves by at most about its learning rate per step, so a scalar that starts near zero needs many
-steps to become a few logits large, which is what it takes to act. The axial start gives a third of the heads
-`w_row = strength` and as many others `w_col = strength`; all other scalars are drawn as always.
+steps to reach the few logits from which it has an effect. The axial start gives a third of the heads
+`w_row = strength` and as many others `w_col = strength`; all other scalars are drawn as for "normal".
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ def start_values(
     strength: float,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Draws the scalars of one layer, fp32.
+    """Draws the initial scalars of one layer, fp32.
 
-    The random numbers are the same ones with and without strong heads, so that runs can be compared in pairs.
+    The random numbers are the same with and without strong heads, so that runs can be compared in pairs.
 
     Args:
         shapes: Shape of each term.
-        std: Standard deviation of what is drawn.
-        heads: Heads that start at `strength`, by term; terms that have no shape are left out.
+        std: Standard deviation of the normal distribution.
+        heads: Heads that start at `strength`, by term; terms without a shape are ignored.
         strength: In logits.
-        device: Where to.
+        device: Device of the result.
+
+    Returns:
+        One tensor per term, of the given shape.
     """
     values: dict[str, Tensor] = {}
     for term, shape in shapes.items():
@@ -66,10 +69,10 @@ def start_values(
 
 
 def check_start(init: Any, strength: Any, terms: Sequence[str]) -> None:
-    """Checks how scalars are to start.
+    """Checks the options of the initialisation.
 
     Raises:
-        InjectionError: Names the field and the value.
+        InjectionError: An option is out of range, or "axial" has neither rows nor columns; names the field and value.
     """
     if init not in INITS:
         raise InjectionError(f"init={init!r} must be one of {list(INITS)}.")
@@ -83,13 +86,16 @@ def check_start(init: Any, strength: Any, terms: Sequence[str]) -> None:
 
 
 def read_heads(given: Any) -> dict[int, LayerHeads]:
-    """`init_heads` with numbers as keys, also where JSON made them text.
+    """Checks `init_heads` and gives it integer keys, which JSON turns into text.
 
     Args:
         given: `{layer: {"row": [heads], "col": [heads]}}`.
 
+    Returns:
+        The same mapping, sorted by layer, with both axes in every layer.
+
     Raises:
-        InjectionError: It is something else, or gives a head twice; names the field and the value.
+        InjectionError: It has another form, or names a head twice; names the field and the value.
     """
     if not isinstance(given, Mapping):
         raise InjectionError(
@@ -129,7 +135,7 @@ def _read_layer(layer: int, axes: Any) -> LayerHeads:
 def check_heads(
     given: Mapping[int, LayerHeads] | None, terms: Sequence[str], num_heads: Sequence[int], layers: Sequence[int]
 ) -> None:
-    """Checks a choice of heads against a tower.
+    """Checks whether a choice of heads fits a tower.
 
     Args:
         given: `init_heads`; None for the first heads of each layer.
@@ -138,7 +144,7 @@ def check_heads(
         layers: The layers that get a bias.
 
     Raises:
-        InjectionError: A layer or head is not there, or nothing would start strong.
+        InjectionError: A layer or head does not exist, or no head would start strong.
     """
     if given is None:
         if all(num_heads[layer] < 2 for layer in layers):

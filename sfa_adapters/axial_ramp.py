@@ -1,4 +1,4 @@
-"""`AxialRamp`: the axial start grows from zero while the model trains, so that a trained tower is not hurt at once."""
+"""`AxialRamp`: a linear warm-up of the axial start, so that a trained tower is not disturbed all at once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class AxialRamp:
             optimizer.step()
             ramp.step()
 
-    What the optimizer adds meanwhile stays. After `init_warmup_steps` steps the additions amount to `init_strength`
-    exactly, and further steps do nothing. How far the ramp has come is saved with the adapter. `SFATrainerMixin` does
-    all this by itself. Where nothing has a warm-up, `step` does nothing.
+    The updates of the optimizer are kept. After `init_warmup_steps` steps the additions amount to `init_strength`
+    exactly, and further steps do nothing. The steps taken are saved with the adapter. `SFATrainerMixin` calls `step`
+    itself. Where no adapter has a warm-up, `step` does nothing.
 
     Args:
         model: A model with SFA. The adapters that are active now are ramped.
-        done: Steps that were taken before, for a run that goes on; by default what the adapter says of itself.
+        done: Steps taken before, for a resumed run; by default the number saved with the adapter.
 
     Attributes:
         done: Steps taken, at most `steps`.
@@ -60,7 +60,7 @@ class AxialRamp:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Call it after each `optimizer.step()`.
+        """Raises the strength by one step; call it after each `optimizer.step()`.
 
         Raises:
             TrainingError: Heads were removed, or parameters flattened, since the ramp began.
@@ -96,6 +96,6 @@ def _raise(parameter: nn.Parameter, heads: list[int], config: SFAConfig, done: i
 
 
 def _target(config: SFAConfig, done: int, like: Tensor) -> float:
-    """Strength after so many steps, as a number of the parameter's dtype."""
+    """Strength after `done` steps, rounded to the parameter's dtype."""
     share = done / config.init_warmup_steps
     return float(torch.tensor(config.init_strength * share, dtype=torch.float64).to(like.dtype))

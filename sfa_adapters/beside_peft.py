@@ -1,9 +1,8 @@
-"""SFA in a model that PEFT wraps for another method (LoRA): saving and loading must cover both.
+"""Makes a `PeftModel` of another method (LoRA) save and load the SFA that was injected into it as well.
 
-PEFT writes and reads the tensors of its own method. SFA was injected beside it, so its tensors would be lost, or be in
-the file and never be loaded. `inject_sfa` therefore gives this one model a `save_pretrained` that also writes the
-folder `sfa/`, and a `load_adapter` that also reads it (trainers resume with it); `eject_sfa` takes both away. No class
-is changed.
+PEFT writes and reads only the tensors of its own method, so those of SFA would be lost, or saved and never loaded.
+`inject_sfa` therefore gives this one object a `save_pretrained` that also writes the folder `sfa/`, and a
+`load_adapter` that also reads it (trainers resume with it); `eject_sfa` removes both. No class is changed.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 class SaveBoth:
-    """`save_pretrained` of one PEFT model; takes what PEFT's own takes.
+    """`save_pretrained` of one PEFT model, for both adapters; takes the arguments of PEFT's.
 
     Args:
         model: A `PeftModel` whose method is not SFA.
@@ -51,7 +50,7 @@ class SaveBoth:
         self.notified = False
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Saves as PEFT does, then every SFA adapter in `sfa/`, or `sfa-NAME/` where it is not called `default`."""
+        """Saves as PEFT does, then each SFA adapter in `sfa/`, or in `sfa-NAME/` if its name is not `default`."""
         written = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         names = _names(self.model)
         for name in names if kwargs.get("is_main_process", True) else []:
@@ -69,7 +68,7 @@ class SaveBoth:
 
 
 class LoadBoth:
-    """`load_adapter` of one PEFT model; takes what PEFT's own takes.
+    """`load_adapter` of one PEFT model, for both adapters; takes the arguments of PEFT's.
 
     Args:
         model: A `PeftModel` whose method is not SFA, with SFA in it.
@@ -83,11 +82,11 @@ class LoadBoth:
     def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Loads as PEFT does, then the values of the SFA adapters that the model has and the folder holds.
 
-        A trainer that resumes takes every folder in a checkpoint for an adapter of PEFT's method, and asks for `sfa/`,
-        too; then only the values of SFA are loaded.
+        A trainer that resumes treats every folder in a checkpoint as an adapter of PEFT's method, and loads `sfa/` too;
+        then only the values of SFA are loaded.
 
         Raises:
-            AdapterMismatchError: The SFA adapter of the folder is of another tower.
+            AdapterMismatchError: The SFA adapter in the folder belongs to another tower.
             WeightsError: It cannot be read.
         """
         names = _names(self.model)

@@ -1,4 +1,4 @@
-"""The structural bias phi: four kinds of learned scalars per head, and the small tables that phi is made of.
+"""The structural bias phi: four terms of learned scalars per head, and the small tables that phi is computed from.
 
     phi(i, j) = w_row * same_row(i, j) + w_col * same_col(i, j) - w_dist * manhattan(i, j) + e[block_i] * e[block_j]
 
@@ -47,7 +47,7 @@ class StructuralWeights:
 
 @dataclass(frozen=True, eq=False)
 class BiasFactors:
-    """phi of one layer as tables: what `attend` consumes.
+    """phi of one layer in factored form, as `attend` takes it.
 
     Attributes:
         layout: The layout that the tables index.
@@ -63,12 +63,12 @@ class BiasFactors:
 
     @property
     def num_heads(self) -> int:
-        """H."""
+        """Number of attention heads."""
         return self.row_table.shape[0]
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient must reach the structural weights."""
+        """Whether gradients are on and a structural weight needs one."""
         return torch.is_grad_enabled() and (
             self.row_table.requires_grad or self.column_table.requires_grad or self.block_value.requires_grad
         )
@@ -82,7 +82,7 @@ class BiasFactors:
         blocks = [value.unsqueeze(-1) for value in self.block_value]  # [(B,) H, N, 1]
         left = look_up(layout.one_hot, torch.cat((upper, lower), dim=-2))
         right = layout.one_hot.unsqueeze(-3).expand(left.shape)
-        # Products with one-hot rows pick entries exactly; they are faster than indexing, backward most of all.
+        # Products with one-hot rows pick entries exactly, and are faster than indexing, above all in backward.
         phi = torch.cat((left, *blocks), dim=-1) @ torch.cat((right, *blocks), dim=-1).transpose(-1, -2)
         if phi.ndim == 3:
             phi = phi.unsqueeze(0)
@@ -92,7 +92,7 @@ class BiasFactors:
 
 
 def look_up(one_hot: Tensor, tables: Tensor) -> Tensor:
-    """Rows of per-head tables for each token: `[(B,) N, K]` and `[H, K, E]` to `[(B,) H, N, E]`."""
+    """Looks up a row of each head's table for each token: `[(B,) N, K]` and `[H, K, E]` to `[(B,) H, N, E]`."""
     heads, kinds, width = tables.shape
     chosen = one_hot @ tables.movedim(0, 1).reshape(kinds, heads * width)
     return chosen.unflatten(-1, (heads, width)).movedim(-2, -3)
@@ -103,11 +103,11 @@ def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_
 
     Args:
         weights: One entry per active adapter.
-        layout: Where the tokens lie.
+        layout: Where the tokens lie; every block id must have a scalar (`check_blocks`).
         num_heads: H, needed when every term is off.
 
-    Raises:
-        LayoutError: The layout names a block that an adapter has no scalar for.
+    Returns:
+        The tables, fp32, on the device of the layout.
     """
     device = layout.device
     rows, columns = layout.rows, layout.columns
@@ -130,20 +130,21 @@ def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_
 
 
 class StructuralBias(nn.Module):
-    """phi as a module of its own, for people who write their own attention (see also `SFAAttention`).
+    """The structural bias as a module, for people who write their own attention (see also `SFAAttention`).
 
     Args:
         num_heads: Attention heads of the layer.
         num_blocks: Block scalars per head.
         init_std: Standard deviation of the initial values; the block term has no gradient at exactly zero.
         terms: Which of the four terms are learned; the others are absent.
-        device: Where to.
+        device: Device of the parameters.
         init: `normal`, or `axial`: a third of the heads starts with `w_row = init_strength`, as many others with
             `w_col = init_strength`; a single head stays normal.
         init_strength: In logits.
 
     Raises:
-        InjectionError: A size is below 1, `init_std` is negative, a term is unknown, or the start does not fit.
+        InjectionError: A size is below 1, `init_std` is negative, a term is unknown, or the initialisation does not
+            fit.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class StructuralBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every scalar from a normal distribution with standard deviation `init_std`, or as `init` says."""
+        """Initialises all scalars: normal with standard deviation `init_std`, then the strong heads of `axial`."""
         heads = first_heads(self.num_heads) if self.init == "axial" else {}
         shapes = parameter_shapes(self.num_heads, self.num_blocks, self.terms)
         device = next(self.parameters()).device
@@ -183,12 +184,16 @@ class StructuralBias(nn.Module):
         return StructuralWeights(*(getattr(self, term) if term in self.terms else None for term in TERMS))
 
     def factors(self, layout: TokenLayout) -> BiasFactors:
-        """The tables of phi for a layout; no matrix over pairs of tokens is built."""
+        """The tables of phi for a layout; no N x N matrix is built.
+
+        Raises:
+            LayoutError: The layout has a block id of `num_blocks` or more.
+        """
         check_blocks(layout, self.num_blocks)
         return bias_factors([self.weights], layout, self.num_heads)
 
     def forward(self, layout: TokenLayout) -> Tensor:
-        """Phi in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
+        """Phi as a matrix in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
 
         Raises:
             LayoutError: The layout has a block id of `num_blocks` or more.
@@ -201,15 +206,15 @@ class StructuralBias(nn.Module):
 
 
 def parameter_shapes(num_heads: int, num_blocks: int, terms: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shape of each learned tensor: 19 scalars per head with all terms on and 16 blocks."""
+    """Shape of each learned tensor by term; with all terms and 16 blocks they are 19 scalars per head."""
     return {term: (num_heads, num_blocks) if term == "block" else (num_heads,) for term in TERMS if term in terms}
 
 
 def check_bias_options(*, num_blocks: int, init_std: float, terms: Sequence[str]) -> None:
-    """Checks what `StructuralBias` and `SFAConfig` have in common.
+    """Checks the options that `StructuralBias` and `SFAConfig` have in common.
 
     Raises:
-        InjectionError: Names the field and the value.
+        InjectionError: An option is out of range; names the field and the value.
     """
     if num_blocks < 1:
         raise InjectionError(f"num_blocks={num_blocks} must be at least 1.")
@@ -221,12 +226,12 @@ def check_bias_options(*, num_blocks: int, init_std: float, terms: Sequence[str]
 
 
 def check_blocks(layout: TokenLayout, num_blocks: int) -> None:
-    """Checks that every block id has a scalar.
+    """Checks that every block id of a layout has a scalar.
 
     Raises:
-        LayoutError: It names the largest id.
+        LayoutError: An id is too large; names the largest one.
     """
-    if torch.compiler.is_compiling():  # no graph holds a look at a value; the look-up itself fails on such an id
+    if torch.compiler.is_compiling():  # reading a value would break the graph; the look-up itself fails on such an id
         return
     largest = int(layout.block.max()) if layout.block.numel() else 0
     if largest >= num_blocks:

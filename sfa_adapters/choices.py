@@ -1,4 +1,4 @@
-"""What a structural bias can be made of, and how it can start: names that the command line reads without torch."""
+"""Names of the bias terms and of the initialisations, in a module that the command line can import without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Term = Literal["row", "col", "dist", "block"]
 TERMS: tuple[Term, ...] = get_args(Term)
 Init = Literal["normal", "axial"]
 INITS: tuple[Init, ...] = get_args(Init)
-# The terms that a head can start strong in. Sorted as `calibrate_axial` gives heads away.
+# The terms in which a head can start strong, in the order of precedence of `calibrate_axial`.
 AXES = ("row", "col")
-# For Adam and its kin. Recipes, `sfa_parameter_groups` and `SFATrainerMixin` take it from here.
+# For Adam and its variants. The default of recipes, `sfa_parameter_groups` and `SFATrainerMixin`.
 DEFAULT_SFA_LR = 0.1

@@ -1,9 +1,9 @@
 """What differs between the supported versions of torch, transformers, peft and timm: one named function each.
 
-Nobody else asks for a version, or knows two names of one thing. What is read by name here is never missing in silence:
-where no name that we know is there although the thing is, that is an `UnknownInterfaceError`.
+No other module checks a version or handles two names of one thing. Where a thing is in use under none of the names that
+are known here, an `UnknownInterfaceError` is raised rather than taking it for missing.
 
-Nothing heavy is imported here, so that any file can.
+Nothing heavy is imported here, so that any module can import this one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "with_cache",
 ]
 
-# From the first version on, and below the second: what the tests run with, and what pyproject.toml asks pip for. Patch
+# From the first version on, and below the second: what the tests run with, and what pyproject.toml requires. Patch
 # releases count as tested with their minor release. The releases of timm are all 1.0.x, so only its first is exact.
 TESTED = {
     "torch": ("2.11", "2.16"),
@@ -51,8 +51,7 @@ _checked = False
 def check_versions() -> None:
     """Warns, once per process, of installed libraries outside the tested range. Reads metadata only, imports nothing.
 
-    pip keeps to the range; `--no-deps` and environments of others do not. `layout`, which all that works on tensors
-    imports, calls this.
+    pip keeps to the range; `pip --no-deps` does not. Called when `layout` is imported, which all code on tensors needs.
     """
     global _checked  # noqa: PLW0603
     if _checked:
@@ -73,7 +72,7 @@ def check_versions() -> None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """(2, 16) of "2.16.0.dev20261101+cu130": what is before a release counts as the release; zeros do not count."""
+    """(2, 16) of "2.16.0.dev20261101+cu130": a pre-release counts as its release, and trailing zeros are dropped."""
     release_match = re.match(r"\d+(\.\d+)*", text)
     numbers = [int(part) for part in release_match[0].split(".")] if release_match else []
     while numbers and numbers[-1] == 0:
@@ -84,7 +83,7 @@ def _release(text: str) -> tuple[int, ...]:
 # -- the cache of keys and values -------------------------------------------------------------------------------------
 
 # transformers 5.24 renamed the argument of models, decoder layers and attention layers, and the field of outputs. Code
-# that comes with a checkpoint keeps its names under any version: the name is asked of the module, not of the version.
+# that comes with a checkpoint keeps its names under any version, so the name is read from the module, not the version.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -93,15 +92,15 @@ def cache_of(module: nn.Module, kwargs: Mapping[str, Any], decodes: bool = True)
 
     Args:
         module: A language model, a decoder layer or an attention layer.
-        kwargs: What its forward is called with, by name.
-        decodes: Whether it is a part of a language model; those of a tower get `use_cache` of the host at times.
+        kwargs: Keyword arguments of its forward.
+        decodes: Whether it is a part of a language model; a tower may get `use_cache` of its host without a cache.
 
     Returns:
         The cache, or None where none is in use.
 
     Raises:
-        UnknownInterfaceError: A cache is in use, under a name that is not known. Whoever went on as if there were none
-            would compute other tokens.
+        UnknownInterfaceError: A cache is in use, under a name that is not known. Treating it as missing would give
+            other tokens.
     """
     for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
@@ -115,15 +114,18 @@ def cache_of(module: nn.Module, kwargs: Mapping[str, Any], decodes: bool = True)
 
 
 def with_cache(module: nn.Module, kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """The arguments of a module with another cache, under the name that the module takes it by.
+    """Replaces the cache among the keyword arguments of a module, under the module's own name for it.
 
     Args:
         module: A model, a decoder layer or an attention layer.
-        kwargs: What its forward is called with, by name.
+        kwargs: Keyword arguments of its forward.
         cache: The cache, or None for none.
 
+    Returns:
+        New keyword arguments.
+
     Raises:
-        UnknownInterfaceError: The module takes no cache by a name that is known.
+        UnknownInterfaceError: A cache is given, and the module takes none by a name that is known.
     """
     name = _name_of(module, kwargs)
     if name is None:
@@ -134,7 +136,7 @@ def with_cache(module: nn.Module, kwargs: Mapping[str, Any], cache: Any) -> dict
 
 
 def cache_of_output(output: Any) -> Any:
-    """The cache that a model or `generate` has returned.
+    """The cache in the output of a model or of `generate`.
 
     Args:
         output: An output of transformers, or a tuple.
@@ -161,7 +163,7 @@ def cache_of_output(output: Any) -> Any:
 
 
 def _name_of(module: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
-    """The name by which a module takes its cache: what it was called with, else what its signature says."""
+    """The name of a module's cache argument: from its keyword arguments, else from its signature."""
     for name in CACHE_NAMES:
         if name in kwargs:
             return name
@@ -189,7 +191,7 @@ def _unknown(what: Any, seen: str) -> str:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model without wrappers of PEFT, however many there are."""
+    """The model inside all wrappers of PEFT."""
     inner: Any = model
     while hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -200,18 +202,18 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def encoded_images(kwargs: Mapping[str, Any]) -> Any:
-    """The output of the tower for the still images of a prompt where the tower ran before the model; else None.
+    """The output of the tower for the still images of a prompt, where the tower ran before the model; else None.
 
-    Newer versions of transformers run it so inside `generate`; before, the tower runs inside the prefill.
+    Newer versions of transformers run the tower first inside `generate`; older ones run it inside the prefill.
 
     Args:
-        kwargs: What a vision-language model is called with, by name.
+        kwargs: Keyword arguments of the forward of a vision-language model.
     """
     return (kwargs.get("mm_encoder_outputs") or {}).get("image")
 
 
 def checkpoint_activations(model: Any, options: dict[str, Any]) -> None:
-    """Turns activation checkpointing on; the method was renamed and the old one warns.
+    """Turns activation checkpointing on; the method of transformers was renamed, and the old name warns.
 
     Args:
         model: A model of transformers.
@@ -222,13 +224,13 @@ def checkpoint_activations(model: Any, options: dict[str, Any]) -> None:
 
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether the loss that a `Trainer` computes is divided by the batches of a step already.
+    """Whether the loss of a `Trainer` is already divided by the number of gradient accumulation steps.
 
-    Newer ones say so; of older ones it follows from who computes the loss.
+    Newer versions have an attribute for it; in older ones it depends on what computes the loss.
 
     Args:
         trainer: A `Trainer` inside `compute_loss`.
-        num_items_in_batch: As `compute_loss` got it.
+        num_items_in_batch: The argument of `compute_loss`.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
@@ -238,9 +240,9 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts floating-point operations, attention with fewer key/value heads and on a CPU included.
+    """A counter of floating-point operations that also counts grouped-query attention and attention on a CPU.
 
-    Older releases of torch leave the kernel of CPUs out, and stop at grouped-query attention in the others.
+    Older releases of torch do not count the CPU's attention kernel, and fail on grouped-query attention in the others.
     """
     import torch
     from torch.utils import flop_counter as counter
@@ -250,7 +252,7 @@ def flop_counter() -> FlopCounterMode:
         return counter.FlopCounterMode(display=False)
 
     def operations(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        """Of shapes: scores and weighted sums, once per query head."""
+        """From shapes: scores and weighted sums, once per query head."""
         batch, heads, queries, width = query
         return 2 * batch * heads * queries * key[2] * (width + value[3])
 

@@ -1,4 +1,4 @@
-"""`SFAConfig`: what a user chooses about SFA, and what is saved with an adapter."""
+"""`SFAConfig`: the options of SFA, saved with an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sfa_adapters.peft_type import SFA_PEFT_TYPE
 
 __all__ = ["FORMAT_VERSION", "SFAConfig"]
 
-# Raised when saved adapters change meaning; a file of a newer format is refused, because unknown keys would be dropped.
+# Increased when saved adapters change meaning; a newer format is refused, because unknown keys would be dropped.
 FORMAT_VERSION = 1
 
 
@@ -32,8 +32,8 @@ class SFAConfig(PeftConfig):
 
     Args:
         layers_to_transform: Attention layers of the tower that get a bias: one index, a list, or None for all that
-            the host really reads. Negative indices count from the last layer.
-        num_blocks: Block scalars per head; by default as many as `block_grid` or `block_map` names (16).
+            the host reads. Negative indices count from the last layer.
+        num_blocks: Block scalars per head; by default the number of blocks of `block_grid` or `block_map` (16).
         block_grid: Rows and columns of the partition of the page into blocks; 4x4 by default.
         block_map: Any integer map `[m][n]` instead of `block_grid`; it is stretched over the page.
         init: How the scalars start: `normal`, all with standard deviation `init_std`, as published; or `axial`: in each
@@ -42,7 +42,7 @@ class SFAConfig(PeftConfig):
         init_std: Standard deviation of the initial values.
         init_strength: Logits that the chosen scalars of `axial` start with.
         init_warmup_steps: Optimizer steps over which the strength of `axial` rises from 0; `AxialRamp` or
-            `SFATrainerMixin` must step it. 0: it is there from the beginning.
+            `SFATrainerMixin` must step it. 0: full strength from the beginning.
         init_heads: Which heads `axial` takes, `{layer: {"row": [heads], "col": [heads]}}`, e.g. by `calibrate_axial`;
             layers that are not named stay normal. By default the first heads of each layer.
         terms: Which of `row`, `col`, `dist`, `block` are on (for ablation).
@@ -55,8 +55,9 @@ class SFAConfig(PeftConfig):
         target_modules: Filled in at injection with the attention modules; leave it None, and choose layers with
             `layers_to_transform`.
         tower_path: Path of the tower in the model, for hosts with several; filled in at injection for those.
-        tower: Filled in at injection: what the adapter was made for, checked when it is loaded.
-        init_warmup_done: Filled in by `AxialRamp`: steps of the warm-up that were taken.
+        tower: Filled in at injection: the signature of the tower that the adapter was made for, checked when it is
+            loaded.
+        init_warmup_done: Filled in by `AxialRamp`: warm-up steps taken.
         format_version: Version of the file format.
 
     Raises:
@@ -124,12 +125,12 @@ class SFAConfig(PeftConfig):
 
     @classmethod
     def published(cls, **options: Any) -> SFAConfig:
-        """The form in which the method was published, whatever the defaults are.
+        """The configuration in which the method was published, whatever the defaults are.
 
-        All four terms, 4x4 blocks, and scalars that start normal with standard deviation 0.02.
+        All four terms, 4x4 blocks, and scalars initialised as normal with standard deviation 0.02.
 
         Args:
-            **options: What is to differ from it.
+            **options: Options that differ from it.
 
         Raises:
             InjectionError: As `SFAConfig`.
@@ -140,7 +141,7 @@ class SFAConfig(PeftConfig):
 
     @property
     def waits_for_ramp(self) -> bool:
-        """Whether the axial start is to grow from zero and no step of it was taken."""
+        """Whether the axial start has a warm-up of which no step was taken."""
         return self.init_warmup_steps > 0 and self.init_warmup_done == 0
 
     def strong_heads(self, layer: int, num_heads: int) -> LayerHeads:
@@ -149,7 +150,7 @@ class SFAConfig(PeftConfig):
         Args:
             layer: Number of the layer in the tower.
             num_heads: Its heads. Heads of `init_heads` beyond them are left out: a saved adapter keeps the choice that
-                it began with, also for a tower that has lost heads since.
+                it began with, also for a tower that was pruned since.
         """
         if self.init != "axial":
             return {}
@@ -184,7 +185,9 @@ class SFAConfig(PeftConfig):
             raise InjectionError(f"num_blocks={self.num_blocks} is too few for the {needed} blocks of the page.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; also completes what PEFT has put there before, see `sfa_adapters.adapter_folder`.
+        """Saves as PEFT does, then completes the other files of the folder, see `sfa_adapters.adapter_folder`.
+
+        Warns if the axial start has a warm-up that never ran.
 
         Args:
             save_directory: The folder of the adapter.
@@ -202,7 +205,7 @@ class SFAConfig(PeftConfig):
         complete_folder(Path(save_directory))
 
     def block_map_tensor(self) -> Tensor:
-        """The map from places to block ids, `[m, n]`, int64."""
+        """The map from places on the page to block ids, `[m, n]`, int64."""
         if self.block_map is not None:
             return torch.tensor(self.block_map)
         assert self.block_grid is not None

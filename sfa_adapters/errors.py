@@ -1,4 +1,4 @@
-"""Every error and warning of sfa_adapters. All errors are `SFAError`, their text says what was found and what to do."""
+"""Every error and warning of sfa_adapters. All errors are `SFAError`; their text says what is wrong and what to do."""
 
 __all__ = [
     "AdapterMismatchError",
@@ -27,7 +27,7 @@ class SFAError(Exception):
 
 
 class SFAWarning(UserWarning):
-    """Base of all warnings of this library, and the class of those that need no name of their own."""
+    """Base of all warnings of this library; used itself where no subclass is needed."""
 
 
 class NoMatchingBackboneError(SFAError, ValueError):
@@ -43,7 +43,7 @@ class LayoutError(SFAError, ValueError):
 
 
 class MergeError(SFAError, NotImplementedError):
-    """A structural bias was asked to merge into the weights of its model."""
+    """A merge of a structural bias into the weights of its model was requested, which is impossible."""
 
 
 class UnsupportedAttentionError(SFAError, ValueError):
@@ -51,15 +51,15 @@ class UnsupportedAttentionError(SFAError, ValueError):
 
 
 class BiasNotAppliedError(SFAError, RuntimeError):
-    """A forward ran past an injected layer without its bias being used."""
+    """An injected attention layer ran without using its bias."""
 
 
 class AdapterMismatchError(SFAError, ValueError):
-    """A saved adapter belongs to another tower, or was written by a newer version of this library."""
+    """A saved adapter belongs to another tower, or a newer version of this library wrote it."""
 
 
 class ContractError(SFAError, ValueError):
-    """A contract suite of `sfa_adapters.testing` cannot run: a small tower says too little, or cannot be found."""
+    """A contract suite of `sfa_adapters.testing` cannot run: a small tower is incomplete, or cannot be found."""
 
 
 class WeightsError(SFAError, ValueError):
@@ -87,7 +87,7 @@ class TrainingError(SFAError, RuntimeError):
 
 
 class UnknownInterfaceError(SFAError, RuntimeError):
-    """A library hands something over under a name that is not known here: going on would be wrong in silence."""
+    """A library passes something under a name that is not known here: ignoring it would give silently wrong results."""
 
 
 class UntestedVersionWarning(SFAWarning):

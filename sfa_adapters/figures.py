@@ -1,4 +1,4 @@
-"""The learned bias as a picture and as numbers. matplotlib is imported where it draws."""
+"""The learned bias as a figure and as a table. matplotlib is imported only to draw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfa_adapters.tuner import injected_layers
 
 __all__ = ["bias_around", "bias_table", "plot_bias", "write_bias_table"]
 
-# A page of more panels than this cannot be read; layers and heads are then taken evenly spaced.
+# A figure of more panels than this cannot be read; layers and heads are then sampled evenly.
 MOST_ROWS, MOST_COLUMNS = 6, 8
 
 
@@ -57,7 +57,19 @@ def bias_table(model: nn.Module, adapter_name: str = "default") -> list[dict[str
 
 
 def write_bias_table(model: nn.Module, path: Path, adapter_name: str = "default") -> Path:
-    """Writes `bias_table` as CSV."""
+    """Writes `bias_table` as CSV, rounded to six decimals.
+
+    Args:
+        model: A model with SFA.
+        path: The file.
+        adapter_name: Which adapter.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InjectionError: The model has no such adapter.
+    """
     rows = bias_table(model, adapter_name)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -70,7 +82,7 @@ def write_bias_table(model: nn.Module, path: Path, adapter_name: str = "default"
 def bias_around(
     layer: SFALayer, adapter_name: str, grid: tuple[int, int], centre: tuple[int, int] | None = None
 ) -> Tensor:
-    """Phi from one query token to every token of a page.
+    """The bias phi from one query token to every token of a page.
 
     Args:
         layer: An adapted layer.
@@ -97,17 +109,20 @@ def _spaced(count: int, most: int) -> list[int]:
 def plot_bias(
     model: nn.Module, path: Path, adapter_name: str = "default", grid: tuple[int, int] | None = None, title: str = ""
 ) -> Path:
-    """Draws phi around the middle of the page, one panel per layer and head.
+    """Draws the bias phi around the middle of the page, one panel per layer and head.
 
-    Each panel shows how much a query in the middle (ringed) is pushed towards (red) or away from (blue) every other
-    token before it has looked at any content.
+    Each panel shows how much the bias alone pushes a query in the middle (ringed) towards (red) or away from (blue)
+    every other token.
 
     Args:
         model: A model with SFA.
         path: Where the picture goes; the ending chooses the format.
         adapter_name: Which adapter.
         grid: Rows and columns of the page; the tower's own by default.
-        title: Stands above the picture.
+        title: Title of the figure.
+
+    Returns:
+        `path`.
 
     Raises:
         InjectionError: The model has no such adapter, or takes images of any size and `grid` is missing.

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all: written under another name, flushed, then renamed.
+"""Atomic writes: files and folders are written under another name, flushed, then renamed, so none is ever half written.
 
-Everything that the library writes in this way goes through `write_whole` and `draft_folder`; what an error of the disk
-is called (`TrainingError` in a run, `RecipeError` elsewhere) is up to the caller.
+Every atomic write of the library goes through `write_whole` or `draft_folder`. The caller chooses how an error of the
+disk is named (`TrainingError` in a run, `RecipeError` elsewhere).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8; a kill or a full disk leaves the one that was there. Its folder is made.
+    """Writes a text file (UTF-8) atomically: a kill or a full disk leaves the old one. Its folder is made.
 
     Args:
         path: The file.
@@ -57,10 +57,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def draft_folder(partial: Path) -> Iterator[Path]:
-    """An empty folder to write into under another name; the caller renames it. What is left of it goes in any case.
+    """Makes an empty folder under a temporary name, which the caller renames; it is removed if it was not renamed.
 
     Args:
-        partial: Its name; what a killed process left there is removed first.
+        partial: Its name; a folder that a killed process left there is removed first.
     """
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -72,12 +72,12 @@ def draft_folder(partial: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(what: str, folder: Path, advice: str = "") -> Iterator[None]:
-    """Turns what goes wrong while a file is written into one error that says what to do.
+    """Turns errors of the disk while a file is written into one error that says what to do.
 
     Args:
         what: What is being written, for the error.
         folder: Where, for the error.
-        advice: One sentence more.
+        advice: A further sentence for the error.
 
     Raises:
         TrainingError: The disk is full, or does not let us write.
@@ -95,12 +95,12 @@ def writing(what: str, folder: Path, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def whole_folder(folder: Path, advice: str = "") -> Iterator[Path]:
-    """Gives a folder to write into, which takes the place of `folder` at the end, if nothing went wrong.
+    """Gives a folder to write into, which replaces `folder` at the end if there was no error.
 
-    What was in `folder` before stays until then, also when the process is killed.
+    The old content of `folder` stays until then, also when the process is killed.
 
     Args:
-        folder: Where the files are to be in the end.
+        folder: Where the files are in the end.
         advice: A sentence for the error of a full disk.
 
     Raises:
@@ -113,7 +113,7 @@ def whole_folder(folder: Path, advice: str = "") -> Iterator[Path]:
 
 
 def seal(partial: Path, folder: Path) -> None:
-    """Lists the files of `partial` with their sizes, flushes them to the disk and renames the folder.
+    """Writes a manifest of the files of `partial` with their sizes, flushes all to disk and renames it to `folder`.
 
     Raises:
         OSError: It cannot be done; the folder that was there is still there.
@@ -138,7 +138,7 @@ def seal(partial: Path, folder: Path) -> None:
 
 
 def what_is_missing(folder: Path) -> list[str]:
-    """What keeps a sealed folder from being whole: files that are missing or cut off; empty when it is."""
+    """Files of a sealed folder that are missing or cut off, by its manifest; empty when it is complete."""
     try:
         listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -148,10 +148,10 @@ def what_is_missing(folder: Path) -> list[str]:
 
 
 def can_be_made(folder: Path) -> None:
-    """Tries to write where a folder is or would be made, and leaves nothing there.
+    """Checks that a folder is writable, or could be made, and leaves nothing there.
 
     Args:
-        folder: That of a run that may still be refused.
+        folder: The folder of a run that may still be refused.
 
     Raises:
         RecipeError: It cannot be written; says why.
@@ -160,7 +160,7 @@ def can_be_made(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes the folder of a run and tries to write there, before hours of training.
+    """Makes the folder of a run and checks that it is writable, before hours of training.
 
     Raises:
         RecipeError: It cannot be written; says why.
@@ -187,7 +187,7 @@ def _not_writable(folder: Path, error: OSError) -> str:
 
 def is_disk_error(error: Exception) -> bool:
     """Whether an error comes from the disk: it is full, gone, or does not let us write."""
-    # torch and safetensors tell of a full disk in words of their own.
+    # torch and safetensors report a full disk in their own words.
     words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter", "unexpected pos", "i/o error")
     return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 

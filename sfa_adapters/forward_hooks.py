@@ -1,4 +1,4 @@
-"""The hooks that tell a `ForwardLog` when a tower runs and which hidden states pass its encoder and layers.
+"""The hooks that record in a `ForwardLog` when a tower runs and which hidden states enter its encoder and layers.
 
 Several features may watch one tower; each has a log, `state.log`.
 """
@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from sfa_adapters.forwards import ForwardLog
 from sfa_adapters.hooks import attach, state_of
+from sfa_adapters.moved import know_old_names
 
 __all__ = ["hidden_states_of", "holders_of", "watch_forwards"]
 
+know_old_names(__name__)
+
 
 def watch_forwards(tower: nn.Module, attentions: Sequence[str], feature: str, state: Any) -> None:
-    """Hooks a tower, once per feature.
+    """Attaches these hooks to a tower, once per feature.
 
     Args:
         tower: The tower.
         attentions: Paths in it of all its attention layers.
         feature: Name of the feature.
-        state: Its state, which has a `log`.
+        state: State of the feature, with its `ForwardLog` as `log`.
     """
     above_any, _ = holders_of(attentions)
     attach(tower, feature, state, pre=partial(enter_tower, feature))
@@ -49,13 +52,13 @@ def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def enter_tower(feature: str, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a tower: a call begins."""
+    """Forward pre-hook of a tower: records that a call begins."""
     if not torch.compiler.is_compiling():
         state_of(tower, feature).log.enter(tower)
 
 
 def leave_tower(feature: str, tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a tower, called after an error, too: the call ended."""
+    """Forward hook of a tower, also called after an error: records that the call ended."""
     log: ForwardLog = state_of(tower, feature).log
     log.compiled = None
     if not torch.compiler.is_compiling():
@@ -63,7 +66,7 @@ def leave_tower(feature: str, tower: nn.Module, args: tuple[Any, ...], output: A
 
 
 def note_states(feature: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of what holds attention layers (encoder, layer): its input belongs to this forward."""
+    """Forward pre-hook of an encoder or layer: records that its input belongs to this forward."""
     states = hidden_states_of(args, kwargs)
     if not torch.compiler.is_compiling() and isinstance(states, Tensor):
         state_of(module, feature).log.note(states, module)

@@ -1,10 +1,10 @@
-"""Which forward of a tower a hidden state belongs to, also when gradient checkpointing runs layers again in backward.
+"""`ForwardLog`: which forward of a tower a hidden state belongs to, also when checkpointing recomputes it in backward.
 
-While a tower runs, its layers ask for the forward under way. In the backward pass other images may have passed the
-tower since, so the recomputed hidden states themselves must say where they come from. Two traces survive every kind of
+While a tower runs, its layers use the forward under way. By the time of the backward pass other images may have passed
+the tower, so the forward is found from the recomputed hidden states themselves. Two traces survive every kind of
 checkpointing: a recomputation starts from a tensor that shares its storage with what the checkpoint saved, and where
-autograd is not reentrant it also keeps the node that made it. Both are noted on the way in (`ForwardLog.note`), and
-looked for upwards along the autograd graph on the way back (`ForwardLog.trace`).
+autograd is not reentrant it also keeps the node that made it. Both are recorded in the forward pass
+(`ForwardLog.note`), and looked up along the autograd graph in the backward pass (`ForwardLog.trace`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sfa_adapters.arrangement import TokenArrangement
 from sfa_adapters.packing import Packing
 
 __all__ = ["NOT_IN_BACKWARD", "Arrangement", "ForwardLog", "TowerForward", "backward_task", "begin_gradient"]
 
-# How the tokens of a forward lie: packed images, the grid that all images share, or what a segmented tower described.
-Arrangement = Packing | tuple[int, int] | Any
+# How the tokens of a forward lie: as a feature packed them, or as the tower was given them.
+Arrangement = Packing | TokenArrangement
 METADATA_KEY = "sfa_adapters.forwards"
 NOT_IN_BACKWARD = -1
 # Forwards without a call of the tower that may still reach its layers.
@@ -33,7 +34,7 @@ WAITING_KEPT = 8
 
 
 def backward_task() -> int:
-    """The number of the backward pass that runs in this thread, `NOT_IN_BACKWARD` outside of one."""
+    """The id of the backward pass that runs in this thread; `NOT_IN_BACKWARD` outside of one."""
     return torch._C._current_graph_task_id()
 
 
@@ -42,15 +43,14 @@ class TowerForward:
     """One forward of a tower, alive as long as its autograd graph.
 
     Attributes:
-        grids: Grid of the images by their number of tokens; fixed-grid towers.
-        inputs: Description of the inputs by their number of tokens; segmented towers.
-        packing: Set by whoever packs images of different token counts into one sequence; it then counts.
+        inputs: How the tokens lie that the tower was given, by their number.
+        packing: How images of different token counts are packed into one sequence, set by the feature that packs them;
+            it takes precedence.
         with_grad: Whether gradients were on when the forward began.
         requires_grad: Whether a hidden state that required gradients was seen.
     """
 
-    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
-    inputs: dict[int, Any] = field(default_factory=dict)
+    inputs: dict[int, TokenArrangement] = field(default_factory=dict)
     packing: Packing | None = None
     with_grad: bool = True
     requires_grad: bool = False
@@ -59,15 +59,15 @@ class TowerForward:
     task: int = NOT_IN_BACKWARD
 
     def arrangement(self, num_tokens: int) -> Arrangement | None:
-        """How that many tokens lie in this forward, None where it has no such sequence."""
+        """How a sequence of `num_tokens` tokens lies in this forward; None where it has no such sequence."""
         if self.packing is not None and self.packing.total == num_tokens:
             return self.packing
-        return self.grids.get(num_tokens, self.inputs.get(num_tokens))
+        return self.inputs.get(num_tokens)
 
 
 @dataclass(eq=False)
 class _Call:
-    """A call of the tower itself under way; its forward is known once the image module ran."""
+    """A call of the tower itself that is under way; its forward is known once the image module ran."""
 
     tower: nn.Module
     task: int
@@ -100,21 +100,21 @@ class ForwardLog:
     def __reduce__(self) -> tuple[type[ForwardLog], tuple[()]]:
         return ForwardLog, ()  # copies and pickles of a model have no forward under way
 
-    # -- the way in -------------------------------------------------------------------------------------------------
+    # -- recording --------------------------------------------------------------------------------------------------
 
     def enter(self, tower: nn.Module) -> None:
-        """A call of the tower begins."""
+        """Records that a call of the tower begins."""
         self._thread.calls.append(_Call(tower, backward_task()))
         self._thread.waiting, self._thread.running = [], None
 
     def leave(self) -> None:
-        """It ended, or failed."""
+        """Records that a call of the tower ended or failed."""
         if self._thread.calls:
             self._thread.calls.pop()
         self._thread.waiting, self._thread.running = [], None
 
     def begin(self, forward: TowerForward) -> None:
-        """The image module of the tower sees the images of this forward."""
+        """Records a new forward, when the image module of the tower gets its images."""
         forward.with_grad, forward.task = torch.is_grad_enabled(), backward_task()
         self._alive.add(forward)
         call = self._call()
@@ -142,14 +142,14 @@ class ForwardLog:
         return None if call is None else call.tower
 
     def of_call(self) -> TowerForward | None:
-        """The forward of the call of the tower that is under way."""
+        """The forward of the tower's call that is under way; None outside of one."""
         call = self._call()
         return None if call is None else call.forward
 
     def without_call(self, num_tokens: int, layer: int) -> list[TowerForward]:
-        """Forwards without a call of the tower that a layer with that many tokens may be part of.
+        """Forwards without a call of the tower to which layer `layer` on `num_tokens` tokens may belong.
 
-        Layers run once and in order, so a layer that ran already is no part of the forward under way.
+        Layers run once and in order, so a layer that ran already belongs to another forward.
         """
         thread = self._thread
         running = [] if thread.running is None or thread.running.last_layer >= layer else [thread.running]
@@ -157,7 +157,7 @@ class ForwardLog:
         return [forward for forward in possible if forward.arrangement(num_tokens) is not None]
 
     def run_layer(self, forwards: Sequence[TowerForward], layer: int) -> None:
-        """Notes that a layer runs as part of a forward without a call of the tower, one of those possible."""
+        """Records that a layer runs in the first of the possible forwards without a call of the tower."""
         thread = self._thread
         if forwards[0] is not thread.running:
             thread.waiting = [forward for forward in thread.waiting if forward is not forwards[0]]
@@ -165,7 +165,7 @@ class ForwardLog:
         forwards[0].last_layer = layer
 
     def note(self, states: Tensor, holder: nn.Module | None = None) -> None:
-        """Notes that a tensor belongs to the forward under way, or to the one being recomputed.
+        """Records that a tensor belongs to the forward under way, or to the one being recomputed.
 
         Args:
             states: The tensor.
@@ -188,7 +188,7 @@ class ForwardLog:
             if not any(entry is forward for entry in noted):
                 noted.append(forward)
 
-    # -- the way back -----------------------------------------------------------------------------------------------
+    # -- looking up -------------------------------------------------------------------------------------------------
 
     def trace(self, states: Tensor, module: nn.Module | None = None) -> list[TowerForward]:
         """The forwards from which a recomputed hidden state may come: one, unless forwards share tensors.
@@ -223,15 +223,15 @@ class ForwardLog:
 
 
 def _storage(states: Tensor) -> StorageWeakRef | None:
-    """A weak reference to the memory of a tensor, which its detached copies share; its address is not given away.
+    """A weak reference to the storage of a tensor, which its detached copies share.
 
-    None for tensors without memory of their own (fake and distributed ones).
+    While it lives, the address of the storage is not reused. None for fake and distributed tensors.
     """
     return StorageWeakRef(states.untyped_storage()) if type(states) is Tensor else None
 
 
 class _BeginGradient(torch.autograd.Function):
-    """Hands a tensor on; its output requires gradients, and none leave through its input."""
+    """Identity whose output requires gradients, and whose input gets none."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, anchor: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class _BeginGradient(torch.autograd.Function):
 
 
 def begin_gradient(states: Tensor) -> Tensor:
-    """The same values in the same memory, with an autograd graph that begins here.
+    """Returns the same values in the same memory, with an autograd graph that begins here.
 
     Reentrant checkpointing records no graph where none of its inputs requires gradients, so that trainable scalars
     inside would get none. Unlike with `requires_grad_`, no gradient is stored on the tensor, and operations in place

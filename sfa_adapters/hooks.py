@@ -1,11 +1,11 @@
-"""What the features of this library (SFA, ADAT, DyMU, FastV, ...) attach to the modules of a model, and `features_of`.
+"""Attaches the features of this library (SFA, ADAT, DyMU, FastV, ...) to the modules of a model, and lists them.
 
-A feature attaches forward hooks, watchers of a method, and its state. All of it is kept under the name of the feature
+A feature attaches forward hooks, watchers of a method, and its state. All of it is stored under the name of the feature
 in the module itself, so that
 
-* detaching one feature never touches another's, in whatever order they came;
+* detaching one feature never affects another, whatever the order in which they were attached;
 * one feature learns of another through `features_of(model)`, not from its attributes;
-* copies and pickles of a model have their own: hooks are functions that look their state up in the module that they
+* copies and pickles of a model are independent: hooks are functions that look their state up in the module that they
   are called with, and are removed by id, which stays valid in a copy where a handle does not.
 
 No class and no forward is changed.
@@ -53,10 +53,10 @@ class Attachment:
 
     Attributes:
         state: The state of the feature, the same object in all modules of a model (of a tower, for SFA).
-        place: What the hooks of this module need beside the state, such as the number of a layer.
+        place: Data of this module for its hooks, such as the number of a layer.
         hook_ids: Ids of its forward hooks and pre-hooks.
         watchers: Its watchers of methods, by the name of the method.
-        mask: The lazy mask that it gave to the call of the module under way.
+        mask: The lazy mask that it passed to the module's call under way.
     """
 
     state: Any
@@ -83,17 +83,17 @@ def attach(
     prepend: bool = False,
     always_call: bool = False,
 ) -> None:
-    """Attaches a feature to a module; again for further hooks.
+    """Attaches a feature to a module; may be called again to add hooks.
 
     Args:
         module: The module.
         feature: Name of the feature.
         state: The feature's state, for `state_of` and `features_of`.
-        place: What the hooks of this module need beside it; None leaves what is there.
+        place: Data of this module for its hooks; None keeps what is stored.
         pre: Forward pre-hook, called with (module, args, kwargs).
         post: Forward hook, called with (module, args, output).
-        prepend: Whether `post` runs in front of the forward hooks that are there.
-        always_call: Whether `post` runs after an error, too.
+        prepend: Whether `post` runs before the forward hooks that are registered already.
+        always_call: Whether `post` also runs after an error.
     """
     attachment = module.__dict__.setdefault(ATTACHED, {}).setdefault(feature, Attachment(state))
     attachment.state = state
@@ -107,11 +107,14 @@ def attach(
 
 
 def detach(module: nn.Module, feature: str) -> bool:
-    """Takes all that a feature has attached to one module away again; whether there was something.
+    """Removes everything that a feature has attached to one module.
 
     Args:
-        module: The module; what is inside of it is left alone.
+        module: The module; its children are left alone.
         feature: Name of the feature.
+
+    Returns:
+        Whether there was anything to remove.
     """
     attachments: dict[str, Attachment] = module.__dict__.get(ATTACHED, {})
     attachment = attachments.pop(feature, None)
@@ -136,13 +139,13 @@ def detach(module: nn.Module, feature: str) -> bool:
 
 
 def detach_all(model: nn.Module, feature: str) -> bool:
-    """`detach` for every module of a model; whether there was something."""
+    """Calls `detach` for every module of a model; returns whether there was anything to remove."""
     return sum(detach(module, feature) for module in model.modules()) > 0
 
 
 @contextmanager
 def attached_while(feature: str) -> Iterator[Attach]:
-    """Attaches for a while. Several contexts of one feature may be open at once; each takes away its own.
+    """Context in which a feature is attached. Several of one feature may be open at once; each removes only its own.
 
     Args:
         feature: Name of the feature, for `features_of`.
@@ -163,11 +166,11 @@ def attached_while(feature: str) -> Iterator[Attach]:
             detach(module, name)
 
 
-# -- who is there -----------------------------------------------------------------------------------------------------
+# -- looking up -------------------------------------------------------------------------------------------------------
 
 
 def features_of(model: nn.Module) -> Mapping[str, Any]:
-    """Which features of this library are attached to a model, or to a part of it.
+    """The features of this library that are attached to a model, or to a part of it, with their states.
 
     Args:
         model: Any module.
@@ -193,13 +196,13 @@ def features_of(model: nn.Module) -> Mapping[str, Any]:
 
 
 def state_of(module: nn.Module, feature: str) -> Any:
-    """The state of a feature that is attached to this very module, or None."""
+    """The state of a feature that is attached to this module itself, or None."""
     attachment = module.__dict__.get(ATTACHED, {}).get(feature)
     return None if attachment is None else attachment.state
 
 
 def attachment_of(module: nn.Module, feature: str) -> Attachment:
-    """What a feature has attached to this very module, for its own hooks."""
+    """What a feature has attached to this module itself, for the hooks of the feature."""
     return module.__dict__[ATTACHED][feature]
 
 
@@ -207,12 +210,12 @@ def attachment_of(module: nn.Module, feature: str) -> Attachment:
 
 
 def watch_method(module: nn.Module, feature: str, name: str, watcher: MethodWatcher) -> None:
-    """Calls a watcher in front of a method of one module, for what happens where no module runs that takes a hook.
+    """Calls a watcher before a method of one module, where there is no module call to hook.
 
     Args:
         module: The module; the feature is attached to it already.
         feature: Name of the feature.
-        name: Name of the method. It is shadowed in this one object as long as anybody watches it.
+        name: Name of the method. It is shadowed in this one object as long as it is watched.
         watcher: Called with the module, its method, and the arguments of the call by name.
     """
     attachment_of(module, feature).watchers[name] = watcher
@@ -221,11 +224,11 @@ def watch_method(module: nn.Module, feature: str, name: str, watcher: MethodWatc
 
 
 class _WatchedMethod:
-    """Stands in front of a method of one module: calls all watchers, then the method."""
+    """Shadows a method of one module: calls all watchers, then the method."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
-        self.before = module.__dict__.get(name)  # what somebody else put there
+        self.before = module.__dict__.get(name)  # an instance attribute that was there already
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         method: Any = getattr(type(self.module), self.name)
@@ -237,7 +240,7 @@ class _WatchedMethod:
         return method(self.module, *args, **kwargs) if self.before is None else self.before(*args, **kwargs)
 
     def restore(self) -> None:
-        """The method is what it was."""
+        """Puts the original method back."""
         del self.module.__dict__[self.name]
         if self.before is not None:
             self.module.__dict__[self.name] = self.before

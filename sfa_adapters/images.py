@@ -1,6 +1,6 @@
-"""Images as people have them (files, bytes, PIL, arrays, tensors) become uint8 RGB, or a `DataError` that says why not.
+"""Converts images of any usual form (files, bytes, PIL, arrays, tensors) to uint8 RGB, or raises a `DataError`.
 
-An encoded image is never decoded before the size in its header is known to be sane.
+An encoded image is not decoded before the size in its header was checked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MAX_BYTES = 20_000_000
 
 
 def as_image(value: Any, where: str = "image") -> np.ndarray:
-    """Convert an image of any usual form.
+    """Converts an image of any usual form to uint8 RGB.
 
-    Gray becomes RGB, transparency is laid on white, and 16 bits are scaled to 8 (value / 257), not cut off at 255.
+    Gray becomes RGB, transparency is composited on white, 16 bits are scaled to 8 (value / 257), not clipped at 255.
 
     Args:
         value: A path; an encoded file as bytes; a PIL image; an array `[H, W]` or `[H, W, 1|3|4]` of uint8, uint16,
@@ -61,7 +61,7 @@ def as_image(value: Any, where: str = "image") -> np.ndarray:
 
 
 def read_image(raw: bytes, where: str) -> np.ndarray:
-    """Decode an image whose header says that it is of a sane size.
+    """Decodes an encoded image after checking the size in its header.
 
     Args:
         raw: The encoded file.
@@ -85,7 +85,7 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
                 return _decode(image, where)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{where}: the image is too large ({error}). Make it smaller.") from error
-    except UnidentifiedImageError as error:  # its text holds an address, another one every time
+    except UnidentifiedImageError as error:  # its text holds a memory address, which differs every time
         raise DataError(f"{where}: the image cannot be read (no known format). Download or export it again.") from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, DataError):

@@ -1,4 +1,4 @@
-"""`inject_sfa`, `eject_sfa`, `describe`: SFA in one line, in place, on a tower or a whole vision-language model."""
+"""`inject_sfa`, `eject_sfa`, `describe`, `save_sfa`, `load_sfa`: SFA on a tower or a whole vision-language model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from sfa_adapters.attention_contract import MaskArgument
 from sfa_adapters.beside_peft import cover_both
 from sfa_adapters.bias import parameter_shapes
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.peft_tuner import SFAModel
-from sfa_adapters.registry import find_tower
+from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.saved import WEIGHTS_NAME, read_scalars, write_scalars
 from sfa_adapters.signature import one_or_each
 from sfa_adapters.state_fit import fit_scalars, watch_state_dicts
@@ -51,7 +52,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def inject_sfa(
     model: Model, config: SFAConfig | None = None, adapter_name: str = "default", *, tower: str | None = None
 ) -> Model:
-    """Gives the vision tower of a model a structural attention bias, in place.
+    """Adds a structural attention bias to the vision tower of a model, in place.
 
     The new parameters train; `requires_grad` of the model's own parameters is not touched. The adapter becomes the
     active one.
@@ -101,10 +102,10 @@ def inject_sfa(
 
 
 def check_model(model: Any) -> None:
-    """Refuses what is no model, in words that say what to do.
+    """Checks that an argument is a torch module.
 
     Raises:
-        InjectionError: `model` is no module of torch.
+        InjectionError: It is not, e.g. a model id.
     """
     if not isinstance(model, nn.Module):
         hint = (
@@ -122,7 +123,7 @@ def _with_tower(config: SFAConfig, tower: str | None) -> SFAConfig:
 
 
 def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
-    """Removes SFA from a model, in place; with the last adapter gone the model is bit for bit what it was.
+    """Removes SFA from a model, in place; after the last adapter the model is bit for bit what it was.
 
     Args:
         model: A model with SFA, by `inject_sfa` or as a `PeftModel`.
@@ -151,7 +152,7 @@ def eject_sfa(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Description:
-    """What SFA adds to a model, or would add; `print` it.
+    """What SFA adds to a model, or would add; `print` shows it as a table.
 
     Attributes:
         backbone: Name of the registered backbone.
@@ -164,8 +165,11 @@ class Description:
         layer_parameters: The same for each layer of the tower; 0 where it has no bias.
         grid: Rows and columns of patches, None where any size goes.
         prefix_tokens: Leading tokens without a place.
+        joined: How the images of a forward are put together, see `Backbone.joined`.
+        mask_argument: The argument of the attention's forward that takes the bias.
+        mask_reason: Why it is this one.
         adapters: Names of the adapters in the model; empty before injection.
-        active: Names of those that act.
+        active: Names of those that are active.
     """
 
     backbone: str
@@ -178,6 +182,9 @@ class Description:
     layer_parameters: tuple[int, ...]
     grid: tuple[int, int] | None
     prefix_tokens: int
+    joined: str
+    mask_argument: str
+    mask_reason: str
     adapters: tuple[str, ...]
     active: tuple[str, ...]
 
@@ -189,7 +196,8 @@ class Description:
             heads = f"{_span(self.num_heads)} heads, {sum(self.num_heads)} together"
         rows = {
             "tower": f"{self.tower or '(the model)'}  {self.tower_class}",
-            "backbone": self.backbone,
+            "backbone": f"{self.backbone}  (images: {self.joined})",
+            "bias": f"through {self.mask_argument}: {self.mask_reason}",
             "layers": f"{self.num_layers} of {self.tower_layers}, {heads}",
             "grid": f"{grid} patches, {self.prefix_tokens} prefix tokens",
             "parameters": f"{self.num_parameters:,} ({_span([n for n in self.layer_parameters if n])} per layer)",
@@ -199,22 +207,25 @@ class Description:
 
 
 def _span(counts: Sequence[int]) -> str:
-    """One number, or from which to which."""
+    """One number where all counts are equal, else the smallest and the largest."""
     low, high = min(counts, default=0), max(counts, default=0)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
 def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | None = None) -> Description:
-    """Says what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
+    """Describes what SFA adds to a model; before injection, what `inject_sfa(model, config)` would add.
 
     Args:
         model: A tower, or a host.
         config: Before injection, the options.
         tower: Path of the tower in the model, for hosts with several; by default the one that carries SFA.
 
+    Returns:
+        The description.
+
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: `config` does not fit the tower, or which of several towers is meant was not said.
+        InjectionError: `config` does not fit the tower, or the model has several towers and `tower` names none.
     """
     check_model(model)
     config = _with_tower(copy.deepcopy(config) if config is not None else SFAConfig(), tower)
@@ -236,33 +247,49 @@ def describe(model: nn.Module, config: SFAConfig | None = None, *, tower: str | 
             counts[index] = sum(torch.Size(shape).numel() for shape in shapes.values())
         adapters, active = (), ()
     heads = one_or_each(plan.num_heads)
+    argument = _argument(plan.located)
     return Description(
-        backbone=plan.found.backbone.name,
-        tower=plan.found.name,
-        tower_class=type(plan.found.tower).__name__,
+        backbone=plan.located.backbone.name,
+        tower=plan.located.name,
+        tower_class=type(plan.located.tower).__name__,
         num_layers=len(counts),
-        tower_layers=len(plan.found.attentions),
+        tower_layers=len(plan.located.attentions),
         num_heads=heads if isinstance(heads, int) else tuple(heads),
         num_parameters=sum(counts.values()),
-        layer_parameters=tuple(counts.get(index, 0) for index in range(len(plan.found.attentions))),
+        layer_parameters=tuple(counts.get(index, 0) for index in range(len(plan.located.attentions))),
         grid=plan.geometry.grid,
         prefix_tokens=plan.geometry.prefix_tokens,
+        joined=plan.located.backbone.joined,
+        mask_argument=argument.name,
+        mask_reason=argument.reason,
         adapters=adapters,
         active=active,
     )
 
 
+def _argument(located: FoundTower) -> MaskArgument:
+    """Where the bias enters; a stand-in for the attention (`Backbone.wrap_attention`) is there from injection on."""
+    attention = located.attentions[0][1]
+    wrap = located.backbone.wrap_attention
+    return located.backbone.argument_of(attention if wrap is None else wrap(attention))
+
+
 def save_sfa(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:
     """Writes one adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), for models without PEFT.
 
-    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With parameters that are
-    sharded (`fully_shard`) call it in every process; the first one writes.
+    `PeftModel.from_pretrained(base, folder)` and `load_sfa(base, folder)` both read it. With sharded parameters
+    (`fully_shard`) call it in every process; the first one writes.
+
+    Args:
+        model: A model with SFA.
+        folder: Where to write.
+        adapter_name: Which adapter.
 
     Returns:
         The folder.
 
     Raises:
-        InjectionError: The model has no SFA adapter of that name.
+        InjectionError: The model has no SFA adapter of that name, or it has `modules_to_save`.
         WeightsError: The folder cannot be written, or the adapter has no values.
     """
     check_model(model)
@@ -288,7 +315,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`; or the folder of a model
             (`model.save_pretrained`, a checkpoint of a Trainer; also in shards), of a LoRA that was saved with SFA
             beside it, or one safetensors file.
-        adapter_name: Name that the adapter gets here; where a file holds several adapters, also which one is read.
+        adapter_name: Name of the adapter in this model; where a file holds several adapters, also which one is read.
         config: The configuration, only for files that do not hold it.
 
     Returns:
@@ -296,8 +323,9 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
 
     Raises:
         WeightsError: A file is missing or cannot be read, or its configuration is missing.
-        AdapterMismatchError: The adapter is of another tower, of a newer format, or its tensors do not fit; or the
-            folder holds a LoRA as well, which the model does not have yet.
+        AdapterMismatchError: The adapter belongs to another tower, has a newer format, or its tensors do not fit; or
+            the folder holds a LoRA as well, which the model does not have yet.
+        SFAError: As `inject_sfa`, e.g. no tower was found or the name is taken.
     """
     check_model(model)
     saved = read_scalars(folder, adapter_name, config)
@@ -307,7 +335,7 @@ def load_sfa(model: Model, folder: str | Path, adapter_name: str = "default", co
             f"{folder} also holds a {saved.other_method} adapter, which the model does not have. Load both: "
             "load_sfa(PeftModel.from_pretrained(model, folder), folder)."
         )
-    plan_injection(model, saved.config, adapter_name)  # a taken name must fail before there is anything to take out
+    plan_injection(model, saved.config, adapter_name)  # a taken name must fail before anything could be removed
     with all_or_nothing(model, adapter_name):
         inject_sfa(model, saved.config, adapter_name)
         fitted = fit_scalars(model, saved.tensors, adapter_name, saved.keys, saved.source)

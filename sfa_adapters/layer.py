@@ -1,4 +1,4 @@
-"""`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that bring them in.
+"""`SFALayer`: the child module that holds one attention layer's structural scalars, and the hooks that apply them.
 
 The layer sits **beside** the attention's own weights, as its child `sfa`: base state-dict keys stay as they are, LoRA
 still finds `q_proj`, and detaching restores the model bit for bit. A forward pre-hook puts a lazy mask into the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from sfa_adapters.bias import BiasFactors, StructuralWeights, bias_factors
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import BiasNotAppliedError, LayoutError, SFAWarning
 from sfa_adapters.forward_hooks import hidden_states_of
+from sfa_adapters.forwards import Arrangement
 from sfa_adapters.hooks import detach
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask, SegmentedMask, StructuralMask
 from sfa_adapters.mask_argument import attach_to_attention, give_mask, given_mask, unused_mask
-from sfa_adapters.packing import PackedMask, Packing
+from sfa_adapters.packing import PackedMask, Packing, check_block_diagonal
 from sfa_adapters.scalar_layer import ScalarLayer
 from sfa_adapters.state_keys import PEFT_PREFIX
 from sfa_adapters.tower import SFA, TowerState
@@ -34,20 +36,20 @@ CHILD_NAME = "sfa"
 
 
 class SFALayer(ScalarLayer):
-    """The structural scalars of one attention layer, and the mask that they become (a PEFT tuner layer).
+    """The structural scalars of one attention layer (a PEFT tuner layer), which builds the lazy mask from them.
 
     Args:
         num_heads: Heads of the attention layer.
         index: Number of the layer in its tower.
         name: Path of the attention module in the model.
-        state: What the layers of the tower share.
+        state: State that the layers of the tower share.
     """
 
     def __init__(self, num_heads: int, index: int, name: str, state: TowerState) -> None:
         super().__init__(num_heads, index, name)
         self.state = state
         self._dense: tuple[Any, Tensor, TokenLayout] | None = None
-        self.saved_by_peft = False  # an adapter that PEFT knows
+        self.saved_by_peft = False  # whether PEFT knows the adapters
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -66,7 +68,7 @@ class SFALayer(ScalarLayer):
             )
 
     def train(self, mode: bool = True) -> SFALayer:
-        """As `Module.train`; also forgets the cached dense mask."""
+        """As `Module.train`; also drops the cached dense mask."""
         self._dense = None
         return super().train(mode)
 
@@ -75,13 +77,17 @@ class SFALayer(ScalarLayer):
     def build_mask(
         self, hidden_states: Tensor, attention_mask: Tensor | LazyMask | None, bounds: Tensor | None
     ) -> LazyMask | None:
-        """The mask for this forward, or None when no adapter is active.
+        """Builds the mask for this forward; None when no adapter is active.
 
         Args:
             hidden_states: Input of the attention module, `[batch, tokens, width]`, or `[tokens, width]` for segmented
                 towers.
             attention_mask: The mask that the model passed.
             bounds: Segment boundaries, `[segments + 1]`, for segmented towers.
+
+        Raises:
+            LayoutError: The layout of the tokens is not known, or active adapters have different blocks.
+            WeightsError: The scalars of an active adapter were never loaded.
         """
         active = self.active
         if not active:
@@ -99,16 +105,18 @@ class SFALayer(ScalarLayer):
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
         arrangement = self.state.arrangement(hidden_states, self)
         if bounds is not None:
+            assert not isinstance(arrangement, Packing)
             segments = self.state.segments(arrangement, tuple(bounds.tolist()), block_map, key, device)
             factors = [bias_factors(weights, layout, self.num_heads) for layout in segments]
             if len(factors) == 1 and segments[0].batch_size is not None:
                 return SegmentedMask(_split_batch(factors[0]), backend)
             return SegmentedMask(factors, backend)
-        if isinstance(arrangement, Packing):
-            layouts = arrangement.layouts(block_map, key, device)
-            # Where images are kept apart by a mask already, it is that mask which gets the biases.
+        if isinstance(arrangement, Packing) or arrangement.joined == "packed":
+            layouts = self._packed_layouts(arrangement, attention_mask, block_map, key, device)
+            # A mask that already keeps the images apart gets the biases, rather than a second mask.
             mask = attention_mask if isinstance(attention_mask, PackedMask) else PackedMask(arrangement.lengths)
-            mask.biases = [bias_factors(weights, x, self.num_heads) for x in layouts]
+            factors = {id(layout): bias_factors(weights, layout, self.num_heads) for layout in layouts}
+            mask.biases = [factors[id(layout)] for layout in layouts]
             mask.backend = backend
             return mask
         assert not isinstance(attention_mask, LazyMask)
@@ -116,6 +124,20 @@ class SFALayer(ScalarLayer):
         bias = bias_factors(weights, layout, self.num_heads)
         budget = min(self.cache_bytes[name] for name in active)
         return StructuralMask(bias, attention_mask, backend, _CachedDense(self, bias, weights, budget))
+
+    def _packed_layouts(
+        self, arrangement: Arrangement, attention_mask: Any, block_map: Tensor, key: Any, device: torch.device
+    ) -> Sequence[TokenLayout]:
+        """The layout of each image of a packed sequence.
+
+        Raises:
+            LayoutError: The model's mask keeps other images apart than those of its input: nothing may replace it.
+        """
+        if isinstance(arrangement, Packing):
+            return arrangement.layouts(block_map, key, device)
+        if isinstance(attention_mask, Tensor) and not torch.compiler.is_compiling():
+            check_block_diagonal(attention_mask, arrangement.lengths, self.name)
+        return self.state.image_layouts(arrangement, block_map, key, device)
 
     def dense_mask(self, bias: BiasFactors, weights: list[StructuralWeights], like: Tensor) -> Tensor:
         """The dense mask in the dtype of `like`, kept until a scalar or the layout changes."""
@@ -135,7 +157,7 @@ class SFALayer(ScalarLayer):
 
 
 class _CachedDense:
-    """Serves `StructuralMask` a dense mask that outlives the forward, inside a memory budget; see `DenseCache`."""
+    """Gives `StructuralMask` a dense mask that is kept between forwards, within a memory budget; see `DenseCache`."""
 
     def __init__(self, layer: SFALayer, bias: BiasFactors, weights: list[StructuralWeights], budget: float) -> None:
         self.layer, self.bias, self.weights, self.budget = layer, bias, weights, budget
@@ -153,7 +175,7 @@ def _block_key(config: SFAConfig) -> str:
 
 
 def _split_batch(bias: BiasFactors) -> list[Tensor | BiasFactors]:
-    """Dense masks of all short segments in one go, cut to each segment's own length."""
+    """Dense masks of all short segments, computed together and cut to the length of each."""
     padding = bias.layout.padding
     phi = bias.dense()
     if padding is None:
@@ -163,11 +185,11 @@ def _split_batch(bias: BiasFactors) -> list[Tensor | BiasFactors]:
 
 
 def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
-    """Changes whenever a scalar does.
+    """A cache key that changes whenever a scalar does.
 
-    On a CPU the values themselves (a few hundred): code that writes through `.data` leaves version counters alone. On
-    other devices reading them would wait for the device, so there it is the version counters; `train()` and `eval()`
-    forget the mask in any case.
+    On a CPU it is the values themselves (a few hundred), since code that writes through `.data` does not raise version
+    counters. On other devices reading values would wait for the device, so version counters are used; `train()` and
+    `eval()` drop the mask in any case.
     """
     tensors = [t for w in weights for t in (w.row, w.col, w.dist, w.block) if t is not None]
     if all(t.device.type == "cpu" for t in tensors):
@@ -179,14 +201,15 @@ def _fingerprint(weights: list[StructuralWeights]) -> tuple[Any, ...]:
 
 
 def attach_layer(attention: nn.Module, layer: SFALayer) -> None:
-    """Puts the layer beside the weights of its attention module and hooks it in."""
+    """Adds the layer to its attention module as a child, and attaches its hooks."""
     attention.add_module(CHILD_NAME, layer)
-    attach_to_attention(attention, SFA, layer.state, layer.state.backbone.mask_argument, add_bias, check_bias_used)
+    argument = layer.state.backbone.argument_of(attention).name
+    attach_to_attention(attention, SFA, layer.state, argument, add_bias, check_bias_used)
     layer.state.layers.append(layer)
 
 
 def detach_layer(attention: nn.Module) -> None:
-    """Takes the layer out again; the module is as it was."""
+    """Removes the layer and its hooks from its attention module, which is then as it was."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     detach(attention, SFA)
     layer.state.layers.remove(layer)
@@ -197,7 +220,7 @@ def add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of an attention module: merges the bias into its mask argument."""
     layer: SFALayer = getattr(attention, CHILD_NAME)
     hidden_states: Any = hidden_states_of(args, kwargs)
-    segmented = layer.state.backbone.segment_layouts is not None
+    segmented = layer.state.backbone.joined == "segments"
     bounds = _segment_bounds(attention, layer, args, kwargs) if segmented else None
     layer.state.see_states(hidden_states, layer)
     mask = layer.build_mask(hidden_states, given_mask(attention, SFA, args, kwargs), bounds)
@@ -237,6 +260,6 @@ def check_bias_used(attention: nn.Module, args: tuple[Any, ...], output: Any) ->
         implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
         raise BiasNotAppliedError(
             f"{layer.name} ({type(attention).__name__}) ran without using its bias: the attention implementation "
-            f"{implementation!r} drops the argument {layer.state.backbone.mask_argument!r}. "
+            f"{implementation!r} drops the argument {layer.state.backbone.argument_of(attention).name!r}. "
             "Load the model with attn_implementation='sdpa', or call tower.set_attn_implementation('sdpa')."
         )

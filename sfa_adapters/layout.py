@@ -192,11 +192,16 @@ class TokenLayout:
         return cls(grid, prefix_tokens, torch.nn.functional.pad(block, (prefix_tokens, 0)), rows, columns)
 
     @classmethod
-    def batch(cls, layouts: Sequence[TokenLayout]) -> TokenLayout:
+    def batch(cls, layouts: Sequence[TokenLayout], length: int | None = None) -> TokenLayout:
         """Puts per-image layouts side by side; shorter ones are padded, and padding is never attended to.
 
+        Args:
+            layouts: One for each image.
+            length: Tokens of each row, padding included; by default those of the longest image.
+
         Raises:
-            LayoutError: The list is empty, an entry is a batch already, or the prefixes differ.
+            LayoutError: The list is empty, an entry is a batch already, the prefixes differ, or an image is longer
+                than `length`.
         """
         if not layouts:
             raise LayoutError("TokenLayout.batch needs at least one layout.")
@@ -206,13 +211,16 @@ class TokenLayout:
         if len(prefixes) > 1:
             raise LayoutError(f"All images of a batch need one prefix; found {sorted(prefixes)}.")
         longest = max(layout.num_tokens for layout in layouts)
+        total = longest if length is None else length
+        if longest > total:
+            raise LayoutError(f"An image has {longest} tokens, more than the {total} of a padded row.")
         device = layouts[0].block.device
         lengths = torch.tensor([layout.num_tokens for layout in layouts], device=device)
-        padding = torch.arange(longest, device=device) >= lengths[:, None]
-        block = torch.nn.utils.rnn.pad_sequence([layout.block for layout in layouts], batch_first=True)
+        padding = torch.arange(total, device=device) >= lengths[:, None]
+        block = _pad_rows([layout.block for layout in layouts], total)
         grids = tuple(layout.grid for layout in layouts)
-        rows = _merge([layout.rows for layout in layouts])
-        columns = _merge([layout.columns for layout in layouts])
+        rows = _merge([layout.rows for layout in layouts], total)
+        columns = _merge([layout.columns for layout in layouts], total)
         return cls(grids, prefixes.pop(), block, rows, columns, padding if bool(padding.any()) else None)  # pyright: ignore[reportArgumentType]
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -356,10 +364,15 @@ def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
     return kinds[:, None].view(torch.float32), index
 
 
-def _merge(axes: Sequence[AxisKinds]) -> AxisKinds:
+def _pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Rows of different lengths as one matrix, `[B, length]`, zeros behind each."""
+    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows])
+
+
+def _merge(axes: Sequence[AxisKinds], length: int) -> AxisKinds:
     """One table of kinds for all images of a batch."""
     pairs = torch.cat([torch.stack((axis.start, axis.extent), dim=-1) for axis in axes])
     kinds, inverse = _distinct(pairs)
     renamed = [part[axis.index] for part, axis in zip(inverse.split([a.num_kinds for a in axes]), axes, strict=True)]
-    index = torch.nn.utils.rnn.pad_sequence(renamed, batch_first=True)
+    index = _pad_rows(renamed, length)
     return AxisKinds(index, kinds[:, 0].clone(), kinds[:, 1].clone())

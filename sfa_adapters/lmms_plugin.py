@@ -1,12 +1,12 @@
-r"""Plug-in for lmms-eval (0.7): hosts with their adapters in its benchmarks, by the entry points `lmms_eval.models`.
+r"""Plug-in for lmms-eval (0.7), found by the entry points `lmms_eval.models`: evaluates hosts with their adapters.
 
     lmms-eval --model sfa_internvl --model_args pretrained=OpenGVLab/InternVL3_5-8B-HF,adapter=runs/internvl3_5_8b \
         --tasks mmbench_en_dev --batch_size 8 --output_path results
     lmms-eval --model sfa_llava --tasks scienceqa_full --batch_size 8 --output_path results \
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,head_plan=heads/head_plan.json,compensation=absorb
 
-`pretrained` may be a folder of `save_pruned`, too. What was removed stands in the results, in `config.model_backend`.
-Importing this module needs no lmms-eval; the classes of its models are made when lmms-eval asks for one.
+`pretrained` may also be a folder of `save_pruned`. Removed heads are recorded in the results, in
+`config.model_backend`. Importing this module needs no lmms-eval; model classes are made when lmms-eval imports one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.open_host import find_run, open_host, read_head_plan
 from sfa_adapters.evaluation.prompts import HostAnswers, Images
-from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts
+from sfa_adapters.heads.metadata import PrunedMetadata, folder_metadata, plan_metadata, pruned_metadata
 from sfa_adapters.hosts.spec import HOSTS
+from sfa_adapters.moved import old_names
 from sfa_adapters.training.checkpoints import saved_recipe
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ __all__ = ["manifests", "models"]
 
 
 def models() -> Mapping[str, tuple[str, str]]:
-    """Name in lmms-eval -> name of its class here, and the family that `pretrained` must be of."""
+    """For each model name in lmms-eval: the name of its class here, and the family of hosts that it takes."""
     heads = "ForConditionalGeneration"
     return {f"sfa_{name}": (f"SFA{spec.model_class.removesuffix(heads)}", name) for name, spec in HOSTS.items()}
 
 
 def manifests() -> list[Any]:
-    """What lmms-eval gets from the entry point: one `ModelManifest` for each of our models."""
+    """The entry point of lmms-eval: one `ModelManifest` for each model of this plug-in."""
     manifest = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
     return [manifest(name, simple_class_path=f"{__name__}.{made}") for name, (made, _) in models().items()]
 
@@ -46,15 +47,15 @@ def __getattr__(name: str) -> Any:
         for made, family in models().values():
             if name == made:
                 return _model_class(name, family)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return old_names(__name__)(name)
 
 
-def _facts_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedFacts | None:
-    """What the host will have lost, from files alone."""
+def _metadata_of(pretrained: str, head_plan: str | None, compensation: str) -> PrunedMetadata | None:
+    """The pruned heads of the host that is loaded next, from files alone."""
     if head_plan is not None:
-        return plan_facts(read_head_plan(head_plan, compensation), compensation)
+        return plan_metadata(read_head_plan(head_plan, compensation), compensation)
     run = find_run(pretrained)
-    return folder_facts(pretrained if run is None else saved_recipe(run).model)
+    return folder_metadata(pretrained if run is None else saved_recipe(run).model)
 
 
 @functools.cache
@@ -77,10 +78,10 @@ def _model_class(name: str, family: str) -> type:
 
         def __new__(cls, pretrained: str, *args: Any, **settings: Any) -> Any:
             # The name of the class is all that lmms-eval takes from a model into its results.
-            facts = _facts_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
-            return super().__new__(cls if facts is None else type(f"{name} with {facts}", (cls,), {"facts": facts}))
+            pruned = _metadata_of(pretrained, settings.get("head_plan"), settings.get("compensation", "none"))
+            return super().__new__(cls if pruned is None else type(f"{name} with {pruned}", (cls,), {"pruned": pruned}))
 
-        facts: PrunedFacts | None = None
+        pruned: PrunedMetadata | None = None
 
         def __init__(
             self,
@@ -99,10 +100,10 @@ def _model_class(name: str, family: str) -> type:
             changes = {"prompt": "{question}", "plan": plan, "dtype": dtype, "max_new_tokens": max_new_tokens}
             changes |= {"head_plan": head_plan, "compensation": compensation}
             host = open_host(pretrained, adapter, device, **changes, **settings)
-            done = pruned_facts(host.model)
-            if str(done) != str(self.facts):
+            done = pruned_metadata(host.model)
+            if str(done) != str(self.pruned):
                 raise RecipeError(
-                    f"{pretrained} was to have {self.facts or 'all heads'}, and has {done or 'all heads'}."
+                    f"{pretrained} was to have {self.pruned or 'all heads'}, and has {done or 'all heads'}."
                 )
             if host.spec.family != family:
                 raise RecipeError(f"{pretrained} is of the family {host.spec.family}, {name} needs {family}.")
@@ -130,10 +131,10 @@ def _model_class(name: str, family: str) -> type:
             prompts = [(r.args[0], self._images(r.args[2:]), self._target(r.args)) for r in requests]
             likelihoods = [(float("inf"), False)] * len(requests)
             for number, chance, greedy in self._shown(self.answers.loglikelihood(prompts), requests):
-                # Negative: lmms-eval takes the smallest value for the likeliest answer, because its own models give
+                # Negative: lmms-eval treats the smallest value as the likeliest answer, because its own models return
                 # losses.
                 likelihoods[number] = (-chance, greedy)
-            # A bare pair would be made a text by the evaluator of 0.7, on which every task of choices fails.
+            # The evaluator of 0.7 would turn a bare pair into a text, on which every multiple-choice task fails.
             return [result(text=pair) for pair in likelihoods]
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answer metrics: what one answer is worth. The score of a set is the mean over its answers.
+"""Metrics that score one answer against the true answers. The score of a set is the mean over its answers.
 
 `relaxed_accuracy` is the one of ChartQA, `anls` of DocVQA and InfographicVQA, `vqa_accuracy` of VQA and TextVQA,
 `ocrbench` of OCRBench.
@@ -36,12 +36,12 @@ _DIGITS = {
     "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10", "none": "0",
 }  # fmt: skip
-# Written without an apostrophe; left out where that is another word (well, were, ill, its).
+# Contractions written without an apostrophe; those that are another word (well, were, ill, its) are left out.
 _NOT = re.compile(r"(ai|are|ca|could|did|does|do|had|has|have|is|must|need|should|was|were|wo|would)nt")
 _SHORT = re.compile(
     r"(he|she|that|there|what|where|who)(s)|(i)(m)|(i|you|they|could|should|would)(ve)|(you|they)(re|ll)"
 )
-_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!|~^')  # of the published code of VQA, and three more
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!|~^')  # that of the published code of VQA, and three more
 
 
 def _reference_float(text: str) -> float | None:
@@ -52,10 +52,10 @@ def _reference_float(text: str) -> float | None:
 
 
 def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "reference") -> bool:
-    """Whether an answer is right in the sense of ChartQA.
+    """Whether an answer is right by the relaxed accuracy of ChartQA: numbers may be 5% off.
 
     Args:
-        prediction: what the model said.
+        prediction: the model's answer.
         target: the true answer.
         mode: "reference" gives what the published code gives, bugs included: years may be 5% off, "25%" is 0.25,
             "1,234" and "$12" are not numbers, a zero target is compared as text, and text must match up to case.
@@ -63,7 +63,7 @@ def relaxed_accuracy(prediction: str, target: str, mode: RelaxedMode = "referenc
             equal units where both have one, and ignores case, outer space and a final dot. "(12)" may be 12 or -12.
 
     Returns:
-        True where it counts as right.
+        Whether it counts as right.
 
     Raises:
         ValueError: unknown mode.
@@ -85,7 +85,7 @@ def _same_quantity(predicted: Quantity, true: Quantity) -> bool:
     if predicted.unit and true.unit and predicted.unit != true.unit:
         return False
     exact = true.exact or predicted.unit in LABELS
-    # Brackets are a minus in accounts, and nothing elsewhere.
+    # Brackets are a minus sign in accounting, and mean nothing elsewhere.
     pairs = [(a, b) for a in _readings(predicted) for b in _readings(true)]
     return any(a == b or (not exact and b != 0 and abs(a - b) / abs(b) <= TOLERANCE) for a, b in pairs)
 
@@ -107,14 +107,14 @@ def _accepted(answers: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def exact_match(prediction: str, answers: str | Sequence[str]) -> bool:
-    """Whether an answer is one of the true ones, but for case and white space.
+    """Whether an answer equals one of the true ones, apart from case and white space.
 
     Args:
-        prediction: what the model said.
+        prediction: the model's answer.
         answers: the true answer, or all that count as right.
 
     Returns:
-        True where it is.
+        Whether it does.
 
     Raises:
         DataError: there is no true answer.
@@ -123,7 +123,7 @@ def exact_match(prediction: str, answers: str | Sequence[str]) -> bool:
 
 
 def _folded(text: str) -> str:
-    """As people compare texts: composed letters, single spaces, no case. `lower` would keep "ß" from "SS"."""
+    """Normalises a text for comparison: composed letters, single spaces, no case ("ß" equals "SS")."""
     text = unicodedata.normalize("NFC", text).casefold()
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -133,10 +133,10 @@ def anls(prediction: str, answers: str | Sequence[str], threshold: float = 0.5) 
 
     s = 1 - edit distance / length of the longer text, 0 below the threshold, best over the true answers. White space is
     collapsed first and case does not count; lengths are those of the folded texts, where "ß" is "ss". An answer that is
-    exactly half wrong keeps its 0.5, as in the scripts that are in use; by the formula of the paper it gets 0.
+    exactly half wrong scores 0.5, as in the scripts that are in use; by the formula of the paper it would score 0.
 
     Args:
-        prediction: what the model said.
+        prediction: the model's answer.
         answers: the true answer, or all that count as right.
         threshold: similarities below it are 0; it is in [0, 1].
 
@@ -157,9 +157,8 @@ def _similarity(a: str, b: str, threshold: float) -> float:
     longer = max(len(a), len(b))
     if not longer:
         return 1.0
-    if (
-        min(len(a), len(b)) / longer < threshold
-    ):  # at least the difference in length is wrong: a rambling answer is cheap
+    # The edit distance is at least the difference in length, so a long wrong answer needs no further computation.
+    if min(len(a), len(b)) / longer < threshold:
         return 0.0
     row = list(range(len(b) + 1))  # distances of the part of `a` read so far to every beginning of `b`
     for i, letter in enumerate(a, 1):
@@ -177,7 +176,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Texts are compared in lower case, without punctuation and articles, with "two" as 2 and "dont" as "don't".
 
     Args:
-        prediction: what the model said.
+        prediction: the model's answer.
         answers: one per person, at least four; equal ones count each.
 
     Returns:
@@ -198,7 +197,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _vqa_text(text: str) -> str:
-    """Lower case; commas in numbers, full stops, punctuation and articles go, but never the whole answer."""
+    """Normalises an answer as the published VQA code: lower case, no punctuation, no articles (but never no words)."""
     text = text.lower().replace("\u2019", "'")
     text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text)
     # A typographic dash in front of a number is a minus sign. The ASCII hyphen goes, as in the published code.
@@ -209,9 +208,9 @@ def _vqa_text(text: str) -> str:
 
 
 def _is_punctuation(letter: str) -> bool:
-    """What the published code takes away, and the punctuation outside ASCII that it does not know.
+    """Whether a character is removed: by the published code, or as punctuation outside ASCII, which that code misses.
 
-    Symbols stay, because they say something: "\u22125", "\u20a95" and "5\u00b0" are not "5".
+    Symbols are kept, because they have a meaning: "\u22125", "\u20a95" and "5\u00b0" are not "5".
     """
     return letter in _PUNCTUATION or (letter > "\x7f" and unicodedata.category(letter).startswith("P"))
 
@@ -224,18 +223,18 @@ def _apostrophe(word: str) -> str:
 
 
 def ocrbench(prediction: str, answers: str | Sequence[str], kind: OCRBenchKind = "text") -> bool:
-    """Whether a true answer stands anywhere in what the model said (Liu et al. 2023, arXiv:2305.07895).
+    """Whether the model's answer contains a true answer (Liu et al. 2023, arXiv:2305.07895).
 
-    This is the lenient rule of OCRBench: "12" is found in "2012", and who says much is right more often.
+    This is the lenient rule of OCRBench: "2012" contains "12", and longer answers are right more often.
 
     Args:
-        prediction: what the model said.
+        prediction: the model's answer.
         answers: the true answer, or all that count as right.
         kind: "text" ignores case, outer white space and line breaks; "handwritten_maths" (the HME100k part) keeps case
             and drops all spaces, for LaTeX.
 
     Returns:
-        True where it counts as right. A blank true answer, which stands in every text, makes none right.
+        Whether it counts as right. A blank true answer, which every text contains, makes none right.
 
     Raises:
         DataError: there is no true answer.

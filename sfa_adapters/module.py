@@ -16,13 +16,13 @@ __all__ = ["SFAAttention"]
 
 
 class SFAAttention(nn.Module):
-    """Multi-head self-attention over visual tokens with phi on its logits.
+    """Multi-head self-attention over visual tokens with a structural bias on its logits.
 
     Args:
         dim: Width of the tokens.
         num_heads: Attention heads; must divide `dim`.
         grid: Rows and columns of tokens, used when `forward` gets no layout.
-        prefix_tokens: Leading tokens without a place.
+        prefix_tokens: Leading tokens without a place on the page (CLS, registers).
         qkv_bias: Whether the q, k and v projections have a bias.
         block_grid: Partition of the page into blocks.
         init_std: Standard deviation of the structural scalars.
@@ -74,7 +74,7 @@ class SFAAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, layout: TokenLayout | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Attends.
+        """Computes the attention output.
 
         Args:
             hidden_states: `[batch, tokens, dim]`.

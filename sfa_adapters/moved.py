@@ -1,7 +1,8 @@
-"""Old paths of modules. They keep working until 0.2: they give the module at its new place, and warn with its name.
+"""Old paths of modules and names. Until 0.2 they give what is at the new place, and warn with the new path.
 
-One table. The finder that asks for it stands at the end of `sys.meta_path`, behind those that find what is there.
-Where an old path is a new module or package today, `old_names` gives the names that were there.
+`MODULES` has the modules that moved. The finder that reads it stands at the end of `sys.meta_path`, behind those that
+find what is there. `NAMES` has what left its module or was renamed; `REPLACED` has what is no more, and what to use
+instead: importing that is an error that says so.
 """
 
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "NAMES", "OldMain", "old_names", "spec_of"]
+__all__ = ["MODULES", "NAMES", "REPLACED", "OldMain", "know_old_names", "old_names", "spec_of"]
 
 # Old package, new package, and modules: `old>new`, or one word where the name stayed.
 _MOVED = (
+    ("", "cli", "cli_analyze>analyze cli_app>app cli_bench>bench cli_calibrate>calibrate cli_density>density"),
+    ("", "cli", "cli_errors>errors cli_eval>evaluate cli_quiet>quiet cli_share>share cli_study>study cli_train>train"),
     ("training", "", "folders>files"),
     ("training", "hosts", "prepare pruned recipe settings four_bit>quantization hosts>load plans>placement specs>spec"),
     ("training", "hosts", "table>summary"),
@@ -30,6 +33,7 @@ _MOVED = (
     ("reduction", "reduction.fastv", "prompt selectors token_density asking>query_rows fastv_hooks>hooks"),
     ("reduction", "reduction.fastv", "fastv_input>prune_at_input"),
     ("heads", "heads", "facts>metadata probe>snapshot"),
+    ("sharing", "sharing", "facts>run_metadata"),
     ("recipes", "hosts", "own_host>user_supplied"),
     ("recipes", "recipes.nano", "encode evaluate finetune many_heads packing pretrain teacher_forcing"),
     ("recipes", "recipes.nano", "nano_checkpoint>checkpoint nano_hosts>hosts nano_words>tokenizer"),
@@ -57,13 +61,55 @@ MODULES: Mapping[str, str] = {
     for old_package, new_package, words in _MOVED
     for old, _, new in (word.partition(">") for word in words.split())
 }
-# Names of old modules whose path is another module or a package now.
+_PRUNED = (
+    "PrunedFacts>PrunedMetadata folder_facts>folder_metadata plan_facts>plan_metadata pruned_facts>pruned_metadata"
+)
+_RUN = "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"
+# By the old path of a module: names that are not at its new place, or are called otherwise there, and their new path.
 NAMES: Mapping[str, Mapping[str, str]] = {
-    _path(old): dict.fromkeys(names.split(), _path(new))
-    for old, new, names in (
+    _path(old): {
+        before: _path(new, now or before) for before, _, now in (word.partition(">") for word in words.split())
+    }
+    for old, new, words in (
+        ("heads", "heads", "whole>unpruned"),
+        ("heads.metadata", "heads.metadata", _PRUNED),
+        ("heads.snapshot", "heads.snapshot", "whole>unpruned"),
         ("recipes.analyze", "recipes.analyze.measure", "run_dominance run_entropy run_hallucination run_map"),
         ("recipes.demo", "recipes.demo.run", "FILES DemoConfig DemoError run_demo"),
+        ("recipes.demo_options", "recipes.demo.host", "RELOADED load_host reloaded save_trained"),
+        ("recipes.own_host", "hosts.user_supplied", "load_own>load_user_model own_prompt>user_prompt"),
+        ("reduction.asking", "reduction.fastv.query_rows", "asking_rows>query_rows"),
+        ("reduction.image_tokens", "vlm.parts", "Decoder find_decoder image_token_ids"),
+        ("sharing", "sharing", _RUN),
+        ("sharing.run_metadata", "sharing.run_metadata", _RUN),
+        ("training.census", "memory.weights", "Census>ParameterCounts take_census>count_parameters"),
         ("training.trainer", "training.train", "FINAL TrainResult train"),
+    )
+}
+# By what names a module is known that has old names, among its attributes.
+_PATHS = "__old_paths__"
+_STATE = "features_of(model) of sfa_adapters.hooks gives the state of each feature"
+_WATCH = "watch_method of sfa_adapters.hooks and watch_input of sfa_adapters.tower_input do this for every feature"
+_ATTACH = "attach and detach of sfa_adapters.hooks do this for every feature"
+# By the old path of a module: names that nothing of the same use has replaced, and what to use instead.
+REPLACED: Mapping[str, Mapping[str, str]] = {
+    _path(old): dict.fromkeys(names.split(), text)
+    for old, names, text in (
+        ("adat.tokenizer", "ADAT_LOG ADAT_STATE", _STATE),
+        ("forward_hooks", "add_hook unwatch_forwards", _ATTACH),
+        ("heads.kinds", "KINDS", "attention_kinds() gives them, those of other packages too"),
+        ("heads.probe", "NUMBERS", "numbers() of sfa_adapters.heads.snapshot gives them"),
+        ("lmms_plugin", "MODELS", "models() gives them, those of other packages too"),
+        ("recipes.nano_hosts", "FAMILIES", "registered_vlms() of sfa_adapters.vlm.records has them: VLMSpec.nano"),
+        ("reduction.dymu_hooks", "MASK", _STATE),
+        ("reduction.dymu_tower", "DYMU_STATE INDEX", _STATE),
+        ("reduction.fastv_hooks", "FASTV_STATE", _STATE),
+        ("reduction.host_tokens", "PackRecorder", _WATCH),
+        ("reduction.token_density", "DensityPacker see_images", _WATCH),
+        ("reduction.vtu", "LANGUAGE_STATE", _STATE),
+        ("registry", "STATE_NAME", _STATE),
+        ("tower", "STATE_NAME", _STATE),
+        ("training.specs", "check_spec", "VLMSpec.places(model) checks a model"),
     )
 }
 
@@ -74,18 +120,20 @@ def _warn(old: str, new: str) -> None:
 
 
 class _OldPath:
-    """Loads the module at its new place."""
+    """Loader of an old path: imports the module at its new path."""
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """An empty module, which never comes to light."""
+        """Leaves it to the import system to make a module, which `exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         _warn(old, MODULES[old])
         sys.modules[old] = import_module(MODULES[old])  # what the import system hands out
+        if old in NAMES or old in REPLACED:
+            know_old_names(old)
 
     def get_code(self, name: str) -> CodeType:
-        """For `python -m`."""
+        """The code of the module at its new path, for `python -m`."""
         from importlib.util import find_spec
 
         _warn(name, MODULES[name])
@@ -94,7 +142,7 @@ class _OldPath:
 
 
 def spec_of(name: str) -> ModuleSpec | None:
-    """How to load a module of this old path; None where it is none.
+    """The import spec of an old path; None where it is not one.
 
     Args:
         name: Full name of a module.
@@ -105,30 +153,48 @@ def spec_of(name: str) -> ModuleSpec | None:
     return ModuleSpec(name, _OldPath(), origin=str(file))  # pyright: ignore[reportArgumentType]
 
 
-def old_names(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module in whose place another one was, which had names that it does not have.
+def know_old_names(module: str) -> None:
+    """Gives a module its `old_names`, out of sight of type checkers, which would let any name pass.
 
     Args:
-        module: Its full name.
+        module: Its full name, or an old path of it; a module may be known by several.
     """
+    home = vars(sys.modules[module])
+    paths = home.setdefault(_PATHS, [])
+    if module not in paths:
+        paths.append(module)
+    home.setdefault("__getattr__", old_names(module))
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """`__getattr__` of a module that had other names once.
+
+    Args:
+        module: Its full name, or an old path of it; it is being imported.
+    """
+    home = vars(sys.modules[module])
 
     def get(name: str) -> Any:
-        new = NAMES[module].get(name)
-        if new is None:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        message = f"{module}.{name} has moved to {new}.{name}; the old path goes with sfa-adapters 0.2."
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        value = getattr(import_module(new), name)
-        setattr(sys.modules[module], name, value)  # so that it warns once
-        return value
+        for path in home.get(_PATHS, [module]):
+            new = NAMES.get(path, {}).get(name)
+            if new is not None:
+                message = f"{path}.{name} has moved to {new}; the old path goes with sfa-adapters 0.2."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                package, _, now = new.rpartition(".")
+                home[name] = getattr(import_module(package), now)  # so that it warns once
+                return home[name]
+            text = REPLACED.get(path, {}).get(name)
+            if text is not None:  # no AttributeError: `from module import name` would hide its text
+                raise ImportError(f"{path}.{name} is no more: {text}.", name=path)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return get
 
 
 class OldMain(ModuleType):
-    """The module `sfa_adapters.cli.main`, callable like its function.
+    """Makes the module `sfa_adapters.cli.main` callable like its function `main`.
 
-    The program `sfa` of an installation from before calls `main` of `sfa_adapters.cli`, which was the function.
+    The program `sfa` of an older installation calls `main` of `sfa_adapters.cli`, which was the function.
     """
 
     def __call__(self, arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What images are normalised with: the statistics of the tower, or what the user says in their place."""
+"""Mean and standard deviation that images are normalised with: those of the tower, or the user's."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ def image_statistics(
     """Mean and standard deviation of a tower's images, by channel; None where one of them is not known.
 
     Args:
-        backbone: The record of the tower, which says what its image processor does; None where there is no tower.
+        backbone: The record of the tower, which knows its image processor; None where there is no tower.
         tower: The tower.
-        mean: What the user says in its place.
-        std: Likewise.
+        mean: The user's mean, which takes precedence.
+        std: The user's standard deviation, which takes precedence.
+
+    Returns:
+        Mean and standard deviation, one number per channel each, of pixels in [0, 1].
     """
     known = None if backbone is None or tower is None else backbone.statistics_of(tower)
     known = known or (None, None)

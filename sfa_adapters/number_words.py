@@ -13,7 +13,7 @@ _VALUES = {"zero": 0, "a": 1, "hundred": 100} | _ONES | _TEENS | _TENS | _LARGE
 
 
 def _english_source() -> str:
-    """A regular expression that takes well-formed numbers only: "two three" are two of them."""
+    """Source of a regular expression that matches well-formed numbers only: "two three" is two numbers."""
     one, teen, ten = ("|".join(words) for words in (_ONES, _TEENS, _TENS))
     below_100 = rf"(?:(?:{ten})(?:[- ](?:{one}))?|{teen}|{one})"
     below_1000 = rf"(?:(?:a|{below_100}) hundred(?: (?:and )?{below_100})?|{below_100})"
@@ -28,7 +28,7 @@ ENGLISH = _english_source()  # lower case, single spaces
 
 
 def english_value(words: str) -> int:
-    """The number that a text which `ENGLISH` matches says; case does not count."""
+    """The value of a number in English words that `ENGLISH` matches; case does not count."""
     total = group = 0
     for word in re.findall(r"[a-z]+", words.lower()):
         if word == "and":
@@ -57,7 +57,7 @@ _NATIVE = re.compile(rf"(?P<tens>{'|'.join(_NATIVE_TENS)})?(?P<ones>{'|'.join((*
 
 
 def korean_value(word: str, counted: bool = False) -> int | None:
-    """The number that a whole Korean word is, or None.
+    """The value of a Korean word that is a number as a whole; None where it is not.
 
     Args:
         word: such as "천이백", "오만 삼천" or "다섯". A Sino-Korean number has at least two letters, one of

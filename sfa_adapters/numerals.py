@@ -1,4 +1,4 @@
-"""Numbers in texts: what a person would read as a number, and its value."""
+"""Numbers in texts, as a person would read them, and their values."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,9 +8,9 @@ __all__ = ["numbers_in", "parse_number", "unprinted_numbers"]
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a whole text is, or None.
+    """The value of a text that is a number as a whole; None where it is not.
 
-    Understands what people write: thousands separators (a comma or a space), currency signs and names, full-width
+    Understands common notations: thousands separators (a comma or a space), currency signs and names, full-width
     forms, percent (dropped: "25%" is 25), scales ("12K", "1.5 million", "3만 5천"), one unit behind it ("12 years",
     "12명"), brackets, number words ("One thousand", "천이백") and a final dot.
 
@@ -25,37 +25,37 @@ def parse_number(text: str) -> float | None:
 
 
 def _quantities(text: str) -> list[Quantity]:
-    """Those of a running text; a text that is one quantity as a whole is this one ("One", "천이백 원")."""
+    """The quantities in a running text, else the one that the whole text is ("One", "천이백 원")."""
     return list(quantities_in(text)) or [q for q in (quantity_of(text),) if q is not None]
 
 
 def numbers_in(text: str) -> list[float]:
     """All numbers in a text, from left to right; digits inside a Latin word ("COVID19") do not count.
 
-    A dash between two numbers ("1952-1957") is no sign. Scales count ("12K" is 12,000), and number words do, but for a
+    A dash between two numbers ("1952-1957") is no sign. Scales count ("12K" is 12,000), and so do number words, except
     "one" in a sentence.
     """
     return [quantity.value for quantity in _quantities(text)]
 
 
 def unprinted_numbers(answer: str, printed: Iterable[str], signed: bool = False) -> list[float]:
-    """Numbers of an answer that stand nowhere among printed texts, however they are written.
+    """Numbers of an answer that appear nowhere in the printed texts, in no notation.
 
     "1,234", "1 234" and "1.234K" are on a page that prints "1234"; "25" is on one that prints "25%", and so is "0.25";
-    "12" and "12K" are on one that prints "12K" or "12": without its scale a number is read wrongly, and not made up.
+    "12" and "12K" are on one that prints "12K" or "12": a number without its scale is misread, not fabricated.
     24.9 is not on a page that prints "25".
 
     Args:
-        answer: what a model said.
+        answer: the model's answer.
         printed: the texts on the image.
-        signed: whether 3 differs from a printed -3. By default it does not: the digits stand there.
+        signed: whether 3 differs from a printed -3. By default it does not: the digits are there.
 
     Returns:
         These numbers, from left to right, as the answer gives them.
     """
     plain: set[float] = set()
-    fractions: set[float] = set()  # what percentages are as fractions
-    no_percent: set[float] = set()  # what may be such a fraction
+    fractions: set[float] = set()  # printed percentages as fractions
+    no_percent: set[float] = set()  # printed numbers that may be such a fraction
     for quantity in _with_parts(q for text in printed for q in _quantities(text)):
         value, digits, hundredth = _unsigned(quantity, signed)
         plain |= {value, digits}

@@ -33,14 +33,14 @@ from sfa_adapters.registry import find_tower
 
 __all__ = ["Observation", "attention_modules", "observe"]
 
-# A reader of one's own: called once per attention computation.
+# A user-defined reader: called once per attention computation.
 CallReader = Callable[[AttentionCall], None]
 Modules = str | Sequence[str] | None
 
 
 @dataclass
 class Observation:
-    """What was observed; the numbers are in the readers.
+    """Which attention modules were observed; the measured values are in the readers.
 
     Attributes:
         layers: Paths of the observed attention modules.
@@ -71,10 +71,10 @@ def observe(
 
     Args:
         model: A tower, a language model or a whole VLM.
-        readers: What to read: `Reader`s share one pass over the rows; any other callable gets each `AttentionCall`,
-            with its gradients where there are some.
+        readers: What to read. `Reader`s share one pass over the rows; any other callable gets each `AttentionCall`,
+            with gradients where they are on.
         modules: "vision", "language", a pattern such as "*layers.3.self_attn", several of these, or None for all.
-        block_bytes: Size of the logits that are in memory at a time; about three times as much is used.
+        block_bytes: Size in bytes of the logits that are in memory at a time; about three times as much is used.
 
     Yields:
         An `Observation`.
@@ -178,7 +178,7 @@ class _Watcher:
 
 
 def _stream(readers: Sequence[Reader], call: AttentionCall, block_bytes: int) -> Sequence[Reader]:
-    """One pass over the rows that any of the readers wants; returns those that want some."""
+    """Feeds the rows of one call to all readers in one pass; returns the readers that take any of its rows."""
     wanted = {reader: reader.chosen(call) for reader in readers}
     wanted = {reader: mask for reader, mask in wanted.items() if mask is None or bool(mask.any())}
     if not wanted:
@@ -209,7 +209,7 @@ class Seam(TorchFunctionMode):
             bound = _SDPA.bind(*args, **kwargs).arguments
             mask = bound.get("attn_mask")
             if isinstance(mask, LazyMask) and not (isinstance(mask, PackedMask) and mask.biases is None):
-                with self:  # what the lazy mask computes is what is read
+                with self:  # reads the attention that the lazy mask computes
                     return LazyMask.__torch_function__(func, types, args, kwargs)
             self._attention(bound, mask)
         elif func in _SOFTMAX and isinstance(args[0], Tensor) and args[0].ndim == 4:
@@ -228,8 +228,8 @@ class Seam(TorchFunctionMode):
                 mask = mask.flatten(1, 2).unsqueeze(2)
         if isinstance(mask, PackedMask):
             parts = zip(query.split(mask.lengths, 2), key.split(mask.lengths, 2), strict=True)
-            for own_query, own_key in parts:
-                self._record(query=own_query, key=own_key, scale=scale)
+            for image_query, image_key in parts:
+                self._record(query=image_query, key=image_key, scale=scale)
             return
         self._record(query=query, key=key, scale=scale, mask=mask, is_causal=bool(bound.get("is_causal", False)))
 
@@ -255,7 +255,7 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    """The arguments of `F.scaled_dot_product_attention`, which has no signature to ask."""
+    """Has the arguments of `F.scaled_dot_product_attention`, which has no signature to inspect."""
 
 
 _SDPA = inspect.signature(_sdpa)
@@ -273,8 +273,11 @@ def attention_modules(model: nn.Module, modules: Modules = None) -> dict[str, nn
         model: A tower, a language model or a whole VLM.
         modules: As in `observe`.
 
+    Returns:
+        The modules by path.
+
     Raises:
-        ObservationError: None fits; lists what there is.
+        ObservationError: None fits; lists the attention modules.
     """
     try:
         vision = dict(find_tower(model).attentions)
@@ -310,7 +313,7 @@ def _no_module(model: nn.Module, wanted: Any, modules: Mapping[str, nn.Module]) 
 
 
 class _CallableModule(ModuleType):
-    """This module, callable like its function.
+    """Makes this module callable like its function `observe`.
 
     The package has a function `observe` and this module of the same name. Importing the module sets the attribute of
     the package to the module, so `from sfa_adapters import observe` may give either one; both do the same.

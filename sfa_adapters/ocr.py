@@ -1,4 +1,4 @@
-"""The one OCR engine, `rapidocr`: its models come with its package, so it runs offline. Imported where it is used."""
+"""OCR with `rapidocr`, whose models come with its package, so that it runs offline. Imported only when used."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["ocr_engine", "ocr_texts"]
 
 @cache
 def ocr_engine() -> Any:
-    """The engine, made at the first call: loading its three networks takes seconds.
+    """The OCR engine, built at the first call: loading its three networks takes seconds.
 
     Raises:
         ModuleNotFoundError: `rapidocr` or `onnxruntime` is missing; the text says how to install them.
     """
     try:
-        import onnxruntime  # noqa: F401  # rapidocr would only fail later, with its own words
+        import onnxruntime  # noqa: F401  # rapidocr would fail only later, with a less clear error
         from rapidocr import RapidOCR
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed. Run: pip install 'sfa-adapters[ocr]'"
@@ -36,13 +36,14 @@ def ocr_texts(image: Any) -> tuple[str, ...]:
             engine, so very small print on a very large page is lost.
 
     Returns:
-        One text per line that was found and read with the engine's least confidence (0.5); empty where there is none.
+        One text per line that was read with at least the engine's threshold of confidence (0.5); empty where there is
+        none.
 
     Raises:
         DataError: The image cannot be used.
         ModuleNotFoundError: `rapidocr` or `onnxruntime` is missing; the text says how to install them.
     """
     picture = as_image(image)
-    # All three steps, angle correction too: without it, labels that stand upright (rotated ticks) are read upside down.
+    # All three steps, angle correction too: without it, vertical labels (rotated ticks) are read upside down.
     texts = ocr_engine()(np.ascontiguousarray(picture[..., ::-1]), use_det=True, use_cls=True, use_rec=True).txts
     return tuple(texts or ())

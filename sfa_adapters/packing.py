@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sfa_adapters.attention import Backend, attend, dense_mask
 from sfa_adapters.bias import BiasFactors
+from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask
 
-__all__ = ["PackedMask", "Packing"]
+__all__ = ["PackedMask", "Packing", "check_block_diagonal"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,3 +122,33 @@ class PackedMask(LazyMask):
                 inside = self.biases[i].dense() if like is None else dense_mask(self.biases[i], like)
             rows.append(F.pad(inside, (start, total - stop), value=float("-inf")))
         return torch.cat(rows, dim=-2)
+
+
+def check_block_diagonal(mask: Tensor, lengths: Sequence[int], where: str) -> None:
+    """Checks at the borders of the images that a mask keeps exactly these images apart.
+
+    Args:
+        mask: Boolean (True = attend) or additive, `[.., T, T]`.
+        lengths: Tokens of each image, T together.
+        where: For the message.
+
+    Raises:
+        LayoutError: It has another size, or images reach into each other, or one is cut.
+    """
+    total = sum(lengths)
+    if tuple(mask.shape[-2:]) != (total, total):
+        raise LayoutError(
+            f"{where} got a mask {tuple(mask.shape)} for images of {list(lengths)} tokens, {total} in all."
+        )
+    square = mask[(0,) * (mask.ndim - 2)]
+    visible = square if mask.dtype == torch.bool else square > torch.finfo(mask.dtype).min / 2
+    ends = torch.tensor(list(accumulate(lengths)), device=mask.device)
+    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+    # The first and last token of an image see each other, and neither sees the token beyond the border.
+    whole = visible[starts, ends - 1] & visible[ends - 1, starts]
+    apart = ~visible[ends[:-1], ends[:-1] - 1] & ~visible[ends[:-1] - 1, ends[:-1]]
+    if not bool(whole.all() & apart.all()):
+        raise LayoutError(
+            f"{where}: the mask of the model does not keep images of {list(lengths)} tokens apart, which its inputs "
+            "name. Call the tower itself, with the sizes of its images."
+        )

@@ -1,4 +1,4 @@
-"""`SFAModel`: SFA as a PEFT method, so that `get_peft_model(model, SFAConfig())` and all that follows works."""
+"""`SFAModel`: SFA as a PEFT method, for `get_peft_model(model, SFAConfig())` and the methods of a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class SFAModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds an adapter to the tower of a model; on any error the model is as it was.
+        """Adds an adapter to the tower of a model; on any error the model is left unchanged.
 
         Args:
             model: The model.
             adapter_name: Name of the adapter.
             *args: As PEFT passes them.
-            state_dict: The scalars that will be loaded; where given, they say which layers get a bias.
+            state_dict: The scalars that will be loaded; where given, they determine which layers get a bias.
             **kwargs: As PEFT passes them.
 
         Raises:
-            SFAError: As `sfa_adapters.tuner.plan_injection`.
+            SFAError: As `sfa_adapters.tuner.plan_injection`; or `state_dict` does not fit the tower.
         """
-        config = copy.deepcopy(self.peft_config[adapter_name])  # what is filled in belongs to this model
+        config = copy.deepcopy(self.peft_config[adapter_name])  # the fields filled in below belong to this model
         assert isinstance(config, SFAConfig)
         from_file = config.tower is not None or state_dict is not None
         if state_dict is not None:
@@ -83,7 +83,7 @@ class SFAModel(BaseTuner):
         finally:
             del self._plan, self._state
         watch_state_dicts(model)
-        # Adapters of `inject_sfa` become PEFT's, which would else mix their tensors into the file of this one.
+        # Adapters of `inject_sfa` become PEFT's, which would otherwise mix their tensors into the file of this one.
         self.peft_config.update({name: other for name, other in before.items() if name not in self.peft_config})
         for _, _, layer in injected_layers(model):
             layer.saved_by_peft = True
@@ -120,7 +120,7 @@ class SFAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What PEFT (0.21 and later) loads: keys of the file, which may have been saved from another kind of model."""
+        """Maps keys of a file that another kind of model may have saved to those of this one; PEFT 0.21 and later."""
         keys = {key: parts for key, parts in scalar_keys(state_dict).items() if parts.adapter in (None, adapter_name)}
         try:
             fitted = fit_scalars(model, state_dict, adapter_name, keys, "The adapter file")
@@ -140,7 +140,7 @@ class SFAModel(BaseTuner):
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
+        """Refused: a structural bias cannot be merged into weights.
 
         Raises:
             MergeError: Always.
@@ -148,7 +148,7 @@ class SFAModel(BaseTuner):
         self._check_merge_allowed()
 
     def unmerge_adapter(self) -> None:
-        """Refused.
+        """Refused: a structural bias is never merged.
 
         Raises:
             MergeError: Always.
@@ -156,7 +156,7 @@ class SFAModel(BaseTuner):
         raise MergeError("A structural bias is never merged into weights, so there is nothing to unmerge.")
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+        """Refused: active adapters already add up.
 
         Raises:
             MergeError: Always.
@@ -189,7 +189,7 @@ def _layers_of(model: nn.Module, config: SFAConfig, state_dict: dict[str, Tensor
     every = {name: index for index, name, _ in plan.targets}
     if len(saved) == len(every):
         return sorted(every[path] for path in match_paths(saved, sorted(every), "The state dict").values())
-    # A part of the layers: here paths must be those of the model.
+    # The file has some of the layers only, so its paths must be those of the model.
     named = [path.removeprefix(PEFT_PREFIX) for path in saved]
     if not named or not set(named) <= set(every):
         match_paths(saved, sorted(every), "The state dict")

@@ -1,4 +1,4 @@
-"""Makes SFA a name that PEFT knows.
+"""Adds the name SFA to PEFT's enum of adapter methods, `PeftType`.
 
 PEFT registers third-party methods with `register_peft_method`, but refuses names that are not members of its closed
 enum `PeftType`, and an enum cannot be extended through its public interface. So the member is added here, at import,

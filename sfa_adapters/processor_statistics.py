@@ -1,4 +1,4 @@
-"""Statistics that the image processors of many towers share: mean and standard deviation of pixels in [0, 1]."""
+"""Normalisation statistics that many image processors share: mean and standard deviation of pixels in [0, 1]."""
 
 __all__ = ["CLIP", "HALF", "IMAGENET"]
 

@@ -1,4 +1,4 @@
-"""Quantities in texts: a number as people write it, with its scale ("12K", "1.5 million", "3만 5천") and its unit."""
+"""Quantities in texts: a number as people write it, its scale ("12K", "1.5 million", "3만 5천") and its unit."""
 
 import math
 import re
@@ -34,16 +34,16 @@ _FOLDED |= dict.fromkeys((0x2212, 0x2010, 0x2011, 0x2012, 0x2013, 0xFE63), ord("
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number of a text.
+    """One number in a text, with its unit.
 
     Attributes:
         value: with its sign and scale; of "1.5 million" 1,500,000; of "25%" 25. Infinite where it is too large.
-        digits: without its scale, as it stands there; of "1.5 million" 1.5. NaN for numbers in words.
-        hundredth: the value over 100, rounded once; what a percentage is as a fraction.
+        digits: without its scale, as it is written; of "1.5 million" 1.5. NaN for numbers in words.
+        hundredth: the value over 100, rounded once: a percentage as a fraction.
         unit: "" where there is none; see `unit_name`.
-        bracketed: whether the whole text is "(12)": with or without a minus.
-        exact: whether it is a year, or names something ("3rd"), so that another number near it is another thing.
-        parts: the numbers that the text may also be, such as 1 and 510 for "1 510".
+        bracketed: whether the whole text is in brackets, "(12)", which may be 12 or -12.
+        exact: whether it is a year, or names something ("3rd"), so that no tolerance applies.
+        parts: the numbers that the text may also mean, such as 1 and 510 for "1 510".
     """
 
     value: float
@@ -56,13 +56,13 @@ class Quantity:
 
 
 def fold(text: str) -> str:
-    """Composed letters, full-width forms as ASCII, one kind of minus sign and one kind of space."""
+    """Normalises a text: composed letters, full-width forms as ASCII, one minus sign, one kind of space."""
     text = unicodedata.normalize("NFC", text).translate(_FOLDED)
     return re.sub(r"[^\S\n\t]", " ", text)  # lines and columns stay apart
 
 
 def quantities_in(text: str) -> Iterator[Quantity]:
-    """All quantities of a running text, from left to right.
+    """Yields all quantities in a running text, from left to right.
 
     Digits behind a Latin letter belong to a word ("COVID19"). Scripts that put no space between words (Hangul, Han,
     Kana) do not hide them ("총12명"). A dash between two numbers is no sign. "One" alone is no number in a sentence.
@@ -73,20 +73,20 @@ def quantities_in(text: str) -> Iterator[Quantity]:
         if (match["words"] or "").lower() == "one" and not match["scale"]:
             continue
         dash = bool(match["sign"]) and (before.isalnum() or before == "%")
-        # Letters with case form words that are spaced; "Lo" are the scripts without.
+        # Scripts with case put spaces between words; "Lo" are letters of scripts without case.
         word = before.isalpha() and unicodedata.category(before) != "Lo"
         if match["currency"] or (not word and (dash or not before.isnumeric())):
             yield from _quantities(match, positive=dash)
 
 
 def quantity_of(text: str) -> Quantity | None:
-    """The one quantity that a whole text is, or None.
+    """The quantity that a whole text is; None where it is not exactly one.
 
     Args:
         text: an answer such as "$1,234.5", "45 %", "-3", "12,000원", "12 years", "(12)" or "One thousand".
 
     Returns:
-        It with its unit, None where the text is more or less than one number.
+        The quantity with its unit; None where the text is more or less than one number.
     """
     text = fold(text).strip().removesuffix(".").strip()
     if text.startswith("(") and text.endswith(")"):
@@ -150,14 +150,14 @@ def _quantities(match: re.Match[str], positive: bool = False) -> tuple[Quantity,
 
 
 def _korean_parts(text: str) -> tuple[tuple[Quantity, ...], bool]:
-    """The parts of "3천 5백만", here 30,000,000 and 5,000,000, and whether they make one number.
+    """The parts of "3천 5백만", here 30,000,000 and 5,000,000, and whether they form one number.
 
-    They do where each is smaller than the unit of the one before.
+    They do if each is smaller than the unit of the one before.
     """
     written = re.findall(r"(\d+(?:,\d{3})*(?:\.\d+)?) ?([천백]?)([만억조]?)", text)
     parts: list[Quantity] = []
     exponents: list[int] = []
-    group = 0  # 만, 억 or 조 counts all that stands in front of it, so parts are read from the end
+    group = 0  # 만, 억 or 조 scales all parts in front of it, so parts are read from the end
     for digits, small, big in reversed(written):
         group = _KOREAN_SCALES[big] if big else group
         exponents.insert(0, _KOREAN_SCALES[small] + group)

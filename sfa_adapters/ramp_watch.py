@@ -1,4 +1,4 @@
-"""Notices a model whose axial start should grow (`init_warmup_steps`), and never does: nobody steps `AxialRamp`."""
+"""Warns when a model with a warm-up of the axial start (`init_warmup_steps`) is trained without `AxialRamp`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sfa_adapters.errors import SFAWarning
 
 __all__ = ["RampWatch"]
 
-# Values may change once for another reason (a file is loaded); every optimizer step changes them.
+# Loading a file changes the values once; every optimizer step changes them again.
 CHANGES = 2
 
 
 class RampWatch:
-    """Of one tower. It warns once, and looks at one tensor per adapter only.
+    """Detects training without `AxialRamp` in one tower, from one tensor per adapter, and warns once.
 
-    Steps are counted by changes of a tensor between forwards, not by forwards: gradient checkpointing runs forwards
-    twice, accumulation several times per step.
+    Steps are counted as changes of a tensor between forwards, not as forwards: gradient checkpointing runs forwards
+    twice, and accumulation runs several per step.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class RampWatch:
         self.seen: dict[str, tuple[int, int, int]] = {}  # adapter: layer, version of its tensor, changes
 
     def see_forward(self, layer: int, adapter: str, config: SFAConfig, tensor: Tensor | None) -> None:
-        """A layer is about to run.
+        """Counts changes of the scalars before a layer runs, and warns at the second.
 
         Args:
             layer: Its number.
-            adapter: An adapter that acts in it.
-            config: Its configuration.
-            tensor: Scalars of it that train, or None.
+            adapter: An adapter that is active in it.
+            config: Configuration of the adapter.
+            tensor: Trainable scalars of the adapter, or None.
         """
         if self.warned or not config.waits_for_ramp or tensor is None or not torch.is_grad_enabled():
             return
@@ -49,12 +49,18 @@ class RampWatch:
             self._warn(f"training has changed the scalars {changes} times")
 
     def see_state(self, config: SFAConfig, values: Mapping[str, Tensor], heads: Mapping[str, Any]) -> None:
-        """A state dict is being made: scalars that should wait at zero and are not were trained without the ramp."""
+        """Warns, when a state dict is made, if scalars that should still be zero were trained without the ramp.
+
+        Args:
+            config: Configuration of the adapter.
+            values: Scalars of the layer by term.
+            heads: Heads of the layer that start strong, by term.
+        """
         if self.warned or not config.waits_for_ramp:
             return
         for axis, chosen in heads.items():
             tensor = values.get(axis)
-            # Sharded and flattened tensors are left alone: a look at them would be a collective, or at other scalars.
+            # Sharded and flattened tensors are skipped: reading them would be a collective, or read other scalars.
             if not chosen or tensor is None or type(tensor.data) is not Tensor or tensor.is_meta:
                 continue
             if tensor.ndim == 1 and len(tensor) > max(chosen) and bool(tensor.detach()[chosen].any()):

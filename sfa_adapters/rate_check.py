@@ -1,4 +1,4 @@
-"""The rule "the learning rates must add up to 3 logits", and whether the scalars became large enough to act.
+"""Checks that the learning rates of a run add up to 3 logits, and that its scalars became large enough to matter.
 
 Adam divides a gradient by its own size, so a scalar moves by at most about its learning rate per step, and in a whole
 run by at most about the sum of the scheduled rates. On a 12x12 grid w_row = 0.8 raises the share of attention in a
@@ -23,9 +23,9 @@ from sfa_adapters.rates import SFA_GROUP, largest_scalars, structural_layers
 
 __all__ = ["NEEDED_LOGITS", "bounded", "check_learned", "check_rates", "starting_strength", "sum_of_rates"]
 
-NEEDED_LOGITS = 3.0  # from here on a bias rules where a head looks
-IDLE_LOGITS = 1.0  # below it hardly acts
-# Optimizers whose step is about the learning rate, whatever the gradient; by a part of their class name.
+NEEDED_LOGITS = 3.0  # from here on a bias dominates where a head looks
+IDLE_LOGITS = 1.0  # below this it has hardly any effect
+# Optimizers whose step is about the learning rate, whatever the gradient, by a part of their class name.
 _BOUNDED = ("adam", "lion", "adafactor", "lamb")
 
 Rates = float | Sequence[Mapping[str, Any]] | Optimizer | LRScheduler
@@ -38,27 +38,28 @@ def check_rates(
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     start: float | nn.Module = 0.0,
 ) -> float:
-    """How large structural scalars can become in a run, and a warning where that is too little.
+    """Estimates how large structural scalars can become in a run, and warns where that is too little.
 
         groups = sfa_parameter_groups(model, lr=1e-4)
         check_rates(groups, steps, schedule=lambda o: get_cosine_schedule_with_warmup(o, 100, steps), start=model)
 
     Args:
-        rates: Their learning rate, the groups of `sfa_parameter_groups`, an optimizer with such groups, or its
-            scheduler, which is left as it is.
+        rates: The learning rate of the scalars, the groups of `sfa_parameter_groups`, an optimizer with such groups, or
+            its scheduler, which is not changed.
         steps: Optimizer steps of the run.
-        schedule: Builds the scheduler for an optimizer, where `rates` is none; by default the rate is constant.
-        start: How large the largest scalar is at the start, in logits, or the model, where it is read.
+        schedule: Builds the scheduler for an optimizer, where `rates` is no scheduler; by default the rate is constant.
+        start: Size of the largest scalar at the start, in logits, or the model to read it from.
 
     Returns:
-        The sum of the rates over all steps plus the start, in logits: what Adam and its kin can reach. It says nothing
-        about SGD, whose steps depend on the gradients.
+        The sum of the rates over all steps plus the start, in logits: what Adam and its variants can reach. It is no
+        bound for SGD, whose steps depend on the gradients.
 
     Raises:
-        InjectionError: There is no group named `sfa`, `steps` is below 1, or the model has no SFA.
+        InjectionError: There is no group named `sfa`, `steps` is below 1, or the model has no SFA or none that is
+            active.
 
     Warns:
-        SFAWarning: It is less than 3 logits; says which rate or how many steps would do.
+        SFAWarning: It is less than 3 logits; names a rate and a number of steps that suffice.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InjectionError(f"steps={steps!r} must be a number of optimizer steps, at least 1.")
@@ -99,8 +100,8 @@ def sum_of_rates(
         schedule: As in `check_rates`.
 
     Returns:
-        The sum, the highest rate, and whether they follow the schedule; a schedule that nobody can know beforehand (it
-        reacts to the loss) counts as constant.
+        The sum, the highest rate, and whether the schedule is known in advance; one that is not (it reacts to the loss)
+        counts as constant.
 
     Raises:
         InjectionError: There is no group of scalars.
@@ -131,7 +132,7 @@ def _of_scheduler(scheduler: LRScheduler, groups: Sequence[Mapping[str, Any]], s
         return rate * steps, rate, False
     try:
         each = _simulated(scheduler, groups, number, steps)
-    except Exception:  # schedulers of other packages may hold or ask for anything
+    except Exception:  # schedulers of other packages may need anything
         return rate * steps, rate, False
     return math.fsum(each), max(each), True
 
@@ -150,7 +151,7 @@ def _simulated(scheduler: LRScheduler, groups: Any, number: int, steps: int) -> 
 
 
 def _dummy(groups: Sequence[Mapping[str, Any]]) -> Optimizer:
-    """An optimizer without weights, with groups of the same numbers (schedulers keep some of theirs there)."""
+    """An optimizer without weights, with the same values in its groups (schedulers store some of theirs there)."""
     numbers = [copy.deepcopy({key: group[key] for key in group if key != "params"}) for group in groups]
     return torch.optim.SGD([{**group, "params": [torch.zeros(1, requires_grad=True)]} for group in numbers], lr=1.0)
 
@@ -166,7 +167,7 @@ def _group_of_scalars(groups: Sequence[Mapping[str, Any]]) -> int:
 
 
 def bounded(optimizer: Any) -> bool:
-    """Whether the steps of an optimizer are about its learning rate, whatever the gradient."""
+    """Whether the step size of an optimizer is about its learning rate, whatever the gradient (Adam and others)."""
     kinds = type(getattr(optimizer, "optimizer", optimizer)).__mro__
     return any(part in kind.__name__.lower() for kind in kinds for part in _BOUNDED)
 
@@ -186,13 +187,13 @@ def _advice(total: float, peak: float, start: float, steps: int, exact: bool) ->
 
 
 def _rounded_up(value: float) -> float:
-    """Two digits, upwards, so that the advice suffices."""
+    """Rounds up to two digits, so that the advised rate suffices."""
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(round(value / step, 6)) * step
 
 
 def check_learned(sizes: Mapping[str, float]) -> None:
-    """Warns at the end of a run in which no scalar became large enough to act.
+    """Warns at the end of a run if no scalar became large enough to have an effect.
 
     Args:
         sizes: From `largest_scalars`.

@@ -1,7 +1,7 @@
-"""Learning rates: parameter groups in which the structural scalars have their own, and how large the scalars are.
+"""Optimizer parameter groups with a separate learning rate for the structural scalars, and the size of these scalars.
 
-A scalar acts in logits and starts near zero. Under Adam it moves by at most about its learning rate per step, so at
-the rate of the weights around it (1e-5 to 1e-3) it stays where it started, in silence.
+A scalar is added to logits and starts near zero. Under Adam it moves by at most about its learning rate per step, so at
+the rate of the weights around it (1e-5 to 1e-3) it stays where it started, without any sign of it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ def sfa_parameter_groups(
         weight_decay: Of matrices; vectors (norms, biases) and structural scalars get none.
 
     Returns:
-        Up to three groups, with a `name`: `model` (matrices), `model (no decay)` (vectors), `sfa`. They hold what
-        requires gradients, in an order that the model alone decides, so that a saved optimizer state fits.
+        Up to three groups, with a `name`: `model` (matrices), `model (no decay)` (vectors), `sfa`. They hold the
+        parameters that require gradients, in an order that depends on the model only, so that a saved optimizer state
+        fits.
 
     Raises:
         InjectionError: The model has no SFA, or a rate or the decay is out of range.
-        TrainingError: Nothing trains, or the scalars do not.
+        TrainingError: All parameters are frozen, or all scalars.
     """
     _check_number("lr", lr, above=True)
     _check_number("sfa_lr", sfa_lr, above=True)
@@ -84,13 +85,13 @@ def largest_scalars(model: nn.Module) -> dict[str, float]:
     """The largest effect of each term of the active adapters, over all layers and heads, in logits.
 
     For `row`, `col` and `dist` it is the largest |w|. For `block` it is the largest product |e_i * e_j| of two scalars
-    of a head, which is the square of its largest |e|: products are what acts.
+    of a head, which is the square of its largest |e|, since phi contains products.
 
     Args:
         model: A model with SFA. Sharded scalars are gathered, which every process must take part in.
 
     Returns:
-        By term, only those that are on.
+        The size by term, only for terms that are on.
 
     Raises:
         InjectionError: The model has no SFA, or none of its adapters is active.
@@ -102,7 +103,7 @@ def largest_scalars(model: nn.Module) -> dict[str, float]:
 
 
 def largest_weights(weights: Iterable[StructuralWeights]) -> dict[str, float]:
-    """As `largest_scalars`, of weights at hand, e.g. those of `StructuralBias.weights`; empty where there are none."""
+    """As `largest_scalars`, from the given weights, e.g. `StructuralBias.weights`; empty where there are none."""
     largest: dict[str, float] = {}
     for each in weights:
         for term in TERMS:
@@ -120,7 +121,7 @@ def _size(values: Tensor, term: str) -> float:
 
 
 def structural_layers(model: nn.Module) -> list[SFALayer]:
-    """The layers of a model that carry scalars.
+    """The SFA layers of a model.
 
     Raises:
         InjectionError: It has none.
@@ -134,7 +135,7 @@ def structural_layers(model: nn.Module) -> list[SFALayer]:
 
 
 def has_active_sfa(model: nn.Module) -> bool:
-    """Whether a model has SFA that acts."""
+    """Whether a model has an active SFA adapter."""
     return any(layer.active for _, _, layer in injected_layers(model))
 
 

@@ -7,6 +7,7 @@ packages.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,9 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfa_adapters.arrangement import ImageTokens, Joined, TokenArrangement
+from sfa_adapters.attention_contract import MaskArgument, choose_mask_argument
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.moved import know_old_names
+from sfa_adapters.old_records import grid_layouts, segment_arrangements
 from sfa_adapters.read_layers import count_read_layers
 
 __all__ = [
@@ -29,6 +34,8 @@ __all__ = [
     "register_backbone",
     "registered_backbones",
 ]
+
+know_old_names(__name__)
 
 ENTRY_POINT_GROUP = "sfa_adapters.backbones"
 
@@ -46,7 +53,13 @@ class Geometry:
     prefix_tokens: int
 
 
-# (image module, args, kwargs of its forward) -> grid of this forward, or None when the inputs do not say.
+# (image module, args, kwargs of its forward) -> tokens of each image of this forward, in order. One entry, or the entry
+# itself, where all images share a grid. None when the inputs do not say. A tower that joins images now in this way and
+# now in that returns the whole `TokenArrangement`.
+Layouts = Callable[
+    [nn.Module, tuple[Any, ...], Mapping[str, Any]], ImageTokens | Sequence[ImageTokens] | TokenArrangement | None
+]
+# The old form of records, until 0.2. (image module, args, kwargs) -> grid of this forward.
 GridOfInput = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[int, int] | None]
 # (tower, its forward's args, kwargs) -> number of tokens, and a hashable description that segment layouts are built
 # from.
@@ -87,20 +100,25 @@ class Backbone:
     Attributes:
         name: Unique name, saved with adapters.
         towers: Classes of the tower: the module whose forward takes the image.
-        attentions: Classes of its attention modules; they must have `num_heads`.
+        attentions: Classes of its attention modules. Their number of heads is read from them or from their
+            configuration.
         geometry: Reads grid and prefix from a tower.
-        grid_of_input: Reads the grid from the inputs of the image module's forward (fixed-grid towers).
+        layouts: Says how the tokens of each image of a forward lie, from the inputs of the image module: see `Layouts`.
+        joined: How images are put together: `batch` (one grid), `padded` (a grid for each image), `packed` (one
+            sequence under a block-diagonal mask) or `segments` (one sequence, cut at `segment_argument`).
         image_module: Path in the tower of the module whose inputs tell the grid; the tower itself by default. Name a
             child where people call other methods of the tower than its forward (timm: `forward_features`).
-        mask_argument: Name of the argument of the attention module's forward that takes an additive mask.
-        describe_input: Segmented towers only: what to remember of the tower's inputs.
-        segment_layouts: Segmented towers only: the layout of each segment.
+        mask_argument: Name of the argument of the attention module's forward that takes an additive mask. By default
+            it is read from its signature (`sfa_adapters.attention_contract`).
         segment_argument: Segmented towers only: the argument of the attention's forward with the segment boundaries.
         wrap_attention: For attention modules without a mask argument: builds the module that stands in for one.
         unwrap_attention: Gives back what `wrap_attention` was given.
         check: Raises a named error for configurations of the tower that cannot carry a bias.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
         statistics: Of towers without `patches`: as there.
+        grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
+        describe_input: Old form, until 0.2: what to remember of the inputs of a segmented tower. Use `layouts`.
+        segment_layouts: Old form, until 0.2: the layout of each segment. Use `layouts`.
         small_towers: Where small towers of this kind stand for the contract suite: `module:NAME` of a sequence of
             `sfa_adapters.testing.TowerCase`. Imported when the suite runs, never before.
     """
@@ -109,11 +127,10 @@ class Backbone:
     towers: tuple[str, ...]
     attentions: tuple[str, ...]
     geometry: Callable[[nn.Module], Geometry]
-    grid_of_input: GridOfInput | None = None
+    layouts: Layouts | None = None
+    joined: Joined = "batch"
     image_module: str = ""
-    mask_argument: str = "attention_mask"
-    describe_input: DescribeInput | None = None
-    segment_layouts: SegmentLayouts | None = None
+    mask_argument: str | None = None
     segment_argument: str = "cu_seqlens"
     wrap_attention: Callable[[nn.Module], nn.Module] | None = None
     unwrap_attention: Callable[[nn.Module], nn.Module] | None = None
@@ -121,6 +138,45 @@ class Backbone:
     patches: PatchSeam | None = None
     small_towers: str | None = None
     statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
+    grid_of_input: GridOfInput | None = None
+    describe_input: DescribeInput | None = None
+    segment_layouts: SegmentLayouts | None = None
+
+    def __post_init__(self) -> None:
+        """Brings a record of the old form into the new one.
+
+        Raises:
+            InjectionError: The record does not say how tokens lie, or says it twice.
+        """
+        described = [self.layouts, self.grid_of_input, self.segment_layouts]
+        if sum(entry is not None for entry in described) != 1:
+            raise InjectionError(f"Backbone {self.name!r} must say how tokens lie once: in layouts=...")
+        if (self.segment_layouts is None) != (self.describe_input is None):
+            raise InjectionError(f"Backbone {self.name!r}: segment_layouts and describe_input come together.")
+        if self.layouts is not None:
+            return
+        old = "grid_of_input" if self.grid_of_input is not None else "describe_input and segment_layouts"
+        warnings.warn(
+            f"Backbone {self.name!r}: {old} will be gone in 0.2; give layouts=... (docs/adding_a_backbone.md).",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        if self.grid_of_input is not None:
+            _set(self, layouts=grid_layouts(self.grid_of_input))
+        else:
+            assert self.describe_input is not None
+            assert self.segment_layouts is not None
+            _set(self, layouts=segment_arrangements(self.describe_input, self.segment_layouts), joined="segments")
+        if self.mask_argument is None:
+            _set(self, mask_argument="attention_mask")
+
+    def argument_of(self, attention: nn.Module) -> MaskArgument:
+        """The argument of an attention module that takes the bias, and why it is this one.
+
+        Raises:
+            UnsupportedAttentionError: It takes none.
+        """
+        return choose_mask_argument(attention, self.mask_argument, self.joined == "segments")
 
     def statistics_of(self, tower: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
         """Mean and standard deviation that images of a tower are normalised with, by channel; None if not known.
@@ -171,6 +227,11 @@ class FoundTower:
     several: bool = False
 
 
+def _set(record: Backbone, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(record, name, value)
+
+
 _BACKBONES: dict[str, Backbone] = {}
 _loaded_entry_points: set[str] = set()
 
@@ -179,16 +240,10 @@ def register_backbone(backbone: Backbone) -> Backbone:
     """Adds a backbone.
 
     Raises:
-        InjectionError: The name is taken, or the record says neither or both of fixed grid and segments.
+        InjectionError: The name is taken, or two functions that belong together are not both there.
     """
     if backbone.name in _BACKBONES:
         raise InjectionError(f"A backbone named {backbone.name!r} is registered already; choose another name.")
-    if (backbone.grid_of_input is None) == (backbone.segment_layouts is None):
-        raise InjectionError(
-            f"Backbone {backbone.name!r} must have either grid_of_input (fixed grid) or segment_layouts, not both."
-        )
-    if (backbone.segment_layouts is None) != (backbone.describe_input is None):
-        raise InjectionError(f"Backbone {backbone.name!r}: segment_layouts and describe_input come together.")
     if (backbone.wrap_attention is None) != (backbone.unwrap_attention is None):
         raise InjectionError(f"Backbone {backbone.name!r}: wrap_attention and unwrap_attention come together.")
     _BACKBONES[backbone.name] = backbone
@@ -315,10 +370,16 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def pixel_grid(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`grid_of_input` of transformers towers and their embeddings: `pixel_values` first, a `patch_size` of theirs."""
+    """Grid of the `pixel_values` that a transformers tower or its embedding gets first, by its `patch_size`."""
     size: Any = getattr(tower, "patch_size", None)
     size = tower.config.patch_size if size is None else size  # pyright: ignore[reportAttributeAccessIssue]
     return image_grid(args[0] if args else kwargs.get("pixel_values"), size)
+
+
+def pixel_layouts(tower: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ImageTokens | None:
+    """`layouts` of transformers towers and their embeddings: one grid for all `pixel_values`, row by row."""
+    grid = pixel_grid(tower, args, kwargs)
+    return None if grid is None else ImageTokens(grid)
 
 
 def config_grid(tower: nn.Module) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class SavedScalars:
     Attributes:
         config: Its configuration.
         tensors: Its scalars by key of the file.
-        keys: The same keys, taken apart.
+        keys: The same keys, parsed.
         source: Where they were read, for errors.
         other_method: PEFT method of another adapter in the same folder (`LORA`), or None.
     """
@@ -59,18 +59,21 @@ class SavedScalars:
 
 
 def folder_beside(folder: str | Path, adapter_name: str) -> Path:
-    """Where SFA lies in the folder of another PEFT adapter: `sfa`, or `sfa-NAME` where it is not called `default`."""
+    """The folder of SFA inside that of another PEFT adapter: `sfa`, or `sfa-NAME` if its name is not `default`."""
     return Path(folder) / (BESIDE if adapter_name == "default" else f"{BESIDE}-{adapter_name}")
 
 
 def read_scalars(path: str | Path, adapter_name: str = "default", config: SFAConfig | None = None) -> SavedScalars:
-    """Reads one SFA adapter from whatever holds it.
+    """Reads one SFA adapter from an adapter folder, the folder of a model, or a safetensors file.
 
     Args:
         path: An adapter folder (of `save_sfa` or PEFT), the folder of a model or of another PEFT adapter that was
             saved with SFA in it (`model.save_pretrained`, a checkpoint of a Trainer), or one safetensors file.
         adapter_name: Which adapter, where the state dict of a model holds several.
         config: The configuration, for files that do not hold it.
+
+    Returns:
+        The adapter.
 
     Raises:
         WeightsError: Nothing there can be read, or it holds no SFA, or the configuration is missing.
@@ -104,13 +107,13 @@ def read_scalars(path: str | Path, adapter_name: str = "default", config: SFACon
 def write_scalars(
     model: nn.Module, folder: Path, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes one adapter of a model as PEFT does, whole or not at all.
+    """Writes one adapter of a model as PEFT does; the weights file appears only when everything was written.
 
     Args:
-        model: A model with SFA. Sharded parameters are gathered, which every process must take part in.
-        folder: Where to.
+        model: A model with SFA. Sharded parameters are gathered, in which every process must take part.
+        folder: Where to write.
         adapter_name: Which adapter.
-        state_dict: Where to take the values from, for callers that have gathered them already.
+        state_dict: Values to write, for callers that have gathered them already.
 
     Raises:
         InjectionError: The model has no such adapter.
@@ -130,7 +133,7 @@ def write_scalars(
                 whole = value.detach()
                 if isinstance(whole, DTensor):
                     whole = whole.full_tensor()
-                # Of a model that is wrapped, the file holds the paths of the model itself.
+                # For a wrapped model the file holds paths without the wrappers.
                 tensors[f"{PEFT_PREFIX}{parameter_name(plain_path(name), attribute, '')}"] = whole.cpu().contiguous()
     if config is None:
         raise InjectionError(f"{type(model).__name__} has no SFA adapter named {adapter_name!r} to save.")
@@ -156,7 +159,7 @@ def _from_adapter(folder: Path) -> SavedScalars:
     with _readable(folder / CONFIG_NAME):
         config: Any = SFAConfig.from_pretrained(str(folder))
     tensors = _read(folder / WEIGHTS_NAME)
-    # Files of PEFT before 0.21 may hold other adapters, too; these carry a name.
+    # Files of PEFT before 0.21 may also hold other adapters, whose keys have a name.
     keys = {name: key for name, key in scalar_keys(tensors).items() if key.adapter is None}
     return SavedScalars(config, tensors, keys, str(folder / WEIGHTS_NAME))
 
@@ -182,7 +185,7 @@ def _from_files(files: list[Path], adapter_name: str, config: SFAConfig | None) 
     if config is None:
         raise WeightsError(
             f"{source} holds SFA scalars of {len({key.path for key in keys.values()})} layers, but not their "
-            "configuration, without which their blocks cannot be told. Pass the one that they were trained with: "
+            "configuration, without which their blocks are not known. Pass the one that they were trained with: "
             "load_sfa(model, path, config=SFAConfig(...))."
         )
     keys = {name: key for name, key in keys.items() if (key.adapter or "default") == wanted}

@@ -1,4 +1,4 @@
-"""`ScalarLayer`: the structural scalars of one attention layer, as PEFT, casts and state dicts see them."""
+"""`ScalarLayer`: holds the structural scalars of one attention layer: as PEFT needs it, in casts, in state dicts."""
 
 from __future__ import annotations
 
@@ -42,15 +42,22 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         self.device = torch.device("cpu")
-        # Adapters that wait for the values of a file; the first forward without them is an error.
+        # Adapters whose values are still to be loaded; a forward before that is an error.
         self.unloaded: set[str] = set()
 
     def update_layer(self, adapter_name: str, config: SFAConfig, num_layers: int, device: torch.device) -> None:
-        """Adds the scalars of one adapter, drawn anew in float32, and makes no other adapter inactive."""
+        """Adds newly initialised float32 scalars of one adapter; other adapters stay active.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            num_layers: Layers that share its `mask_cache_mb`.
+            device: Device of the scalars.
+        """
         assert config.num_blocks is not None
         self.device = device
         shapes = parameter_shapes(self.num_heads, config.num_blocks, config.terms)
-        # With a warm-up the chosen scalars start at zero, and `AxialRamp` brings the strength.
+        # With a warm-up the chosen scalars start at zero, and `AxialRamp` raises them.
         strength = 0.0 if config.init_warmup_steps else config.init_strength
         heads = config.strong_heads(self.index, self.num_heads)
         for term, values in start_values(shapes, config.init_std, heads, strength, device).items():
@@ -59,7 +66,7 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         self.cache_bytes[adapter_name] = config.mask_cache_mb * 2**20 / max(num_layers, 1)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes one adapter from the layer; where no other was active, the first that is left becomes so."""
+        """Removes one adapter from the layer; if no other was active, the first remaining one becomes active."""
         if adapter_name in self.active_adapters:  # chosen here, because PEFT warns once per layer when it chooses
             others = [name for name in self.configs if name != adapter_name]
             active = [name for name in self.active_adapters if name != adapter_name]
@@ -71,19 +78,19 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
 
     @property
     def active(self) -> list[str]:
-        """Names of the adapters that act in this layer now."""
+        """Names of the adapters that are active in this layer."""
         return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
 
     @property
     def trains(self) -> bool:
-        """Whether an adapter that acts in this layer now has scalars that train."""
+        """Whether an active adapter of this layer has trainable scalars."""
         return any(tensor.requires_grad for name in self.active for tensor in self.tensors(name).values())
 
     def weights(self, adapter_name: str, device: torch.device | None = None) -> StructuralWeights:
-        """The scalars of one adapter, on `device` where one is given.
+        """The scalars of one adapter, on `device` if one is given.
 
         Raises:
-            WeightsError: There are no values: the adapter was made for loading, and nothing was loaded.
+            WeightsError: The adapter was made to be loaded from a file, and its values were not loaded.
         """
         values = [getattr(self, attribute)(adapter_name) for attribute in self.adapter_layer_names]
         if adapter_name in self.unloaded or any(v is not None and v.is_meta for v in values):
@@ -99,29 +106,29 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         parts = {attribute: getattr(self, attribute) for attribute in self.adapter_layer_names}
         return {attribute: part[adapter_name] for attribute, part in parts.items() if adapter_name in part}
 
-    # -- what PEFT asks of every layer of an adapter -------------------------------------------------------------------
+    # -- what PEFT requires of every layer of an adapter ---------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Does nothing: a bias stays beside the weights when an adapter of another method (LoRA) merges into them.
 
-        Where SFA itself is asked to merge, the tuner refuses (`SFAModel.merge_adapter`).
+        A merge of SFA itself is refused by the tuner (`SFAModel.merge_adapter`).
         """
 
     def unmerge(self) -> None:
         """Does nothing: a bias is never merged."""
 
     def get_base_layer(self) -> nn.Module:
-        """A layer that stands beside another wraps nothing."""
+        """This layer itself: it stands beside the attention's layers and wraps none."""
         return self
 
     @property
     def weight(self) -> NoReturn:
-        """PEFT's base class asks the wrapped layer for it, without an end where nothing is wrapped."""
+        """Always missing: the property of PEFT's base class would recurse, because this layer wraps none."""
         raise AttributeError("SFALayer has no weight of its own")
 
     @property
     def bias(self) -> NoReturn:
-        """As `weight`."""
+        """Always missing, as `weight`."""
         raise AttributeError("SFALayer has no bias of its own")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -144,13 +151,13 @@ class ScalarLayer(nn.Module, BaseTunerLayer):
         return write_record(self.configs)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Checks that the scalars of a state dict mean here what they meant there.
+        """Checks that the configurations in a state dict have the same blocks and terms as those here.
 
-        How far the axial start has grown (`AxialRamp`) comes along with the scalars; nothing else is taken over.
+        The warm-up steps taken (`AxialRamp`) are loaded with the scalars; no other option is.
 
         Raises:
-            AdapterMismatchError: They do not.
-            WeightsError: `state` is not what `get_extra_state` gives.
+            AdapterMismatchError: They differ.
+            WeightsError: `state` was not written by `get_extra_state`.
         """
         saved = read_record(state, self.name)
         check_same_meaning(saved, self.configs, self.name)

@@ -18,7 +18,7 @@ class ScalarDict(nn.ParameterDict):
     only then. A plain `ParameterDict` cannot be called, so its parameters would stay on the meta device.
     """
 
-    # ParameterDict replaces it by one that raises.
+    # ParameterDict overrides it with a method that raises.
     __call__: Callable[..., Any] = nn.Module.__call__  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def forward(self, adapter_name: str) -> Tensor | None:
@@ -30,11 +30,14 @@ def keeping_float32(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> C
     """Wraps a function that `Module._apply` maps over tensors, so that some tensors move but are never rounded.
 
     A structural scalar is a few logits large. In bfloat16 the numbers around 0.25 are 0.001 to 0.002 apart, so an
-    optimizer step below 1e-3 rounds to nothing there, and training stands still without an error.
+    optimizer step below 1e-3 rounds to nothing there, and the scalar does not train, without an error.
 
     Args:
         fn: What `Module.to`, `.half()` or `.bfloat16()` does to a tensor.
         kept: Tensors that keep their precision where `fn` would give them less than 32 bits.
+
+    Returns:
+        The wrapped function.
     """
     held = list(kept)  # holding them keeps their ids from being given to other tensors
     ids = {id(tensor) for tensor in held}

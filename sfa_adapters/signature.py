@@ -1,4 +1,4 @@
-"""What a saved adapter says about the tower that it was made for, and what to do where a model is not that tower."""
+"""Checks the tower signature of a saved adapter against the tower of a model, with advice where they differ."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["check_same_tower", "one_or_each"]
 
 
 def one_or_each(counts: Sequence[int]) -> int | list[int]:
-    """One number where all layers have the same, else that of each layer."""
+    """One number where all layers have the same, else one number for each layer."""
     return counts[0] if len(set(counts)) == 1 else list(counts)
 
 
 def check_same_tower(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-    """Compares what a saved adapter says about its tower with the tower of a model.
+    """Checks that a model has the tower that a saved adapter was made for.
 
     Args:
-        saved: The signature that was saved.
-        live: That of the model.
+        saved: The signature that was saved with the adapter.
+        live: The signature of the model's tower.
 
     Raises:
-        AdapterMismatchError: They differ; the first layer that does is named, and what to do.
+        AdapterMismatchError: They differ; names the first layer that does, and what to do.
     """
     # The bias does not depend on resolution, so the grid may differ.
     differences = [
@@ -60,7 +60,7 @@ def _other_heads(saved: list[int], live: list[int]) -> str:
 
 
 def _advice(saved: list[int], live: list[int]) -> str:
-    """What to do where head counts alone differ, so that heads may have been removed from one of the two."""
+    """Advice where only head counts differ, so that heads may have been pruned from one of the two."""
     pairs = list(zip(saved, live, strict=True))
     if all(model <= adapter for adapter, model in pairs):
         return (

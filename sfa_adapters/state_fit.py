@@ -1,7 +1,7 @@
-"""Watches `load_state_dict` of a model with SFA: scalars find their layers, and none stays random unnoticed.
+"""Maps saved scalars to the layers of a model in `load_state_dict`, and refuses files that leave some unloaded.
 
 `load_state_dict(strict=False)`, which trainers and PEFT use, leaves a parameter as it is where its name is not in the
-file. For a bias that was just drawn at random this is the worst outcome: the model runs, and does something else.
+file. For a bias that was just initialised at random the model would run and silently give wrong results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["fit_scalars", "sfa_configs", "watch_state_dicts"]
 
 
 def watch_state_dicts(model: nn.Module) -> None:
-    """Lets every later `load_state_dict` of a model pass through here; `eject_sfa` ends it."""
+    """Registers a hook that maps and checks the scalars in every later `load_state_dict`; `eject_sfa` removes it."""
     if LOAD_HOOK not in model.__dict__:
         model.__dict__[LOAD_HOOK] = model.register_load_state_dict_pre_hook(_before_loading).id
 
@@ -28,7 +28,7 @@ def watch_state_dicts(model: nn.Module) -> None:
 def fit_scalars(
     model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, keys: dict[str, ScalarKey], source: str
 ) -> dict[str, Tensor]:
-    """The scalars of one adapter under the names that they have in the model.
+    """Renames the scalars of one adapter in a file to their parameter names in a model.
 
     Args:
         model: A model with that adapter.
@@ -41,7 +41,7 @@ def fit_scalars(
         Tensors by parameter name in `model`.
 
     Raises:
-        AdapterMismatchError: A layer has no scalars in the file, or has another shape.
+        AdapterMismatchError: Layers, terms or shapes of the file are not those of the adapter.
     """
     layers = {name: layer for name, _, layer in injected_layers(model) if adapter_name in layer.configs}
     paths = match_paths(sorted({key.path for key in keys.values()}), sorted(layers), source)
@@ -62,7 +62,7 @@ def fit_scalars(
 
 
 def parameter_name(path: str, attribute: str, adapter_name: str) -> str:
-    """Name of a parameter in a model, from the path of its attention module."""
+    """Name of a scalar parameter in a model, from the path of its attention module, its term and its adapter."""
     return ".".join(filter(None, (path, "sfa", attribute, adapter_name)))
 
 
@@ -96,7 +96,7 @@ def sfa_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def _take_out_unloaded(model: nn.Module) -> None:
-    """Removes adapters that were made for a file which does not fit: the model is as it was before."""
+    """Removes adapters that were added to load a file which does not fit, so that the model is as it was before."""
     layers: list[SFALayer] = [layer for _, _, layer in injected_layers(model)]
     for name in sorted({name for layer in layers for name in layer.unloaded}):
         detach_all(model, name)

@@ -1,7 +1,7 @@
-"""Names of SFA's tensors in files, and which layer of a model each belongs to.
+"""Parses the names of SFA's tensors in files, and matches them with the layers of a model.
 
 The path of an attention module is not the same everywhere: it has a prefix inside a host, another inside a PEFT model,
-and versions of transformers move towers. The layers of a tower are told apart by the rest of their path.
+and versions of transformers move towers. Layers are matched by the part of the path that differs between them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ScalarKey(NamedTuple):
 
 
 def scalar_keys(keys: Iterable[str]) -> dict[str, ScalarKey]:
-    """The keys of a state dict or file that are structural scalars, taken apart."""
+    """The keys of a state dict or file that are structural scalars, parsed."""
     matches = {key: _SCALAR.fullmatch(key) for key in keys}
     return {k: ScalarKey(m["path"] or "", m["attribute"], m["adapter"]) for k, m in matches.items() if m}
 
@@ -42,7 +42,7 @@ def record_keys(keys: Iterable[str]) -> list[str]:
 
 
 def plain_path(path: str) -> str:
-    """The path of a module without what PEFT, DDP, FSDP and torch.compile put in front of it or into it."""
+    """The path of a module without the parts that PEFT, DDP, FSDP and torch.compile add."""
     parts = [part for part in path.split(".") if part not in _WRAPPERS]
     while parts[:2] == ["base_model", "model"] or parts[:1] == ["module"]:
         parts = parts[2:] if parts[0] == "base_model" else parts[1:]
@@ -50,7 +50,7 @@ def plain_path(path: str) -> str:
 
 
 def match_paths(saved: Sequence[str], live: Sequence[str], source: str) -> dict[str, str]:
-    """Which layer of the model each saved path stands for.
+    """Matches the paths of attention modules in a file with those in a model, one to one.
 
     Args:
         saved: Paths of the attention modules in a file.
@@ -75,12 +75,12 @@ def match_paths(saved: Sequence[str], live: Sequence[str], source: str) -> dict[
 
 
 def _last_part(path: str) -> str:
-    """What a single layer is known by: `layers.0.self_attn`."""
+    """The last three parts of a path, by which a single layer is matched: `layers.0.self_attn`."""
     return ".".join(plain_path(path).split(".")[-3:])
 
 
 def _distinct_parts(paths: Sequence[str]) -> list[str]:
-    """The paths without the modules that all of them lie in."""
+    """The paths without their common prefix."""
     split = [plain_path(path).split(".") for path in paths]
     common = 0
     for parts in zip(*split, strict=False):

@@ -1,8 +1,8 @@
-"""The configuration of SFA as a tensor, so that it is wherever a state dict is.
+"""Stores the configuration of SFA as a tensor, so that every state dict holds it.
 
-Tensors alone do not say how the page was cut into blocks: sixteen numbers may be 4x4 or 2x8 blocks. Trainers write a
-state dict and nothing of ours beside it. So every adapted layer puts its configuration into the state dict, as its
-`extra_state`: JSON in a uint8 tensor, which every file format takes.
+Scalars alone do not say how the page is divided into blocks: sixteen numbers may be 4x4 or 2x8 blocks. Trainers save a
+state dict and no further files of this library. So every adapted layer puts its configuration into the state dict, as
+its `extra_state`: JSON in a uint8 tensor, which every file format takes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from sfa_adapters.errors import AdapterMismatchError, WeightsError
 
 __all__ = ["check_same_meaning", "read_record", "write_record"]
 
-# What PEFT adds about the circumstances of a run (base model, revision, inference mode) is not part of the adapter.
+# The fields of PEFT's base class (base model, revision, inference mode) are not part of the adapter.
 _OWN = tuple(f.name for f in fields(SFAConfig) if f.name not in {base.name for base in fields(PeftConfig)})
-# With the same scalars, another value of these is another bias.
+# Options that change what the same scalars mean.
 _MEANING = ("num_blocks", "block_grid", "block_map", "terms")
 
 
 def write_record(configs: Mapping[str, SFAConfig]) -> Tensor:
-    """The configurations of named adapters, `[bytes]`, uint8."""
+    """Writes the configurations of named adapters to a tensor, `[bytes]`, uint8."""
     adapters = {name: {key: asdict(config)[key] for key in _OWN} for name, config in configs.items()}
     text = json.dumps({"format_version": FORMAT_VERSION, "adapters": adapters}, sort_keys=True)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def read_record(record: Tensor, source: str) -> dict[str, SFAConfig]:
-    """The configurations that `write_record` wrote, by adapter name.
+    """Reads the configurations that `write_record` wrote, by adapter name.
 
     Args:
         record: `[bytes]`, uint8.
         source: Where it comes from, for errors.
 
     Raises:
-        WeightsError: It is no such record.
+        WeightsError: It is not such a record.
         AdapterMismatchError: It was written by a newer version of this library.
     """
     try:
@@ -61,10 +61,10 @@ def read_record(record: Tensor, source: str) -> dict[str, SFAConfig]:
 
 
 def check_same_meaning(saved: Mapping[str, SFAConfig], live: Mapping[str, SFAConfig], source: str) -> None:
-    """Compares configurations of adapters of the same name.
+    """Checks that saved scalars mean the same in a model: adapters of the same name have equal blocks and terms.
 
     Raises:
-        AdapterMismatchError: The same scalars would mean another bias: blocks or terms differ.
+        AdapterMismatchError: Blocks or terms differ, so that the same scalars would be another bias.
     """
     for name in saved.keys() & live.keys():
         for key in _MEANING:

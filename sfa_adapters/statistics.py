@@ -1,4 +1,4 @@
-"""Means and medians with 95% intervals: by drawing samples again (bootstrap), or from the order of a few times."""
+"""Means with 95% bootstrap intervals, medians with intervals from order statistics, and the sign test."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ __all__ = ["Interval", "bootstrap", "median_interval", "seeds_bootstrap", "sign_
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value and its 95% interval; NaN where there was nothing to measure."""
+    """A measured value and its 95% interval; all NaN where there were no samples."""
 
     value: float
     low: float
@@ -41,10 +41,10 @@ def bootstrap(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Median of a few values with the interval that their order gives (sign test), whatever their distribution.
+    """Median of a few values with a distribution-free interval from their order statistics (sign test).
 
-    For timings: one outlier moves neither end far, and unlike a bootstrap of a few rounds it is not too narrow. It
-    holds the true median with at least 95%; 5 values can give 94% at most, from the smallest to the largest.
+    For timings: one outlier moves neither end far, and unlike a bootstrap of few values it is not too narrow. It covers
+    the true median with at least 95%; 5 values can reach 94% at most, from the smallest to the largest.
 
     Args:
         values: at least one number.
@@ -60,15 +60,15 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def seeds_bootstrap(values: Sequence[np.ndarray], seed: int = 0, rounds: int = 2000) -> Interval:
-    """Mean over training runs and their test samples, with an interval that knows both (hierarchical bootstrap).
+    """Mean over training runs, with an interval over runs and test samples (hierarchical bootstrap).
 
     Runs are resampled, then the samples inside each of them. For paired arms pass the differences sample by sample.
-    With few runs the interval is too narrow: three seeds say little about a fourth.
+    With few runs the interval is too narrow: three seeds hardly predict a fourth.
 
     Args:
         values: for each run, one number per test sample.
         seed: of the resampling.
-        rounds: how often it is drawn.
+        rounds: bootstrap rounds.
 
     Returns:
         The mean over runs of their means, and a 95% interval.
@@ -87,7 +87,7 @@ def seeds_bootstrap(values: Sequence[np.ndarray], seed: int = 0, rounds: int = 2
 
 
 def sign_test(differences: Sequence[float]) -> float:
-    """Chance of as many differences of one sign, or more, if both signs were equally likely (two-sided; no ties).
+    """Exact two-sided sign test: is one sign more frequent than chance? Zeros are left out.
 
     Args:
         differences: one per training run.

@@ -1,4 +1,4 @@
-"""How long a host takes to answer and how much memory it takes for that. Arms that are compared must take turns."""
+"""Times the answers of a host and measures their memory. Variants to compare must be timed in turns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["answer", "answer_seconds", "cache_bytes", "call_seconds", "peak_byte
 
 
 def wait(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def call_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Times one call."""
+    """Seconds that one call takes, with the work that it queues on the device."""
     wait(device)
     start = time.perf_counter()
     call()
@@ -30,10 +30,10 @@ def call_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def token_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> list[float]:
-    """Times every token of one greedy answer of a set length.
+    """Times every token of one greedy answer of fixed length.
 
     Args:
-        model: What generates.
+        model: A model with `generate`.
         prompt: Keyword arguments of its forward, on its device.
         tokens: Length of the answer.
 
@@ -41,7 +41,7 @@ def token_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> list[fl
         Seconds to the first token, and from each to the next.
 
     Raises:
-        RecipeError: The answer ended before its time.
+        RecipeError: The answer ended early.
     """
     wait(model.device)
     watch = _Stopwatch()
@@ -56,10 +56,10 @@ def token_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> list[fl
 
 
 def answer_seconds(model: Any, prompt: Mapping[str, Any], tokens: int) -> tuple[float, float]:
-    """Times one greedy answer of a set length.
+    """Times one greedy answer of fixed length.
 
     Args:
-        model: What generates.
+        model: A model with `generate`.
         prompt: Keyword arguments of its forward, on its device.
         tokens: Length of the answer, at least 2.
 
@@ -76,10 +76,10 @@ def cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
-    """Most memory that one answer takes at a time, beyond what is held before.
+    """Peak memory of one answer in bytes, beyond what is allocated before.
 
     Args:
-        model: What generates.
+        model: A model with `generate`.
         prompt: Keyword arguments of its forward, on its device.
         tokens: Length of the answer.
     """
@@ -87,7 +87,7 @@ def peak_bytes(model: Any, prompt: Mapping[str, Any], tokens: int) -> int:
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Most memory that one call takes at a time, in bytes beyond what is held before. The CPU is read by a profiler."""
+    """Peak memory of one call in bytes, beyond what is allocated before; on a CPU measured by torch's profiler."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -107,13 +107,13 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def answer(model: Any, prompt: Mapping[str, Any], tokens: int, **options: Any) -> Any:
-    """One greedy answer of a set length, with its cache: what `generate` returns as a dictionary."""
+    """Generates one greedy answer of fixed length; returns the output of `generate` with its cache."""
     fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
     return model.generate(**{**prompt, **fixed, **options}, return_dict_in_generate=True)
 
 
 class _Stopwatch(BaseStreamer):
-    """Notes when each token is on the host; what is put first is the prompt."""
+    """Records when each token reaches the CPU; the first call of `put` is for the prompt."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []

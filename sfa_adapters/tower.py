@@ -1,17 +1,19 @@
-"""`TowerState`: what the adapted layers of one tower share; the hooks in `tower_hooks` keep it up to date."""
+"""`TowerState`: state that the adapted layers of one tower share; the hooks in `tower_hooks` keep it up to date."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfa_adapters.arrangement import TokenArrangement
 from sfa_adapters.errors import LayoutError, TrainingError
 from sfa_adapters.forwards import NOT_IN_BACKWARD, Arrangement, ForwardLog, TowerForward, backward_task
 from sfa_adapters.layout import TokenLayout
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.packing import Packing
 from sfa_adapters.ramp_watch import RampWatch
 from sfa_adapters.registry import Backbone, Geometry
@@ -19,13 +21,15 @@ from sfa_adapters.tower_input import TowerInput
 
 __all__ = ["SFA", "TowerState"]
 
+know_old_names(__name__)
+
 # The name of the feature, for `sfa_adapters.hooks`.
 SFA = "sfa"
 
-# Segments up to this length get dense masks, built for all of them at once: a window of 64 tokens has no use for a
-# fold.
+# Segments up to this length get dense masks, built for all of them at once: for a window of 64 tokens the fold does not
+# pay.
 SHORT_SEGMENT = 256
-# Layouts of this many different inputs are kept; documents come in many shapes, training sets in few.
+# Layouts of this many different inputs are cached: documents come in many shapes, training sets in few.
 LAYOUTS_KEPT = 64
 # In `TowerState.seen`: inputs with this many tokens came in more than one arrangement.
 SEVERAL = "several"
@@ -33,16 +37,16 @@ SEVERAL = "several"
 
 @dataclass(eq=False)
 class TowerState:
-    """What the adapted layers of one tower share: how the tokens lie, of the forward under way or being recomputed.
+    """State that the adapted layers of one tower share: where the tokens lie, in the running or recomputed forward.
 
     Attributes:
         layers: The SFA layers of the tower.
         log: Which forward hidden states belong to.
-        seen: By number of tokens, the one arrangement that inputs came in so far, or `SEVERAL`.
+        seen: For each number of tokens, the only arrangement of inputs so far, or `SEVERAL`.
         layouts: Layouts that were built, by arrangement.
         warned: Whether the user was warned that PEFT will not load these adapters.
-        rearrange: Changes every layout of one grid as it is built; the placebo of the studies gives tokens the places
-            of others. Set it before the first forward.
+        rearrange: Function applied to every layout of a regular grid as it is built; the placebo of the studies
+            shuffles places with it. Set it before the first forward.
         ramp_watch: Notices training without `AxialRamp`.
     """
 
@@ -60,15 +64,12 @@ class TowerState:
     # -- the forward under way --------------------------------------------------------------------------------------
 
     def record_input(self, given: TowerInput) -> None:
-        """Records how the tokens of the images lie that the tower is called with: a forward begins."""
+        """Records, when a forward begins, where the tokens of its images lie."""
         forward = TowerForward()
-        num_tokens, arrangement = given.arrangement()
-        if self.backbone.grid_of_input is None:
-            forward.inputs[num_tokens] = arrangement
-        elif arrangement is not None:
-            forward.grids[num_tokens] = arrangement
-        for num_tokens, arrangement in (*forward.grids.items(), *forward.inputs.items()):
-            self._see(num_tokens, arrangement)
+        arrangement = given.arrangement()
+        if arrangement is not None:
+            forward.inputs[arrangement.num_tokens] = arrangement
+            self._see(arrangement.num_tokens, arrangement)
         if torch.compiler.is_compiling():
             self.log.compiled = forward
         else:
@@ -95,17 +96,20 @@ class TowerState:
             self.seen[packing.total] = SEVERAL  # no two packings are alike
 
     @property
-    def inputs(self) -> dict[int, Any]:
-        """Segmented towers: what the forward under way was given, by number of tokens."""
+    def inputs(self) -> dict[int, TokenArrangement]:
+        """How the tokens lie that the forward under way was given, by their number."""
         forward = self._forward()
         return {} if forward is None else forward.inputs
 
     def arrangement(self, hidden_states: Tensor, layer: Any) -> Arrangement:
-        """How the tokens that an attention layer was given lie, also when checkpointing runs the layer again.
+        """Finds how the input tokens of an attention layer lie, also when checkpointing recomputes the layer.
 
         Args:
             hidden_states: Input of the attention layer, `[.., tokens, width]`.
-            layer: The `SFALayer` of it.
+            layer: Its `SFALayer`.
+
+        Returns:
+            The packing, grid or description recorded for the forward that they belong to.
 
         Raises:
             LayoutError: The tokens come from no forward of the tower, or from one of several that cannot be told apart.
@@ -128,9 +132,9 @@ class TowerState:
         return self._recomputed(hidden_states, layer)
 
     def _without_call(self, num_tokens: int, layer: int) -> Arrangement:
-        """A layer runs outside of a call of the tower: behind its embedding, or behind nothing that was seen."""
+        """As `arrangement`, for a layer that runs outside of a call of the tower, perhaps after its embedding."""
         forwards = self.log.without_call(num_tokens, layer)
-        arrangements = {forward.arrangement(num_tokens) for forward in forwards}
+        arrangements = _different(forward.arrangement(num_tokens) for forward in forwards)
         if not arrangements:
             raise LayoutError(self._unknown(num_tokens))
         if len(arrangements) > 1:
@@ -143,7 +147,7 @@ class TowerState:
         return arrangements.pop()
 
     def _recomputed(self, hidden_states: Tensor, layer: Any) -> Arrangement:
-        """Gradient checkpointing runs a layer again, maybe after other images passed the tower."""
+        """As `arrangement`, for a layer that checkpointing recomputes, perhaps after other images passed the tower."""
         num_tokens = hidden_states.shape[-2]
         only = self.seen.get(num_tokens, SEVERAL)
         if only is not SEVERAL:
@@ -151,7 +155,7 @@ class TowerState:
         forwards = self.log.trace(hidden_states, layer)
         if not forwards:  # the whole forward is being run again, not through the tower's call
             forwards = self.log.without_call(num_tokens, layer.index)
-        arrangements = {forward.arrangement(num_tokens) for forward in forwards} - {None}
+        arrangements = _different(forward.arrangement(num_tokens) for forward in forwards)
         if len(arrangements) != 1:
             raise LayoutError(
                 f"Gradient checkpointing runs layer {layer.index} of the {self.backbone.name} tower again on "
@@ -163,15 +167,16 @@ class TowerState:
 
     def _unknown(self, num_tokens: int, forward: TowerForward | None = None) -> str:
         name, prefix = self.tower_name or "the model", self.geometry.prefix_tokens
-        if self.backbone.segment_layouts is not None:
+        if self.backbone.joined != "batch":
             return (
                 f"An adapted {self.backbone.name} layer got {num_tokens} tokens that bypassed the forward of its tower "
                 f"({name}); call the tower, so that the image sizes are known."
             )
-        grids = [grid for grid in (forward.grids if forward is not None else self.seen).values() if grid is not SEVERAL]
+        given = forward.inputs if forward is not None else self.seen
+        grids = [entry.grid for entry in given.values() if entry is not SEVERAL]
         if forward is None and self.geometry.grid is not None and self.geometry.grid not in grids:
             grids.insert(0, self.geometry.grid)
-        known = ", ".join(f"{h}x{w}+{prefix}={h * w + prefix}" for h, w in grids if isinstance(h, int))
+        known = ", ".join(f"{h}x{w}+{prefix}={h * w + prefix}" for h, w in grids)
         where = ", and the layer ran outside of a call of the tower" if forward is None else ""
         return (
             f"An adapted {self.backbone.name} layer got {num_tokens} tokens; the tower's grids have {known}{where}. "
@@ -180,29 +185,44 @@ class TowerState:
 
     # -- layouts ----------------------------------------------------------------------------------------------------
 
-    def layout(self, grid: tuple[int, int], block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
-        """The layout of the tokens on a grid, prefix in front."""
-        prefix = self.geometry.prefix_tokens
+    def layout(self, arrangement: TokenArrangement, block_map: Tensor, key: Any, device: torch.device) -> TokenLayout:
+        """The layout of images in a batch, of one grid or padded, prefix in front."""
 
         def build() -> TokenLayout:
-            layout = TokenLayout.regular(*grid, prefix, block_map, device)
+            layout = arrangement.layout(block_map).to(device)
             return layout if self.rearrange is None else self.rearrange(layout)
 
-        return self._cached((grid, key, device), build)
+        return self._cached((arrangement, key, device), build)
 
-    def segments(
-        self, description: Any, bounds: tuple[int, ...], block_map: Tensor, key: Any, device: torch.device
+    def image_layouts(
+        self, arrangement: TokenArrangement, block_map: Tensor, key: Any, device: torch.device
     ) -> list[TokenLayout]:
-        """Layouts of the segments of a flat sequence: short ones batched (padded), long ones alone."""
+        """The layout of each image of a packed sequence; equal images share one object."""
 
         def build() -> list[TokenLayout]:
-            assert self.backbone.segment_layouts is not None
-            layouts = self.backbone.segment_layouts(description, bounds, block_map)
+            layouts = arrangement.image_layouts(block_map)
+            moved = {id(layout): layout.to(device) for layout in layouts}
+            return [moved[id(layout)] for layout in layouts]
+
+        return self._cached((arrangement, key, device), build)
+
+    def segments(
+        self,
+        arrangement: TokenArrangement,
+        bounds: tuple[int, ...],
+        block_map: Tensor,
+        key: Any,
+        device: torch.device,
+    ) -> list[TokenLayout]:
+        """Layouts of the segments of a flat sequence, cached: short ones in one padded batch, long ones each alone."""
+
+        def build() -> list[TokenLayout]:
+            layouts = arrangement.segments(bounds, block_map)
             if max(layout.num_tokens for layout in layouts) <= SHORT_SEGMENT:
                 layouts = [TokenLayout.batch(layouts)]
             return [layout.to(device) for layout in layouts]
 
-        return self._cached((description, bounds, key, device), build)
+        return self._cached((arrangement, bounds, key, device), build)
 
     def _cached(self, key: Any, build: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -217,20 +237,20 @@ class TowerState:
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def first_training_layer(self) -> int | None:
-        """The first layer whose active adapters train, None where none does."""
+        """Index of the first layer with trainable active adapters; None where there is none."""
         training: list[int] = [layer.index for layer in self.layers if layer.trains]
         return min(training, default=None)
 
     def see_states(self, hidden_states: Tensor, layer: Any) -> None:
-        """Notes the input of an attention layer.
+        """Records the input of an attention layer.
 
         Raises:
-            TrainingError: Reentrant checkpointing runs the layer, and would record no gradient for its scalars.
+            TrainingError: Reentrant checkpointing runs the layer, so its scalars would get no gradient.
         """
         if torch.compiler.is_compiling():
             return
         self.log.note(hidden_states)
-        if not layer.active and self.log.of_call() is None:  # it asks for no arrangement, but the forward moves on
+        if not layer.active and self.log.of_call() is None:  # it needs no arrangement, but counts as run
             forwards = self.log.without_call(hidden_states.shape[-2], layer.index)
             if forwards:
                 self.log.run_layer(forwards[-1:], layer.index)
@@ -246,3 +266,7 @@ class TowerState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layouts": {}, "seen": {}}
+
+
+def _different(arrangements: Iterable[Arrangement | None]) -> set[Arrangement]:
+    return {arrangement for arrangement in arrangements if arrangement is not None}

@@ -1,7 +1,7 @@
-"""The hooks with which a tower keeps its `TowerState` up to date. No forward is changed.
+"""The hooks that keep the `TowerState` of a tower up to date. No forward is changed.
 
-Beside those of `forward_hooks` and the watcher of `tower_input`: behind its embedding the autograd graph begins where
-scalars train.
+Besides those of `forward_hooks` and the watcher of `tower_input`, a hook behind the embedding starts the autograd graph
+there if scalars train.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["hook_tower", "unhook_idle_towers"]
 
 
 def hook_tower(tower: nn.Module, attentions: Sequence[str], state: TowerState) -> None:
-    """Hooks a tower, once.
+    """Attaches all hooks of SFA to a tower, once, apart from those of its attention layers.
 
     Args:
         tower: The tower.
         attentions: Paths in it of all its attention layers.
-        state: What its layers share.
+        state: State that its layers share.
     """
     watch_forwards(tower, attentions, SFA, state)
     watch_input(tower, state.backbone, SFA, state)
@@ -41,7 +41,7 @@ def hook_tower(tower: nn.Module, attentions: Sequence[str], state: TowerState) -
 
 
 def unhook_idle_towers(model: nn.Module) -> list[nn.Module]:
-    """Takes hooks and states out of all towers that have no SFA layer any more; returns the modules that had some."""
+    """Removes hooks and states from all towers without SFA layers; returns the modules that had some."""
     idle = [module for module in model.modules() if (state := state_of(module, SFA)) is not None and not state.layers]
     for module in idle:
         detach(module, SFA)
@@ -49,9 +49,9 @@ def unhook_idle_towers(model: nn.Module) -> list[nn.Module]:
 
 
 def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of what makes the tokens (embedding, norm): from here on they require gradients, if scalars train.
+    """Forward hook of an embedding or norm before the layers: makes its output require gradients, if scalars train.
 
-    As `enable_input_require_grads` of transformers does: reentrant checkpointing of a frozen tower would train nothing.
+    As `enable_input_require_grads` of transformers: reentrant checkpointing of a frozen tower would train nothing.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
@@ -66,7 +66,7 @@ def begin_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _must_begin(state: TowerState) -> bool:
-    """A graph that begins far in front of the first scalar costs memory: only where checkpointing needs it."""
+    """Whether to start the graph at the embedding: if layer 0 trains or checkpointing needs it; it costs memory."""
     first = state.first_training_layer()
     tower = state.log.tower()
     if first is None or first == 0 or tower is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters.arrangement import ImageTokens, TokenArrangement
 from sfa_adapters.hooks import attach, attached_while, attachment_of
 from sfa_adapters.registry import Backbone, Geometry
 
@@ -55,20 +56,25 @@ class TowerInput:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of patches; None for towers that work on segments."""
-        read = self._place.backbone.grid_of_input
-        return None if read is None else read(self.module, self.args, self.kwargs) or self._place.geometry.grid
+        """Rows and columns of patches where all images share one grid, else None."""
+        arrangement = self.arrangement()
+        return arrangement.grid if arrangement is not None and arrangement.joined == "batch" else None
 
-    def arrangement(self) -> tuple[int, Any]:
-        """Number of tokens, and how they lie: the grid, or what `Backbone.describe_input` says of segments.
+    def arrangement(self) -> TokenArrangement | None:
+        """How the tokens lie; None where the input does not say.
 
-        (0, None) where the input does not say.
+        Raises:
+            LayoutError: The input says something impossible: no image, or a grid that has no whole merge groups.
         """
-        describe = self._place.backbone.describe_input
-        if describe is not None:
-            return describe(self.module, self.args, self.kwargs)
-        grid = self.grid
-        return (0, None) if grid is None else (grid[0] * grid[1] + self._place.geometry.prefix_tokens, grid)
+        backbone, geometry = self._place.backbone, self._place.geometry
+        assert backbone.layouts is not None
+        images = backbone.layouts(self.module, self.args, self.kwargs)
+        if images is None and backbone.joined == "batch" and geometry.grid is not None:
+            images = ImageTokens(geometry.grid)
+        if images is None or isinstance(images, TokenArrangement):
+            return images
+        images = (images,) if isinstance(images, ImageTokens) else tuple(images)
+        return TokenArrangement(backbone.joined, images, geometry.prefix_tokens)
 
 
 def watch_input(tower: nn.Module, backbone: Backbone, feature: str, state: Any, images: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`SFATrainerMixin`: a `transformers.Trainer` that trains structural scalars at a rate at which they learn."""
+"""`SFATrainerMixin`: gives the structural scalars their own learning rate in a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -22,51 +22,52 @@ __all__ = ["SFATrainerMixin"]
 
 
 class ScalarCallback(TrainerCallback):
-    """Steps the axial start after each step of the optimizer, and looks at the scalars at the end of a run."""
+    """Steps the `AxialRamp` after each optimizer step, and checks the size of the scalars at the end of a run."""
 
     ramp: AxialRamp | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Goes on where the run, or the adapter that was loaded, has come to."""
+        """Starts the ramp at the step of the resumed run or of the loaded adapter, whichever is later."""
         model: nn.Module = kwargs["model"]
         self.ramp = AxialRamp(model) if has_active_sfa(model) else None
         if self.ramp is not None and state.global_step > self.ramp.done:
             self.ramp = AxialRamp(model, done=state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The optimizer has made a step."""
+        """Steps the ramp."""
         if self.ramp is not None:
             self.ramp.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warns where the bias hardly acts."""
+        """Warns if the bias has hardly any effect."""
         model: nn.Module = kwargs["model"]
         if has_active_sfa(model):
             check_learned(largest_scalars(model))
 
 
 class SFATrainerMixin(_Trainer):
-    """Gives the structural scalars their own learning rate, steps the axial start, and says how large they became.
+    """Trainer mixin: own learning rate for the structural scalars, axial warm-up, and their size in the log.
 
         class MyTrainer(SFATrainerMixin, Trainer): ...
         MyTrainer(model=inject_sfa(model), args=..., train_dataset=...).train()
 
     Also for `trl.SFTTrainer`, and together with `SCRTrainerMixin` in any order. The optimizer is the one that
     `args.optim` names, over `sfa_parameter_groups` with `args.learning_rate` and `args.weight_decay`; an optimizer that
-    is passed in is left as it is. The log gets the largest scalar of each term beside the loss (`sfa/row`, ...).
+    is passed in is not changed. The largest scalar of each term is logged beside the loss (`sfa/row`, ...).
 
     Args:
         args: As for the Trainer.
-        sfa_lr: Learning rate of the structural scalars.
+        sfa_lr: Learning rate of the structural scalars, in logits per step under Adam.
         kwargs: As for the Trainer.
 
     Raises:
         InjectionError: The model has no SFA, `sfa_lr` is not above 0, or `args.optim` makes its own parameter groups
             (GaLore, LOMO, Muon, ...).
-        TrainingError: The scalars do not train.
+        TrainingError: All scalars are frozen.
 
     Warns:
-        SFAWarning: The rates of the run add up to less than 3 logits; or no scalar reached 1 logit at its end.
+        SFAWarning: The rates of the run add up to less than 3 logits; no scalar has reached 1 logit at its end; or an
+            optimizer that was passed in holds no scalars.
     """
 
     def __init__(self, *args: Any, sfa_lr: float = DEFAULT_SFA_LR, **kwargs: Any) -> None:
@@ -89,7 +90,7 @@ class SFATrainerMixin(_Trainer):
                 "their own rate. Use e.g. optim='adamw_torch', or pass optimizers=(optimizer, scheduler)."
             )
         try:
-            # The seam of Trainer for optimizers that bring groups of their own.
+            # Trainer passes these options to the optimizer, its own groups among them.
             self.optimizer_cls_and_kwargs = (kind, {**options, "params": groups})
             return super().create_optimizer(*args, **kwargs)
         finally:
@@ -130,5 +131,5 @@ class SFATrainerMixin(_Trainer):
 
 
 def _makes(kind: type) -> bool:
-    """Whether this is a factory that takes a model, in the words of transformers."""
+    """Whether an "optimizer class" of transformers is a factory that takes the model."""
     return not hasattr(kind, "step")

@@ -1,7 +1,7 @@
-"""The injection that `inject_sfa` and the PEFT method (`sfa_adapters.peft_tuner`) share.
+"""The steps of an injection, shared by `inject_sfa` and the PEFT method (`sfa_adapters.peft_tuner`).
 
-Every check comes first (`plan_injection`), every change after (`prepare_tower`, `add_adapter`), so an error leaves
-the model as it was.
+All checks come first (`plan_injection`), all changes after them (`prepare_tower`, `add_adapter`), so an error leaves
+the model unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.axial import check_heads
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError
@@ -45,7 +46,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ORIGINAL_IMPLEMENTATION = "_sfa_attn_implementation"
-# Left on a model by `state_fit` and by `beside_peft`, and taken away with the last adapter.
+# Set on a model by `state_fit` and by `beside_peft`, and removed with the last adapter.
 LOAD_HOOK, METHODS = "_sfa_load_hook_id", frozenset({"save_pretrained", "load_adapter"})
 
 
@@ -54,13 +55,13 @@ class InjectionPlan:
     """What an injection would do to a model.
 
     Attributes:
-        found: The tower.
+        located: The tower, and where it is in the model.
         geometry: Its grid and prefix.
         num_heads: Heads of each of its attention layers; they differ where heads were removed.
         layers: Indices of the layers that get a bias.
     """
 
-    found: FoundTower
+    located: FoundTower
     geometry: Geometry
     num_heads: tuple[int, ...]
     layers: tuple[int, ...]
@@ -68,18 +69,18 @@ class InjectionPlan:
     @property
     def targets(self) -> list[tuple[int, str, nn.Module]]:
         """Index, path and module of the attention layers that get a bias."""
-        return [(index, *self.found.attentions[index]) for index in self.layers]
+        return [(index, *self.located.attentions[index]) for index in self.layers]
 
     @property
     def tower_path(self) -> str | None:
-        """What a saved adapter says about which of several towers it is for."""
-        return plain_path(self.found.name) if self.found.several else None
+        """Path of the tower without wrappers, saved with the adapter if the model has several towers; else None."""
+        return plain_path(self.located.name) if self.located.several else None
 
     def signature(self) -> dict[str, Any]:
-        """What a saved adapter says about the tower that it was made for."""
+        """The signature of the tower, saved with the adapter and checked when it is loaded."""
         return {
-            "backbone": self.found.backbone.name,
-            "num_layers": len(self.found.attentions),
+            "backbone": self.located.backbone.name,
+            "num_layers": len(self.located.attentions),
             "num_heads": one_or_each(self.num_heads),
             "prefix_tokens": self.geometry.prefix_tokens,
             "grid": list(self.geometry.grid) if self.geometry.grid else None,
@@ -87,7 +88,15 @@ class InjectionPlan:
 
 
 def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "default") -> InjectionPlan:
-    """Finds the tower and checks everything that can be wrong, without touching the model.
+    """Finds the tower and checks the whole injection, without changing the model.
+
+    Args:
+        model: A tower or a host.
+        config: The options.
+        adapter_name: Name of the new adapter.
+
+    Returns:
+        The injection plan.
 
     Raises:
         NoMatchingBackboneError: No tower was found.
@@ -99,10 +108,10 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
     located = find_tower(model, config.tower_path)
     if located.backbone.check is not None:
         located.backbone.check(located.tower)
-    heads = tuple(int(getattr(module, "num_heads", 0)) for _, module in located.attentions)
-    if min(heads) < 1:
-        name, module = located.attentions[heads.index(min(heads))]
-        raise InjectionError(f"{name} ({type(module).__name__}) does not say its number of heads (num_heads).")
+    heads = tuple(head_count(module, located.tower, name) for name, module in located.attentions)
+    if located.backbone.wrap_attention is None:
+        for _, module in located.attentions:  # one without a mask argument is refused before anything changes
+            located.backbone.argument_of(module)
     geometry = located.backbone.geometry(located.tower)
     plan = InjectionPlan(located, geometry, heads, _choose_layers(located, config.layers_to_transform))
     if config.init == "axial" and config.tower is None:  # a saved adapter brings its values
@@ -138,7 +147,7 @@ def plan_injection(model: nn.Module, config: SFAConfig, adapter_name: str = "def
 
 
 def _names_of_parents(path: str) -> set[str]:
-    """Every ending of the path of a module or of one around it: what PEFT compares modules_to_save with."""
+    """All suffixes of the paths of a module and its parents, which PEFT compares modules_to_save with."""
     parts = path.split(".")
     return {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)}
 
@@ -147,7 +156,7 @@ def check_adapter_name(name: Any) -> None:
     """Refuses names that a `ParameterDict` cannot hold.
 
     Raises:
-        InjectionError: The name is no text, or has a dot, or is that of an attribute.
+        InjectionError: It is not a text, contains a dot, or is an attribute of `ParameterDict`.
     """
     if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict(), name):
         raise InjectionError(
@@ -180,10 +189,7 @@ def _choose_layers(located: FoundTower, wanted: list[int] | int | None) -> tuple
 
 
 def note_head_counts(model: nn.Module) -> None:
-    """Writes the head counts of a tower into the configurations of its adapters, which are saved with them.
-
-    Call it when heads were removed from a model that carries SFA.
-    """
+    """Updates the head counts in the configurations of all adapters, after heads of a model with SFA were pruned."""
     by_tower: dict[str, list[SFALayer]] = {}
     for _, _, layer in injected_layers(model):
         by_tower.setdefault(layer.state.tower_name, []).append(layer)
@@ -193,8 +199,9 @@ def note_head_counts(model: nn.Module) -> None:
 
 def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]) -> None:
     try:
-        attentions = enumerate(find_tower(model, path).attentions)
-        counts = {number: int(module.num_heads) for number, (_, module) in attentions}  # pyright: ignore[reportArgumentType]
+        located = find_tower(model, path)
+        attentions = enumerate(located.attentions)
+        counts = {number: head_count(module, located.tower) for number, (_, module) in attentions}
     except NoMatchingBackboneError:  # a part of a tower
         counts = {layer.index: layer.num_heads for layer in layers}
     for config in (config for layer in layers for config in layer.configs.values()):
@@ -208,8 +215,8 @@ def _note_head_counts(model: nn.Module, path: str | None, layers: list[SFALayer]
 
 
 def prepare_tower(plan: InjectionPlan) -> TowerState:
-    """Gives the tower the state that its layers share, once; leaves attention kernels that drop masks."""
-    located = plan.found
+    """Attaches the shared state to the tower, once, and moves it from flash attention, which drops masks, to sdpa."""
+    located = plan.located
     tower = located.tower
     if (there := state_of(tower, SFA)) is not None:
         return there
@@ -229,21 +236,21 @@ def prepare_tower(plan: InjectionPlan) -> TowerState:
 
 
 def wrap_targets(model: nn.Module, plan: InjectionPlan) -> InjectionPlan:
-    """Puts stand-ins in the place of attention modules that have no mask argument."""
-    wrap = plan.found.backbone.wrap_attention
+    """Replaces attention modules without a mask argument by wrappers that have one; returns the plan for these."""
+    wrap = plan.located.backbone.wrap_attention
     if wrap is None:
         return plan
     for _, name, module in plan.targets:
         wrapped = wrap(module)
         if wrapped is not module:
             model.set_submodule(name, wrapped)
-    return InjectionPlan(find_tower(model, plan.found.name), plan.geometry, plan.num_heads, plan.layers)
+    return InjectionPlan(find_tower(model, plan.located.name), plan.geometry, plan.num_heads, plan.layers)
 
 
 def add_adapter(
     attention: nn.Module, index: int, name: str, plan: InjectionPlan, state: TowerState, config: SFAConfig, adapter: str
 ) -> SFALayer:
-    """Adds one adapter to one attention module."""
+    """Adds one adapter to one attention module; returns its SFA layer."""
     layer = getattr(attention, CHILD_NAME, None)
     if layer is None:
         layer = SFALayer(plan.num_heads[index], index, name, state)
@@ -260,14 +267,14 @@ def injected_layers(model: nn.Module) -> list[tuple[str, nn.Module, SFALayer]]:
 
 
 def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Removes one adapter, or all, and with the last one every trace of SFA."""
+    """Removes one adapter, or all of them; after the last one also all hooks and state of SFA."""
     for _, attention, layer in injected_layers(model):
         if adapter_name is not None and set(layer.configs) - {adapter_name}:
             if adapter_name in layer.configs:
                 layer.delete_adapter(adapter_name)
             continue
         detach_layer(attention)
-    # Stand-ins without a layer: those of the layers just taken out, and those that an error left before they got one.
+    # Wrappers without an SFA layer: of the layers just removed, and those that an error left before they got one.
     for unwrap in [record.unwrap_attention for record in registered_backbones().values() if record.unwrap_attention]:
         for name, module in list(model.named_modules()):
             original = unwrap(module) if name and CHILD_NAME not in module._modules else module
@@ -287,7 +294,7 @@ def detach_all(model: nn.Module, adapter_name: str | None = None) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Takes a half-added adapter out again on any error; the others stay as active and as trainable as they were."""
+    """Context that removes a half-added adapter on any error; others stay as active and as trainable as before."""
     active = [(layer, layer._active_adapter) for _, _, layer in injected_layers(model)]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -1,4 +1,4 @@
-"""What may stand behind a number: its unit, as one name for all ways to write it."""
+"""Recognises the unit behind a number, and maps all its spellings to one name."""
 
 import re
 
@@ -36,14 +36,14 @@ _NAMES = {
 }
 _NAME_OF = {written: name for name, line in _NAMES.items() for written in line.split(", ")}
 
-# Numbers that name something instead of measuring it: the next one is another thing, however near it is.
+# Units of numbers that name something instead of measuring it, so that a near number is wrong.
 LABELS = frozenset(
     ("ordinal", "am", "pm", "월", "일", "시", "호", "호선", "층", "학년", "학년도", "분기", "회차", "차")
 )
 # Korean counters that a number in words may have ("다섯 명").
 COUNTERS = "명|인|사람|개월|개국|개|원|년|살|세|번|회|건|배|달러|시간|분|초|곳|대|권|장|마리|가지|퍼센트"
 
-# Written right behind the digits: only what is a unit for sure, so that room "101A" stays a text.
+# Units right behind the digits, without a space: only certain ones, so that room "101A" stays a text.
 _MEASURE = re.compile(
     r"(?:kgs?|mg|g|km|cm|mm|m|mi|ft|lbs?|oz|s|h|hrs?|mins?|secs?|ms|yrs?|l|L|ml|mL|t|[kMGT]?Wh?|[kMG]?Hz|[kKMGT]B|°[CF]?"
     r"|[\u33a0-\u33ad㎏㎞㎝℃℉]|px|pt|pp|x|%p?|[$\u20a0-\u20cf£¥円元]|st|nd|rd|th)(?:/[a-z]+)?[²³]?"
@@ -52,7 +52,7 @@ _WORD = re.compile(r"[A-Za-z]+(?: (?:old|cent|points?))?")
 _HANGUL = re.compile(r"[가-힣]{1,5}")
 _ENDING = re.compile(r"(?:입니다|이에요|예요|이다)$")  # "12명입니다": "it is 12"
 _SPACED = re.compile(r"[a-z]{2,}(?:/[a-z]+)?")
-# Words that change or continue what the number says, and months, with which it is a date.
+# Words that modify the number or continue the sentence, and months, with which it is a date.
 _NO_UNITS = frozenset(
     re.findall(
         r"\w+",
@@ -65,14 +65,14 @@ _NO_UNITS = frozenset(
 
 
 def unit_name(rest: str) -> str | None:
-    """The unit that a whole text is.
+    """The name of the unit that the text behind a number is.
 
     Args:
-        rest: what follows the number, its space included: "명", " years", "kg", "".
+        rest: the text behind the number, with its space: "명", " years", "kg", "".
 
     Returns:
-        One name for all ways to write it ("years", "yr" and "년" are "year"), "" for no unit, None for a text that is
-        no unit: the number is then a part of a longer text.
+        One name for all spellings ("years", "yr" and "년" are "year"), "" for no text, None for a text that is not a
+        unit: the number is then a part of a longer text.
     """
     if not rest.strip():
         return ""

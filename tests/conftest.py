@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# The models of the tests are tiny: a second thread costs them more than it brings, most of all on a busy machine.
+# The models of the tests are tiny: a second thread costs more than it gains, most of all on a busy machine.
 # Run `pytest -n 2` to use two cores.
 torch.set_num_threads(1)
 
@@ -15,9 +15,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Hours of small differences between relatives: only when they are asked for.
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly") is not None]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in set(nightly)]
+
+
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the weights of a nano host that was never trained, for demos that need no good answers."""
+    """A file with the weights of an untrained nano host, for demos that need no good answers."""
     from safetensors.torch import save_file
 
     from sfa_adapters.recipes.nano.models import build_nano

@@ -1,7 +1,7 @@
 """Which test covers a module that has no test file of its own name.
 
 `sfa_adapters/adat/plan.py` is tested in `tests/adat/test_plan.py`, and so on; the others are here, module: test file.
-`tests/project/test_places.py` holds this table against the disk.
+`tests/project/test_places.py` compares this table with the files on disk.
 """
 
 COVERED_BY = {
@@ -196,9 +196,9 @@ COVERED_BY = {
     "sharing/baked_check": "sharing/test_export",
     "sharing/base_model": "sharing/test_export",
     "sharing/card": "sharing/test_hub",
-    "sharing/facts": "sharing/test_hub",
     "sharing/folders": "sharing/test_hub",
     "sharing/metadata": "sharing/test_hub",
+    "sharing/run_metadata": "sharing/test_hub",
     "sharing/weights": "sharing/test_export",
     "signature": "test_saved",
     "state_fit": "test_saved",

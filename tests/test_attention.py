@@ -56,8 +56,8 @@ def check_backends(layout: TokenLayout, seed: int) -> None:
     for backend in BACKENDS:
         out = attend(*inputs, bias.factors(layout), backend=backend).transpose(1, 2)[real]  # pyright: ignore[reportCallIssue]
         assert_close(out.double(), expected, what=f"{backend} outputs")
-        found = torch.autograd.grad((out * weights).sum(), [*inputs, *bias.parameters()])
-        for first, second in zip(found, wanted, strict=True):
+        grads = torch.autograd.grad((out * weights).sum(), [*inputs, *bias.parameters()])
+        for first, second in zip(grads, wanted, strict=True):
             assert_close(first, second, 2e-5, f"{backend} gradients")
 
 

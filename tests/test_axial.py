@@ -1,4 +1,4 @@
-"""How scalars start: normal as published, axial by the first heads or by a choice, in every tower and file."""
+"""Initialisation of the scalars: normal, or axial for the first or for chosen heads, in every tower and file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`AxialRamp`: the strength grows beside what the optimizer learns, comes to its end exactly, and is missed loudly."""
+"""`AxialRamp`: it adds to what the optimizer learns, ends at its exact strength, and its absence is warned of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between versions: one file knows it, its ranges are those that we claim, and unknown names are loud."""
+"""`compat.py`: only it reads versions, its ranges are the declared ones, and unknown names are errors."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class Layer(nn.Module):
 
 
 class OldLayer(nn.Module):
-    """Takes a cache by the name of before."""
+    """Takes a cache by its former name."""
 
     def forward(self, x: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
 

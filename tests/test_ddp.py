@@ -75,14 +75,14 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        found = {}
+        grads = {}
         for kind in ("tower", "host"):
             model = DistributedDataParallel(build(kind))
             for _ in range(2):  # a parameter without a gradient is only noticed in the second step
                 model.zero_grad(set_to_none=True)
                 loss(kind, model, slice(2 * rank, 2 * rank + 2)).backward()
-            found[kind] = gradients(model)
-        torch.save(found, Path(folder) / f"{rank}.pt")
+            grads[kind] = gradients(model)
+        torch.save(grads, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_whole_batch(kind: str, gradients_of_two_proc
     expected = gradients(model)
     assert len(expected) == 4 * (3 if kind == "tower" else 2)
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    for found in gradients_of_two_processes:
-        assert set(found[kind]) == set(expected)
+    for grads in gradients_of_two_processes:
+        assert set(grads[kind]) == set(expected)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[kind][name], gradient, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(grads[kind][name], gradient, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Figures show what the bias is."""
+"""Figures of a learned bias show the values of its formula."""
 
 import csv
 from pathlib import Path

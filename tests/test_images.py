@@ -1,4 +1,4 @@
-"""Images of every usual form become RGB as users expect; what cannot be used is a named error."""
+"""Images of every usual form become RGB; what cannot be used is a named error."""
 
 import io
 import re
@@ -44,9 +44,9 @@ def test_every_form_of_one_picture_gives_the_same(colours, tmp_path):
     ]
     forms += [colours / 255, (colours / 255).astype(np.float32), colours.astype(np.uint16) * 257, tensor, tensor / 255]
     for form in forms:
-        found = as_image(form)
-        assert found.dtype == np.uint8
-        np.testing.assert_array_equal(found, colours)
+        pixels = as_image(form)
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, colours)
 
 
 def test_the_result_is_a_copy(colours):
@@ -57,9 +57,9 @@ def test_the_result_is_a_copy(colours):
 def test_gray_is_the_same_in_all_channels():
     gray = np.array([[0, 100, 255]], dtype=np.uint8)
     for form in (gray, gray[..., None], Image.fromarray(gray), torch.from_numpy(gray)[None]):
-        found = as_image(form)
-        assert found.shape == (1, 3, 3)
-        assert (found == gray[..., None]).all()
+        pixels = as_image(form)
+        assert pixels.shape == (1, 3, 3)
+        assert (pixels == gray[..., None]).all()
     assert as_image(gray > 50)[0, :, 1].tolist() == [0, 255, 255]
 
 
@@ -68,9 +68,9 @@ def test_transparency_is_laid_on_white(mode):
     layer = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     layer.putpixel((1, 0), (0, 0, 0, 0))  # black under full transparency: the picture of many a diagram
     raw = _encoded(layer.convert(mode)) if mode != "P" else _encoded(layer.quantize(4), "PNG")
-    found = as_image(raw)
-    assert found[0, 1].tolist() == [255, 255, 255]
-    assert found[0, 0].tolist() != [255, 255, 255]
+    pixels = as_image(raw)
+    assert pixels[0, 1].tolist() == [255, 255, 255]
+    assert pixels[0, 0].tolist() != [255, 255, 255]
 
 
 def test_half_transparent_arrays_are_mixed():
@@ -90,7 +90,7 @@ def test_sixteen_bits_round_to_the_nearest(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (np.full((2, 2), np.nan), "nan"),
         (np.full((2, 2, 3), 200.0), "200"),
@@ -109,8 +109,8 @@ def test_sixteen_bits_round_to_the_nearest(value):
         ([1, 2], "list"),
     ],
 )
-def test_what_cannot_be_used_is_named(value, said):
-    with pytest.raises(DataError, match=f"scan 3.*{said}"):
+def test_what_cannot_be_used_is_named(value, message):
+    with pytest.raises(DataError, match=f"scan 3.*{message}"):
         as_image(value, "scan 3")
 
 

@@ -306,6 +306,6 @@ def test_a_backbone_registered_twice(monkeypatch):
     record = registered_backbones()["clip"]
     with pytest.raises(InjectionError, match="named 'clip' is registered already"):
         register_backbone(record)
-    with pytest.raises(InjectionError, match="either grid_of_input"):
+    with pytest.raises(InjectionError, match="must say how tokens lie once"):
         register_backbone(Backbone(name="new", towers=(), attentions=(), geometry=record.geometry))
     assert "new" not in registered_backbones()

@@ -59,36 +59,36 @@ def test_any_number_of_images(host: Host, charts: list[ChartSample]) -> None:
     answers = HostAnswers(host, 3)
     pictures = [charts[0].image, charts[1].image[:90], charts[2].image]
     prompts = [("Is it?", pictures[:count]) for count in (0, 1, 2, 1, 0)]
-    found = dict(answers.generate(prompts, [{"max_new_tokens": 5}] * 5))
-    assert sorted(found) == [0, 1, 2, 3, 4]
+    texts = dict(answers.generate(prompts, [{"max_new_tokens": 5}] * 5))
+    assert sorted(texts) == [0, 1, 2, 3, 4]
     model: Any = host.model
     for number, (text, images) in enumerate(prompts[:3]):
         inputs = encoded(host, text, images)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
         processor: Any = host.processor
-        assert found[number] == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
-    assert (found[3], found[4]) == (found[1], found[0])
+        assert texts[number] == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert (texts[3], texts[4]) == (texts[1], texts[0])
 
 
 def test_likelihoods(host: Host, charts: list[ChartSample]) -> None:
     prompts = [(charts[i].question, [charts[i].image], answer) for i, answer in ((0, " 12"), (0, "Yes"), (1, "12"))]
     prompts.append(("Say something", [], "7"))
-    found = {n: (chance, greedy) for n, chance, greedy in HostAnswers(host, 4).loglikelihood(prompts)}
+    likelihoods = {n: (chance, greedy) for n, chance, greedy in HostAnswers(host, 4).loglikelihood(prompts)}
     processor: Any = host.processor
     for number, (text, images, answer) in enumerate(prompts):
         inputs = encoded(host, text, images)
-        total, said = 0.0, True
+        total, is_greedy = 0.0, True
         for token in processor.tokenizer(answer.strip(), add_special_tokens=False)["input_ids"]:
             with torch.no_grad():
                 chances = host.model(**inputs).logits[0, -1].log_softmax(-1)
-            total, said = total + float(chances[token]), said and int(chances.argmax()) == token
+            total, is_greedy = total + float(chances[token]), is_greedy and int(chances.argmax()) == token
             for name in [n for n, v in inputs.items() if v.shape == inputs["input_ids"].shape and n != "input_ids"]:
                 fill = torch.full((1, 1), int(name == "attention_mask"))
                 inputs[name] = torch.cat((inputs[name], fill), 1)
             inputs["input_ids"] = torch.cat((inputs["input_ids"], torch.tensor([[token]])), 1)
-        assert found[number][0] == pytest.approx(total, abs=2e-4)
-        assert found[number][1] == said
-    assert all(math.isfinite(chance) and chance < 0 for chance, _ in found.values())
+        assert likelihoods[number][0] == pytest.approx(total, abs=2e-4)
+        assert likelihoods[number][1] == is_greedy
+    assert all(math.isfinite(chance) and chance < 0 for chance, _ in likelihoods.values())
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Host:
 def test_what_it_says_is_likeliest(reader: Host, charts: list[ChartSample]) -> None:
     answers = HostAnswers(reader, 4)
     prompts = [(c.question, [c.image]) for c in charts]
-    said = dict(answers.generate(prompts, [{}] * 4))
-    for number, chance, greedy in answers.loglikelihood([(*prompts[n], said[n]) for n in range(4)]):
+    texts = dict(answers.generate(prompts, [{}] * 4))
+    for number, chance, greedy in answers.loglikelihood([(*prompts[n], texts[n]) for n in range(4)]):
         assert greedy
         assert all(
             other < chance for _, other, _ in answers.loglikelihood([(*prompts[number], wrong) for wrong in ("q", "{")])
@@ -117,10 +117,10 @@ def test_options_of_a_task(reader: Host, charts: list[ChartSample]) -> None:
         {"until": dict(answers.generate([prompt], [{}]))[0][1:2]},
         {"temperature": 0.0, "top_k": 3},
     ]
-    found = dict(answers.generate([prompt] * 5, options))
-    whole = found[1]
+    texts = dict(answers.generate([prompt] * 5, options))
+    whole = texts[1]
     assert len(whole) > 1
-    assert (found[0], found[2], found[3], found[4]) == (whole[:1], whole, whole[:1], whole)
+    assert (texts[0], texts[2], texts[3], texts[4]) == (whole[:1], whole, whole[:1], whole)
     torch.manual_seed(0)
     hot = dict(answers.generate([prompt] * 6, [{"temperature": 30.0, "do_sample": True}] * 6))
     assert len(set(hot.values())) > 1
@@ -136,9 +136,9 @@ def test_broken_images_get_an_empty_answer(reader: Host, charts: list[ChartSampl
     answers = HostAnswers(reader, 3)
     good = (charts[0].question, lambda: [charts[0].image])
     broken = ("q", [tmp_path / "torn.png"])
-    found = dict(answers.generate([good, broken, good], [{}] * 3))
-    assert found[1] == ""
-    assert found[0] == found[2] != ""
+    texts = dict(answers.generate([good, broken, good], [{}] * 3))
+    assert texts[1] == ""
+    assert texts[0] == texts[2] != ""
     assert len(answers.failed) == 1
     assert "torn.png" in answers.failed[0] or "request 1" in answers.failed[0]
     likely = {n: chance for n, chance, _ in answers.loglikelihood([(*good, "1"), (*broken, "1")])}
@@ -214,14 +214,14 @@ def test_lmms_eval_runs_local_tasks(reader: Host, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     samples = chart_samples("test", 6)
     rows = [Row(s.id, s.image, s.question, s.answers) for s in samples]
-    said = [p.prediction for p in answer_rows(reader, rows, progress=False)]
+    answers = [p.prediction for p in answer_rows(reader, rows, progress=False)]
     lines = []
     for i, sample in enumerate(samples):
         Image.fromarray(sample.image).save(tmp_path / f"{i}.png")
         row = {
             "question": sample.question,
             "answer": sample.answer,
-            "said": said[i],
+            "said": answers[i],
             "image": str(tmp_path / f"{i}.png"),
         }
         lines.append(json.dumps(row) + "\n")
@@ -229,7 +229,7 @@ def test_lmms_eval_runs_local_tasks(reader: Host, tmp_path: Path, monkeypatch: p
     for name, text in (("generated", GENERATED), ("chosen", CHOSEN)):
         (tmp_path / f"{name}.yaml").write_text(text.format(rows=tmp_path / "rows.jsonl"))
     (tmp_path / "task_functions.py").write_text(FUNCTIONS)
-    found: Any = evaluator.simple_evaluate(
+    results: Any = evaluator.simple_evaluate(
         model="sfa_llava_onevision",
         model_args=f"pretrained={reader.recipe.model},dtype=float32,max_tiles=2,num_workers=0",
         tasks=["sfa_generated", "sfa_chosen"],
@@ -237,10 +237,10 @@ def test_lmms_eval_runs_local_tasks(reader: Host, tmp_path: Path, monkeypatch: p
         batch_size=3,
         log_samples=True,
     )
-    right = float(np.mean([text == s.answer for text, s in zip(said, samples, strict=True)]))
-    assert found["results"]["sfa_generated"]["right,none"] == pytest.approx(right)
-    assert found["results"]["sfa_chosen"]["acc,none"] == 1.0  # the likeliest choice is what it says
-    logged = sorted(found["samples"]["sfa_generated"], key=lambda sample: sample["doc_id"])
-    assert [sample["filtered_resps"][0] for sample in logged] == said
+    right = float(np.mean([text == s.answer for text, s in zip(answers, samples, strict=True)]))
+    assert results["results"]["sfa_generated"]["right,none"] == pytest.approx(right)
+    assert results["results"]["sfa_chosen"]["acc,none"] == 1.0  # the likeliest choice is what it says
+    logged = sorted(results["samples"]["sfa_generated"], key=lambda sample: sample["doc_id"])
+    assert [sample["filtered_resps"][0] for sample in logged] == answers
     with pytest.raises(RecipeError, match="needs llava"):
         get_model("sfa_llava")(reader.recipe.model, dtype="float32")

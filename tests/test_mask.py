@@ -1,4 +1,4 @@
-"""The lazy mask: it passes for a tensor wherever masks go, remembers that it was used, and its cache keeps a budget."""
+"""The lazy mask: accepted wherever a tensor mask is, it records that it was used, and its cache keeps a budget."""
 
 from typing import Any
 
@@ -68,12 +68,12 @@ def test_the_models_own_mask_is_kept(parts, kind: str, backend: Any):
     query, key, value, bias = parts
     allowed = torch.rand(2, 1, 13, 13) < 0.7
     allowed[..., 0] = True
-    own = allowed if kind == "bool" else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+    model_mask = allowed if kind == "bool" else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
     expected = softmax_attention(query.double(), key.double(), value.double(), bias(LAYOUT).double(), allowed)
-    mask: Any = StructuralMask(bias.factors(LAYOUT), own, backend)
+    mask: Any = StructuralMask(bias.factors(LAYOUT), model_mask, backend)
     fused = F.scaled_dot_product_attention(query, key, value, mask)
     compare.assert_close(fused.double(), expected)
-    scores = query @ key.transpose(-2, -1) * 8**-0.5 + StructuralMask(bias.factors(LAYOUT), own, backend)
+    scores = query @ key.transpose(-2, -1) * 8**-0.5 + StructuralMask(bias.factors(LAYOUT), model_mask, backend)
     compare.assert_close((scores.softmax(-1) @ value).double(), expected)
 
 

@@ -1,4 +1,4 @@
-"""A lazy mask goes where an attention module takes its mask, and is missed where it was not used."""
+"""`mask_argument.py`: a lazy mask reaches the attention module, and it is an error if it was not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answer metrics. The reference mode of relaxed accuracy must repeat the published code, bugs included."""
+"""Answer metrics; the reference mode of relaxed accuracy must repeat the published code, bugs included."""
 
 import unicodedata
 
@@ -269,11 +269,11 @@ def test_case_and_composition_do_not_count_in_anls(a, b, threshold):
 
 
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=4))
-def test_anls_is_bounded_and_grows_with_the_answers(said, answers):
-    score = anls(said, answers)
+def test_anls_is_bounded_and_grows_with_the_answers(prediction, answers):
+    score = anls(prediction, answers)
     assert score == 0 or 0.5 <= score <= 1
-    assert (score == 1) == exact_match(said, answers)
-    assert anls(said, answers[:1]) <= score == anls(said, answers[::-1])
+    assert (score == 1) == exact_match(prediction, answers)
+    assert anls(prediction, answers[:1]) <= score == anls(prediction, answers[::-1])
 
 
 # -- VQA accuracy -----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_vqa_accuracy_is_the_mean_over_all_ways_to_leave_one_out(answers):
 
 
 @pytest.mark.parametrize(
-    ("said", "true"),
+    ("prediction", "true"),
     [
         ("Two", "2"),
         ("none", "0"),
@@ -311,17 +311,17 @@ def test_vqa_accuracy_is_the_mean_over_all_ways_to_leave_one_out(answers):
         ("\u22125", "\u20135"),  # two ways to write a minus sign
     ],
 )
-def test_vqa_texts_that_are_the_same(said, true):
-    assert vqa_accuracy(said, [true] * 4) == 1
+def test_vqa_texts_that_are_the_same(prediction, true):
+    assert vqa_accuracy(prediction, [true] * 4) == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "true"),
+    ("prediction", "true"),
     [("3.5", "35"), ("a", "the"), ("were", "we're"), ("10:30", "1030"), ("$5", "5"), ("5%", "5"), ("cat", "cats"),
      ("5", "\u22125"), ("\u22125", "5"), ("5", "\u20135"), ("5", "₩5"), ("5", "5°"), ("5", "≥5"), ("5", "\u2212.5")],
 )  # fmt: skip
-def test_vqa_texts_that_differ(said, true):
-    assert vqa_accuracy(said, [true] * 4) == 0
+def test_vqa_texts_that_differ(prediction, true):
+    assert vqa_accuracy(prediction, [true] * 4) == 0
 
 
 def test_vqa_accuracy_needs_people():
@@ -334,7 +334,7 @@ def test_vqa_accuracy_needs_people():
 
 
 @pytest.mark.parametrize(
-    ("said", "true", "kind", "right"),
+    ("prediction", "true", "kind", "right"),
     [
         ("The sign says Stop\nhere ", " STOP HERE\n", "text", True),
         ("in 2012", "12", "text", True),
@@ -345,9 +345,9 @@ def test_vqa_accuracy_needs_people():
         (r"\frac{a}{b}", r"\frac{A}{b}", "handwritten_maths", False),  # case counts
     ],
 )
-def test_ocrbench(said, true, kind, right):
-    assert ocrbench(said, true, kind) is right
-    assert ocrbench(said, ["no such text", true], kind) is right
+def test_ocrbench(prediction, true, kind, right):
+    assert ocrbench(prediction, true, kind) is right
+    assert ocrbench(prediction, ["no such text", true], kind) is right
 
 
 def test_a_blank_answer_of_ocrbench_makes_nothing_right():

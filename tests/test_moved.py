@@ -1,8 +1,10 @@
 """Old paths of modules: they give the module at its new place, one warning names it, and the table is right."""
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 from sfa_adapters import moved
 from tests.support.paths import ROOT
 
-# All modules that moved, except those of the command line.
+# All modules that moved.
 GONE = {
+    "": "cli_analyze cli_app cli_bench cli_calibrate cli_density cli_errors cli_eval cli_quiet cli_share cli_study "
+    "cli_train",
     "heads": "facts probe",
     "recipes": "answer_page attention_study bench_figure bench_heads bench_quality bench_tokens calibrate_dymu "
     "calibrate_heads charts data demo_charts demo_options demo_report demo_tables demo_tables_figures "
@@ -23,6 +27,7 @@ GONE = {
     "sources table_pages table_pictures tables teacher_forcing token_budgets tokens_report train_density",
     "reduction": "asking cache_record calibrate dymu_config dymu_hooks dymu_tokens dymu_tower fastv_hooks fastv_input "
     "host_tokens kept logical_rope merging prompt selectors size_attention token_density vtu",
+    "sharing": "facts",
     "training": "activations census collate columns engine evidence folders four_bit hosts local memory memory_plan "
     "pages plans prepare prompt pruned questions recipe rows settings sizes specs table tables",
 }
@@ -58,7 +63,7 @@ def test_old_paths_are_free_and_new_ones_are_there(old: str) -> None:
 
 def test_the_table_has_every_module_that_moved() -> None:
     assert set(moved.MODULES) == {
-        f"sfa_adapters.{package}.{name}" for package in GONE for name in GONE[package].split()
+        ".".join(filter(None, ("sfa_adapters", package, name))) for package in GONE for name in GONE[package].split()
     }
 
 
@@ -84,18 +89,46 @@ def test_an_old_path_gives_the_module_and_warns_once_where_it_is_imported(old: s
     assert warning.filename == "their_file.py"
 
 
-@pytest.mark.parametrize(("old", "name"), [(old, name) for old in moved.NAMES for name in moved.NAMES[old]])
+def _pairs(table: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    return [(old, name) for old in table for name in table[old]]
+
+
+@pytest.mark.parametrize(("old", "name"), _pairs(moved.NAMES))
+@pytest.mark.usefixtures("forgotten")
 def test_old_names_are_those_of_the_new_module(old: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     new = moved.NAMES[old][name]
-    module = import_module(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the path of the module, where that moved too
+        module = import_module(old)
     assert name not in vars(module)
     monkeypatch.setitem(vars(module), name, None)  # so that it is gone afterwards
     del vars(module)[name]
-    with pytest.warns(FutureWarning, match=f"{old}.{name} has moved to {new}.{name};") as seen:
+    with pytest.warns(FutureWarning, match=f"{old}.{name} has moved to {new};") as seen:
         values = [getattr(module, name) for _ in range(2)]
-    assert values == [getattr(import_module(new), name)] * 2
+    package, _, new_name = new.rpartition(".")
+    assert values == [getattr(import_module(package), new_name)] * 2
     assert len(seen) == 1
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize(("old", "name"), _pairs(moved.REPLACED))
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.filterwarnings("ignore:.* has moved to:FutureWarning")
+def test_names_that_were_replaced_say_what_to_use(old: str, name: str) -> None:
+    with pytest.raises(ImportError) as error:
+        exec(f"from {old} import {name}")
+    assert str(error.value) == f"{old}.{name} is no more: {moved.REPLACED[old][name]}."
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sys.modules[old].nonsense
+
+
+def test_every_object_that_a_replacement_names_is_there() -> None:
+    """`x of sfa_adapters.y` stands for `from sfa_adapters.y import x`."""
+    texts = {text for names in moved.REPLACED.values() for text in names.values()}
+    named = [pair for text in texts for pair in re.findall(r"(\w+)(?:\(\w*\))? of (sfa_adapters[.\w]+)", text)]
+    assert len(named) >= 6
+    for name, module in named:
+        assert hasattr(import_module(module), name), (name, module)
 
 
 def test_what_never_was_is_not_found() -> None:

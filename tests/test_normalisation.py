@@ -1,4 +1,4 @@
-"""Statistics of images: of the tower, or as the user says."""
+"""Mean and deviation of image normalisation: from the record of the tower, or as the user gives them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Numbers as people write them: all forms of a number are one number, and what is not printed stays unprinted."""
+"""Numbers as people write them: all spellings of a number are equal, and unprinted numbers match none."""
 
 import pytest
 from hypothesis import given

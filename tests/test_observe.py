@@ -1,4 +1,4 @@
-"""`observe` over every tower and language model: same outputs, statistics of dense attention, never silence."""
+"""`observe` on every tower and language model: outputs unchanged, statistics of dense attention, no silent gaps."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def dense_attention(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        found = model(**inputs, output_attentions=True).attentions
+        weights = model(**inputs, output_attentions=True).attentions
     model.set_attn_implementation(implementation)
-    return list(found)
+    return list(weights)
 
 
 # -- language models --
@@ -88,8 +88,8 @@ def test_language_models(config: Any, implementation: str, padding: str) -> None
     assert list(seen.calls) == [f"model.layers.{i}.self_attn" for i in range(3)]
     real = inputs["attention_mask"].bool()
     for layer, wanted in zip(seen.layers, dense_attention(model, inputs), strict=True):
-        (found,), (found_entropy,), (found_mean,) = (r.results[layer] for r in (rows, entropy, mean))
-        compare.assert_close(found.transpose(1, 2)[real], wanted.transpose(1, 2)[real])
+        (probabilities,), (found_entropy,), (found_mean,) = (r.results[layer] for r in (rows, entropy, mean))
+        compare.assert_close(probabilities.transpose(1, 2)[real], wanted.transpose(1, 2)[real])
         compare.assert_close(found_entropy.transpose(1, 2)[real], entropy_of(wanted).transpose(1, 2)[real])
         means = torch.stack([w[:, keep].mean(1) for w, keep in zip(wanted, real, strict=True)])
         compare.assert_close(found_mean, means)
@@ -112,11 +112,11 @@ def test_decoding_steps_read_the_rows_that_a_whole_forward_has(config: Any, impl
     for layer, wanted in zip(rows.results, dense_attention(model, whole), strict=True):
         steps = rows.results[layer]
         assert len(steps) == 4  # the last generated token is never a query
-        for step, found in enumerate(steps):
+        for step, probabilities in enumerate(steps):
             visible = 11 + step
-            assert found.shape[:3] == (2, 4, 1)
-            compare.assert_close(found[..., 0, :visible], wanted[:, :, 10 + step, :visible])
-            assert found[..., visible:].abs().max().item() == 0 if found.shape[-1] > visible else True
+            assert probabilities.shape[:3] == (2, 4, 1)
+            compare.assert_close(probabilities[..., 0, :visible], wanted[:, :, 10 + step, :visible])
+            assert probabilities[..., visible:].abs().max().item() == 0 if probabilities.shape[-1] > visible else True
         compare.assert_close(prompt_rows.results[layer][0][..., 0, :10], wanted[:, :, 9, :10])
 
 
@@ -130,10 +130,10 @@ def test_keys_that_fell_out_of_a_sliding_window_keep_their_places(implementation
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
     whole = {"input_ids": out, "attention_mask": torch.ones_like(out)}
     for layer, wanted in zip(mass.results, dense_attention(model, whole), strict=True):
-        for step, found in enumerate(mass.results[layer]):
+        for step, masses in enumerate(mass.results[layer]):
             row = wanted[:, :, 10 + step]
             compare.assert_close(
-                found[:, :, 0], torch.stack([row[..., :10][..., parity == g].sum(-1) for g in (0, 1)], -1)
+                masses[:, :, 0], torch.stack([row[..., :10][..., parity == g].sum(-1) for g in (0, 1)], -1)
             )
             odd = row[..., :10][..., parity == 1]
             compare.assert_close(entropy.results[layer][step][..., 0], entropy_of(odd / odd.sum(-1, keepdim=True)))
@@ -149,11 +149,11 @@ def test_beams_and_half_precision_are_left_alone() -> None:
     entropy = RowEntropy()
     with observe(model, entropy):
         assert torch.equal(model.generate(**inputs, **options), plain)
-    assert all(tensor.dtype == torch.float32 for found in entropy.results.values() for tensor in found)
+    assert all(tensor.dtype == torch.float32 for tensors in entropy.results.values() for tensor in tensors)
 
 
 def test_gradients_are_those_of_the_unobserved_model() -> None:
-    inputs, found = prompts("right"), []
+    inputs, grads = prompts("right"), []
     for watch in (False, True):
         model = language(LlamaConfig).train()
         if watch:
@@ -162,8 +162,8 @@ def test_gradients_are_those_of_the_unobserved_model() -> None:
         else:
             loss = model(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 # -- towers --
@@ -215,8 +215,8 @@ def test_every_tower_can_be_observed_and_stays_as_it_is(case: TowerCase, with_sf
         with observe(tower, dense):
             compare.read(case, tower, inputs)
         for layer in seen.layers:
-            found, wanted = entropy.results[layer], dense.results[layer]
-            for one, other in zip(found, wanted, strict=True):
+            observed, wanted = entropy.results[layer], dense.results[layer]
+            for one, other in zip(observed, wanted, strict=True):
                 compare.assert_close(one.nan_to_num(-1), other.nan_to_num(-1), 2e-5)
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
 
@@ -239,9 +239,9 @@ def test_images_packed_by_adaptive_tokens_are_read_one_by_one(with_sfa: bool) ->
         with observe(model, alone):
             model(pages[:1])
             model(pages[1:])
-    for layer, found in together.results.items():
-        assert [len(x[0, 0]) for x in found] == [len(x[0, 0]) for x in alone.results[layer]]
-        for one, other in zip(found, alone.results[layer], strict=True):
+    for layer, observed in together.results.items():
+        assert [len(x[0, 0]) for x in observed] == [len(x[0, 0]) for x in alone.results[layer]]
+        for one, other in zip(observed, alone.results[layer], strict=True):
             compare.assert_close(one, other)
 
 

@@ -1,4 +1,4 @@
-"""Ways into a tower other than its forward, and adapters that leave while others stay."""
+"""Entry points of a tower other than its forward, and adapters that are removed while others stay."""
 
 from typing import Any
 
@@ -31,9 +31,9 @@ def test_timm_forward_features_sees_the_grid_of_its_image():
         for image in images:
             model(image)
             expected.append(model.forward_features(image))
-        found = [model.forward_features(image) for image in images]
+        features = [model.forward_features(image) for image in images]
         intermediate = model.forward_intermediates(images[0], intermediates_only=True, norm=True, output_fmt="NLC")[-1]
-    for mine, reference in zip(found, expected, strict=True):
+    for mine, reference in zip(features, expected, strict=True):
         assert torch.equal(mine, reference)
     compare.assert_close(intermediate, expected[0][:, 1:])
 

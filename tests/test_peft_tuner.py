@@ -1,4 +1,4 @@
-"""What PEFT, accelerate and casts do to an adapter: it stays whole and in float32, or a named error says why not."""
+"""Adapters under PEFT, accelerate and casts: they stay whole and in float32, or a named error says why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates of the structural scalars: parameter groups, the sum over a run, the largest scalars."""
+"""Learning rates of the structural scalars: parameter groups, their sum over a run, the largest scalars."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_schedules_that_nobody_knows_beforehand_count_as_constant() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.floats(1e-6, 1.0), st.integers(1, 500), st.floats(0.0, 4.0))
 def test_the_advice_suffices(rate: float, steps: int, start: float) -> None:
-    """Who follows the advice, in the rate or in the steps, is not warned again."""
+    """A run that follows the advice, in the rate or in the steps, is not warned again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reach = check_rates(rate, steps, start=start)
@@ -167,7 +167,7 @@ def test_the_advice_suffices(rate: float, steps: int, start: float) -> None:
 
 
 def test_what_the_warning_says() -> None:
-    """The demo of before: 160 steps at 0.01, warm-up and cosine."""
+    """The former demo: 160 steps at 0.01, warm-up and cosine."""
     with pytest.warns(SFAWarning) as caught:
         reach = check_rates(0.01, 160, schedule=lambda o: get_cosine_schedule_with_warmup(o, 16, 160))
     assert reach == pytest.approx(0.8, abs=0.01)

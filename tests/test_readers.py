@@ -1,4 +1,4 @@
-"""Readers against the whole softmax of an attention call, made in fp64 in the slow obvious way."""
+"""Readers against the whole softmax of an attention call, computed slowly in float64."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def read(reader: Reader, call: AttentionCall, block_bytes: int = 600) -> Tensor:
 KINDS = ["none", "bool", "infinite", "minimum", "row", "causal", "scores"]
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5, equal_nan=True)
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,8 +133,8 @@ def test_entropy_over_some_keys_is_that_of_the_renormalised_row(kind: str) -> No
 def test_keys_of_no_mass_at_all_still_have_an_entropy() -> None:
     """The softmax over all keys rounds them to zero; the one over themselves does not."""
     logits = torch.tensor([300.0, 0.0, 0.0, 1.0]).expand(1, 1, 1, 4)
-    found = read(RowEntropy(keys=torch.tensor([False, True, True, True])), AttentionCall("layer", scores=logits))
-    close(found, entropy_of(torch.tensor([0.0, 0.0, 1.0]).double().softmax(0)).reshape(1, 1, 1))
+    entropy = read(RowEntropy(keys=torch.tensor([False, True, True, True])), AttentionCall("layer", scores=logits))
+    close(entropy, entropy_of(torch.tensor([0.0, 0.0, 1.0]).double().softmax(0)).reshape(1, 1, 1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -190,10 +190,10 @@ def test_logits_carry_gradients() -> None:
     assert len(parts) > 1
     weights = torch.randn(B, H, Q, K, dtype=torch.float64)
     (torch.cat(parts, 2) * weights).sum().backward()
-    found = query.grad, key.grad
+    grads = query.grad, key.grad
     query.grad = key.grad = None
     (reference(call)[0] * weights).sum().backward()
-    for mine, wanted in zip(found, (query.grad, key.grad), strict=True):
+    for mine, wanted in zip(grads, (query.grad, key.grad), strict=True):
         assert mine is not None
         torch.testing.assert_close(mine, wanted)
 

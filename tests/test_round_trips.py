@@ -1,4 +1,4 @@
-"""What was saved comes back: every way of injecting, times every way of saving, on a tower and on a whole model."""
+"""Saved adapters load equal: every way of injecting, times every way of saving, on a tower and on a whole model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def injected(subject: Subject, way: str) -> nn.Module:
 
 
 def reload(subject: Subject, way: str, folder: Path) -> nn.Module:
-    """Loads as the documentation says, with the base model built or read anew."""
+    """Loads as the documentation says, with the base model built or loaded again."""
     if way == "inject_sfa":  # the folder holds the whole model
         kind: Any = type(subject.build())
         return load_sfa(kind.from_pretrained(folder).eval(), folder)

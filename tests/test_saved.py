@@ -1,4 +1,4 @@
-"""Files that SFA is read from: whole models, shards, LoRA folders; and those that are broken or are something else."""
+"""Files that `load_sfa` reads: whole models, shards, LoRA folders; and broken or foreign ones."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_record_with_lambdas_is_pickled_by_its_name(tmp_path: Path, monkeypatc
     siglip = registered_backbones()["siglip"]
     record = Backbone(
         name="lambdas", towers=("tests.test_saved.*",), attentions=siglip.attentions,
-        geometry=lambda tower: siglip.geometry(tower), grid_of_input=lambda *given: siglip.grid_of_input(*given),  # noqa: PLW0108  # pyright: ignore[reportOptionalCall]
+        geometry=lambda tower: siglip.geometry(tower), layouts=lambda *given: siglip.layouts(*given),  # noqa: PLW0108  # pyright: ignore[reportOptionalCall]
     )  # fmt: skip
     with pytest.raises(InjectionError, match="'lambdas' is not registered"):
         pickle.dumps(record)

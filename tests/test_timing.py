@@ -1,4 +1,4 @@
-"""How answers are timed, and the interval of a few times."""
+"""How answers are timed, and the interval of a few measurements."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PLAIN = text_inputs(padded=False)
 
 def test_an_answer_is_timed_token_by_token() -> None:
     model = language_model()
-    found = token_seconds(model, PLAIN, 4)
-    assert len(found) == 4
-    assert min(found) > 0
+    seconds = token_seconds(model, PLAIN, 4)
+    assert len(seconds) == 4
+    assert min(seconds) > 0
     first, rest = answer_seconds(model, PLAIN, 4)
     assert min(first, rest) > 0
     model.generation_config.max_time = 1e-9
@@ -56,8 +56,8 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says(count: int) -> No
     """Every value is above or below the true median with equal chance: of all 2^n ways, 95% must lie around it."""
     held = total = 0
     for signs in itertools.product((-1.0, 1.0), repeat=count):
-        found = median_interval(signs)
-        held, total = held + (found.low < 0 < found.high), total + 1
+        interval = median_interval(signs)
+        held, total = held + (interval.low < 0 < interval.high), total + 1
     assert held / total >= (0.95 if count > 5 else 0.93)
     wide = median_interval([float(value) for value in range(count)])
     assert (wide.low, wide.high) == {5: (0, 4), 6: (0, 5), 9: (1, 7), 13: (2, 10)}[count]

@@ -1,4 +1,4 @@
-"""One watcher tells what images come into a tower, whichever its kind and however it is called."""
+"""`tower_input.py` reports the images that enter a tower, whatever its kind and however it is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIGLIP = next(case for case in CASES if case.name == "siglip")
 
 @dataclass
 class Seen:
-    """A state that keeps what it is told."""
+    """A state that records what the watcher reports."""
 
     inputs: list[Any] = field(default_factory=list)
 
@@ -43,15 +43,14 @@ def test_the_arrangement_has_as_many_tokens_as_the_attention_gets(case: TowerCas
     handle.remove()
     assert not features_of(tower)
     given: TowerInput = seen[0]
-    tokens, arrangement = given.arrangement()
+    arrangement = given.arrangement()
+    assert arrangement is not None
     assert len(seen) * 2 == len(counts)
-    assert tokens == counts[0]
+    assert arrangement.num_tokens == counts[0]
     assert torch.is_tensor(given.images)
     assert given.tower is vision.tower
-    if vision.backbone.segment_layouts is None:
-        assert arrangement == given.grid
-    else:
-        assert given.grid is None
+    assert arrangement.joined == vision.backbone.joined
+    assert given.grid == (arrangement.grid if arrangement.joined == "batch" else None)
 
 
 def test_a_state_is_told_until_the_feature_is_detached_and_a_copy_has_its_own() -> None:

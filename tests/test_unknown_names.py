@@ -1,4 +1,4 @@
-"""A third name for the cache, as a later version could bring it: what reads the cache stops, and never goes on without.
+"""A cache argument of an unknown name, as a later transformers could bring: readers of the cache raise an error.
 
 The simulated version hands the cache over as `kv_store`, either as a cache of transformers or in an object of its own.
 """

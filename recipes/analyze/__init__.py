@@ -1,4 +1,4 @@
-"""What `sfa analyze` does: measurements that end in a table and pictures."""
+"""The measurements of `sfa analyze`, each with a table and figures as its result."""
 
 from sfa_adapters.moved import old_names
 

@@ -1,10 +1,10 @@
-"""What structure and its regularisers do to attention, measured on the nano host.
+"""`sfa analyze study`: the effect of SFA and of the terms of SCR on attention, measured on the nano host.
 
     sfa analyze study                           (2 CPU cores, about 25 minutes; numbers: docs/scr.md)
     sfa analyze study --steps 20 --questions 60 --pages 20 --out quick
 
-The pretrained host is fine-tuned (tower and projector) without anything, with SFA, and with SFA and each term of SCR
-alone and all together: same charts, order, seed and steps. Then all are asked the same questions about charts of unseen
+The pretrained host is fine-tuned (tower and projector) without an adapter, with SFA, and with SFA and each term of SCR
+alone and all together: same charts, order, seed and steps. Then all answer the same questions about charts of unseen
 tables, and their attention is read on the same pages. Differences are paired: page by page, question by question.
 """
 
@@ -68,10 +68,10 @@ class Arm:
     """One model of the study.
 
     Attributes:
-        name: Which.
+        name: Name of the arm.
         values: Each quantity, one number per question or page.
-        entropy: Of the tower's attention by text density.
-        hallucination: What its wrong answers are.
+        entropy: Entropy of the tower's attention by text density.
+        hallucination: Its wrong answers by kind.
     """
 
     name: str
@@ -81,11 +81,14 @@ class Arm:
 
 
 def run_study(config: StudyConfig, console: Console | None = None) -> list[Arm]:
-    """Fine-tunes and measures every arm, and leaves tables and pictures.
+    """Fine-tunes and measures every arm, and writes tables and figures.
 
     Args:
         config: Options.
-        console: Where progress and tables go; the terminal by default.
+        console: Shows progress and tables; the terminal by default.
+
+    Returns:
+        The arms, the pretrained host first.
 
     Raises:
         DataError: The folder cannot be written.
@@ -118,7 +121,11 @@ def run_study(config: StudyConfig, console: Console | None = None) -> list[Arm]:
 
 
 def unseen_charts(count: int) -> list[Chart]:
-    """One chart of each test table, of different kinds; the same for every call."""
+    """One chart of each test table, of different kinds; the same in every call.
+
+    Args:
+        count: Largest number of charts.
+    """
     tables = load_tables("test")
     picked = [tables[i] for i in np.random.default_rng(0).permutation(len(tables))[:count]]
     return [draw(t, kinds_for(t)[i % len(kinds_for(t))], i) for i, t in enumerate(picked)]
@@ -173,7 +180,7 @@ def _dominance(host: NanoHost, pages: Sequence[Chart]) -> Values:
 
 @torch.no_grad()
 def _attention(host: NanoHost, pages: Sequence[Chart], seed: int) -> Values:
-    """What the three terms are about, page by page."""
+    """The quantities of the three terms of SCR, page by page."""
     scr = SCRLoss(
         host.model, SCRConfig(entropy=1, grounding=1, stability=1, entropy_band=BAND, seed=seed, **STATISTICS)
     )
@@ -209,7 +216,7 @@ def _rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 
 def _mean(values: np.ndarray) -> Interval:
-    """Over those that could be measured; the rows say how many."""
+    """Mean of the values that could be measured, with its interval."""
     return bootstrap(values[np.isfinite(values)])
 
 
@@ -219,7 +226,7 @@ def _cell(value: Interval) -> str:
 
 
 def _table(arms: Sequence[Arm]) -> Table:
-    """Means and half the width of their 95% intervals; whole intervals would not fit a terminal."""
+    """The table for the terminal: means and half the width of their 95% intervals."""
     table = Table("mean +- half of the 95% interval", *(arm.name for arm in arms))
     for quantity in arms[0].values:
         intervals = [_mean(arm.values[quantity]) for arm in arms]

@@ -1,7 +1,7 @@
-"""`sfa analyze entropy | dominance | map | hallucination`: one measurement; its table, CSV and picture in a folder.
+"""`sfa analyze entropy | dominance | map | hallucination`: one measurement, written as JSON, CSV and figure.
 
-Without a model of the user it is the pretrained nano host on charts of unseen tables. A model of the user is given with
-images and, where a language model takes part, with the question that is asked about each of them.
+By default it measures the pretrained nano host on charts of unseen tables. A model of the user needs images and, where
+a language model takes part, the question about each of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_entropy(
         out: Folder for the results.
         images: Pages, needed with `model`.
         model: A model with a vision tower, an id or a folder; by default the nano host on charts.
-        charts: How many charts, without `model`.
+        charts: Number of charts, without `model`.
         threshold: Text density above which a patch is dense.
 
     Raises:
@@ -73,16 +73,16 @@ def run_dominance(
     model: str | None = None,
     question: str | None = None,
 ) -> None:
-    """MDI and AEI, of the nano host on questions about charts or of a model of the user.
+    """Modality dominance index (MDI) and attention efficiency index (AEI) of a host.
 
     Args:
         out: Folder for the results.
-        charts: How many charts, without `model`.
+        charts: Number of charts, without `model`.
         queries: As in `modality_dominance`.
         layers: As in `modality_dominance`.
         images: Pages, needed with `model`.
         model: A vision-language model, an id or a folder.
-        question: What it is asked about each image.
+        question: The question about each image.
 
     Raises:
         DataError: Images and question without a model or the other way round, or something that cannot be loaded.
@@ -113,7 +113,7 @@ def run_map(
     model: str | None = None,
     question: str | None = None,
 ) -> None:
-    """Where an answer token of a host looks on the page, or a patch of its tower, or the rollout of one.
+    """Map of the attention to the page: of an answer token of a host, of a patch of its tower, or a rollout.
 
     Args:
         out: Folder for the results.
@@ -123,7 +123,7 @@ def run_map(
         rollout: Through all layers of the tower, instead of their mean.
         image: The page, needed with `model`; a test chart otherwise.
         model: A vision-language model, an id or a folder; the nano host by default.
-        question: What the model is asked.
+        question: The question about the image.
 
     Raises:
         DataError: A number does not exist, or something cannot be loaded.
@@ -158,7 +158,12 @@ def run_map(
 
 
 def run_hallucination(file: Path, out: Path, mode: str = "reference") -> None:
-    """Which wrong answers of a file are misread and which are made up.
+    """Which wrong answers in a file are misread numbers and which are fabricated ones.
+
+    Args:
+        file: Answers, as `read_predictions` takes them.
+        out: Folder for the results.
+        mode: As in `hallucination_report`.
 
     Raises:
         DataError: The file cannot be used; names the line.
@@ -205,7 +210,7 @@ def _positive(name: str, value: int) -> None:
 
 
 def _leave(report: Any, out: Path, name: str, rows: Sequence[Any], columns: Sequence[str], figure: Any = None) -> None:
-    """Writes everything and prints some columns."""
+    """Writes JSON, CSV and figure of a report, and prints some columns of its table."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(report.to_json() + "\n")

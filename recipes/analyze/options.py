@@ -18,7 +18,7 @@ class BudgetConfig:
         out: Folder for the table and the pictures.
         steps: Fine-tuning steps of each run.
         questions: Number of test questions.
-        seeds: How many seeds, each with training charts and an order of its own.
+        seeds: Number of seeds; each has its own training charts and order.
         charts: Number of training charts.
         scorer: density, edges, reconstruction, entropy or uniform.
         weights: Weights of the nano host, by default those of the package.
@@ -49,7 +49,7 @@ class StudyConfig:
         questions: Number of test questions.
         pages: Number of test charts on which attention is read.
         charts: Number of training charts.
-        seed: Of charts, order, biases and changes of pages.
+        seed: Of charts, order, initial biases and augmentations.
         weights: Weights of the nano host, by default those of the package.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Answers of a model from a file: JSON lines or CSV, one sample per row.
+"""Reads answers of a model from a file: JSON lines or CSV, one sample per row.
 
 Columns: `prediction`; `answers` (or `answer`, or `label`): one text or a list; `image`: a file, relative to the folder
-of the file that names it; `printed`: all texts printed on the image, if they are known. The last two may be missing.
+of the file that names it; `printed`: all texts that are printed on the image. The last two may be missing.
 """
 
 import csv
@@ -21,13 +21,13 @@ ANSWER_COLUMNS = ("answers", "answer", "label")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said, and what is true; all of length N.
+    """Answers of a model and the true ones, for each of N samples.
 
     Attributes:
-        predictions: what the model said.
-        answers: all answers that count as right; empty where the file has none.
-        images: files, or None.
-        printed: texts on the images; empty where they are not known.
+        predictions: Answers of the model.
+        answers: All true answers; empty where the file has none.
+        images: Files, or None.
+        printed: Texts on the images; empty where they are not known.
     """
 
     predictions: tuple[str, ...]
@@ -37,17 +37,17 @@ class Predictions:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read answers of a model.
+    """Reads answers of a model.
 
     Args:
-        path: a file ending in .jsonl, one JSON object per line, or in .csv, with a header. A number in JSON is taken as
+        path: A file ending in .jsonl, one JSON object per line, or in .csv, with a header. A number in JSON is taken as
             it is written (12.0 stays "12.0"). In CSV a cell that is a JSON list of texts is a list.
 
     Returns:
         All rows in their order. An empty answer is no error here: `hallucination_report` counts it as skipped.
 
     Raises:
-        DataError: no such file, another ending, not UTF-8, a broken row, a missing column, an image that is not there,
+        DataError: No such file, another ending, not UTF-8, a broken row, a missing column, an image that is not there,
             or no rows; with the number of the line.
     """
     path = Path(path)
@@ -94,7 +94,7 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _cell(value: str) -> str | list[str]:
-    """A JSON list of texts, or the cell as it is: a model may well say "[1"."""
+    """A JSON list of texts, or the cell as it is, since an answer may be "[1"."""
     if value.startswith("["):
         try:
             value_read = json.loads(value)

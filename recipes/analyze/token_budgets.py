@@ -1,17 +1,17 @@
-"""What fewer tokens cost and bring, measured: the main job at several token budgets, and three pictures.
+"""`sfa analyze tokens`: accuracy and time at several budgets of vision tokens, and three figures.
 
     sfa analyze tokens                          (2 CPU cores, about 20 minutes; numbers: docs/adat.md)
     sfa analyze tokens --steps 40 --questions 90 --out quick
 
-The pretrained nano host is fine-tuned (tower and projector) and asked about charts of unseen tables with
+The pretrained nano host is fine-tuned (tower and projector) and evaluated on charts of unseen tables with
 
 * its own tokens, 144 patches of 12 pixels;
 * adaptive tokens, at most as many as the budget says, with patches finer than the tower's own and without;
 * plain down-sampling: larger patches everywhere, which is the page made smaller;
 * patches dropped at random.
 
-Charts, questions, their order, seed, steps and learning rates are the same for all. The tower lays its tokens back onto
-the grid, so that the language model sees 144 places in every case; places of dropped patches are zero.
+Charts, questions, their order, seed, steps and learning rates are the same for all. The tower scatters its tokens back
+to the grid, so that the language model sees 144 places in every case; places of dropped patches are zero.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ UNIFORM, ADAT, DOWN, RANDOM = "uniform", "ADAT", "down-sampling", "random droppi
 COARSER = "ADAT, none finer"
 SIDES = (6, 8, 10)  # patches along one side of a page that was made smaller: 25, 44 and 69% of 12 x 12
 STATISTICS: dict[str, Any] = {"image_mean": (1.0, 1.0, 1.0), "image_std": (0.5, 0.5, 0.5)}  # of `pixel_values`
-# Cells of 3 x 3 own patches: a cell has 16, 9, 4 or 1 tokens.
+# Cells of 3 x 3 patches of the tower: a cell has 16, 9, 4 or 1 tokens.
 LEVELS = ((0.7, 9), (0.4, 12), (0.2, 18), (0.0, 36))
 # Without patches smaller than those the tower was trained on, which a short fine-tuning has to teach it.
 COARSER_LEVELS = ((0.4, 12), (0.2, 18), (0.0, 36))
@@ -63,7 +63,7 @@ class Run:
 
     Attributes:
         method: How tokens were saved.
-        budget: Most tokens that an image may have.
+        budget: Largest number of tokens of an image.
         tokens: Mean number of tokens of a test chart in the tower.
         ms: Median milliseconds of the tower for a chart, scoring and planning included.
         accuracy: Relaxed accuracy over the questions of all seeds.
@@ -79,7 +79,7 @@ class Run:
 
 
 class _RandomPatches(nn.Module):
-    """Keeps `count` patches of each image in front of the encoder and puts zeros where the others were behind it."""
+    """Keeps `count` random patches of each image before the encoder, and puts zeros at the other places after it."""
 
     def __init__(self, tower: nn.Module, count: int) -> None:
         super().__init__()
@@ -114,11 +114,11 @@ class _RandomPatches(nn.Module):
 
 
 def run_budgets(config: BudgetConfig, console: Console | None = None) -> list[Run]:
-    """Fine-tunes and asks the host at every budget, and leaves table and pictures.
+    """Fine-tunes and evaluates the host at every budget, and writes table and figures.
 
     Args:
         config: Options.
-        console: Where progress and the table go; the terminal by default.
+        console: Shows progress and the table; the terminal by default.
 
     Returns:
         One entry per method and budget.
@@ -204,7 +204,7 @@ def _tower_time(tower: nn.Module, samples: Sequence[ChartSample], count: Callabl
 
 def _summary(method: str, budget: int, results: Sequence[tuple[Evaluation, float, float]]) -> Run:
     by_seed = tuple(float(np.mean(evaluation.correct)) for evaluation, _, _ in results)
-    # Seeds ask the same questions: the question, with its mean over seeds, is what is drawn anew.
+    # Seeds share the questions: the bootstrap resamples questions, each with its mean over seeds.
     accuracy = bootstrap(np.mean([evaluation.correct for evaluation, _, _ in results], axis=0))
     tokens, ms = statistics.mean(count for _, count, _ in results), statistics.mean(time for *_, time in results)
     return Run(method, budget, tokens, ms, accuracy, by_seed)
@@ -242,11 +242,11 @@ def _write(runs: Sequence[Run], config: BudgetConfig, samples: Sequence[ChartSam
 
 
 def draw_pages(folder: Path, scorer: Scorer = "density", budget: float = 0.5) -> None:
-    """Draws how one page is cut (plan.png), and a gallery of pages with their density (gallery.png).
+    """Draws the patch plan of one page (plan.png), and a gallery of pages with their density (gallery.png).
 
     Args:
-        folder: Where the pictures go.
-        scorer: Where densities come from.
+        folder: Folder of the figures.
+        scorer: Estimates densities.
         budget: Share of the tokens of a tower with patches of 14 pixels.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of adaptive tokens: one page cut up, a gallery of density maps, and what tokens cost and bring.
+"""Figures of adaptive tokens: the patch plan of a page, a gallery of density maps, and accuracy and time by budget.
 
 All are drawn for half the width of a printed page or a screen: 12 inches with 17 pt letters.
 """
@@ -20,7 +20,7 @@ from sfa_adapters.recipes.nano.evaluate import Interval
 
 __all__ = ["Measured", "ScoredPage", "plot_efficiency", "plot_gallery", "plot_plan"]
 
-# Finest first, told apart by people who see no red or green; the coarsest level is always the gray one.
+# Finest first, distinguishable for colour-blind people; the coarsest level is always gray.
 LEVEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 COARSEST_COLOUR = "#8a8a8a"
 LINES = (
@@ -39,7 +39,7 @@ class ScoredPage:
     """A page and its density map.
 
     Attributes:
-        name: Stands above the page.
+        name: Title of the page.
         image: Pixels, uint8 `[H, W, 3]`.
         density: Densities in [0, 1] of any resolution, `[h, w]`.
     """
@@ -75,7 +75,7 @@ def _new_figure(width: float, height: float, layout: Literal["constrained"] | No
 
 
 def _show(axis: Any, image: np.ndarray, title: str, fade: bool = False) -> None:
-    # Lines and colours over a dark page would not be seen.
+    # Lines and colours over a dark page would not be visible.
     axis.imshow(image, interpolation="antialiased", alpha=0.45 if fade and image.mean() < 128 else 1.0)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=TITLE, pad=8)
@@ -84,7 +84,7 @@ def _show(axis: Any, image: np.ndarray, title: str, fade: bool = False) -> None:
 
 
 def _heat(axis: Any, density: Tensor | np.ndarray, size: tuple[int, int]) -> Any:
-    """The map over a page of `size` pixels; the same colours mean the same density everywhere."""
+    """Draws the map over a page of `size` pixels; a colour means the same density in all figures."""
     values = torch.as_tensor(density).detach().float().cpu().numpy()
     if values.ndim != 2 or not np.isfinite(values).all():
         raise DataError(f"A density map must be finite and [rows, columns]; got {values.shape}.")
@@ -123,12 +123,15 @@ def _draw_tokens(axis: Any, plan: PatchPlan) -> None:
 
 
 def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
-    """Draws one page three times: under the tower's own grid, its density, and under the tokens of the plan.
+    """Draws one page three times: with the tower's own grid, its density, and with the tokens of a patch plan.
 
     Args:
         page: The page as the tower sees it, `plan.image_size` pixels, and its map.
-        plan: How it is cut.
-        path: Where the picture goes; the ending chooses the format.
+        plan: The patch plan.
+        path: The file to write; its ending chooses the format.
+
+    Returns:
+        The file.
 
     Raises:
         DataError: The image has another size than the plan's page, or the map cannot be drawn.
@@ -190,9 +193,12 @@ def plot_gallery(pages: Sequence[ScoredPage], path: Path, columns: int = 4) -> P
     """Draws pages, each above its density map and the mean of that map.
 
     Args:
-        pages: What to show; small pages look best.
-        path: Where the picture goes; the ending chooses the format.
-        columns: Most pages side by side.
+        pages: The pages; small ones look best.
+        path: The file to write; its ending chooses the format.
+        columns: Largest number of pages side by side.
+
+    Returns:
+        The file.
 
     Raises:
         DataError: There is no page, or a map cannot be drawn.
@@ -224,12 +230,15 @@ def plot_gallery(pages: Sequence[ScoredPage], path: Path, columns: int = 4) -> P
 def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Path:
     """Draws accuracy and encoder time over the share of tokens that is left, one line per method.
 
-    The panel of a quantity that no row has is left out; rows without an accuracy only stand in the panel of times.
+    A panel without values is left out; rows without an accuracy are only in the panel of times.
 
     Args:
         rows: Measured runs, in any order; methods keep the order in which they first appear.
-        path: Where the picture goes; the ending chooses the format.
-        title: Stands above the picture.
+        path: The file to write; its ending chooses the format.
+        title: Title of the figure.
+
+    Returns:
+        The file.
 
     Raises:
         DataError: There is no row, or a ratio or time is not a number above 0.
@@ -255,7 +264,7 @@ def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Pa
             if not known:
                 continue
             values = np.array([(a.value, a.value - a.low, a.high - a.value) for _, a in known]).T * 100
-            # Methods at one budget stand side by side, so that their intervals can be told apart.
+            # Points at one budget are shifted sideways, so that their intervals do not overlap.
             places = [x + 0.8 * (number - (len(methods) - 1) / 2) for x, _ in known]
             axis.errorbar(places, values[0], yerr=values[1:].clip(min=0), capsize=4, elinewidth=1.6, **style)
         axis.set_xlabel("tokens left, % of uniform", fontsize=LABEL)

@@ -1,1 +1,1 @@
-"""What `sfa bench` does: time, memory and answers of a reduced model beside those of the untouched one."""
+"""The benchmarks of `sfa bench`: time, memory and answers of a reduced model against the untouched one."""

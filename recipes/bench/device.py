@@ -1,4 +1,4 @@
-"""The device that a person names with `--device`, checked before a model is loaded."""
+"""Check of the option `--device`, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["require_device"]
 
 
 def require_device(name: str) -> None:
-    """Checks that a model can be put there.
+    """Checks that a model can be placed on a device.
 
     Args:
         name: `cpu`, `cuda`, or `cuda:1` and the like.
 
     Raises:
-        DataError: It is another word, or this machine has no such GPU.
+        DataError: The name is not one of these, or this machine has no such GPU.
     """
     try:
         device = torch.device(name)

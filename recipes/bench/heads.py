@@ -1,11 +1,11 @@
-"""`sfa bench heads`: what removing attention heads costs and brings on one host: rates x plans x compensations.
+"""`sfa bench heads`: speed and answers of one host with pruned heads, for each rate, head plan and compensation.
 
     sfa bench heads                                  (nano host, 2 CPU cores: about a quarter of an hour; docs/heads.md)
     sfa bench heads --method s4 --method gate --method flap --method random --plan global --compensation none
     sfa bench heads page.png --model llava-hf/llava-1.5-7b-hf --question "What is the total?" --device cuda
 
 Every arm is pruned for real, and its receipt times it in turns with the whole host. On the nano host the pruned object
-also answers questions about charts of unseen tables: relaxed accuracy, invented numbers, and where the question looks.
+also answers questions about charts of unseen tables: relaxed accuracy, fabricated numbers, and modality dominance.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = ["HeadBenchConfig", "run_bench_heads"]
 
 @dataclass(eq=False)
 class _Subject:
-    """What is pruned and asked."""
+    """The model to prune, its prompts, and for the nano host its test questions."""
 
     model: Any
     batches: list[dict[str, Any]]  # prompts
-    labelled: list[dict[str, Any]]  # the same with answers, for "gate"; pages of one's own have none
+    labelled: list[dict[str, Any]]  # the same with answers, for "gate"; pages of the user have none
     host: NanoHost | None = None
     samples: Sequence[ChartSample] = ()
 
@@ -54,6 +54,9 @@ def run_bench_heads(config: HeadBenchConfig) -> HeadBench:
 
     Args:
         config: Options.
+
+    Returns:
+        All measurements.
 
     Raises:
         DataError: A model or image cannot be loaded, or the folder cannot be written.
@@ -79,7 +82,7 @@ def run_bench_heads(config: HeadBenchConfig) -> HeadBench:
     ):
         runs = []
         for plan in plan_of_run:
-            # Different ways may come to the same heads: those are measured once.
+            # Different plans may remove the same heads: those are measured once.
             same = (compensation, *sorted(plan.removed.items()))
             if same not in known:
                 known[same] = _measured(config, subject, plan, compensation)
@@ -105,7 +108,7 @@ def _subject(config: HeadBenchConfig) -> _Subject:
         subject = _Subject(host.model, prompts, chart_batches(host, config.charts, labelled=True), host)
         subject.samples = chart_samples("test", config.questions) if config.questions else []
     else:
-        pages = [as_image(path) for path in config.images]  # a bad one is told before a model is loaded
+        pages = [as_image(path) for path in config.images]  # a bad one is an error before a model is loaded
         model, processor = load_user_model(config.model, attn_implementation="sdpa")
         prompts = [user_prompt(processor, page, config.question or "") for page in pages]
         subject = _Subject(model, prompts, prompts)
@@ -125,7 +128,7 @@ Plans = Mapping[tuple[str, str, float], list[HeadPlan]]
 
 
 def _plans(config: HeadBenchConfig, subject: _Subject) -> tuple[Plans, list[tuple[str, str, float, str]]]:
-    """Plans by method, kind and rate, one for each draw; and what cannot be planned."""
+    """Head plans by method, kind and rate, one for each draw; and those that cannot be made, with the reason."""
     plans: dict[tuple[str, str, float], list[HeadPlan]] = {}
     left_out = []
     for method in config.methods:
@@ -144,7 +147,7 @@ def _plans(config: HeadBenchConfig, subject: _Subject) -> tuple[Plans, list[tupl
 def _measured(
     config: HeadBenchConfig, subject: _Subject, plan: HeadPlan, compensation: Compensation
 ) -> tuple[PruneReceipt, Asked | None]:
-    """Prunes a copy, times it and asks it; the copy is gone afterwards."""
+    """Prunes a copy, times it and evaluates its answers; the copy is freed afterwards."""
     model = deepcopy(subject.model)
     first = {name: value[:1] if subject.host is not None else value for name, value in subject.batches[0].items()}
     probe = take_probe(model, first)

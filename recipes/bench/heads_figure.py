@@ -1,4 +1,4 @@
-"""The picture of `sfa bench heads`: accuracy over the share of heads gone, and speed measured beside expected."""
+"""The figure of `sfa bench heads`: accuracy over the share of pruned heads, and measured and expected speed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def plot_bench_heads(bench: HeadBench, path: Path) -> Path:
-    """Draws accuracy over the share of heads gone, a panel for each plan, and measured beside expected speed.
+    """Draws accuracy over the share of pruned heads, one panel per head plan, and measured and expected speed.
 
     Args:
         bench: As `run_bench_heads` returns it.
-        path: Where the picture goes; the ending chooses the format.
+        path: The file to write; its ending chooses the format.
+
+    Returns:
+        The file.
     """
     from matplotlib.figure import Figure
 
@@ -54,14 +57,14 @@ def _accuracy(bench: HeadBench, plan: str, axis: Any) -> None:
     methods = list(dict.fromkeys(arm.method for arm in bench.arms))
     kinds = list(dict.fromkeys(arm.compensation for arm in bench.arms))
     lines = list(dict.fromkeys((arm.method, arm.compensation) for arm in of_plan))
-    # Colour tells what varies; where both do, colour is the method and the line the compensation.
+    # Colour shows what varies; where both vary, colour is the method and line style the compensation.
     for number, (method, kind) in enumerate(lines):
         place = methods.index(method) if len(methods) > 1 else kinds.index(kind)
         style = STYLES[kinds.index(kind) % 4] if len(methods) > 1 else "-"
         label = method if len(kinds) == 1 else kind if len(methods) == 1 else f"{method}, {kind}"
         arms = sorted((a for a in of_plan if (a.method, a.compensation) == (method, kind)), key=lambda a: a.removed)
         accuracies = [a.quality.accuracy for a in arms if a.quality is not None]
-        # Lines at one share stand side by side, so that their intervals can be told apart.
+        # Points at one share are shifted sideways, so that their intervals do not overlap.
         places = [100 * a.removed / a.total + 0.35 * (number - (len(lines) - 1) / 2) for a in arms]
         error = [[100 * (t.value - t.low) for t in accuracies], [100 * (t.high - t.value) for t in accuracies]]
         axis.errorbar(
@@ -76,7 +79,7 @@ def _accuracy(bench: HeadBench, plan: str, axis: Any) -> None:
 
 
 def _speed(bench: HeadBench, axis: Any) -> None:
-    """Arms that lost equally many heads are equally fast, so they are one point: their geometric mean."""
+    """Draws speed; arms with equally many pruned heads are equally fast, so one point is their geometric mean."""
     for name, colour, marker in (("prefill", COLOURS[0], "o"), ("decode", COLOURS[1], "s")):
         by_share: dict[float, list[tuple[Interval, float]]] = {}
         for arm in bench.arms:

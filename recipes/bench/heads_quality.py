@@ -1,4 +1,4 @@
-"""What the answers of a nano host are worth when heads of its language model are gone, asked of the very object."""
+"""Quality of the answers of a nano host with pruned heads, on the pruned object itself."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TOGETHER = 10  # charts in one forward
 class Asked:
     """Answers of one host, and the modality dominance of each of the first questions, `[LOOKED_AT]`."""
 
-    found: Evaluation
+    evaluation: Evaluation
     mdi: np.ndarray
 
 
 @dataclass(frozen=True)
 class HeadQuality:
-    """What answers are worth, with 95% intervals over questions.
+    """Quality of the answers, with 95% intervals over questions.
 
     Attributes:
         accuracy: Relaxed accuracy.
@@ -55,7 +55,7 @@ def chart_batches(host: NanoHost, charts: int, labelled: bool) -> list[dict[str,
     Args:
         host: The host.
         charts: How many.
-        labelled: Whether the answers stand behind the questions, with labels.
+        labelled: Whether the answers follow the questions, with labels.
     """
     samples = chart_samples("train", charts)
     batches = []
@@ -67,35 +67,35 @@ def chart_batches(host: NanoHost, charts: int, labelled: bool) -> list[dict[str,
 
 
 def ask(host: NanoHost, model: Any, samples: Sequence[ChartSample]) -> Asked:
-    """Asks every question once.
+    """Lets a model answer every question once.
 
     Args:
-        host: Tokenizer and sizes.
-        model: What answers: the pruned model itself.
+        host: Gives tokenizer and sizes.
+        model: The model that answers, pruned or not.
         samples: The questions.
     """
     evaluation = evaluate(replace(host, model=model), samples)
     first = samples[:LOOKED_AT]
     prompt = encode(host, [s.image for s in first], [s.question for s in first])
     layers = {"all": range(len(model.model.language_model.layers))}
-    # Of the question's tokens: of the answer's, a host that says one token or nothing would drop out of the average.
+    # Of the tokens of the question: an answer of one token or none has no query tokens.
     report = modality_dominance(model, [prompt], layers=layers, queries="text")
     return Asked(evaluation, report.per_sample("all")["mdi"])
 
 
 def quality_of(runs: Sequence[Asked], whole: Asked) -> HeadQuality:
-    """Puts the runs of one arm together: one, or one for each draw of random heads.
+    """Quality of one arm from its runs: one, or one for each draw of random heads.
 
     Args:
-        runs: Over the same questions.
-        whole: Of the host with all its heads.
+        runs: Answers to the same questions.
+        whole: Answers of the host with all its heads.
     """
-    correct = np.mean([run.found.correct for run in runs], 0)
-    invented = np.concatenate([run.found.fabricated[run.found.readable] for run in runs])
+    correct = np.mean([run.evaluation.correct for run in runs], 0)
+    invented = np.concatenate([run.evaluation.fabricated[run.evaluation.readable] for run in runs])
     return HeadQuality(
         bootstrap(correct),
-        bootstrap(correct - whole.found.correct),
+        bootstrap(correct - whole.evaluation.correct),
         bootstrap(invented),
         bootstrap(np.mean([run.mdi for run in runs], 0)),
-        tuple(float(run.found.correct.mean()) for run in runs),
+        tuple(float(run.evaluation.correct.mean()) for run in runs),
     )

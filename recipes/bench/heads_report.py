@@ -1,4 +1,4 @@
-"""Table, files and picture of `sfa bench heads`."""
+"""Table and files of `sfa bench heads`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["HeadArm", "HeadBench", "arm_row", "write_bench"]
 
 @dataclass(frozen=True)
 class HeadArm:
-    """One way to remove heads.
+    """One way to prune heads, and its measurements.
 
     Attributes:
-        method: What the heads were scored by.
-        plan: How they are divided among layers.
-        rate: Share that was asked for.
-        compensation: What the kept heads do.
-        removed: Heads that went; with several draws of random heads, of the first.
-        total: Heads before.
-        receipt: What happened to the object that answered, timed in turns with the whole host; of the first draw.
-        quality: Of its answers, or None where nothing was asked.
+        method: Scoring method of the heads.
+        plan: Kind of head plan: how pruned heads are divided among layers.
+        rate: Requested share of pruned heads.
+        compensation: How the kept heads make up for the pruned ones.
+        removed: Number of pruned heads; with several draws of random heads, of the first.
+        total: Number of heads before.
+        receipt: Sizes and times of the pruned model, timed in turns with the whole host; of the first draw.
+        quality: Quality of its answers, or None where there were no questions.
     """
 
     method: str
@@ -48,13 +48,13 @@ class HeadArm:
 
 @dataclass(frozen=True)
 class HeadBench:
-    """A run.
+    """All measurements of a run.
 
     Attributes:
         host: Name of the model.
-        whole: Answers of the host with all its heads, or None where nothing was asked.
-        arms: What was measured.
-        left_out: Method, plan, rate and reason of what cannot be done on this host.
+        whole: Quality of the answers of the host with all its heads, or None where there were no questions.
+        arms: The measured arms.
+        left_out: Method, plan, rate and reason of arms that are not possible on this host.
     """
 
     host: str
@@ -67,9 +67,9 @@ def write_bench(bench: HeadBench, out: Path, options: Mapping[str, str]) -> None
     """Prints the table and writes `bench.csv` and `bench.json`.
 
     Args:
-        bench: What was measured.
+        bench: The measurements.
         out: An existing folder.
-        options: Of the run, for the record.
+        options: Options of the run, for `bench.json`.
     """
     rows = [arm_row(arm) for arm in bench.arms]
     with (out / "bench.csv").open("w", newline="", encoding="utf-8") as file:
@@ -93,7 +93,7 @@ def write_bench(bench: HeadBench, out: Path, options: Mapping[str, str]) -> None
 
 
 def arm_row(arm: HeadArm) -> dict[str, Any]:
-    """One line of the table, with every interval."""
+    """One row of the CSV file, with every interval."""
     row: dict[str, Any] = {"method": arm.method, "plan": arm.plan, "rate": arm.rate, "compensation": arm.compensation}
     row |= {"removed": arm.removed, "total": arm.total}
     intervals: dict[str, Interval] = {}
@@ -121,7 +121,7 @@ def arm_row(arm: HeadArm) -> dict[str, Any]:
 
 
 def _table(bench: HeadBench, method: str) -> Table:
-    """What fits 80 columns; all intervals are in the files."""
+    """The table for a terminal of 80 columns; all intervals are in the files."""
     has_quality = bench.whole is not None
     table = Table(
         title=f"heads by {method}; speed in times of the whole host",

@@ -21,11 +21,11 @@ class BenchConfig:
     Attributes:
         images: Pages, with --model; charts by default.
         model: A model id or folder; the nano host by default.
-        question: What --model is asked about each page.
-        out: Folder for table and curve.
+        question: The question to --model about each page.
+        out: Folder for table and figure.
         selectors: Only these selectors; all by default.
         keep: Shares of image tokens that stay.
-        layer: Tokens go in front of this layer.
+        layer: Tokens are dropped before this layer.
         questions: Questions about charts; 0 measures time only.
         rounds: How often every arm is timed.
         tokens: Decoded tokens of each timing.
@@ -69,9 +69,9 @@ class HeadBenchConfig:
     Attributes:
         images: Pages, with --model; charts by default.
         model: A model id or folder; the nano host with 16 heads a layer by default.
-        question: What --model is asked about each page.
-        out: Folder for table and picture.
-        rates: Shares of the heads that go; five by default.
+        question: The question to --model about each page.
+        out: Folder for table and figure.
+        rates: Shares of the heads that are pruned; five by default.
         plans: uniform, adaptive, early_skip, global; all.
         compensations: none, absorb, bias, residual; all.
         methods: s4 (default), gate, flap, random.

@@ -1,11 +1,11 @@
-"""`sfa bench tokens`: what pruning image tokens costs and brings on one host, every selector at every kept share.
+"""`sfa bench tokens`: speed and answers of one host with FastV, for each selector and each kept share.
 
     sfa bench tokens                                 (nano host, 2 CPU cores: minutes; numbers: docs/fastv.md)
     sfa bench tokens page.png --model llava-hf/llava-1.5-7b-hf --question "What is the total?" --device cuda
 
 Arms take turns with the untouched host, all on sdpa in one process: time to the first token (tower, language model and
-selection, from pixels to an id), decoding speed, peak memory, cache size. On the nano host also what the answers are
-worth: relaxed accuracy and invented numbers on charts of unseen tables, and where the answer looks (MDI).
+selection, from pixels to an id), decoding speed, peak memory, cache size. On the nano host also the quality of answers:
+relaxed accuracy and fabricated numbers on charts of unseen tables, and modality dominance (MDI).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ UNTOUCHED = "untouched"
 
 @dataclass(frozen=True)
 class Arm:
-    """One selector at one share.
+    """Measurements of one selector at one kept share.
 
     Attributes:
         selector: Its name, or `untouched`.
         keep: Share of image tokens that stay.
-        tokens: Image tokens behind the pruning, of the prompt that is timed.
+        tokens: Image tokens after the pruning, of the timed prompt.
         first_ms: Median milliseconds to the first token, selection included.
         first_ratio: Median over rounds of that time over the untouched host's in the same round.
         per_second: Median decoded tokens per second.
-        cache_mb: Keys and values behind the prompt.
-        peak_mb: Peak memory of one answer beyond what was there before.
-        quality: Of the answers, or None where nothing was asked.
+        cache_mb: Size of the cache after the prompt.
+        peak_mb: Peak memory of one answer beyond the memory before it.
+        quality: Quality of the answers, or None where there were no questions.
     """
 
     selector: str
@@ -149,7 +149,7 @@ def _pruned(model: Any, setting: FastVConfig | None) -> Iterator[None]:
 def _memory(
     model: Any, setting: FastVConfig | None, prompt: Mapping[str, Any], tokens: int
 ) -> tuple[int, float, float]:
-    """Image tokens behind the pruning; MB of keys and values, and at most while answering."""
+    """Image tokens after the pruning, MB of the cache, and peak MB while answering."""
     with _pruned(model, setting):
         with torch.no_grad():
             cache = cache_of_output(model(**prompt, use_cache=True))
@@ -178,7 +178,7 @@ def _write(config: BenchConfig, arms: Sequence[Arm]) -> None:
 
 
 def _table(arms: Sequence[Arm]) -> Table:
-    """What fits 80 columns; intervals are in the files."""
+    """The table for a terminal of 80 columns; intervals are in the files."""
     numbers = ("kept", "first ms", "ratio", "tok /s", "cache MB", "peak MB", "acc. %", "made up %", "MDI")
     table = Table("selector", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = True
@@ -200,7 +200,7 @@ def _table(arms: Sequence[Arm]) -> Table:
 
 
 def arm_row(arm: Arm) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the CSV file."""
     row = {name: value for name, value in asdict(arm).items() if name != "quality"}
     if arm.quality is not None:
         for name in ("accuracy", "invented", "mdi"):

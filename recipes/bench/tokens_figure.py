@@ -1,4 +1,4 @@
-"""The curves of `sfa bench tokens`: what is left of accuracy and of time, over the share of image tokens left."""
+"""The figure of `sfa bench tokens`: accuracy and time to the first token over the share of kept image tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINES = (("#1b6ca8", "o"), ("#c1440e", "s"), ("#2f7d32", "^"), ("#7b3f9d", "D"),
 
 
 class Measured(Protocol):
-    """What is drawn: an `Arm`."""
+    """What the figure needs of an `Arm`."""
 
     @property
     def selector(self) -> str:
@@ -32,7 +32,7 @@ class Measured(Protocol):
 
     @property
     def quality(self) -> Any:
-        """With `accuracy`, or None."""
+        """Quality of the answers, with `accuracy`; or None."""
         ...
 
 
@@ -41,7 +41,10 @@ def plot_bench(arms: Sequence[Measured], path: Path) -> Path:
 
     Args:
         arms: As `run_bench` returns them.
-        path: Where the picture goes; the ending chooses the format.
+        path: The file to write; its ending chooses the format.
+
+    Returns:
+        The file.
     """
     from matplotlib.figure import Figure
 
@@ -57,7 +60,7 @@ def plot_bench(arms: Sequence[Measured], path: Path) -> Path:
         if has_quality:
             accuracies = [arm.quality.accuracy for arm in of_selector]
             error = [[100 * (a.value - a.low) for a in accuracies], [100 * (a.high - a.value) for a in accuracies]]
-            # Arms at one share stand side by side, so that their intervals can be told apart.
+            # Points at one share are shifted sideways, so that their intervals do not overlap.
             places = [100 * arm.keep + 1.1 * (number - (len(names) - 1) / 2) for arm in of_selector]
             axes[0].errorbar(
                 places, [100 * a.value for a in accuracies], yerr=error, capsize=4, elinewidth=1.4, **style

@@ -1,1 +1,1 @@
-"""What `sfa calibrate` does: numbers that are found on images, without training."""
+"""The calibrations of `sfa calibrate`: thresholds and scores from images, without training."""

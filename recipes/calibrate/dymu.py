@@ -34,19 +34,19 @@ def run_calibrate_dymu(
     charts: int = 128,
     batch: int = 64,
 ) -> DyMUConfig:
-    """Calibrates and saves.
+    """Calibrates thresholds, saves and prints them.
 
     Args:
-        out: Folder for `dymu.safetensors` and `dymu_config.json`; that of an adapter, say.
+        out: Folder for `dymu.safetensors` and `dymu_config.json`, e.g. that of an adapter.
         images: Pages, needed with `model`.
         model: A vision-language model or a tower, an id or a folder; by default the nano host on charts.
         keep: Share of the tokens that should be left on average.
         language: What the language model does later, as in `DyMUConfig`.
-        charts: How many charts, without `model`.
+        charts: Number of charts, without `model`.
         batch: Images that share their merges.
 
     Returns:
-        What was saved.
+        The saved configuration.
 
     Raises:
         DataError: Images without a model or the other way round, or something that cannot be loaded.
@@ -62,7 +62,7 @@ def run_calibrate_dymu(
     seen = list(batches)
     config = calibrate_dymu(host, seen, keep=keep, config=options)
     save_dymu(config, out)
-    _tell(host, seen, config, out)
+    _print_counts(host, seen, config, out)
     return config
 
 
@@ -80,7 +80,7 @@ def _charts(charts: int, batch: int) -> tuple[nn.Module, Iterator[Any]]:
 def _pages(model: str, images: Sequence[Path], batch: int) -> tuple[nn.Module, Iterator[Any]]:
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText
 
-    pages = [as_image(path) for path in images]  # a bad one is told before a model is loaded
+    pages = [as_image(path) for path in images]  # a bad one is an error before a model is loaded
     try:
         processor: Any = AutoImageProcessor.from_pretrained(model)
         try:
@@ -93,7 +93,7 @@ def _pages(model: str, images: Sequence[Path], batch: int) -> tuple[nn.Module, I
     return host, (dict(processor(images=part, return_tensors="pt")) for part in parts)
 
 
-def _tell(host: nn.Module, batches: Sequence[Any], config: DyMUConfig, out: Path) -> None:
+def _print_counts(host: nn.Module, batches: Sequence[Any], config: DyMUConfig, out: Path) -> None:
     """Runs the tower once more with the thresholds, and prints what is left."""
     import torch
 

@@ -1,10 +1,10 @@
-"""`sfa calibrate heads`: scores of the attention heads of a language model, and a plan which of them go.
+"""`sfa calibrate heads`: scores of the attention heads of a language model, and a head plan.
 
     sfa calibrate heads pages/*.png --model llava-hf/llava-1.5-7b-hf --question "What is shown?" --out llava-heads
     sfa calibrate heads --scores llava-heads/head_scores.json --rate 0.2 --kind adaptive --out adaptive
 
-Time: one forward for each picture ("gate": and a backward). Expect one row of scores per layer, and with `--rate` how
-many heads of each layer go.
+Time: one forward for each picture ("gate": and a backward). Expect one row of scores per layer, and with `--rate` the
+number of pruned heads of each layer.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ def run_calibrate_heads(
     seed: int = 0,
     scored: Path | None = None,
 ) -> HeadScores:
-    """Calibrates, saves and prints.
+    """Scores heads, saves and prints the scores, and makes a head plan.
 
     Args:
         out: Folder for `head_scores.json`, and with a plan `head_plan.json`.
         images: Pages, needed with `model`.
         model: A vision-language model, an id or a folder; by default the nano host on charts.
-        question: What it is asked about each image.
+        question: The question about each image.
         method: As in `calibrate_heads`.
         gamma: As in `calibrate_heads`.
-        charts: How many charts, without `model`.
-        rate: Share of the heads that should go; without it there is no plan, unless `kind` is "early_skip".
+        charts: Number of charts, without `model`.
+        rate: Share of the heads to prune; without it there is no plan, unless `kind` is "early_skip".
         kind: As in `plan_heads`.
         seed: Of "random".
-        scored: Scores that were saved before, for another plan without another calibration.
+        scored: Saved scores, to make another plan without a calibration.
 
     Returns:
-        What was saved.
+        The saved scores.
 
     Raises:
         DataError: Images and question without a model or the other way round, or something that cannot be loaded.
@@ -67,7 +67,7 @@ def run_calibrate_heads(
     if charts < 1:
         raise DataError(f"--charts {charts} must be at least 1.")
     planned = rate is not None or kind != "uniform"
-    check_method(method, gamma)  # all that can be told is told before a model is loaded and run
+    check_method(method, gamma)  # options are checked before a model is loaded and run
     if planned:
         checked_rate(rate, kind)
     _check_folder(out)
@@ -76,7 +76,7 @@ def run_calibrate_heads(
         raise DataError("Give --model, --question and images together; without them, the nano host looks at charts.")
     if scored is not None:
         if any(given):
-            raise DataError("--scores stands for a calibration: leave out --model, --question and images.")
+            raise DataError("--scores replaces the calibration: leave out --model, --question and images.")
         if not planned:
             raise RecipeError("--scores needs --rate, such as 0.2, or --kind early_skip: a plan is made of them.")
         return _planned(HeadScores.load(scored), out, rate, kind)
@@ -89,12 +89,12 @@ def run_calibrate_heads(
     scores = calibrate_heads(host, batches, **options, seed=seed, data=about)
     if planned:
         return _planned(scores, out, rate, kind)
-    _tell(scores, None, scores.save(out / SCORES_NAME))
+    _print_scores(scores, None, scores.save(out / SCORES_NAME))
     return scores
 
 
 def _planned(scores: HeadScores, out: Path, rate: float | None, kind: str) -> HeadScores:
-    """Saves scores first, so that a plan that cannot be made costs no second calibration."""
+    """Saves scores, then the plan, so that a plan that fails needs no second calibration."""
     path = scores.save(out / SCORES_NAME)
     try:
         plan = plan_heads(scores, rate, kind)  # pyright: ignore[reportArgumentType]
@@ -104,7 +104,7 @@ def _planned(scores: HeadScores, out: Path, rate: float | None, kind: str) -> He
         (out / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{out / PLAN_NAME} cannot be written ({error.strerror}).") from error
-    _tell(scores, plan, path)
+    _print_scores(scores, plan, path)
     return scores
 
 
@@ -119,14 +119,14 @@ def _charts(charts: int, labelled: bool) -> tuple[nn.Module, list[Any], str]:
 def _pages(model: str, images: Sequence[Path], question: str) -> tuple[nn.Module, Sequence[Any]]:
     from sfa_adapters.hosts.user_supplied import load_user_model, user_prompt
 
-    for path in images:  # a bad one is told before a model is loaded
+    for path in images:  # a bad one is an error before a model is loaded
         as_image(path)
     host, processor = load_user_model(model)
     return host, _Prompts(images, lambda path: user_prompt(processor, as_image(path), question))
 
 
 class _Prompts(Sequence[Any]):
-    """Prompts that are made when they are needed: a hundred large pages as pixels do not fit every memory."""
+    """Prompts that are encoded when they are needed, because many large pages may not fit into memory."""
 
     def __init__(self, images: Sequence[Path], prompt: Callable[[Path], Any]) -> None:
         self.images, self.prompt = images, prompt
@@ -151,7 +151,7 @@ def _check_folder(out: Path) -> None:
                               "folder with --out.") from error  # fmt: skip
 
 
-def _tell(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
+def _print_scores(scores: HeadScores, plan: HeadPlan | None, path: Path) -> None:
     console = Console()
     counts = "heads" if plan is None else "removed"
     table = Table("layer", "lowest", "highest", counts, *(() if plan is None else ("which",)), box=box.SIMPLE_HEAD)

@@ -1,4 +1,4 @@
-"""What `sfa demo` does."""
+"""The demo, `sfa demo`: fine-tuning of a nano host with and without SFA."""
 
 from sfa_adapters.moved import old_names
 

@@ -1,4 +1,4 @@
-"""A page of pictures, each with a question, the true answer, and what each model says."""
+"""A figure with pictures, each with a question, the true answer, and the answer of each model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class AnsweredPicture:
 
     Attributes:
         image: uint8 `[height, width, 3]`.
-        question: About it.
+        question: A question about it.
         true: The true answer.
-        answers: Model, what it says, and whether that is right.
+        answers: Name of each model, its answer, and whether that is right.
     """
 
     image: np.ndarray
@@ -37,9 +37,9 @@ def draw_answer_page(pictures: Sequence[AnsweredPicture], title: str, path: Path
     """Draws the first twelve pictures.
 
     Args:
-        pictures: In the order of the page.
-        title: Above all of them.
-        path: Where to.
+        pictures: The pictures.
+        title: Title of the figure.
+        path: The file to write.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`sfa demo --task charts`: the host on charts, which it was pretrained on to the end.
+"""`sfa demo --task charts`: fine-tunes the nano host on charts, on which it was fully pretrained.
 
 1. A nano host that was pretrained without SFA answers questions about charts of tables that were never trained on.
 2. Two copies are fine-tuned on charts of the training tables, tower and projector: one with SFA injected, one without.
@@ -29,14 +29,14 @@ __all__ = ["run_charts"]
 
 
 def run_charts(config: DemoConfig, console: Console) -> Report:
-    """Runs the task; arguments, result and errors as in `run_demo`."""
+    """Runs the task on charts; arguments, result and errors as in `run_demo`."""
     began = time.perf_counter()
     prepare_folder(config)
     host, questions = load_host(config), config.number("questions")
     console.print(f"host {config.host}: {type(host.model).__name__}, {host.parameters:,} parameters")
     with console.status(f"drawing {questions} test charts"):
         samples = chart_samples("test", questions)
-    evaluate(host, samples[:64])  # the first forward of a process is slow and must not count as this model's time
+    evaluate(host, samples[:64])  # the first forward of a process is slow and must not be timed
     with console.status("answering before fine-tuning"):
         before = evaluate(host, samples)
     settings = FinetuneConfig(steps=config.number("steps"), seed=config.seed, bias_lr=0.01)
@@ -71,7 +71,11 @@ def run_charts(config: DemoConfig, console: Console) -> Report:
 
 
 def _check_reload(original: NanoHost, config: DemoConfig, expected: Evaluation) -> None:
-    """The first answers of the reloaded model must be the same."""
+    """Checks that the reloaded model gives the same first answers.
+
+    Raises:
+        DemoError: It does not.
+    """
     samples = expected.samples[:RELOADED]
     if evaluate(reloaded(original, config.out), samples).answers != expected.answers[: len(samples)]:
         raise DemoError(f"The adapter in {config.out / 'adapter'} does not reproduce the answers of the trained model.")

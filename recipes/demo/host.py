@@ -1,4 +1,4 @@
-"""The host of the demo: loaded, saved with what it learned, and loaded again."""
+"""The host of the demo: loading, saving of its trained weights, and loading of these."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from sfa_adapters.recipes.nano.models import NanoHost, load_nano
 
 __all__ = ["RELOADED", "load_host", "reloaded", "save_trained"]
 
-RELOADED = 32  # test questions that the reloaded adapter must answer in the same words
+RELOADED = 32  # test questions that the reloaded model must answer in the same words
 
 
 def load_host(config: DemoConfig) -> NanoHost:
-    """The pretrained host.
+    """Loads the pretrained host.
+
+    Args:
+        config: Options of the demo.
 
     Raises:
         WeightsError: Its weights are missing or damaged; says how to get them.
@@ -33,7 +36,12 @@ def load_host(config: DemoConfig) -> NanoHost:
 
 
 def save_trained(host: NanoHost, folder: Path) -> None:
-    """Saves the adapter, and the tower and projector that were trained with it."""
+    """Saves the adapter, and the tower and projector that were trained with it.
+
+    Args:
+        host: The trained host.
+        folder: Folder of the demo.
+    """
     trained: dict[str, Tensor] = {
         name: parameter.detach().contiguous()
         for name, parameter in host.model.named_parameters()
@@ -44,7 +52,12 @@ def save_trained(host: NanoHost, folder: Path) -> None:
 
 
 def reloaded(original: NanoHost, folder: Path) -> NanoHost:
-    """A copy of the pretrained host with what `save_trained` left."""
+    """A copy of the pretrained host with the weights of `save_trained`.
+
+    Args:
+        original: The pretrained host.
+        folder: Folder of the demo.
+    """
     again = copy.deepcopy(original)
     keys = again.model.load_state_dict(load_file(folder / "base.safetensors"), strict=False)
     assert not keys.unexpected_keys, keys.unexpected_keys

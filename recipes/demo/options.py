@@ -1,4 +1,4 @@
-"""The options of `sfa demo`, and its folder. Nothing heavy is imported: `sfa --help` reads them."""
+"""Options of `sfa demo`, and its folder. Nothing heavy is imported: `sfa --help` reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 Task = Literal["tables", "charts"]
 Number = Literal["steps", "questions", "pictures"]
-# What a run may leave, of either task; a folder that holds anything else is not written to.
+# Files of a run, of either task; a folder with any other file is not written to.
 _SHARED = ("adapter", "base.safetensors", "learned_bias.csv", "learned_bias.png", "results.json", "results.md")
 FILES: Mapping[Task, tuple[str, ...]] = {
     "tables": (*_SHARED, "curve.png", "test_tables.png"),
@@ -79,16 +79,19 @@ class DemoConfig:
             raise DemoError(f"--seed {self.seed} must be at least 0.")
 
     def number(self, name: Number) -> int:
-        """What was given for `steps`, `questions` or `pictures`, else the default of the task."""
+        """The value of `steps`, `questions` or `pictures`; by default that of the task."""
         given: int | None = getattr(self, name)
         return DEFAULTS[self.task][name] if given is None else given
 
 
 def prepare_folder(config: DemoConfig) -> None:
-    """Makes the folder.
+    """Makes the folder of the demo.
+
+    Args:
+        config: Options.
 
     Raises:
-        DemoError: It cannot be written, or holds files that this task does not leave.
+        DemoError: It cannot be written, or holds files that this task does not write.
     """
     folder = config.out
     try:

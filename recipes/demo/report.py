@@ -1,4 +1,4 @@
-"""What the demo tells: one table, the same as JSON and Markdown, and a page of test charts with the answers."""
+"""Report of the demo on charts: a table, as JSON and Markdown too, and a figure of test charts with answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval
-from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
 
 __all__ = ["Arm", "Report", "draw_answers", "results_table", "write_results"]
 
@@ -27,10 +27,10 @@ class Arm:
     """One compared model.
 
     Attributes:
-        name: What it is called in the table.
+        name: Its name in the table.
         evaluation: Its answers to the test questions.
         trainable: Parameters that were fine-tuned.
-        seconds: Time that fine-tuning took.
+        seconds: Time of the fine-tuning.
     """
 
     name: str
@@ -79,10 +79,17 @@ def results_table(report: Report) -> Table:
 
 
 def write_results(report: Report, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
-    """Writes `results.json` and `results.md`."""
-    facts = run_facts(command, settings, report.seconds)
+    """Writes `results.json` and `results.md`.
+
+    Args:
+        report: The numbers.
+        folder: An existing folder.
+        command: Command line of the run.
+        settings: Settings of the run, for the record.
+    """
+    metadata = run_metadata(command, settings, report.seconds)
     arms = {arm.name: _numbers(arm) for arm in report.arms}
-    record = {**facts, "models": arms, "sfa_minus_control": _plain(report.difference)}
+    record = {**metadata, "models": arms, "sfa_minus_control": _plain(report.difference)}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["# sfa demo", "", f"`{command}`", ""]
     lines += markdown_table(COLUMNS, _rows(report))
@@ -96,7 +103,7 @@ def write_results(report: Report, folder: Path, command: str, settings: Mapping[
         "questions about one mark whose number is printed nowhere on the chart. *Trained*: parameters.",
         "",
     ]
-    lines += [facts_line(facts)]
+    lines += [metadata_line(metadata)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -114,12 +121,17 @@ def _numbers(arm: Arm) -> dict[str, Any]:
 
 
 def _plain(interval: Interval) -> dict[str, float] | None:
-    """JSON knows no NaN."""
+    """An interval for JSON, which has no NaN."""
     return None if math.isnan(interval.value) else asdict(interval)
 
 
 def draw_answers(report: Report, path: Path) -> None:
-    """Draws the first test charts, as they come, with the question, the true answer and what each model says."""
+    """Draws the first test charts with question, true answer and the answer of each model.
+
+    Args:
+        report: The numbers.
+        path: The file to write.
+    """
     pictures = [
         AnsweredPicture(
             np.asarray(sample.image),

@@ -1,9 +1,9 @@
-"""The main job, `sfa demo`: a small real vision-language model learns something, with SFA and without.
+"""`sfa demo`: fine-tunes a small real vision-language model with SFA and without, and compares them.
 
-    sfa demo                        tables that it does not know: what SFA is for
-    sfa demo --task charts          charts that it knows already: nothing to gain
+    sfa demo                        tables, which it does not know: what SFA is for
+    sfa demo --task charts          charts, which it knows already: nothing to gain
 
-Both leave a folder with the saved adapter, the learned bias as a picture, the numbers, and a page of answers
+Both write a folder with the saved adapter, the learned bias as a figure, the numbers, and a figure of answers
 (docs/demo.md).
 """
 
@@ -21,17 +21,17 @@ __all__ = ["FILES", "DemoConfig", "DemoError", "run_demo"]
 
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> Report | TablesReport:
-    """Runs a task of the demo and leaves its folder.
+    """Runs a task of the demo and writes its folder.
 
     Args:
         config: Options.
-        console: Where progress and the table go; the terminal by default.
+        console: Shows progress and the table; the terminal by default.
 
     Returns:
         All numbers.
 
     Raises:
-        DemoError: The folder cannot be written, or holds files of somebody else.
+        DemoError: The folder cannot be written, or holds other files.
         WeightsError: The weights of the host are missing or damaged.
     """
     console = console or Console()

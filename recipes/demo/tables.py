@@ -1,7 +1,7 @@
-"""`sfa demo`: the host learns to read tables, which it was not pretrained on.
+"""`sfa demo --task tables`: fine-tunes the nano host on tables, on which it was not pretrained.
 
 Three copies of a nano host that was pretrained on charts are fine-tuned on pictures of real tables, tower and
-projector: without SFA, with SFA, and with a placebo, the same bias whose places are shuffled. Tables, questions, their
+projector: without SFA, with SFA, and with a placebo, the same bias with shuffled places. Tables, questions, their
 order, seed, steps and learning rates are the same. The tests are tables of countries that no training picture shows.
 """
 
@@ -30,18 +30,18 @@ from sfa_adapters.recipes.synthetic.table_pictures import TablePicture, TableSiz
 
 __all__ = ["run_tables"]
 
-# As recipes/studies/tables.yaml begins with.
+# The first settings of recipes/studies/tables.yaml.
 LR, SFA_LR, BATCH = 6e-4, 0.1, 8
 ARMS = ("without SFA", "SFA", "placebo")
 SIZE = TableSize((3, 5), (2, 3))
 EACH = 6  # questions about a test table: the smallest ones have six cells
 VALIDATION = 32  # tables for the curve
-POINTS = 5  # of the curve, behind the start
+POINTS = 5  # of the curve, after the start
 SHOWN = 12  # test tables on the page of answers
 
 
 def run_tables(config: DemoConfig, console: Console) -> TablesReport:
-    """Runs the task; arguments, result and errors as in `run_demo`."""
+    """Runs the task on tables; arguments, result and errors as in `run_demo`."""
     began = time.perf_counter()
     prepare_folder(config)
     host, steps = load_host(config), config.number("steps")
@@ -84,7 +84,7 @@ def run_tables(config: DemoConfig, console: Console) -> TablesReport:
 
 
 def _arm(host: NanoHost, name: str, seed: int) -> NanoHost:
-    """A copy of the host with what an arm adds, tower and projector trainable."""
+    """A copy of the host for an arm, with its bias, tower and projector trainable."""
     model = copy.deepcopy(host)
     if name != ARMS[0]:
         torch.manual_seed(seed)
@@ -112,6 +112,6 @@ def _scores(host: NanoHost, pictures: Sequence[TablePicture]) -> np.ndarray:
 
 
 def _answers(host: NanoHost, pictures: Sequence[TablePicture]) -> tuple[str, ...]:
-    """What the model says to one question about each table."""
+    """Answers of the model to one question about each table."""
     questions = [about[0].text for about in ask_all(pictures, 1, 0)]
     return tuple(generate_answers(host, [picture.image for picture in pictures], questions)[0])

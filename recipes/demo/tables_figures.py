@@ -1,4 +1,4 @@
-"""The two figures of `sfa demo` about tables: right answers over steps, and a page of test tables with the answers."""
+"""The two figures of `sfa demo` on tables: right answers over steps, and test tables with the answers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from sfa_adapters.recipes.synthetic.table_pictures import TablePicture
 
 __all__ = ["draw_curve", "draw_tables"]
 
-# Okabe and Ito's palette: also for people who do not see all colours.
+# Okabe and Ito's palette, distinguishable for colour-blind people.
 LINES = (("#7F7F7F", "--"), ("#0072B2", "-"), ("#D55E00", ":"))
 
 
 def draw_curve(report: TablesReport, path: Path) -> None:
-    """Right answers about validation tables over steps, one line per model."""
+    """Draws right answers about validation tables over steps, one line per model.
+
+    Args:
+        report: The numbers.
+        path: The file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.6), dpi=130, layout="constrained")
@@ -40,13 +45,13 @@ def draw_curve(report: TablesReport, path: Path) -> None:
 def draw_tables(
     report: TablesReport, pictures: Sequence[TablePicture], questions: Sequence[Question], path: Path
 ) -> None:
-    """Test tables as they come, each with a question, the true answer, and what each model says.
+    """Draws test tables, each with a question, the true answer and the answer of each model.
 
     Args:
-        report: Whose arms have answered the questions, in this order.
-        pictures: At most twelve.
-        questions: One about each.
-        path: Where to.
+        report: The numbers, with the answers to these questions in order.
+        pictures: At most twelve tables.
+        questions: One question about each.
+        path: The file to write.
     """
     answered = [
         AnsweredPicture(

@@ -1,4 +1,4 @@
-"""What `sfa demo` reports about tables: the effect in one sentence, a table, and both as files."""
+"""Report of `sfa demo` on tables: the effect in one sentence, a table, and both as files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sfa_adapters.recipes.report_parts import facts_line, markdown_table, percent, run_facts
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["TablesArm", "TablesReport", "effect", "results_table", "write_results"]
@@ -24,13 +24,13 @@ class TablesArm:
     """One of the three models.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         curve: (step, share of right answers about validation tables).
         scores: Share of right answers about each test table.
-        answers: What it says to one question about each of the first test tables.
-        scalars: Largest size of each structural term, logits; empty without SFA.
-        trainable: Parameters that were trained.
-        seconds: Time that training took, the points of the curve included.
+        answers: Its answers to one question about each of the first test tables.
+        scalars: Largest scalar of each structural term, logits; empty without SFA.
+        trainable: Number of trained parameters.
+        seconds: Time of the training, the points of the curve included.
     """
 
     name: str
@@ -43,11 +43,15 @@ class TablesArm:
 
     @property
     def accuracy(self) -> Interval:
-        """Right answers, over tables."""
+        """Share of right answers, with an interval over tables."""
         return bootstrap(self.scores)
 
     def minus(self, other: TablesArm) -> Interval:
-        """Difference in right answers, paired by table."""
+        """Difference in the share of right answers, paired by table.
+
+        Args:
+            other: The model that is subtracted.
+        """
         return bootstrap(self.scores - other.scores)
 
 
@@ -71,12 +75,12 @@ class TablesReport:
 
     @property
     def gain(self) -> Interval:
-        """SFA minus without."""
+        """Share of right answers with SFA minus without."""
         return self.arms[1].minus(self.arms[0])
 
 
 def effect(report: TablesReport) -> str:
-    """The effect with its interval, or the sentence that there is none."""
+    """A sentence with the effect and its interval, or that there is no effect."""
     gain, tables = report.gain, len(report.before)
     numbers = f"SFA minus without SFA is {percent(gain)} points of right answers after {report.steps} steps"
     basis = f"(95%, paired over {tables} tables of unseen countries)."
@@ -108,9 +112,16 @@ def results_table(report: TablesReport) -> Table:
 
 
 def write_results(report: TablesReport, folder: Path, command: str, settings: Mapping[str, Any]) -> None:
-    """Writes `results.json` and `results.md`."""
+    """Writes `results.json` and `results.md`.
+
+    Args:
+        report: The numbers.
+        folder: An existing folder.
+        command: Command line of the run.
+        settings: Settings of the run, for the record.
+    """
     record: dict[str, Any] = {
-        **run_facts(command, {**settings, "steps": report.steps}, report.seconds),
+        **run_metadata(command, {**settings, "steps": report.steps}, report.seconds),
         "questions": report.each * len(report.before),
         "before_training": asdict(bootstrap(report.before)),
         "models": {arm.name: _numbers(arm, report.arms[0]) for arm in report.arms},
@@ -121,7 +132,7 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
     lines = ["# sfa demo", "", f"`{command}`", "", effect(report), ""]
     lines += markdown_table(COLUMNS, _rows(report))
     steps = [str(step) for step, _ in report.arms[0].curve]
-    lines += ["", "Right answers about validation tables, %, after so many steps:", ""]
+    lines += ["", "Right answers about validation tables, %, by step:", ""]
     curves = [(arm.name, *(f"{100 * score:.1f}" for _, score in arm.curve)) for arm in report.arms]
     lines += markdown_table(("model", *steps), curves)
     lines += [
@@ -131,7 +142,7 @@ def write_results(report: TablesReport, folder: Path, command: str, settings: Ma
         "whose places are shuffled. *trained*: parameters. *largest w*: the largest structural scalar, logits.",
         "",
     ]
-    lines += [facts_line(record)]
+    lines += [metadata_line(record)]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

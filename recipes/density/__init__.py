@@ -1,1 +1,1 @@
-"""What `sfa density` does: train the density estimator, and draw what it sees."""
+"""Training of the density estimator and figures of its density maps, for `sfa density`."""

@@ -1,4 +1,4 @@
-"""Pages with density labels, on the disk: rendered, or images from folders; 448 x 448 with 28 x 28 labels."""
+"""Pages with density labels on disk, rendered or from folders of images; 448 x 448 px with 28 x 28 labels."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +45,7 @@ def _render(folder: str, split: Split, start: int, stop: int) -> int:
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An array on the disk: a data set need not fit into memory."""
+    """A memory-mapped array, because a data set may not fit into memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
@@ -56,7 +56,7 @@ def rendered(
     """Rendered pages, drawn once and kept in `folder`.
 
     Args:
-        folder: where they are kept, memory-mapped.
+        folder: folder of the memory-mapped arrays.
         split: "train", "val" or "test".
         count: how many.
         labels: kind of labels.
@@ -85,7 +85,7 @@ def rendered(
                 with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
                     for done in pool.map(_render, *zip(*jobs, strict=True)):
                         bar.advance(task, done)
-        (folder / "done").write_text(f"{count}\n")  # last: a folder that was cut off is rendered again
+        (folder / "done").write_text(f"{count}\n")  # last: an interrupted folder is rendered again
     images, boxes = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "boxes.npy")
     if len(images) != count:
         raise DataError(
@@ -104,12 +104,12 @@ def _labels(images: np.ndarray, source: Literal["edges", "ocr"], what: str) -> n
 
 
 def image_folder(folders: tuple[Path, ...], labels: Literal["edges", "ocr"], keep: Path) -> tuple[PageSet, PageSet]:
-    """Images of folders, squeezed to 448 x 448 as a tower would do; every 20th is kept for validation.
+    """Images of folders, resized to 448 x 448 as for a tower; every 20th is kept for validation.
 
     Args:
         folders: searched with their subfolders.
         labels: kind of labels.
-        keep: folder for the squeezed images.
+        keep: folder for the resized images.
 
     Returns:
         Training and validation pages.

@@ -1,4 +1,4 @@
-"""The density of a page as a picture: the page on the left, the heat map over it on the right."""
+"""Density maps of pages, and figures of them: the page on the left, its heat map on the right."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ def _estimator(weights: Path | None) -> Any:
 def density_map(
     picture: np.ndarray, source: str = "density", size: int = 896, weights: Path | None = None
 ) -> np.ndarray:
-    """The density of a page.
+    """Text density of a page.
 
     Args:
         picture: uint8 `[H, W, 3]`.
         source: "density", "edges" or "ocr".
-        size: longer side in px that the page is made smaller or larger to before it is looked at; 0 for its own.
-        weights: of the estimator; the shipped ones by default.
+        size: longer side in px to which the page is resized first; 0 keeps its size.
+        weights: of the estimator; those of the package by default.
 
     Returns:
         float32, one value per 16 x 16 px of the resized page, in [0, 1].
@@ -59,11 +59,11 @@ def density_map(
 
 
 def density_targets(images: Sequence[Path], out: Path | None = None) -> dict[Path, Path]:
-    """Where the picture of each page goes, so that none takes the place of another one or of a page.
+    """The file for the figure of each page, so that none overwrites another one or a page.
 
     Args:
         images: The pages; one that is named twice is drawn once.
-        out: Folder of the pictures; by default each lies beside its page.
+        out: Folder of the figures; by default each goes beside its page.
 
     Returns:
         `NAME_density.png` by page; `NAME_jpg_density.png` and the like where pages differ in their ending only.
@@ -93,8 +93,11 @@ def draw_density(picture: np.ndarray, density: np.ndarray, path: Path, title: st
     Args:
         picture: uint8 `[H, W, 3]`.
         density: `[rows, columns]` in [0, 1].
-        path: where it goes; the ending chooses the format.
-        title: stands above the page.
+        path: the file to write; its ending chooses the format.
+        title: title of the page.
+
+    Returns:
+        The file.
     """
     from matplotlib.figure import Figure
 

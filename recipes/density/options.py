@@ -15,11 +15,11 @@ LabelSource = Literal["boxes", "edges", "mix", "ocr"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train on and how long.
+    """Options of `sfa density train`.
 
     Attributes:
         images: Folders of images; rendered pages when none.
-        out: Folder of the run; one that was cut off goes on.
+        out: Folder of the run; an interrupted run goes on.
         labels: boxes (true boxes), edges, mix (the mean of these two) or ocr; by default boxes, and edges for folders.
         pages: Number of rendered pages.
         steps: Optimizer steps.
@@ -57,5 +57,5 @@ class TrainConfig:
 
     @property
     def label_source(self) -> LabelSource:
-        """Where the labels come from: what was chosen, else what fits the images."""
+        """Kind of the labels: `labels`, by default edges for folders of images and boxes for rendered pages."""
         return self.labels or ("edges" if self.images else "boxes")

@@ -1,8 +1,8 @@
-"""Train the density estimator on rendered pages or on folders of images.
+"""`sfa density train`: trains the density estimator on rendered pages or on folders of images.
 
     sfa density train --out runs/density
 
-made the shipped weights: 3,000 rendered pages, true boxes as labels, and 2,000 steps (13 minutes)
+made the weights of the package: 3,000 rendered pages, true boxes as labels, and 2,000 steps (13 minutes)
 on two busy CPU cores; validation loss 0.002329, the mean squared error over 200 pages of other seeds.
 
 Training is a pure function of the options: step k draws its pages from the seed (seed, k), so a run that was killed
@@ -27,12 +27,12 @@ from sfa_adapters.recipes.density.options import TrainConfig
 
 __all__ = ["TrainConfig", "Trained", "train_density", "validate"]
 
-CROP = 16  # cells; a quarter of a page and a bit, so that a batch shows many pages
+CROP = 16  # cells along a side; about a third of a page, so that a batch has many pages
 
 
 @dataclass
 class Trained:
-    """How a run ended: the best weights, their validation loss (mean squared error), and all validations."""
+    """Result of a run: the best weights, their validation loss (mean squared error), and all validations."""
 
     path: Path
     loss: float
@@ -40,7 +40,7 @@ class Trained:
 
 
 def _batch(pages: PageSet, config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
-    """Crops along cell borders, mirrored, reversed, in other light: float `[B, 3, 256, 256]` and `[B, 16, 16]`."""
+    """Crops along cell borders with random augmentations: float `[B, 3, 256, 256]` and `[B, 16, 16]`."""
     rng = np.random.default_rng((config.seed, step))
     pictures, targets = [], []
     for i in rng.integers(0, len(pages), config.batch):
@@ -67,7 +67,12 @@ def _batch(pages: PageSet, config: TrainConfig, step: int) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def validate(model: DensityEstimator, pages: PageSet) -> float:
-    """Mean squared error over whole pages."""
+    """Mean squared error over whole pages.
+
+    Args:
+        model: The estimator; it keeps its mode.
+        pages: Pages with labels.
+    """
     training = model.training
     model.eval()
     total = 0.0
@@ -87,14 +92,14 @@ def _fingerprint(config: TrainConfig) -> dict[str, object]:
 
 
 def _tensors(model: DensityEstimator) -> dict[str, Tensor]:
-    """The weights as safetensors takes them; in training they are stored channels last."""
+    """The weights as contiguous tensors for safetensors; in training they are stored channels last."""
     return {name: value.contiguous() for name, value in model.state_dict().items()}
 
 
 def _save(
     config: TrainConfig, model: DensityEstimator, optimizer: torch.optim.Optimizer, state: dict[str, object]
 ) -> None:
-    """Writes a checkpoint beside the last one; `progress.json`, replaced at once, says which is valid."""
+    """Writes a checkpoint beside the last one; `progress.json`, replaced in one step, names the valid one."""
     from safetensors.torch import save_file
 
     folder = config.out / f"step-{state['step']:06d}"
@@ -131,10 +136,10 @@ def _resume(
 
 
 def train_density(config: TrainConfig) -> Trained:
-    """Train, or go on training, and keep the weights with the lowest validation loss.
+    """Trains, or resumes training, and keeps the weights with the lowest validation loss.
 
     Args:
-        config: what to train on and how long.
+        config: options.
 
     Returns:
         The best weights and the validation losses.
@@ -167,7 +172,7 @@ def train_density(config: TrainConfig) -> Trained:
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * share))
             images, target = _batch(pages, config, step)
-            with torch.autocast("cpu", torch.bfloat16):  # three times as fast where the processor knows it
+            with torch.autocast("cpu", torch.bfloat16):  # three times as fast where the processor supports it
                 logits = model.logits(images)
             loss = F.binary_cross_entropy_with_logits(logits.float(), target)
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Nano hosts as checkpoint folders: what `from_pretrained` loads for the full-size hosts, two thousand times smaller.
+"""Nano hosts as checkpoint folders, which `from_pretrained` loads like those of the full-size hosts.
 
 A folder holds the configuration, the weights and the files of the host's own processor class, so `--nano` runs the
 code of the real run.
@@ -22,7 +22,7 @@ from sfa_adapters.vlm.records import registered_vlms, vlm_spec
 
 __all__ = ["NANO", "nano", "nano_checkpoint", "nano_settings"]
 
-NANO = "nano:"  # `model` of a recipe whose nano host is not written yet, with the family behind it
+NANO = "nano:"  # prefix of `model`, before the family, in a recipe whose nano host is not written yet
 MARK = "nano.json"  # written last: a folder that has it is complete
 VERSION = 1
 
@@ -34,9 +34,9 @@ def nano_checkpoint(family: str, folder: str | Path, seed: int = 0) -> Path:
     the same weights.
 
     Args:
-        family: Which host.
-        folder: Where. Its parents are made.
-        seed: Of weights that are new; the global random state is left as it was.
+        family: Name of its record.
+        folder: The folder. Its parents are made.
+        seed: Of new weights; the global random state is left as it was.
 
     Returns:
         The folder, for `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained`.
@@ -58,10 +58,10 @@ def nano_checkpoint(family: str, folder: str | Path, seed: int = 0) -> Path:
             processor.save_pretrained(draft)
             (draft / MARK).write_text(json.dumps(mark))
             os.replace(draft, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have their own errors of a disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have their own disk errors
         if not is_disk_error(error):
             raise
-        # Another process of the same run may have been quicker.
+        # Another process of the same run may have been faster.
         if not _is_written(folder, mark):
             reason = getattr(error, "strerror", None) or error
             raise RecipeError(f"The nano host cannot be written to {folder}: {reason}.") from error
@@ -83,10 +83,10 @@ def nano_settings(recipe: Recipe) -> Recipe:
     """The recipe on the nano host of its family: a minute on a CPU instead of hours on a GPU.
 
     Plan `bf16` (one device, nothing in 4-bit) in float32, rendered charts, few and short steps. Terms, layers, freezes,
-    ADAT, SCR and LoRA stay. Set what you want otherwise on the recipe that comes back: `nano_settings(r).replace(...)`.
+    ADAT, SCR and LoRA stay. Change settings on the returned recipe: `nano_settings(r).replace(...)`.
 
     Args:
-        recipe: Of a full-size host, or one that came from here, which stays as it is.
+        recipe: Of a full-size host; one of a nano host is returned as it is.
 
     Returns:
         The recipe. Its `model` is `nano:` and the family until `nano` writes the host.
@@ -127,11 +127,11 @@ def nano_settings(recipe: Recipe) -> Recipe:
 
 
 def nano(recipe: Recipe, folder: str | Path, seed: int = 0) -> Recipe:
-    """`nano_settings`, and the host written where its `model` then points to.
+    """Writes the nano host of a recipe, and gives the recipe on it.
 
     Args:
-        recipe: Of a full-size host, or one that came from `nano_settings`.
-        folder: Of the host, see `nano_checkpoint`.
+        recipe: Of a full-size host, or from `nano_settings`.
+        folder: Folder of the host, see `nano_checkpoint`.
         seed: Of the host's weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From pictures, questions and answers to the tensors that a nano host takes.
+"""Encodes pictures, questions and answers as the inputs of a nano host.
 
 A prompt is the image tokens, the question and a line break; the answer and an end token follow.
 
@@ -33,7 +33,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[
 def pixel_values(images: Sequence[Picture], pixels: int) -> Tensor:
     """Pictures as float32 [B, 3, pixels, pixels] in -2..0; pictures of another size are resized.
 
-    White is 0: most of a chart is paper, and paper that says nothing lets a small tower start learning at once.
+    White is 0: most of a chart is white, and a small tower learns faster when white patches are zero.
 
     Args:
         images: uint8 arrays [H, W, 3] or PIL images.
@@ -61,17 +61,17 @@ def _picture_inputs(host: NanoHost, images: Sequence[Picture]) -> dict[str, Tens
 def encode(
     host: NanoHost, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """One question per picture, as keyword arguments of the model or of its `generate`.
+    """Encodes one question per picture, as keyword arguments of the model or of its `generate`.
 
     Args:
-        host: which host reads it.
+        host: the host that gets them.
         images: B pictures.
         questions: B questions.
         answers: B answers for training. Sequences are then padded on the right and carry `labels` [B, L] with -100 on
             everything but the answers. Without answers they are prompts, padded on the left for `generate`.
 
     Returns:
-        `input_ids` and `attention_mask` [B, L], `pixel_values`, what else the host needs, and `labels`.
+        `input_ids` and `attention_mask` [B, L], `pixel_values`, other inputs of the host, and `labels`.
     """
     rows, targets = [], []
     question_ids = _ids(host.tokenizer, [f"{q}\n" for q in questions])
@@ -94,16 +94,16 @@ def encode(
 def encode_packed(
     host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[tuple[str, str]]]
 ) -> dict[str, Any]:
-    """Many questions per picture, for training.
+    """Encodes several questions per picture in one sequence, for training.
 
     Args:
-        host: which host reads it.
+        host: the host that gets them.
         images: B pictures.
         questions: for each picture, its (question, answer) pairs. They cannot see each other.
 
     Returns:
         `input_ids`, `labels` and `position_ids` [B, L], an additive `attention_mask` [B, 1, L, L], `pixel_values`, and
-        what else the host needs.
+        other inputs of the host.
     """
     questioned = iter(_ids(host.tokenizer, [f"{q}\n" for pairs in questions for q, _ in pairs]))
     answered = iter(_ids(host.tokenizer, [a for pairs in questions for _, a in pairs]))

@@ -1,8 +1,8 @@
-"""Ask a host about charts: relaxed accuracy, invented numbers, time, and bootstrap intervals for all of it.
+"""Evaluates a host on charts: relaxed accuracy, fabricated numbers, time, with bootstrap intervals.
 
-An answer is *invented* (fabricated) when it holds a number that is printed nowhere on the chart. That is our measure,
-meant for questions whose answer can be read off the chart: the true answer of a difference is not printed either, so
-differences are left out of it.
+An answer is *fabricated* when it holds a number that is printed nowhere on the chart. This is a measure of this
+library, for questions whose answer can be read off the chart: the true answer of a difference is not printed either, so
+differences are left out.
 """
 
 import time
@@ -26,11 +26,11 @@ __all__ = ["Evaluation", "Interval", "bootstrap", "evaluate", "fabricated", "gen
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers to a list of samples, and what they are worth.
+    """Answers to N samples, and their judgements.
 
     Attributes:
-        samples: what was asked, N of them.
-        answers: what the host said.
+        samples: the samples.
+        answers: the answers of the host.
         correct: bool [N], by relaxed accuracy.
         readable: bool [N], questions whose answer can be read off the chart, answered with at least one number.
         fabricated: bool [N], those of them with a number that is printed nowhere on the chart.
@@ -104,11 +104,11 @@ def generate_answers(
 def evaluate(
     host: "NanoHost", samples: Sequence[ChartSample], batch_size: int = 64, mode: RelaxedMode = "reference"
 ) -> Evaluation:
-    """Ask every sample once and judge the answers.
+    """Lets a host answer every sample once, and judges the answers.
 
     Args:
         host: the model that answers.
-        samples: what to ask.
+        samples: the samples.
         batch_size: questions per forward.
         mode: of `relaxed_accuracy`.
 
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def paired_difference(first: Evaluation, second: Evaluation, seed: int = 0) -> Interval:
-    """Accuracy of `second` minus accuracy of `first` on the same samples, resampled in pairs.
+    """Accuracy of `second` minus accuracy of `first` on the same samples, with a paired bootstrap interval.
 
     Raises:
         ValueError: the two runs did not answer the same samples.

@@ -1,7 +1,7 @@
-"""The small training loop of the demo: AdamW, cosine with warm-up, packed questions, a progress bar.
+"""The training loop of the demo and the studies: AdamW, cosine with warm-up, packed questions, a progress bar.
 
-Two runs with the same settings see the same charts and questions in the same order, whatever the model: that is what
-makes a run without SFA an honest control.
+Two runs with the same settings see the same charts and questions in the same order, whatever the model, so that a run
+without SFA is a control.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 
 
 class Printed(Protocol):
-    """What can be trained on: a chart, or a picture of a table."""
+    """A picture to train on: a chart, or a picture of a table."""
 
     @property
     def table(self) -> Table:
-        """What is asked about."""
+        """The table that questions are about."""
         ...
 
     @property
@@ -56,7 +56,7 @@ class Printed(Protocol):
 
     @property
     def texts(self) -> tuple[TextBox, ...]:
-        """All that is printed on it."""
+        """All texts that are printed on it."""
         ...
 
 
@@ -67,7 +67,7 @@ class FinetuneConfig:
     Attributes:
         steps: Optimiser steps.
         batch_size: Charts per step.
-        questions: How many value, difference and largest questions are asked about a chart, on average.
+        questions: Mean number of value, difference and largest questions about a chart.
         lr: Peak learning rate of the model's own weights.
         bias_lr: Peak learning rate of the structural scalars. They start near 0 and act in logits, so they need larger
             steps than weights do.
@@ -98,10 +98,10 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run leaves besides the trained model.
+    """Losses, time and size of a run.
 
     Attributes:
-        losses: One per step.
+        losses: Loss of each step.
         seconds: Wall-clock time of the loop.
         trainable: Number of parameters that were trained.
     """
@@ -115,9 +115,10 @@ def training_charts(count: int, seed: int, console: Console | None = None) -> li
     """Draws charts of the real tables of the training split.
 
     Args:
-        count: How many; each table comes once before any comes twice, then as another kind of chart where it can.
-        seed: Which tables, kinds and colours.
-        console: Where the progress bar goes; none by default.
+        count: Number of charts; each table is used once before any is used twice, if possible as another kind of
+            chart.
+        seed: Of tables, kinds and colours.
+        console: Shows the progress bar; none by default.
     """
     rng = np.random.default_rng(seed)
     tables = load_tables("train")
@@ -152,17 +153,20 @@ def finetune(
     scr: SCRConfig | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
-    """Trains what `requires_grad` says, in place; the host is in eval mode afterwards.
+    """Trains the parameters that require gradients, in place; the host is in eval mode afterwards.
 
     Args:
         host: The model with its tokenizer.
-        charts: What to train on, charts or tables; passed over as often as the steps need, in a new order each time.
+        charts: Charts or tables to train on; used as often as the steps need, in a new order each time.
         config: Settings.
-        label: Stands before the progress bar.
-        console: Where the progress bar goes; none by default.
-        scr: Terms that join the loss. Evidence is the boxes of the marks that a question rests on.
-        after_step: Called with the number of the step behind each one; it may measure the host, and must leave it in
+        label: Label of the progress bar.
+        console: Shows the progress bar; none by default.
+        scr: SCR terms to add to the loss. Evidence is the boxes of the marks that a question is about.
+        after_step: Called with the number of the step after each one; it may measure the host, and must leave it in
             training mode.
+
+    Returns:
+        Losses, time and number of trained parameters.
 
     Raises:
         DataError: There is no chart, or nothing to train.
@@ -210,7 +214,16 @@ def _loss(
 
 
 def evidence_mask(labels: Tensor, charts: Sequence[Printed], questions: Sequence[Sequence[Question]]) -> Tensor:
-    """Where the marks are printed that each answer rests on, `[B, L, patches]`, for `SCRLoss`."""
+    """Evidence for `SCRLoss`: the places of the marks that each question is about.
+
+    Args:
+        labels: `[B, L]`, as `encode_packed` gives them.
+        charts: B pictures.
+        questions: Questions about each of them.
+
+    Returns:
+        `[B, L, patches]`.
+    """
     boxes = [
         [_evidence(chart, question) for question in of_chart] for chart, of_chart in zip(charts, questions, strict=True)
     ]
@@ -219,7 +232,7 @@ def evidence_mask(labels: Tensor, charts: Sequence[Printed], questions: Sequence
 
 
 def _evidence(chart: Printed, question: Question) -> list[Box]:
-    """The numbers of the marks, or their names where a name is asked for."""
+    """Boxes of the numbers of the marks, or of their names where the answer is a name."""
     role = "row" if question.type == "largest" else "value"
     marks = {(0, row) for _, row in question.marks} if role == "row" else set(question.marks)
     return [text.box for text in chart.texts if text.role == role and (text.series, text.row) in marks]

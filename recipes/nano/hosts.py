@@ -2,7 +2,7 @@
 
 InternVL tiles and expands `<IMG_CONTEXT>`, LLaVA-OneVision cuts anyres crops, LLaVA reads its tower before the last
 layer, Qwen takes any size. LLaVA-OneVision starts from the weights of this package, which can read charts; the others
-know nothing yet.
+have random weights.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def build_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
     """The nano host of a family in memory.
 
     Args:
-        family: Which host, by the name of its record.
-        seed: Of weights that are new; the global random state is left as it was.
+        family: Name of its record.
+        seed: Of new weights; the global random state is left as it was.
 
     Returns:
         The model, in fp32 and in eval mode, and its processor.
@@ -102,7 +102,7 @@ def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: Any) -> PreTrainedModel:
-    """Tells the model where an answer ends."""
+    """Sets the tokens that end an answer, and eval mode."""
     assert model.generation_config is not None
     model.generation_config.eos_token_id = ends
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -111,7 +111,7 @@ def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: An
 
 
 def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InternViT, pixel shuffle and Qwen3."""
+    """A nano InternVL: InternViT, pixel shuffle and Qwen3; model and processor."""
     named = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -138,7 +138,7 @@ def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The pretrained nano LLaVA-OneVision with the processor of the full-size one."""
+    """The pretrained nano LLaVA-OneVision, and the processor class of the full-size one."""
     tokenizer = host_tokenizer("<eos>", (), {"image_token": "<image>", "video_token": "<video>"})
     model = load_nano("llava_onevision").model
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # bytes and special tokens are new
@@ -159,7 +159,7 @@ def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """CLIP and Llama."""
+    """A nano LLaVA: CLIP and Llama; model and processor."""
     tokenizer = host_tokenizer("</s>", ("</s>",), {"image_token": "<image>"})
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**_VISION),
@@ -181,7 +181,7 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """CLIP and Llama, with pages cut into tiles."""
+    """A nano LLaVA-NeXT: CLIP and Llama, with pages cut into tiles; model and processor."""
     tokenizer = host_tokenizer("</s>", ("</s>",), {"image_token": "<image>"})
     points = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
     config = LlavaNextConfig(
@@ -205,7 +205,7 @@ def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The tower of Qwen2.5-VL with windows, and Qwen2."""
+    """A nano Qwen2.5-VL: a tower with windows, and Qwen2; model and processor."""
     specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>")
     tokenizer = host_tokenizer("<|im_end|>", specials, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
     text = _text(tokenizer)

@@ -1,8 +1,8 @@
-"""A nano host whose text model has 16 small attention heads in each of its 4 layers, so that 5% of them are heads.
+"""A nano host whose text model has 16 attention heads in each of its 4 layers, so that 5% of the heads can be pruned.
 
     python -m sfa_adapters.recipes.nano.many_heads      (trains it from the nano host; one CPU core: half an hour)
 
-The shipped `llava_onevision` has 4 heads in a layer: no plan can take 5% of those, and `uniform` none below 12.5%. Here
+`llava_onevision` has 4 heads in a layer: no head plan can remove 5% of those, and `uniform` none below 12.5%. Here
 every head of 32 channels became four of 16, which start from halves of its queries and keys and halves of its values,
 and the text model was trained on; tower and projector are those of the nano host, untouched.
 
@@ -33,10 +33,10 @@ SHA256 = "86c3e53fb7bd65f1ea3b248b37a808fff957ec47a9c0e606b6852091103a56b4"
 
 
 def split_heads(state: dict[str, Tensor], old_heads: int, old_size: int) -> dict[str, Tensor]:
-    """Weights of a text model with four heads of half the size for each head.
+    """Splits each head of a text model into four heads of half the size.
 
-    A quarter of a head takes every other rotary pair of its queries and keys, and one half of its values. New head
-    `(pairs * 2 + values) * old_heads + head` comes of head `head`.
+    Each of the four takes every other rotary pair of the queries and keys, and one half of the values. New head
+    `(pairs * 2 + values) * old_heads + head` comes from head `head`.
 
     Args:
         state: Names and tensors of a nano host.
@@ -69,7 +69,7 @@ def split_heads(state: dict[str, Tensor], old_heads: int, old_size: int) -> dict
 
 
 def build_many_heads() -> NanoHost:
-    """The host as it starts, before it is trained."""
+    """The host before it is trained, with weights from the nano host."""
     nano = load_nano()
     config: Any = nano.model.config.__class__.from_dict(nano.model.config.to_dict())
     text = config.text_config
@@ -88,7 +88,7 @@ def build_many_heads() -> NanoHost:
 
 
 def load_many_heads(path: Path | None = None) -> NanoHost:
-    """The trained host.
+    """Loads the trained host.
 
     Args:
         path: Weights of the text model; by default those of the package, whose hash is checked.

@@ -1,10 +1,10 @@
 """Nano hosts: real vision-language models of `transformers`, small enough to train on two CPU cores.
 
-One host per tower family, each the genuine class with a small config, so that what works here works on the full model:
+One host per tower family, each of the real class with a small config, so that what works here works on the full model:
 
 * `llava_onevision`: SigLIP tower (no CLS), 144 patches of 12 pixels, Qwen2 text;
 * `internvl`: InternViT tower (CLS, layer scale), pixel shuffle to 36 image tokens, Qwen3 text;
-* `llava`: CLIP tower (CLS) read at layer -2, so that its last layer is dead, Llama text.
+* `llava`: CLIP tower (CLS) read at layer -2, so that its last layer is unused, Llama text.
 
 A host is pretrained without any structural bias by `recipes/nano/pretrain.py`. The weights of `llava_onevision` are
 part of the package; the hash in `SHA256` is checked before they are read.
@@ -55,7 +55,7 @@ WIDTH, HEADS, LAYERS, PATCH, PIXELS = 128, 4, 4, 12, 144
 
 @dataclass
 class NanoHost:
-    """A model, its tokenizer, and how many image tokens stand in front of every question."""
+    """A nano model, its tokenizer, and the number of image tokens before every question."""
 
     name: HostName
     model: PreTrainedModel
@@ -138,7 +138,7 @@ def _llava(vocabulary: int) -> tuple[PreTrainedModel, int]:
 
 
 def _place(model: PreTrainedModel) -> None:
-    """Start position embeddings as sines of row and column, so that a tower need not find out what a row is."""
+    """Initialises position embeddings as sines of row and column, so that a tower need not learn what a row is."""
     side, quarter = PIXELS // PATCH, WIDTH // 4
     angle = torch.arange(side)[:, None] * 20 ** (-torch.arange(quarter) / quarter)
     line = torch.cat((angle.sin(), angle.cos()), -1)  # [side, WIDTH / 2]
@@ -150,7 +150,7 @@ def _place(model: PreTrainedModel) -> None:
 
 
 def build_nano(host: HostName, seed: int = 0) -> NanoHost:
-    """Build an untrained nano host.
+    """Builds an untrained nano host.
 
     Args:
         host: one of `HOSTS`.
@@ -178,17 +178,17 @@ def build_nano(host: HostName, seed: int = 0) -> NanoHost:
 
 
 def weights_path(host: HostName) -> Path:
-    """Where the weights of a nano host lie inside the package."""
+    """The file with the weights of a nano host in this package."""
     return Path(__file__).with_name(f"nano_{host}.safetensors")
 
 
 def load_nano(host: HostName = "llava_onevision", pretrained: bool = True, path: Path | None = None) -> NanoHost:
-    """Build a nano host and load its pretrained weights.
+    """Builds a nano host and loads its pretrained weights.
 
     Args:
         host: one of `HOSTS`.
         pretrained: False gives the untrained host of `build_nano`.
-        path: other weights than the ones of the package; their hash is then not checked.
+        path: other weights than those of the package; their hash is not checked.
 
     Returns:
         The host in fp32 and in eval mode.

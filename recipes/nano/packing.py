@@ -1,7 +1,7 @@
-"""Many questions about one picture in one sequence: each sees the picture and itself, and no other question.
+"""Packs several questions about one picture into one sequence: each attends to the picture and to itself only.
 
-Questions have the positions that they would have alone, so a model is trained as it will be asked, and the tower is
-paid for once.
+Questions have the positions that they would have alone, so training matches inference, and the tower runs once for all
+of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Tokens = Sequence[int]
 
 
 def pack(prefix: Tokens, questions: Sequence[Sequence[tuple[Tokens, Tokens]]], padding: int) -> dict[str, Tensor]:
-    """Packs questions behind the tokens of a picture.
+    """Packs questions after the tokens of a picture.
 
     Args:
-        prefix: Tokens of a picture with what stands around it, the same for all.
-        questions: For each picture, (tokens of the question, tokens of the answer with the one that ends it).
+        prefix: Tokens of a picture and of the text around it, the same for all.
+        questions: For each picture, pairs of the tokens of a question and those of its answer with an end token.
         padding: Token on the right of shorter sequences.
 
     Returns:
@@ -55,10 +55,10 @@ def pack(prefix: Tokens, questions: Sequence[Sequence[tuple[Tokens, Tokens]]], p
 
 
 def right_answers(guesses: Tensor, labels: Tensor, end: int) -> list[np.ndarray]:
-    """Whether each answer of a packed batch is what a greedy decoder would say, to the letter.
+    """Whether greedy decoding would give exactly the true answers of a packed batch.
 
-    It says the true answer, and then stops, if and only if each of its tokens, the end token included, is the most
-    likely one behind the tokens before it.
+    It gives the true answer, and then stops, if and only if each of its tokens, the end token included, is the most
+    likely one after the tokens before it.
 
     Args:
         guesses: The most likely next token at each place, `[batch, length]`.

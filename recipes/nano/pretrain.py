@@ -1,21 +1,21 @@
-"""Pretrain a nano host on rendered charts, without any structural bias.
+"""Pretrains a nano host on rendered charts, without any structural bias.
 
     python -m sfa_adapters.recipes.nano.pretrain --host llava_onevision
 
 The weights of `llava_onevision` that come with the package went through these three stages, but in several runs while
-the stages below were found: their settings changed in between, so the command makes weights like them, not the same
-file. The last run was the `answer` stage as it stands (from step 500 on, 55 minutes on two CPU cores with other work
+the stages below were being chosen: their settings changed in between, so the command makes weights like them, not the
+same file. The last run was the `answer` stage below (from step 500 on, 55 minutes on two CPU cores with other work
 on them, 20 to 30 pictures/s): 56.0% [50.3, 61.7] of the validation questions. Up to step 300 of that stage the text
 model had rotary embeddings of base 10,000; with a base of 1,000,000 (`models.py`) it finds names among the image tokens
 much sooner.
 
-Three stages, each taking on where the last one ended (a run that was cut off goes on from its newest checkpoint):
+Three stages, each starting from the end of the last one (an interrupted run goes on from its newest checkpoint):
 
 1. `pages`: pages full of text, cut out of charts. Only the tower is trained, to read (see `legible.py`).
-2. `read`: charts as well. Every number must know its name and its series, every name its number.
-3. `answer`: the whole model answers packed questions about charts; reading stays in as a side task.
+2. `read`: charts as well. From each number the tower must predict its name and its series, from each name its number.
+3. `answer`: the whole model answers packed questions about charts; reading remains as an auxiliary task.
 
-A tower that can read makes all the difference: answers alone taught the same host nothing in 10,000 charts.
+The reading tasks are needed: on answers alone the same host learned nothing in 10,000 charts.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SHARDS: Shards = {  # name -> level, charts, seed
 SHIFT = 3  # pixels by which a training chart may be moved
 VALIDATION = 300  # questions
 READING = 0.5  # weight of the reading losses beside the answers
-LOOKING, LOOKING_WEIGHT = 2, 0.5  # the text layer that is taught where to look, and the weight of that loss
+LOOKING, LOOKING_WEIGHT = 2, 0.5  # the text layer whose attention is supervised, and the weight of that loss
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Stage:
     """One part of the curriculum.
 
     Attributes:
-        name: told in the log.
+        name: its name in the log.
         steps: optimizer steps.
         batch: pictures per step.
         pages: share of the steps that read pages instead of charts.
@@ -96,7 +96,7 @@ def exact_attention(
 
 
 class Trainer:
-    """A host in training: model, reading heads, optimizer, data, and the checkpoint that they come back from."""
+    """Training of a nano host: model, reading heads, optimizer, data and checkpoint."""
 
     def __init__(self, host: NanoHost, data: Path, run: Path, seed: int = 0, shards: Shards = SHARDS) -> None:
         from transformers import AttentionInterface
@@ -117,7 +117,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self.stage, self.step = 0, 0
         self.seen: list[Tensor] = []  # the tower's patches in the newest forward
-        self.looked: list[tuple[Tensor, Tensor]] = []  # queries and keys of the layer that is taught where to look
+        self.looked: list[tuple[Tensor, Tensor]] = []  # queries and keys of the supervised layer
         core: Any = host.model.model
         self.looking: nn.Module = core.language_model.layers[LOOKING].self_attn
         if host.name == "internvl":
@@ -126,7 +126,7 @@ class Trainer:
             core.multi_modal_projector.register_forward_pre_hook(lambda _m, inputs: self.seen.append(inputs[0]))
 
     def save(self) -> None:
-        """Write the checkpoint; the progress file comes last and makes it valid."""
+        """Writes the checkpoint; the progress file comes last and makes it valid."""
         from safetensors.torch import save_file
 
         self.run.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class Trainer:
         (self.run / "progress.json").write_text(json.dumps({"stage": self.stage, "step": self.step}))
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the run's folder, where there is one."""
+        """Loads the checkpoint in the run's folder, if there is one."""
         from safetensors.torch import load_file
 
         if not (self.run / "progress.json").is_file():
@@ -171,14 +171,14 @@ class Trainer:
         return exact_attention(query, key, value, attention_mask, scaling)
 
     def _looking_loss(self, labels: Tensor, wanted: Sequence[Sequence[np.ndarray]]) -> Tensor:
-        """Two heads of one layer must look at the marks that the answer rests on, while they write it.
+        """Supervises the attention of two heads of one layer: to the marks of the question, at the answer tokens.
 
         Args:
             labels: [B, L].
-            wanted: for each picture and question, bool [2, image tokens], where each head should look.
+            wanted: for each picture and question, bool [2, image tokens], the target of each head.
 
         Returns:
-            The mean negative logarithm of the attention that falls there, among all image tokens.
+            The mean negative logarithm of the attention to the target, among all image tokens.
         """
         query, key = self.looked[-1]
         with torch.autocast("cpu", enabled=False):
@@ -194,7 +194,11 @@ class Trainer:
             return -there[target.any(-1)].mean()
 
     def losses(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward: losses of the answers and of looking (0 where only the tower reads), and the four of reading."""
+        """One forward: losses of answers and of attention (0 in stages of the tower alone), and four of reading.
+
+        Args:
+            stage: the stage of the curriculum.
+        """
         rng, images, records, shifts = self.rng, [], [], []
         pairs: list[list[tuple[str, str]]] = []
         wanted: list[list[np.ndarray]] = []
@@ -231,7 +235,7 @@ class Trainer:
         return answer, looking, self.heads(self.seen[0], reading_targets(records, shifts, PIXELS // PATCH, PATCH))
 
     def _where(self, table: Table, record: np.ndarray, question: Question, shift: tuple[int, int]) -> np.ndarray:
-        """Where the two heads should look for one question: bool [2, image tokens]."""
+        """Targets of the two supervised heads for one question: bool [2, image tokens]."""
         side = PIXELS // PATCH
         places = []
         for mark in (question.marks[0], question.marks[-1]):
@@ -243,7 +247,12 @@ class Trainer:
         return np.stack(places)
 
     def train(self, every: int, stages: Sequence[Stage] = STAGES) -> None:
-        """Run the stages that are still to do; save and validate every so many steps."""
+        """Runs the remaining stages.
+
+        Args:
+            every: steps between two checkpoints, each with a validation.
+            stages: the stages of the curriculum.
+        """
         from rich.progress import Progress
 
         model = self.host.model
@@ -300,7 +309,12 @@ class Trainer:
 
 
 def ship(model: nn.Module, path: Path) -> str:
-    """Store the weights in fp16 and return the sha256 of the file."""
+    """Stores the weights in fp16 and returns the sha256 of the file.
+
+    Args:
+        model: the trained model.
+        path: the file to write.
+    """
     from safetensors.torch import save_file
 
     save_file({n: p.detach().half().contiguous() for n, p in model.named_parameters()}, path)

@@ -1,6 +1,6 @@
-"""Exact match of greedy answers without generating them: right where every token of the true answer is the argmax.
+"""Exact match of greedy answers without generating them: every token of the true answer must be the argmax.
 
-One forward over packed questions tells it for all questions at once, see `packing.right_answers`.
+One forward over packed questions is enough for all questions, see `packing.right_answers`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["exact_matches"]
 def exact_matches(
     host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[Question]], batch_size: int = 16
 ) -> list[np.ndarray]:
-    """Whether the greedy answer to each question is the true one, to the letter.
+    """Whether the greedy answer to each question is exactly the true one.
 
     Args:
         host: The model; it is in eval mode for the time of the call.

@@ -1,7 +1,7 @@
 """Tokenizers of the nano hosts: `nano_tokenizer` for bare models, `host_tokenizer` for the processors of whole hosts.
 
 Both know single characters, and the fixed parts of the questions as one token each. `host_tokenizer` knows bytes for
-every other character, so that Korean is read too, and comes with the turns as each full-size host writes them.
+every other character, so that Korean is encoded too; the chat templates have the turns of the full-size hosts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<image>", "<video>")
 PAD, EOS, UNKNOWN, IMAGE, VIDEO = range(len(SPECIAL))
 
-# `PICTURE` stands for what a host writes where an image goes.
+# `PICTURE` stands for the placeholder of an image.
 _PART = "{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}"
 _CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -69,7 +69,7 @@ def host_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str]
     Args:
         end: The token that ends a turn.
         specials: Other special tokens.
-        named: Those that the processor of the host asks for by name, e.g. `image_token`.
+        named: Special tokens that the processor of the host reads by name, e.g. `image_token`.
 
     Returns:
         The tokenizer. What it encodes, it decodes to the same text.

@@ -1,4 +1,4 @@
-"""Weights of the nano hosts: read from a file whose hash is known, and put into a model that they fit."""
+"""Weights of the nano hosts: read from a file with a checked hash, and loaded into a model that they fit."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ __all__ = ["put_weights", "read_weights"]
 
 
 def read_weights(file: Path, command: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read weights that came with the package, or others.
+    """Reads weights of the package, or others.
 
     Args:
-        file: where they are.
-        command: what makes them; told in errors.
-        sha256: what the file must have; None for weights of one's own.
+        file: the file.
+        command: the command that makes them, for errors.
+        sha256: hash that the file must have; None checks none.
 
     Raises:
         WeightsError: the file is missing, has another hash, or is no safetensors file.
@@ -45,7 +45,12 @@ def read_weights(file: Path, command: str, sha256: str | None = None) -> dict[st
 
 
 def put_weights(model: nn.Module, stored: Mapping[str, Tensor], file: Path) -> None:
-    """Fill a module with weights that have exactly its names and shapes.
+    """Loads weights into a module that has exactly their names and shapes.
+
+    Args:
+        model: the module.
+        stored: the weights.
+        file: their file, for errors.
 
     Raises:
         WeightsError: they do not fit; the module is as it was.

@@ -1,1 +1,1 @@
-"""Experiments: what SFA is worth, measured against controls and placebos. `sfa study --help`."""
+"""Experiments of `sfa study`: SFA against controls and placebos."""

@@ -1,4 +1,4 @@
-"""The studies that there are, and what `sfa study NAME` does with one."""
+"""The list of studies, and `sfa study NAME`, which runs one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 
 
 def run_study(options: StudyOptions, console: Console | None = None) -> None:
-    """Makes the runs that are missing, then the table and the figures.
+    """Makes the missing runs of a study, then its table and figures.
+
+    Args:
+        options: Options of `sfa study`.
+        console: Shows progress and the table; the terminal by default.
 
     Raises:
         DataError: There is no such study; or an option, or the results in the folder, do not fit it.

@@ -1,4 +1,4 @@
-"""DINOv2-small with its pretrained weights, read from an installed package into models that `inject_sfa` knows.
+"""Pretrained DINOv2-small: weights of an installed package in models of transformers and timm.
 
     tower = dinov2_tower()          # transformers' InternVLVisionModel: the same architecture, output equal to 0.0
     model = dinov2_timm()           # timm's vit_small_patch14_dinov2, 518 px
@@ -23,7 +23,7 @@ from sfa_adapters.recipes.studies.wheels import DINOV2_FILE, wheel_path
 __all__ = ["VISION", "dinov2_state", "dinov2_timm", "dinov2_tower", "internvl_state", "timm_state"]
 
 LAYERS = 12
-# DINOv2-small in the words of transformers' InternVLVisionConfig.
+# DINOv2-small as options of transformers' InternVLVisionConfig.
 VISION: dict[str, Any] = {
     "hidden_size": 384,
     "intermediate_size": 1536,
@@ -38,7 +38,7 @@ VISION: dict[str, Any] = {
     "use_mean_pooling": False,
     "hidden_act": "gelu",
 }
-# Tensors that the export to ONNX folded, by the node that reads them.
+# Tensors that the export to ONNX folded, by the node whose input they are.
 POSITIONS = {"/backbone/embeddings/Concat_6": "cls", "/backbone/embeddings/Reshape_1": "patches"}
 
 
@@ -77,9 +77,9 @@ def dinov2_timm(size: int = 518) -> Any:
 
 
 def dinov2_state() -> dict[str, Tensor]:
-    """The weights under the names of the checkpoint facebook/dinov2-small, without `mask_token`, which nothing reads.
+    """The weights under the names of the checkpoint facebook/dinov2-small, without `mask_token`, which is unused.
 
-    They are 222 tensors: what the file calls a decoder is the package's own and is left out.
+    They are 222 tensors; the decoder in the file belongs to the package and is left out.
 
     Raises:
         WeightsError: The package with the weights, or `onnx`, is missing, or the file is another one.
@@ -120,6 +120,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 def internvl_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the weights of the published checkpoint to those of `InternVLVisionModel`.
 
+    Args:
+        state: From `dinov2_state`.
+
     Raises:
         WeightsError: A tensor is left over or missing.
     """
@@ -148,6 +151,9 @@ def internvl_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the weights of the published checkpoint to those of timm: q, k and v become one matrix.
+
+    Args:
+        state: From `dinov2_state`.
 
     Raises:
         WeightsError: A tensor is left over or missing.

@@ -14,16 +14,22 @@ from sfa_adapters.recipes.studies.summary import ArmLine
 
 __all__ = ["draw_curves", "draw_tests"]
 
-# Okabe and Ito's palette: told apart by people who do not see all colours.
+# Okabe and Ito's palette, distinguishable for colour-blind people.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 STYLES = ("-", "--", ":", "-.")
-PANELS = 2  # beside each other, so that a figure can be read at half its width
+PANELS = 2  # side by side, so that a figure is legible at half its width
 
 
 def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> None:
-    """Mean score on validation pictures over steps, one panel per budget; bands go from the worst to the best seed.
+    """Draws the mean score on validation pictures over steps, one panel per budget.
 
-    Arms whose settings say `figure: false` are left out; the table has them.
+    Bands go from the worst to the best seed. Arms with `figure: false` in their settings are left out; the table has
+    them.
+
+    Args:
+        settings: The study.
+        rows: Its finished runs.
+        path: The file to write.
     """
     from matplotlib.figure import Figure
 
@@ -53,7 +59,7 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
         axis.set_ylim(0, 101)
     for axis in grid[:, 0]:
         axis.set_ylabel("right answers, %", fontsize=14)
-    # The legend stands in the order of the lines' ends in the first panel.
+    # The legend has the order of the last points of the lines in the first panel.
     ends = sorted(axes[0].get_lines(), key=lambda line: -line.get_ydata()[-1])
     labels = [line.get_label() for line in ends]
     figure.legend(ends, labels, loc="outside right center", fontsize=14, frameon=False)
@@ -61,7 +67,13 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
 
 
 def draw_tests(settings: StudySettings, lines: Sequence[ArmLine], path: Path) -> None:
-    """Bars: each arm on each test set under the primary budget, with 95% intervals."""
+    """Draws bars with 95% intervals: each arm on each test set under the primary budget.
+
+    Args:
+        settings: The study.
+        lines: From `summarize`.
+        path: The file to write.
+    """
     from matplotlib.figure import Figure
 
     shown = _shown(settings)

@@ -2,7 +2,7 @@
 
     sfa study lookup --workers 2        (numbers: docs/studies/lookup/)
 
-Arms of one seed start from the same values of shared weights and see the same pictures in the same order.
+Arms of one seed share the initial values of common weights, and see the same pictures in the same order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
 __all__ = ["train"]
 
-READING = 0.5  # weight of the side task: every cell names its own digit
+READING = 0.5  # weight of the auxiliary task: every cell predicts its own digit
 VALIDATION, TEST = 7, 8  # seeds of the pictures that all runs are measured on
 
 
 def train(job: Job) -> Outcome:
-    """Trains and measures one run.
+    """Trains and evaluates one run.
 
     Args:
         job: Its options: `task` (headers or crossing), `steps`, `batch`, `grid`, `lr`, `sfa_lr`, `warmup`,
@@ -64,7 +64,11 @@ def train(job: Job) -> Outcome:
 
 
 def test_grids(grid: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each test set; all but the first are unlike those of the training."""
+    """Rows and columns of each test set; all but the first differ from those of training.
+
+    Args:
+        grid: Rows and columns of training.
+    """
     height, width = grid
     return {
         "same": grid,

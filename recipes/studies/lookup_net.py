@@ -1,14 +1,14 @@
-"""A small vision transformer, and the ways to tell it where its tokens lie that the lookup study compares.
+"""A small vision transformer with the position encodings that the lookup study compares.
 
 All arms share one network and its initial values; only the `Position` differs:
 
     learned      an embedding per place (what every ViT has); larger grids interpolate it
     sincos       fixed sines and cosines instead (MAE, He et al. 2022)
     sfa          learned + the structural bias of this library
-    placebo      learned + the same bias, its places shuffled once
+    placebo      learned + the same bias with places that are shuffled once
     rope         learned + rotary embedding by row and column on q and k (Heo et al., ECCV 2024)
     swin         learned + a dense table of relative offsets (Liu et al., ICCV 2021); larger grids interpolate it
-    extra        learned + a rank-1 matrix on q and on k: about as many parameters as SFA, and no places
+    extra        learned + a rank-1 matrix on q and on k: about as many parameters as SFA, without places
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BIASES = ("none", "sfa", "placebo", "rope", "swin", "extra")
 
 
 class Position(nn.Module):
-    """What the attention of one layer is told about places.
+    """The position encoding in the attention of one layer.
 
     Args:
         kind: One of `BIASES`.
@@ -57,7 +57,12 @@ class Position(nn.Module):
             self.up = nn.Parameter(torch.zeros(2, width))  # zero, as LoRA: the model starts as the control does
 
     def bias(self, layout: TokenLayout, grid: Grid) -> Tensor | None:
-        """Logits that are added, `[1, heads, tokens, tokens]`, prefix included."""
+        """Bias of the attention logits, `[1, heads, tokens, tokens]`, prefix included; None for kinds without.
+
+        Args:
+            layout: Layout of the tokens.
+            grid: Rows and columns of cells.
+        """
         if self.kind in ("sfa", "placebo"):
             phi = self.structure(layout)
             if self.kind == "placebo":
@@ -71,7 +76,14 @@ class Position(nn.Module):
         return None
 
     def queries_and_keys(self, states: Tensor, query: Tensor, key: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """What changes q and k themselves, `[batch, heads, tokens, head width]`."""
+        """Queries and keys with the encodings that change them, `[batch, heads, tokens, head width]`.
+
+        Args:
+            states: Input of the attention, `[batch, tokens, width]`.
+            query: `[batch, heads, tokens, head width]`.
+            key: As `query`.
+            grid: Rows and columns of cells.
+        """
         if self.kind == "rope":
             cosine, sine = _rotary(query.shape[-1], grid)
             return _rotate(query, cosine, sine), _rotate(key, cosine, sine)
@@ -106,12 +118,12 @@ class _Block(nn.Module):
 
 
 class LookupNet(nn.Module):
-    """A ViT of three layers; its CLS token answers, and every cell says what it and its headers show.
+    """A ViT of three layers; its CLS token answers, and every cell predicts its own digit and those of its headers.
 
     Args:
         grid: The training grid.
-        options: `embedding` (learned or sincos), `bias` and what belongs to it; `width`, `heads`, `layers`.
-        seed: Of the initial values; what arms share is equal for equal seeds.
+        options: `embedding` (learned or sincos), `bias` with its options; `width`, `heads`, `layers`.
+        seed: Of the initial values; those that arms share are equal for equal seeds.
     """
 
     def __init__(self, grid: Grid, options: Mapping[str, Any], seed: int) -> None:
@@ -133,7 +145,7 @@ class LookupNet(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.05)
                     nn.init.zeros_(module.bias)
-            for block in self.blocks:  # last, so that what arms share was drawn before they differ
+            for block in self.blocks:  # last, so that the shared weights of arms are drawn before they differ
                 block.position = Position(options.get("bias", "none"), heads, width, grid, options)
 
     def forward(self, patches: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +196,7 @@ def _swin(offsets: Tensor, grid: Grid, trained: Grid) -> Tensor:
 
 
 def _rotary(head_width: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each token and channel, `[1 + cells, head width]`; the CLS token is not turned."""
+    """Cosine and sine for each token and channel, `[1 + cells, head width]`; the CLS token is not rotated."""
     quarter = head_width // 4
     frequencies = 30.0 ** (-torch.arange(quarter) / quarter)
     row, column = torch.arange(grid[0]).repeat_interleave(grid[1]), torch.arange(grid[1]).repeat(grid[0])

@@ -1,14 +1,14 @@
-"""Pictures for a model from scratch: a table of real handwritten digits with headers, and what to look up in it.
+"""Pictures of the lookup study: a table of real handwritten digits with headers, and lookups in it as targets.
 
-A picture is a grid of cells of 8x8 pixels. A table of random size stands at a random place; each of its cells shows a
+A picture is a grid of cells of 8x8 pixels. A table of random size is at a random place; each of its cells shows a
 digit. The first row and the first column are headers. There are two tasks:
 
-    headers      every cell of the body names the digit of its row's header and that of its column's header
-    crossing     one row header has a red ground and one column header a blue one; the CLS token names the digit where
-                 that row and that column cross
+    headers      every cell of the body predicts the digit of its row's header and that of its column's header
+    crossing     one row header has a red background and one column header a blue one; the CLS token predicts the digit
+                 where that row and that column cross
 
-The digits are the 1,797 of the UCI test set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), as
-scikit-learn ships them.
+The digits are the 1,797 of the UCI test set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998) in
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sfa_adapters.recipes.studies.training import NONE
 __all__ = ["BLANK", "CELL", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
 
 CELL = 8  # pixels
-BLANK = 10  # what the label of a cell outside of the table says
+BLANK = 10  # label of a cell outside of the table
 NOISE = 0.05
 Split = Literal["train", "val", "test"]
 BOUNDS: dict[Split, tuple[int, int]] = {"train": (0, 1200), "val": (1200, 1400), "test": (1400, 1797)}
@@ -34,7 +34,7 @@ BOUNDS: dict[Split, tuple[int, int]] = {"train": (0, 1200), "val": (1200, 1400),
 
 @dataclass(frozen=True)
 class DigitBank:
-    """Handwritten digits of one split; no writing is in two splits.
+    """Handwritten digits of one split; no image is in two splits.
 
     Attributes:
         images: Ink, `[count, 8, 8]`, 0 to 1.
@@ -86,9 +86,9 @@ def draw_lookups(bank: DigitBank, batch: int, grid: tuple[int, int], generator: 
 
     Args:
         bank: Digits.
-        batch: How many.
+        batch: Number of pictures.
         grid: Rows and columns of cells of a picture; a table has three or more of each.
-        generator: Chance.
+        generator: Random generator.
     """
     height, width = grid
 
@@ -114,7 +114,7 @@ def draw_lookups(bank: DigitBank, batch: int, grid: tuple[int, int], generator: 
     each = torch.arange(batch)
     ground[each, target_row, left] = torch.tensor([0.7, 0.0, 0.0])
     ground[each, top, target_column] = torch.tensor([0.0, 0.0, 0.7])
-    # The same noise in all three colours: it makes no cell equal to another, and drawing it is half of the work.
+    # The same noise in all three colours, because drawing noise takes half of the time.
     noise = NOISE * torch.randn(batch, height, width, 1, CELL, CELL, generator=generator)
     body = inside & ~header
     of_row = digits[each[:, None], torch.arange(height), left[:, None]][:, :, None].expand(-1, -1, width)

@@ -14,10 +14,10 @@ class StudyOptions:
 
     Attributes:
         name: Which study; `sfa study list` names them.
-        out: Folder of the results, which runs are added to; sfa-study/NAME by default.
+        out: Folder of the results, to which runs are added; sfa-study/NAME by default.
         workers: Processes, each with one thread.
         tune: Make the runs on tuning seeds instead.
-        report: Make no runs: table and figures of what is there.
+        report: Make no runs, only table and figures of those that are there.
         settings: A YAML file instead of the study's own settings.
         arms: Only these arms.
         seeds: Only these seeds.
@@ -36,5 +36,5 @@ class StudyOptions:
 
     @property
     def folder(self) -> Path:
-        """Of the results."""
+        """Folder of the results."""
         return self.out or Path("sfa-study") / self.name

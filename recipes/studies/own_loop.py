@@ -1,8 +1,8 @@
-"""The `pretrained` study as a user's own loop: twenty lines of plain torch that reach the study's number.
+"""The `pretrained` study as a user-written training loop: twenty lines of torch that reach the study's score.
 
     python -m sfa_adapters.recipes.studies.own_loop
 
-Nothing of the study's own training is used. DINOv2-small, its last three layers and two linear heads learn to answer
+The training code of the study is not used. DINOv2-small, its last three layers and two linear heads learn to answer
 along rows and columns of rendered tables, with the axial start. Takes about five minutes on two cores.
 """
 
@@ -25,13 +25,16 @@ LAYERS = range(9, 12)  # of twelve
 
 
 def own_loop(steps: int = 160, pictures: int = 800, tests: int = 200, seed: int = 0) -> tuple[float, dict[str, float]]:
-    """Trains; gives the share of right answers on the test pictures of the study, and the largest scalars.
+    """Trains and evaluates DINOv2-small with SFA on rendered tables.
 
     Args:
-        steps: Of 8 pictures.
-        pictures: Of the training.
-        tests: Pictures of the test.
+        steps: Steps of 8 pictures.
+        pictures: Training pictures.
+        tests: Test pictures.
         seed: Of heads, scalars and order.
+
+    Returns:
+        The share of right answers on the test pictures of the study, and the largest scalars in logits.
     """
     torch.manual_seed(seed)
     order = torch.arange(pictures)

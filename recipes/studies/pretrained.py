@@ -2,14 +2,14 @@
 
     sfa study pretrained                rendered tables, last three layers trained
     sfa study pretrained-frozen         rendered tables, nothing but the adapter and the heads trained
-    sfa study pretrained-colours        tables of which a cell is a patch
+    sfa study pretrained-colours        tables whose cells are patches
     sfa study pretrained-digits         real handwritten digits
 
 Their numbers are in docs/studies/, in folders of these names.
 
-The lower nine layers are frozen and run once per picture. Every patch on a body cell answers what the headers of its
-column and of its row show (`pretrained_pictures`). Arms of one seed have the same heads at the beginning and see the
-same pictures in the same order.
+The lower nine layers are frozen and run once per picture. Every patch on a body cell predicts what the headers of its
+column and of its row show (`pretrained_pictures`). Arms of one seed have the same initial heads and see the same
+pictures in the same order.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
 
 __all__ = ["Run", "train"]
 
-READING = 0.5  # weight of the side task: every patch names the content of its own cell
+READING = 0.5  # weight of the auxiliary task: every patch predicts the content of its own cell
 VALIDATION, TEST = 7, 8  # seeds of the pictures that all runs are measured on
 
 
 def train(job: Job) -> Outcome:
-    """Trains and measures one run.
+    """Trains and evaluates one run.
 
     Args:
-        job: Its options: `task`, `layers`, `steps`, `pictures`, `pool` (a run trains on `pictures` of so many, or of
-            all where it wants more), `pool_seed`, `batch`, `lr`, `head_lr`, `sfa_lr`, `warmup`, `every`, `validation`,
-            `test_pictures` and those of `TableReader`.
+        job: Its options: `task`, `layers`, `steps`, `pictures`, `pool` (pictures from which a run chooses `pictures`;
+            more are drawn where it needs more), `pool_seed`, `batch`, `lr`, `head_lr`, `sfa_lr`, `warmup`, `every`,
+            `validation`, `test_pictures` and those of `TableReader`.
     """
     began, options = time.process_time(), job.options
     run, curve = Run(options, job.seed), []
@@ -69,7 +69,7 @@ class Run:
 
     Attributes:
         net: The last layers with the heads.
-        encoding: CPU time for pictures through the lower layers; it is spent once per process and belongs to no run.
+        encoding: CPU time of the lower layers, which is spent once per process and not counted for a run.
     """
 
     def __init__(self, options: Mapping[str, Any], seed: int) -> None:
@@ -82,7 +82,11 @@ class Run:
         self.net = TableReader(options, seed)
 
     def learn(self, after_step: Callable[[int], None]) -> None:
-        """Trains for the steps of the options; calls back behind each step."""
+        """Trains for the steps of the options.
+
+        Args:
+            after_step: Called with the number of the step after each one.
+        """
         options = self.options
         stepper = Stepper(_groups(self.net, options), options["steps"], options["warmup"])
         generator = torch.Generator().manual_seed(1000 + self.seed)
@@ -96,7 +100,11 @@ class Run:
             after_step(step)
 
     def scores(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the headers and of the side task for each picture of val or test."""
+        """Scores of the headers and of the auxiliary task for each picture.
+
+        Args:
+            split: val or test.
+        """
         if split == "val":
             return _measure(self.net, self.validation)
         return _measure(self.net, encoded(self.options["task"], "test", TEST, self.options["test_pictures"]))
@@ -124,7 +132,7 @@ def _groups(net: TableReader, options: Mapping[str, Any]) -> list[dict[str, Any]
 
 @torch.no_grad()
 def _measure(net: TableReader, pictures: Encoded) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the headers and of the side task for each picture."""
+    """Scores of the headers and of the auxiliary task for each picture."""
     parts = [net(features) for features in pictures.features.split(50)]
     header = torch.cat([header for header, _ in parts]).argmax(-1)
     content = torch.cat([content for _, content in parts]).argmax(-1)

@@ -1,4 +1,4 @@
-"""DINOv2-small cut in two: lower layers that run once per picture, and the last layers with heads that answer.
+"""DINOv2-small in two parts: lower layers that run once per picture, and the last layers with prediction heads.
 
 The last layers carry the adapter of the arm:
 
@@ -7,9 +7,9 @@ The last layers carry the adapter of the arm:
     bitfit       the biases (vectors) of the layers train, their matrices do not (Ben Zaken et al., ACL 2022)
     lora         rank 1 on q and k (Hu et al., ICLR 2022), by PEFT: the smallest LoRA that there is
 
-With `places: shuffled` the tokens enter the last layers in another order, the same for all pictures, and leave them in
-their own. Without SFA this changes nothing: attention does not know an order, and the positions that the tower was
-trained with are in the features already. With SFA each token gets the row and column of another one: a placebo.
+With `places: shuffled` the tokens enter the last layers in another order, the same for all pictures, and are put back
+after them. Without SFA this changes nothing: attention is independent of the order, and the position embeddings are in
+the features already. With SFA each token gets the row and column of another one: a placebo.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from sfa_adapters.recipes.studies.pretrained_pictures import GRID, KINDS, SIDE, 
 
 __all__ = ["ADAPTERS", "TOP", "Encoded", "TableReader", "encoded", "strong_heads"]
 
-TOP = 3  # layers that carry an adapter, and train where the study says so
+TOP = 3  # layers with an adapter, which train with `layers: trained`
 ADAPTERS = ("none", "sfa", "bitfit", "lora")
-CHUNK = 50  # pictures that run together; always the same ones, so that features are the same in every run
+CHUNK = 50  # pictures per batch; always the same ones, so that features are the same in every run
 PAGES = 16  # pictures that the heads of the axial start are chosen on
 
 
@@ -70,7 +70,7 @@ def _parts() -> tuple[nn.Module, nn.Module]:
 
 
 class _Given(nn.Module):
-    """Stands where the embeddings were: hands on what the lower layers gave."""
+    """Replaces the embeddings of the last layers; its output is that of the lower layers."""
 
     def __init__(self, patch_size: Any) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ def encoded(task: Task, split: Split, seed: int, count: int) -> Encoded:
     """Draws pictures and runs them through the lower layers, once per process.
 
     Args:
-        task: Which pictures.
-        split: Of them.
-        seed: Of them.
-        count: How many.
+        task: Kind of pictures.
+        split: Their split.
+        seed: Their seed.
+        count: Number of pictures.
     """
     lower, parts, features = _parts()[0], [], []
     with torch.no_grad():
@@ -103,7 +103,13 @@ def encoded(task: Task, split: Split, seed: int, count: int) -> Encoded:
 
 @cache
 def strong_heads(task: Task, seed: int, by: By = "affinity") -> dict[int, dict[str, list[int]]]:
-    """Row and column heads of the last layers, chosen by `calibrate_axial` on a few pictures in the whole tower."""
+    """Row and column heads of the last layers, chosen by `calibrate_axial` on a few pictures in the whole tower.
+
+    Args:
+        task: Kind of pictures.
+        seed: Their seed.
+        by: As in `calibrate_axial`.
+    """
     tower = dinov2_tower()
     total = len(tower.encoder.layer)
     pages = draw_pictures(task, "train", range(PAGES), seed).pixels
@@ -117,7 +123,7 @@ class TableReader(nn.Module):
     Args:
         options: `layers` (trained or frozen), `adapter`, `places` (own or shuffled), and for SFA `terms`,
             `init`, `init_strength`, `init_warmup_steps`, `heads` (affinity, gate or first), `task`, `pool_seed`.
-        seed: Of the new weights; what arms share is equal for equal seeds.
+        seed: Of the new weights; those that arms share are equal for equal seeds.
 
     Raises:
         DataError: An option has an unknown value.
@@ -146,7 +152,7 @@ class TableReader(nn.Module):
         """Logits of the headers of column and row, `[batch, 64, 2, 10]`, and of the content, `[batch, 64, 10]`.
 
         Args:
-            features: As `Encoded` has them, `[batch, 65, 384]`.
+            features: From `Encoded`, `[batch, 65, 384]`.
         """
         self.given.features = features[:, self.order]
         states = self.tower(pixel_values=self.blank.expand(len(features), -1, -1, -1)).last_hidden_state
@@ -155,7 +161,7 @@ class TableReader(nn.Module):
 
 
 def _adapt(tower: Any, adapter: str, options: Mapping[str, Any], seed: int) -> int:
-    """Brings the adapter into the tower, in place; gives the number of its parameters."""
+    """Injects the adapter into the tower, in place, and returns the number of its parameters."""
     if adapter == "sfa":
         start: dict[str, Any] = {"terms": list(options["terms"])}
         if options.get("init", "normal") == "axial":

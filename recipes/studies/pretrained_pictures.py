@@ -1,8 +1,8 @@
-"""Pictures of tables for a pretrained tower, 112 x 112 px, and what every patch of 14 px is to answer.
+"""Pictures of tables for a pretrained tower, 112 x 112 px, with targets for every patch of 14 px.
 
-A table stands somewhere on white paper. Its first row and first column are headers. The patch whose centre lies on a
-body cell answers two questions: what does the header of its column show, and what does the header of its row show? To
-know that, a token must get the content of two other places, one in its column and one in its row.
+A table is at a random place on white paper. Its first row and first column are headers. A patch whose centre is on a
+body cell has two targets: what the header of its column shows, and what the header of its row shows. To predict them, a
+token must get the content of two other places, one in its column and one in its row.
 
     colours     a cell is one patch and has one of ten colours
     digits      a cell is 2 x 2 patches and shows a real handwritten digit; at one patch this tower cannot read them
@@ -10,8 +10,8 @@ know that, a token must get the content of two other places, one in its column a
                 coincide with rows and columns of patches; ten colours, because this tower cannot read print of this
                 size
 
-Patches whose centre lies on paper, on a gap or on a header have no question. A picture is decided by the task, the
-split, a seed and its number alone.
+Patches whose centre is on paper, on a gap or on a header have no target. A picture depends on the task, the split, a
+seed and its number only.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ PALETTE = np.array(
 ) / 255  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which DINOv2 was trained with
 
-Spans = Sequence[tuple[int, int]]  # first pixel, and the first one behind
+Spans = Sequence[tuple[int, int]]  # first pixel, and the first one after the last
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some pictures.
+    """Pictures with their targets.
 
     Attributes:
-        pixels: Normalised as DINOv2 wants it, `[count, 3, 112, 112]`.
+        pixels: Normalised for DINOv2, `[count, 3, 112, 112]`.
         headers: What the headers of a patch's column and of its row show, `NONE` where there is no question,
             `[count, 64, 2]`.
         content: What the cell under a patch shows itself, `NONE` outside of the table, `[count, 64]`.
@@ -71,10 +71,10 @@ def draw_pictures(task: Task, split: Split, numbers: Sequence[int], seed: int) -
     """Draws pictures.
 
     Args:
-        task: Which.
-        split: Pictures of different splits have nothing in common: neither the random numbers nor a written digit.
-        numbers: Which pictures of the split.
-        seed: Of all of them.
+        task: Kind of pictures.
+        split: Pictures of different splits share neither random numbers nor digits.
+        numbers: Numbers of the pictures in the split.
+        seed: Of everything random.
 
     Raises:
         DataError: There is no such task, or scikit-learn, which has the digits, is missing.
@@ -119,7 +119,7 @@ def _aligned(task: Task, random: np.random.Generator) -> tuple[Spans, Spans]:
 
 
 def _rendered(random: np.random.Generator) -> Spans:
-    """Four or more rows (or columns) of cells of any size, as many as were wanted and fit, anywhere on the paper."""
+    """Four to eight rows (or columns) of cells of random sizes, as many as fit, at a random place on the paper."""
     while True:
         wanted = int(random.integers(4, 9))
         sizes = random.integers(RENDERED_CELL[0], RENDERED_CELL[1] + 1, size=wanted)
@@ -129,7 +129,7 @@ def _rendered(random: np.random.Generator) -> Spans:
         spans = [(int(begin), int(begin + size)) for begin, size in zip(begins, sizes, strict=True)][:fitting]
         offset = int(random.integers(SIDE - spans[-1][1] + 1))
         spans = [(begin + offset, end + offset) for begin, end in spans]
-        # A table without a question, where no centre of a patch lies on a body cell, is drawn anew.
+        # A table without a question, where no centre of a patch is on a body cell, is drawn again.
         if (_cell_under_patches(spans) > 0).any():
             return spans
 

@@ -1,4 +1,4 @@
-"""The table of a study, for the terminal and as Markdown, and its figures."""
+"""The report of a study: tables for the terminal and as Markdown, and figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ __all__ = ["print_report", "print_tuning", "verdict", "write_report"]
 
 
 def print_report(settings: StudySettings, rows: Sequence[Row], console: Console) -> None:
-    """One table per budget: score, gain over the control, steps."""
+    """Prints one table per budget: score, gain over the control, steps.
+
+    Args:
+        settings: The study.
+        rows: Its finished runs.
+        console: Where they are printed.
+    """
     lines = summarize(settings, rows)
     for budget in settings.budgets:
         here = [line for line in lines if line.budget == budget]
@@ -40,7 +46,13 @@ def print_report(settings: StudySettings, rows: Sequence[Row], console: Console)
 
 
 def print_tuning(settings: StudySettings, rows: Sequence[Row], console: Console) -> None:
-    """What the tuning found; the choice is written into the settings by hand and committed."""
+    """Prints the scores of the tuning; the chosen values are written into the settings by hand.
+
+    Args:
+        settings: The study.
+        rows: Its finished tuning runs.
+        console: Where they are printed.
+    """
     table = Table(title=f"{settings.name}: tuning, score on validation pictures", box=box.SIMPLE_HEAD)
     for number, column in enumerate(_tuning_head(settings)):
         table.add_column(column, justify="right" if number else "left")
@@ -57,8 +69,11 @@ def write_report(
     Args:
         settings: The study.
         rows: Its finished runs.
-        folder: Where to.
+        folder: The folder to write.
         tuning: Runs of its tuning, for the table.
+
+    Returns:
+        The lines of the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = summarize(settings, rows)
@@ -72,7 +87,12 @@ def write_report(
 
 
 def verdict(settings: StudySettings, lines: Sequence[ArmLine]) -> str:
-    """The primary comparison in one sentence."""
+    """The result of the primary comparison in one sentence.
+
+    Args:
+        settings: The study.
+        lines: From `summarize`.
+    """
     primary = settings.primary
     line = next((ln for ln in lines if (ln.arm, ln.budget) == (primary.arm, primary.budget)), None)
     gain = line.gains.get(primary.test) if line is not None else None

@@ -1,4 +1,4 @@
-"""The results of a study: one JSON object per finished run, appended as runs end, so that a study can be resumed."""
+"""The results file of a study: one JSON object per finished run, so that a study can be resumed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PACKAGES = ("torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run measured.
+    """The measurements of one run.
 
     Attributes:
         curve: (step, score on the validation pictures) during training.
         tests: Test set to one score in [0, 1] for each picture, in their order.
-        scalars: Largest size of each structural term at the end, logits; empty for arms without SFA.
+        scalars: Largest scalar of each structural term at the end, logits; empty for arms without SFA.
         seconds: CPU time of the run.
-        numbers: Whatever else was measured, by name.
+        numbers: Other measurements, by name.
     """
 
     curve: Sequence[tuple[int, float]]
@@ -45,12 +45,12 @@ class Row:
     """A finished run, as read from the file.
 
     Attributes:
-        key: Names it, see `Job.key`.
+        key: Its name, see `Job.key`.
         arm: Its arm.
         seed: Its seed.
         budget: Its budget.
-        digest: Of its settings.
-        outcome: What it measured.
+        digest: Hash of its settings.
+        outcome: Its measurements.
     """
 
     key: str
@@ -62,7 +62,14 @@ class Row:
 
 
 def append_row(path: Path, job: Job, outcome: Outcome, commit: str) -> None:
-    """Adds a run to the file; the line is on the disk when this returns."""
+    """Appends a run to the file; the line is on disk when this returns.
+
+    Args:
+        path: The results file.
+        job: The run.
+        outcome: Its measurements.
+        commit: Commit of the code, from `source_commit`.
+    """
     line = {
         "key": job.key,
         "arm": job.arm,
@@ -88,7 +95,10 @@ def append_row(path: Path, job: Job, outcome: Outcome, commit: str) -> None:
 def read_rows(path: Path) -> list[Row]:
     """All finished runs of a file; none where there is no file yet.
 
-    A last line that was cut by a crash is left out: that run is made again.
+    A last line that was cut off by a crash is left out: that run is made again.
+
+    Args:
+        path: The results file.
 
     Raises:
         DataError: A line is not a run.
@@ -110,6 +120,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def todo(jobs: Sequence[Job], rows: Sequence[Row], path: Path) -> list[Job]:
     """The runs that are not in the file yet.
+
+    Args:
+        jobs: All runs.
+        rows: Those in the file.
+        path: The file, for the error.
 
     Raises:
         DataError: A run of the file was made with other settings.
@@ -140,7 +155,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _pack(scores: np.ndarray) -> str | list[float]:
-    """Right and wrong as one character each."""
+    """Scores of 0 and 1 as a text of one character each, other scores as a list."""
     if np.isin(scores, (0, 1)).all():
         return "".join("1" if score else "0" for score in scores)
     return [round(float(score), 3) for score in scores]

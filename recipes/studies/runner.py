@@ -1,4 +1,4 @@
-"""Runs what a study still has to do, in one or several processes, and writes each run down as it ends."""
+"""Makes the missing runs of a study, in one or several processes, and saves each run when it ends."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from sfa_adapters.recipes.studies.settings import Job
 
 __all__ = ["Train", "run_jobs"]
 
-# A function at the top of a module: processes find it by name.
+# A function at the top level of a module, so that processes can import it.
 Train = Callable[[Job], Outcome]
 
 
 def run_jobs(train: Train, jobs: Sequence[Job], path: Path, workers: int = 1, console: Console | None = None) -> int:
-    """Runs the jobs that the file does not have yet.
+    """Makes the runs that are not in the results file yet.
 
     Args:
         train: Makes one run.
-        jobs: All that the file shall have in the end.
+        jobs: All runs.
         path: The results file.
         workers: Processes; each computes with one thread.
-        console: Where the progress bar goes.
+        console: Shows the progress bar.
 
     Returns:
-        How many runs were made.
+        Number of runs that were made.
 
     Raises:
         DataError: `workers` is below 1, or the file holds runs of other settings.
@@ -54,14 +54,14 @@ def run_jobs(train: Train, jobs: Sequence[Job], path: Path, workers: int = 1, co
 def _outcomes(train: Train, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Outcome]]:
     if workers == 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in processes of their own: sums in another order give other numbers
+        torch.set_num_threads(1)  # as with several workers: the order of sums changes the numbers
         try:
             for job in jobs:
                 yield job, train(job)
         finally:
             torch.set_num_threads(threads)
         return
-    # Forked processes would share the threads of torch; each of these starts anew, with one thread of its own.
+    # Forked processes would share the threads of torch; spawned ones have one thread each.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         waiting = {pool.submit(train, job): job for job in jobs}
         try:

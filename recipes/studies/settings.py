@@ -1,7 +1,7 @@
 """The settings of a study: one YAML file, committed before the test pictures are drawn.
 
-A study trains each *arm* (a way of telling a model where its tokens lie) for each *budget* (steps, pictures) with each
-seed. Everything that decides a run stands in the file; nothing is chosen while results come in.
+A study trains each *arm* (a variant of the model, such as one with another position encoding) for each *budget* (steps,
+pictures) with each seed. Everything that a run depends on is in the file; nothing is chosen after results are known.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Primary:
     """The one comparison that decides the claim; everything else is secondary.
 
     Attributes:
-        arm: Whose gain is asked for.
-        test: Which test set.
-        budget: Which budget.
+        arm: The arm whose gain over the control is tested.
+        test: The test set.
+        budget: The budget.
     """
 
     arm: str
@@ -46,8 +46,8 @@ class Job:
     Attributes:
         arm: Name of the arm.
         seed: Of weights, data and order; runs of one seed are paired.
-        budget: Steps, pictures, ...: what the budget names.
-        options: All settings of the run: those of the study, over them those of the arm, over them the budget.
+        budget: Steps, pictures, ..., by name.
+        options: All settings of the run: those of the study, overridden by those of the arm, and these by the budget.
     """
 
     arm: str
@@ -57,34 +57,34 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names the run in the results file."""
+        """Name of the run in the results file."""
         return " ".join([self.arm, f"seed={self.seed}", *(f"{name}={value}" for name, value in self.budget.items())])
 
     @property
     def digest(self) -> str:
-        """Changes with any setting of the run."""
+        """Hash of the settings of the run."""
         text = json.dumps([self.arm, self.seed, self.options], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What a study does.
+    """All settings of a study.
 
     Attributes:
-        name: Of the study, as on the command line.
-        title: What it asks, one line.
-        metric: What the scores are, with its unit.
+        name: Name of the study on the command line.
+        title: Its question in one line.
+        metric: Definition of the scores, with their unit.
         primary: The comparison that decides.
         control: The arm that others are compared with.
-        placebo: The arm that must show nothing.
+        placebo: The arm that must have no gain.
         seeds: Of the reported runs.
         budgets: Each a mapping, e.g. `{steps: 500}`.
         fewer_seeds: Budgets that run with some of the seeds only: `{budget: {steps: 1500}, seeds: [0, 1, 2]}`.
-        arms: Name to options of the arm; `budgets` and `seeds` in it say where it runs in fewer of them, and
-            `figure: false` leaves it out of the figures.
+        arms: Name to options of the arm; `budgets` and `seeds` in it restrict it to some of them, and `figure: false`
+            leaves it out of the figures.
         tests: Names of the test sets, the first one the main one.
-        measures: Further quantities per picture, which are no scores; the table has them, the figures do not.
+        measures: Further quantities per picture that are not scores; they are in the table, not in the figures.
         train: Settings of all runs.
         thresholds: Shares of right answers; the table says after how many steps each is passed.
         tuning: `seeds`, `budget`, and `grids`: for each group of arms the values tried; none of it is reported as a
@@ -121,7 +121,7 @@ class StudySettings:
             raise DataError(f"{self.name}: seeds {sorted(both)} are reported and tuned on; they must differ.")
 
     def jobs(self) -> list[Job]:
-        """The reported runs, budget by budget; all arms of a seed come before the next seed: what is done is paired."""
+        """The reported runs, budget by budget and seed by seed, so that finished runs of arms are paired."""
         return [
             self._job(arm, seed, budget)
             for budget, seed, arm in product(self.budgets, self.seeds, self.arms)
@@ -134,7 +134,7 @@ class StudySettings:
         return next((entry["seeds"] for entry in self.fewer_seeds if entry["budget"] == budget), self.seeds)
 
     def tuning_jobs(self) -> list[Job]:
-        """Runs on the seeds of the tuning, over the grid of each arm; the values tried are part of the arm's name."""
+        """Runs on the seeds of the tuning, over the grid of each arm; the values are part of the arm's name."""
         jobs = []
         for grid in self.tuning.get("grids", ()):
             names = [name for name in grid if name != "arms"]
@@ -158,7 +158,7 @@ def load_settings(source: str | Path) -> StudySettings:
         source: Name of a study that comes with the package, or a YAML file.
 
     Raises:
-        DataError: There is no such file, or it says something that no study has.
+        DataError: There is no such file, or it has a setting that no study has.
     """
     path: Any = files("sfa_adapters.recipes.studies") / f"{source}.yaml" if isinstance(source, str) else source
     if not path.is_file():

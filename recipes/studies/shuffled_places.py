@@ -1,7 +1,7 @@
-"""The placebo: SFA whose tokens have the places of other tokens, shuffled once.
+"""The placebo of the studies: SFA with the places of tokens shuffled once.
 
-It has the parameters, the learning rates and the size of the bias, and says nothing about the page. What it gains over
-a model without SFA is not the gain of structure.
+It has the parameters, the learning rates and the size of the bias, but no information about the page. So its gain over
+a model without SFA does not come from structure.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ class ShuffledPlaces:
     """Gives every token with a place the place of another; prefix tokens (CLS) keep theirs.
 
     Attributes:
-        seed: Which shuffle; one seed and one number of tokens always give the same.
+        seed: Of the shuffle; one seed and one number of tokens always give the same.
     """
 
     seed: int = 0
 
     def __call__(self, layout: TokenLayout) -> TokenLayout:
-        """The layout with places, blocks and extents handed around."""
+        """The layout with permuted rows, columns and blocks.
+
+        Args:
+            layout: The layout of one grid.
+        """
         order = torch.arange(layout.num_tokens)
         generator = torch.Generator().manual_seed(self.seed)
         places = layout.num_tokens - layout.prefix_tokens
@@ -41,11 +45,11 @@ class ShuffledPlaces:
 
 
 def shuffle_places(model: nn.Module, seed: int = 0) -> None:
-    """Makes the SFA of a model a placebo, in place; for towers with one grid per image.
+    """Turns the SFA of a model into a placebo, in place; for towers with one grid per image.
 
     Args:
-        model: A model with SFA that has not run yet, or whose training begins anew.
-        seed: Which shuffle.
+        model: A model with SFA that has not run yet, or whose training starts over.
+        seed: Of the shuffle.
 
     Raises:
         InjectionError: The model has no SFA.

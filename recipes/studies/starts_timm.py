@@ -1,6 +1,6 @@
-"""A small ViT of timm: it was trained to read digits, and learns to look headers up (`starts`).
+"""A small timm ViT as a host of `starts`: it is trained to read digits, and learns to look headers up.
 
-It is trained here, once per seed, on the pictures of the lookup study, with the reading loss alone.
+It is pretrained here, once per seed, on the pictures of the lookup study, with the reading loss alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CALIBRATION, VALIDATION, TEST = 6, 17, 18  # seeds of pictures
 
 
 class _Reader(nn.Module):
-    """timm's VisionTransformer; every cell names its own digit and those of its headers."""
+    """timm's VisionTransformer; every cell predicts its own digit and those of its headers."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -67,17 +67,17 @@ class TimmStart:
         attach(self.model, options, seed, lambda by: calibrate_axial(self.model, pages, by=by))
 
     def known(self) -> np.ndarray:
-        """Share of cells of the table whose digit is read right, by picture."""
+        """Share of cells of the table with the right digit, by picture."""
         return self._scores("test", self.options["pictures"], TEST)[0]
 
     def new(self, split: str) -> np.ndarray:
-        """Share of right answers about headers, by picture."""
+        """Share of right answers about headers, by picture; see `StartHost`."""
         if split == "val":
             return self._scores("val", self.options["validation"], VALIDATION)[1]
         return self._scores("test", self.options["pictures"], TEST)[1]
 
     def learn(self, after_step: Callable[[int], None]) -> None:
-        """Trains everything on headers, with reading beside it."""
+        """Trains everything on headers, with reading as auxiliary task; see `StartHost`."""
         options = self.options
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters()), "lr": options["lr"]}]
         if options["bias"] != "none":
@@ -93,7 +93,7 @@ class TimmStart:
 
 
 def build(options: Mapping[str, Any], seed: int) -> TimmStart:
-    """The trained reader with the arm's bias."""
+    """The pretrained reader with the arm's bias; arguments as for `TimmStart`."""
     return TimmStart(options, seed)
 
 
@@ -129,6 +129,10 @@ def _learn(
 
 
 def to_images(batch: Lookups) -> Tensor:
-    """Cells put together to pictures, `[batch, 3, 64, 64]`."""
+    """Joins cells to pictures, `[batch, 3, 64, 64]`.
+
+    Args:
+        batch: Pictures as cells.
+    """
     cells = batch.patches.unflatten(-1, (3, CELL, CELL)).unflatten(1, GRID)  # [B, rows, columns, 3, 8, 8]
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""What the runs of a study say: one line per arm and budget, with paired differences from the control."""
+"""Summary of the runs of a study: one line per arm and budget, with paired differences from the control."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["ArmLine", "PicturesLine", "TuningLine", "by_pictures", "steps_to", "
 
 @dataclass(frozen=True)
 class ArmLine:
-    """One arm under one budget.
+    """Summary of one arm under one budget.
 
     Attributes:
-        arm: Which.
-        budget: Which.
-        seeds: Those that are done.
+        arm: The arm.
+        budget: The budget.
+        seeds: Seeds with a finished run.
         tests: Score on each test set and value of each measure, over seeds and pictures, in [0, 1].
-        gain: Score on the first test set minus the control's of the same seed and picture; None for the control.
+        gain: Score on the first test set minus that of the control, paired by seed and picture; None for the control.
         gains: The same for every test set and measure.
         sign: p value of the sign test over seeds, on the first test set.
         steps: Threshold to (median step at which it was passed or None, how many seeds passed it).
-        scalars: Largest size of each structural term, mean over seeds, logits.
-        seconds: CPU time of a run, mean.
-        numbers: Mean over seeds of each further number.
+        scalars: Largest scalar of each structural term, mean over seeds, logits.
+        seconds: CPU time of a run, mean over seeds.
+        numbers: Other measurements, mean over seeds.
     """
 
     arm: str
@@ -48,7 +48,12 @@ class ArmLine:
 
 
 def summarize(settings: StudySettings, rows: Sequence[Row]) -> list[ArmLine]:
-    """All arms under all budgets that have a finished run, in the order of the settings."""
+    """Summaries of all arms under all budgets with a finished run, in the order of the settings.
+
+    Args:
+        settings: The study.
+        rows: Its finished runs.
+    """
     lines = []
     for budget in settings.budgets:
         control = _runs(rows, settings.control, budget)
@@ -61,11 +66,11 @@ def summarize(settings: StudySettings, rows: Sequence[Row]) -> list[ArmLine]:
 
 @dataclass(frozen=True)
 class TuningLine:
-    """A setting that was tried.
+    """Summary of one setting of the tuning.
 
     Attributes:
         name: The arm and its setting.
-        seeds: How many runs.
+        seeds: Number of runs.
         score: On the validation pictures at the end, mean over seeds, in [0, 1].
         steps: Median step from which on the highest threshold of the study is passed; None where it is not.
     """
@@ -77,7 +82,12 @@ class TuningLine:
 
 
 def tuning_lines(settings: StudySettings, rows: Sequence[Row]) -> list[TuningLine]:
-    """All settings that were tried and have a run."""
+    """Summaries of all settings of the tuning with a finished run.
+
+    Args:
+        settings: The study.
+        rows: Its finished tuning runs.
+    """
     outcomes: dict[str, list[Outcome]] = {}
     for job in settings.tuning_jobs():
         for row in rows:
@@ -92,10 +102,10 @@ def tuning_lines(settings: StudySettings, rows: Sequence[Row]) -> list[TuningLin
 
 @dataclass(frozen=True)
 class PicturesLine:
-    """What an arm learns from few and from many pictures, everything else being equal.
+    """Scores of an arm by number of training pictures, with everything else equal.
 
     Attributes:
-        arm: Which.
+        arm: The arm.
         rest: The budget without `pictures`.
         scores: Number of training pictures to the score on the first test set.
         fewest: Threshold to the fewest pictures whose mean score passes it; None where none does.
@@ -108,7 +118,12 @@ class PicturesLine:
 
 
 def by_pictures(settings: StudySettings, lines: Sequence[ArmLine]) -> list[PicturesLine]:
-    """Arms that ran with several numbers of pictures and equal budgets otherwise; empty where a study has none."""
+    """Arms that ran with several numbers of pictures and otherwise equal budgets; empty where there are none.
+
+    Args:
+        settings: The study.
+        lines: From `summarize`.
+    """
     groups: dict[str, tuple[str, dict[str, Any], dict[int, Interval]]] = {}
     for line in lines:
         if "pictures" in line.budget:
@@ -127,7 +142,12 @@ def by_pictures(settings: StudySettings, lines: Sequence[ArmLine]) -> list[Pictu
 
 
 def steps_to(curve: Sequence[tuple[int, float]], threshold: float) -> int | None:
-    """The first measured step from which on the score stays at or above a threshold; None where it does not."""
+    """The first measured step from which on the score stays at or above a threshold; None where it does not.
+
+    Args:
+        curve: (step, score), in order of steps.
+        threshold: The threshold.
+    """
     passed = None
     for step, score in curve:
         if score < threshold:
@@ -168,7 +188,10 @@ def _line(
 
 
 def _median_step(outcomes: Sequence[Outcome], threshold: float) -> tuple[float | None, int]:
-    """The median counts runs that never pass as infinitely slow; None where half of them or more never do."""
+    """Median step at which runs pass a threshold, and how many pass it.
+
+    Runs that never pass count as infinitely slow, so the median is None where half of them or more never do.
+    """
     steps = [steps_to(outcome.curve, threshold) for outcome in outcomes]
     median = statistics.median(float("inf") if step is None else step for step in steps)
     return None if median == float("inf") else median, sum(step is not None for step in steps)

@@ -1,4 +1,4 @@
-"""Study c: a small vision-language model learns to read pictures of real tables that it has never seen.
+"""Study c: a small vision-language model learns to read pictures of real tables.
 
     sfa study tables --workers 2        (numbers: docs/studies/tables/)
 
@@ -49,7 +49,7 @@ TestSet = tuple[Pictures, tuple[list[Question], ...]]
 
 
 def train(job: Job) -> Outcome:
-    """Trains and measures one run.
+    """Trains and evaluates one run.
 
     Args:
         job: Its options: `bias` (none, sfa or placebo), `terms`, `init`, `init_strength`, `scr` (weights of terms),
@@ -89,10 +89,10 @@ def train(job: Job) -> Outcome:
 
 
 def build_arm(options: Any, seed: int) -> NanoHost:
-    """The pretrained host with what an arm adds, tower and projector trainable.
+    """The pretrained host with the adapters of an arm, tower and projector trainable.
 
     Args:
-        options: Of a job.
+        options: Options of a job.
         seed: Of the scalars and of the shuffle of a placebo.
 
     Raises:
@@ -137,7 +137,7 @@ def _training_tables(count: int, seed: int, size: TableSize) -> tuple[TablePictu
 
 @lru_cache(maxsize=8)
 def _test_set(name: str, count: int, most: int, size: TableSize) -> TestSet:
-    """Pictures and questions that all runs are measured on."""
+    """Pictures and questions of a test set, the same for all runs."""
     if name == "validation":
         pictures: Pictures = tuple(table_pictures("val", count, VALIDATION, size))
     elif name == "same":

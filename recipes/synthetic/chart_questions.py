@@ -1,8 +1,8 @@
-"""One loader for chart questions: rendered charts, or ChartQA from the hub or a local folder.
+"""Chart questions: about rendered charts, or from ChartQA on the hub or in a local folder.
 
 Columns, files and images are read by `sfa_adapters.data.open_rows`; here all of them are opened at once, for sets that
-fit into memory, and a row that cannot be used is an error. Images are never decoded before the size in their header is
-known to be sane, and no code that comes with data is run.
+fit into memory, and a row that cannot be used is an error. Images are only decoded after the size in their header was
+checked, and no code that comes with data is run.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class ChartSample:
         image: uint8 [H, W, 3].
         question: the question.
         answers: every answer that counts as right; at least one.
-        texts: what is printed on the chart, with boxes; empty where it is not known (ChartQA).
+        texts: texts that are printed on the chart, with boxes; empty where it is not known (ChartQA).
         type: "value", "difference" or "largest"; ChartQA's own "human" or "augmented" where given; else empty.
         kind: kind of chart, or empty.
         id: table and kind of a rendered chart, or file and row.
@@ -56,14 +56,14 @@ class ChartSample:
 
 
 def load_charts(source: str | Path, split: str, limit: int | None = None, seed: int = 0) -> list[ChartSample]:
-    """Load chart questions.
+    """Loads chart questions.
 
     Args:
         source: "rendered" for charts drawn from real tables; a hub id such as "HuggingFaceM4/ChartQA"; or a local
             folder with parquet files, JSON lines beside their images, or an imagefolder with metadata.
-        split: "train", "val" or "test"; for a hub id, the name that it uses there.
-        limit: at most so many questions; needed for "rendered", 200 by default.
-        seed: which questions of a rendered split are drawn; a real dataset is read in its own order.
+        split: "train", "val" or "test"; for a hub id, the name of the split there.
+        limit: largest number of questions; 200 by default for "rendered".
+        seed: of the questions about rendered charts; a real dataset is read in its order.
 
     Returns:
         The samples, in a fixed order.
@@ -84,13 +84,13 @@ def load_charts(source: str | Path, split: str, limit: int | None = None, seed: 
 def chart_samples(
     split: Split, limit: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES
 ) -> list[ChartSample]:
-    """Draw questions about the real tables of one split, question types in turn, each about a chart of its own.
+    """Draws questions about charts of the real tables of one split, question types in turn, one chart each.
 
     Args:
-        split: which tables.
-        limit: how many questions.
-        seed: which ones.
-        types: question types that take turns.
+        split: split of the tables.
+        limit: number of questions.
+        seed: of the questions.
+        types: question types, in turn.
 
     Returns:
         `limit` samples.
@@ -119,7 +119,7 @@ class Asked:
 
 
 def ask(split: Split, limit: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES) -> list[Asked]:
-    """What `chart_samples` asks, with nothing drawn; arguments as there."""
+    """The questions of `chart_samples` without drawing the charts; arguments as there."""
     rng = np.random.default_rng(seed)
     tables = load_tables(split)
     questions: list[Asked] = []

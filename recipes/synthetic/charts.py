@@ -2,7 +2,7 @@
 
 Every mark carries its number (a data label), as in most charts of ChartQA, and a name of three letters or a year, so
 that a tower with 144 patches of 12 pixels can read them. Everything is placed in pixels on one axes that spans the
-figure: a layout that is known beforehand needs no layout engine, and one figure serves every chart of a process.
+figure: a fixed layout needs no layout engine, and one figure serves every chart of a process.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ PALETTES = (
 
 @dataclass(frozen=True)
 class TextBox:
-    """One printed text and where it stands.
+    """One printed text and its place.
 
     Attributes:
-        text: what is printed.
+        text: the text.
         role: a number at a mark, the name of a row, or the name of a series in the legend.
         series: index of its series; 0 for the name of a row.
         row: index of its row; 0 for the name of a series.
@@ -46,13 +46,13 @@ class TextBox:
 
     @property
     def is_number(self) -> bool:
-        """Values, and names that are years."""
+        """Whether it is a number: a value, or a name that is a year."""
         return self.role == "value" or self.text.isdigit()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawn chart; `image` is uint8 [144, 144, 3], `texts` is all that is printed on it."""
+    """One drawn chart; `image` is uint8 [144, 144, 3], `texts` are all printed texts."""
 
     table: Table
     kind: Kind
@@ -66,7 +66,7 @@ class Chart:
 
 
 class Canvas:
-    """What charts and tables are drawn on: one figure, reused, because making one takes longer than drawing a chart."""
+    """The figure that charts and tables are drawn on; reused, because making one takes longer than drawing a chart."""
 
     def __init__(self) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,7 +78,7 @@ class Canvas:
         self.reset()
 
     def reset(self) -> None:
-        """Takes everything off it."""
+        """Removes everything from the canvas."""
         for artist in (*self.axes.patches, *self.axes.lines, *self.axes.texts):
             artist.remove()
         self.tags: list[tuple[Literal["value", "row", "series"], int, int]] = []
@@ -88,7 +88,7 @@ class Canvas:
     def name(
         self, table: Table, row: int, x: float, y: float, size: float, ha: str = "center", va: str = "baseline"
     ) -> None:
-        """Writes the name of a row at (x, y) in pixels from the bottom left corner, and notes whose name it is."""
+        """Writes the name of a row at (x, y) in pixels from the bottom left corner, with its tag."""
         self._write(x, y, table.rows[row], size, ha, va)
         self.tags.append(("row", 0, row))
 
@@ -150,7 +150,7 @@ def shared_canvas() -> Canvas:
 
 
 def kinds_for(table: Table) -> tuple[Kind, ...]:
-    """The chart kinds that show `table` fairly: lines only over time, pies only of one series without slivers."""
+    """The chart kinds that suit a table: lines only over time, pies only of one series without thin slices."""
     if len(table.series) > 1:
         return ("grouped",)
     values = table.values[0]
@@ -233,12 +233,12 @@ def _pie(c: Canvas, table: Table, colors: tuple[str, ...], size: float, rng: np.
 
 
 def draw(table: Table, kind: Kind, seed: int | None = None) -> Chart:
-    """Draw one chart.
+    """Draws one chart.
 
     Args:
-        table: what to show.
+        table: the table.
         kind: one of `kinds_for(table)`.
-        seed: picks colours, widths and letter size; by default it follows from the table, so that the same table always
+        seed: of colours, widths and letter size; by default it follows from the table, so that the same table always
             gives the same picture.
 
     Returns:
@@ -252,7 +252,7 @@ def draw(table: Table, kind: Kind, seed: int | None = None) -> Chart:
 
 
 def measure(table: Table, kind: Kind, seed: int | None = None) -> tuple[TextBox, ...]:
-    """The texts of the chart that `draw` would draw, without drawing it."""
+    """The texts of the chart that `draw` would draw, without drawing it; arguments as there."""
     return _compose(table, kind, seed).texts()
 
 

@@ -1,4 +1,4 @@
-"""A font that can write Korean: which one this machine has, or what to install."""
+"""Finds a font with Korean letters (Hangul) on this machine."""
 
 import os
 from functools import cache
@@ -10,7 +10,7 @@ __all__ = ["VARIABLE", "hangul_font"]
 
 VARIABLE = "SFA_HANGUL_FONT"
 SYLLABLE = "\ud55c"
-# The plain faces first, which stay legible when they are small; any other font with Hangul after them.
+# Plain faces first, which are legible at small sizes; then any other font with Hangul.
 PREFERRED = ("nanumgothic", "nanumbarungothic", "notosanscjk", "notosanskr", "malgun", "applesdgothicneo", "undotum")
 HELP = (
     "Install one: `apt install fonts-nanum` or `fonts-noto-cjk` (Debian, Ubuntu), `dnf install "

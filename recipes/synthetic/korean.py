@@ -1,4 +1,4 @@
-"""Tables and questions in Korean: the numbers stay, names of rows and series and the question change."""
+"""Tables and questions in Korean: the numbers stay, names and questions are translated."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def in_korean(table: Table, seed: int) -> Table:
 
     Args:
         table: A table.
-        seed: Which names.
+        seed: Of the names.
 
     Returns:
         A table whose row names are unique, as before.
@@ -44,8 +44,8 @@ def korean_question(question: Question, table: Table) -> Question:
     """The question about a Korean table, with the answer as the chart prints it.
 
     Args:
-        question: A question about the table under its old names.
-        table: What `in_korean` gives.
+        question: A question about the table with its original names.
+        table: The table from `in_korean`.
     """
     series = table.series[question.marks[0][0]]
     inside = f"{_spoken(series)}에서 " if series else ""
@@ -71,5 +71,5 @@ def _spoken(name: str) -> str:
 
 
 def _and(name: str) -> str:
-    """The particle for "and", which goes by whether the last syllable ends in a consonant."""
+    """The particle for "and", which depends on whether the last syllable ends in a consonant."""
     return "과" if (ord(name[-1]) - 0xAC00) % 28 else "와"

@@ -1,8 +1,8 @@
-"""Dense reading targets: what the patches of a vision tower should know about the texts that they show.
+"""Dense reading targets for pretraining: what each patch of a vision tower should predict about its text.
 
-An answer of four characters is little to learn from for a tower that cannot read yet. While a host is pretrained, three
-linear heads ask every patch that shows a printed text for more: the whole text, its partner (the number of a name, the
-name of a number), and the series. The heads are thrown away afterwards; the model itself is not changed by a bit.
+An answer of four characters is a weak training signal for a tower that cannot read yet. While a host is pretrained,
+linear heads predict more from every patch that shows a printed text: its letters, the whole text, its partner (the
+number of a name, the name of a number), and the series. The heads are not kept; the model itself has no such part.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ __all__ = ["LENGTH", "Cuttings", "ReadingHeads", "mark_patches", "reading_target
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 BLANK = len(ALPHABET)
-LENGTH = 5  # characters of the longest text, and one to see that it ends
+LENGTH = 5  # characters of the longest text, and one that marks its end
 RECORD = 4 + 3 * LENGTH
 SLOTS = 3  # letters whose middle falls into one patch of 12 pixels, from left to right
 SPACE = {
@@ -41,8 +41,8 @@ def text_records(table: Table, texts: Sequence[TextBox]) -> np.ndarray:
     """The texts of one chart as numbers, for storing beside its image.
 
     Args:
-        table: the table behind the chart.
-        texts: what is printed on it.
+        table: the table of the chart.
+        texts: the texts that are printed on it.
 
     Returns:
         int16 [texts, 19]: the box in pixels (left, top, right, bottom), then five character codes each of the text, its
@@ -75,10 +75,10 @@ def _patches(left: int, top: int, right: int, bottom: int, side: int, patch: int
 def mark_patches(
     table: Table, record: np.ndarray, mark: tuple[int, int], shift: tuple[int, int], side: int, patch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the number and the name of one mark stand.
+    """Patches of the number and of the name of one mark.
 
     Args:
-        table: the table behind the chart.
+        table: the table of the chart.
         record: `text_records` of the chart.
         mark: series and row.
         shift: by how many pixels (right, down) the image was moved.
@@ -86,7 +86,7 @@ def mark_patches(
         patch: pixels along one side of a patch.
 
     Returns:
-        bool [side * side] of the number, and of the name.
+        bool [side * side] for the number, and for the name.
     """
     series, row = mark
     name = _codes(table.rows[row])
@@ -101,7 +101,7 @@ def mark_patches(
 
 
 def reading_targets(records: Sequence[np.ndarray], shifts: Sequence[tuple[int, int]], side: int, patch: int) -> Tensor:
-    """Targets of every patch.
+    """Reading targets of every patch.
 
     Args:
         records: `text_records` of B charts.
@@ -137,7 +137,7 @@ def reading_targets(records: Sequence[np.ndarray], shifts: Sequence[tuple[int, i
 
 
 class Cuttings:
-    """Texts cut out of rendered charts, to be pasted into pages that are all text: ten times what a chart shows."""
+    """Texts cut out of rendered charts, to compose pages of text, with ten times as many texts as a chart."""
 
     def __init__(self, images: np.ndarray, records: Sequence[np.ndarray]) -> None:
         self.pieces: list[np.ndarray] = []
@@ -150,7 +150,15 @@ class Cuttings:
                     self.codes.append(r[4:])
 
     def page(self, rng: np.random.Generator, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-        """A page of random texts: uint8 [pixels, pixels, 3], and its records as in `text_records`, without partners."""
+        """A page of random texts.
+
+        Args:
+            rng: random generator.
+            pixels: side of the page.
+
+        Returns:
+            uint8 [pixels, pixels, 3], and its records as in `text_records`, without partners.
+        """
         page = np.full((pixels, pixels, 3), 255, dtype=np.uint8)
         records = []
         top = int(rng.integers(0, 8))
@@ -171,7 +179,7 @@ class Cuttings:
 
 
 class ReadingHeads(nn.Module):
-    """Linear heads over the tower's patches; thrown away after pretraining."""
+    """Linear heads over the tower's patches, used in pretraining only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

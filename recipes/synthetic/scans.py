@@ -1,4 +1,4 @@
-"""What is on a page besides print: paper, scanner and JPEG artefacts, photographs, line art and hatching."""
+"""Parts of pages that are not text: paper, scanner and JPEG artefacts, photographs, line art and hatching."""
 
 import io
 from functools import cache
@@ -12,7 +12,7 @@ __all__ = ["PHOTOGRAPHS", "Colour", "Rect", "artefacts", "blank_paper", "line_ar
 
 Colour = tuple[int, ...]
 Rect = tuple[float, float, float, float]  # left, top, right, bottom
-# Photographs that scikit-image ships, without readable text. The first of each line is about half of what it offers.
+# Photographs of scikit-image without readable text.
 PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     "train": (
         "astronaut", "brick", "camera", "cell", "coins", "grass", "horse", "hubble_deep_field", "immunohistochemistry",
@@ -34,7 +34,7 @@ def _photo(name: str) -> np.ndarray:
 
 
 def photograph(rng: np.random.Generator, split: Split, height: int, width: int, textures: float = 0.2) -> np.ndarray:
-    """A piece of a photograph, or with a chance of `textures` a made-up texture, uint8 `[height, width, 3]`."""
+    """A crop of a photograph, or with probability `textures` a random texture, uint8 `[height, width, 3]`."""
     if rng.random() < textures:
         picture = _texture(rng, height, width)
     else:
@@ -121,17 +121,17 @@ def line_art(rng: np.random.Generator, height: int, width: int, paper: Colour, i
 def artefacts(
     rng: np.random.Generator, image: np.ndarray, boxes: np.ndarray, paper: Colour, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a scanner and a JPEG file do to a page: a turn of up to 1 degree, blur, noise, specks, compression.
+    """Adds artefacts of a scan: rotation by up to 1 degree, blur, noise, specks, JPEG compression.
 
     Args:
-        rng: source of chance.
+        rng: random generator.
         image: uint8 `[H, W, 3]`.
         boxes: `[n, 4]`, left, top, right, bottom in px.
-        paper: fills the corners that a turn uncovers.
-        strength: from 0 (the page as it is) to 1.
+        paper: colour of the corners that the rotation uncovers.
+        strength: from 0 (no change) to 1.
 
     Returns:
-        The image, and the upright boxes around the turned ones.
+        The image, and the axis-aligned boxes around the rotated ones.
     """
     if strength == 0.0:
         return image.copy(), boxes

@@ -1,4 +1,4 @@
-"""A page in the making: made-up words in the fonts that matplotlib ships, with the box of every word."""
+"""`Sheet`: a page to draw on, with random words in the fonts of matplotlib and the box of every word."""
 
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ def x_height_of(face: str) -> float:
 
 
 class Sheet:
-    """A page in the making. Places are in px of the finished page; it may be drawn larger and then made smaller."""
+    """A page to draw on. Places are in px of the finished page; it may be drawn larger and then resized."""
 
     def __init__(
         self, rng: np.random.Generator, split: Split, scale: tuple[float, float], colours: tuple[Colour, Colour]
@@ -66,7 +66,7 @@ class Sheet:
         )
 
     def paste(self, picture: np.ndarray, rect: Rect) -> None:
-        """Lays a picture, uint8 `[H, W, 3]`, over a rectangle."""
+        """Pastes a picture, uint8 `[H, W, 3]`, into a rectangle."""
         (a, b), (left, top, right, bottom) = self.scale, rect
         size = max(1, round((right - left) * a)), max(1, round((bottom - top) * b))
         self.image.paste(
@@ -78,7 +78,7 @@ class Sheet:
         return LETTERS[0] if face.startswith("cm") else self.alphabet
 
     def write(self, text: str, x: float, y: float, face: str, x_height: float, ink: Colour | None = None) -> float:
-        """Writes one word with its baseline at (x, y), notes its box, and returns its width."""
+        """Writes one word with its baseline at (x, y), records its box, and returns its width."""
         a, b = self.scale
         font = font_of(face, round(x_height / x_height_of(face) * b, 1))
         _, top, _, bottom = font.getbbox("Hg", anchor="ls")
@@ -103,12 +103,12 @@ def word_of(rng: np.random.Generator, letters: tuple[str, str]) -> str:
 
 
 def size_of(rng: np.random.Generator, low: float = 3.5, high: float = 14.0) -> float:
-    """An x-height in px, small ones as often as large ones."""
+    """A random x-height in px, log-uniform."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def paragraphs(sheet: Sheet, rect: Rect, x_height: float | None = None) -> None:
-    """Text from top to bottom, flush left or justified, with headings and gaps between paragraphs."""
+    """Writes text from top to bottom, flush left or justified, with headings and gaps between paragraphs."""
     rng, (left, top, right, bottom) = sheet.rng, rect
     body, face = x_height or size_of(rng), sheet.face()
     leading, justified = float(rng.uniform(2.3, 3.3)), rng.random() < 0.5
@@ -125,7 +125,7 @@ def paragraphs(sheet: Sheet, rect: Rect, x_height: float | None = None) -> None:
 
 
 def line(sheet: Sheet, span: tuple[float, float], y: float, face: str, size: float, justified: bool = False) -> None:
-    """One line of words with its baseline at `y`, as many as fit."""
+    """Writes one line of words with its baseline at `y`, as many as fit."""
     font = font_of(face, round(size / x_height_of(face) * sheet.scale[1], 1))
     space, room = size * 0.6, (span[1] - span[0]) * float(sheet.rng.uniform(0.3, 1) if not justified else 1)
     words, used = [], 0.0
@@ -143,7 +143,7 @@ def line(sheet: Sheet, span: tuple[float, float], y: float, face: str, size: flo
 
 
 def table(sheet: Sheet, rect: Rect) -> None:
-    """Rows of names and numbers, with or without rules, stripes and empty cells."""
+    """Draws a table of names and numbers, with or without rules, stripes and empty cells."""
     rng, (left, top, right, bottom) = sheet.rng, rect
     size, face = size_of(rng, 3.5, 9), sheet.face()
     height = size * float(rng.uniform(2.4, 5))

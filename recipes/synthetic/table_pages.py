@@ -24,7 +24,7 @@ SHADES = ((255, 255, 255), (250, 248, 240), (243, 246, 250))
 
 @dataclass(frozen=True, eq=False)
 class TablePage:
-    """One page; `image` is uint8 [448, 448, 3], `texts` is what the table says and where."""
+    """One page; `image` is uint8 [448, 448, 3], `texts` are the texts of the table."""
 
     table: Table
     image: np.ndarray
@@ -35,10 +35,10 @@ def draw_page(table: Table, font: Path, seed: int, words: tuple[str, ...] = ENGL
     """Draws a page.
 
     Args:
-        table: Its numbers.
+        table: The table.
         font: A font file with every letter of the table and the words.
-        seed: Sizes, colours and places.
-        words: What the lines around the table are made of; no numbers, so that `texts` has all of them.
+        seed: Of sizes, colours and places.
+        words: Words of the lines around the table; without numbers, so that `texts` has all numbers.
 
     Returns:
         The page.

@@ -1,8 +1,8 @@
-"""Pictures of real tables, 144 x 144 pixels, with the box of everything printed: countries by years, and the like.
+"""Pictures of real tables, 144 x 144 pixels, with the box of every text: countries by years, and the like.
 
-A table is cut out of a sheet of one split: some rows and some columns, either way round. It stands anywhere on the
-picture, and a text at any pixel: its rows do not coincide with the patches of a tower. Names are cut to three letters
-and years keep four digits, as on the charts.
+A table is cut out of a sheet of one split: some rows and some columns, either way round. It is at a random place, and a
+text at any pixel: its rows do not coincide with the patches of a tower. Names are cut to three letters and years keep
+four digits, as on the charts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ TRIES = 1000  # cuts in a row that may be refused: equal short names, values tha
 
 @dataclass(frozen=True)
 class TableSize:
-    """How many rows and columns of numbers a table has, least and most."""
+    """Smallest and largest number of rows and of columns of numbers of a table.
+
+    Raises:
+        DataError: A picture has no room for them.
+    """
 
     rows: tuple[int, int]
     columns: tuple[int, int]
@@ -55,7 +59,7 @@ class TableSize:
 
 @dataclass(frozen=True, eq=False)
 class TablePicture:
-    """One picture; `image` is uint8 [144, 144, 3], `texts` is all that is printed on it."""
+    """One picture; `image` is uint8 [144, 144, 3], `texts` are all printed texts."""
 
     table: Table
     image: np.ndarray
@@ -67,9 +71,9 @@ def cut_tables(split: Split, count: int, seed: int, size: TableSize) -> list[Tab
 
     Args:
         split: "train", "val" or "test"; no entity is in two of them.
-        count: How many.
-        seed: Which rows and columns.
-        size: How large.
+        count: Number of tables.
+        seed: Of rows and columns.
+        size: Size of the tables.
 
     Raises:
         DataError: The split has no sheet that large, or a package with the data is missing.
@@ -114,7 +118,7 @@ def draw_table(table: Table, seed: int) -> TablePicture:
 
     Args:
         table: At most as large as `TableSize` allows.
-        seed: All that is random.
+        seed: Of everything random.
     """
     rng, page = np.random.default_rng(seed), shared_canvas()
     page.reset()
@@ -156,7 +160,7 @@ def _rules(page: Canvas, at: tuple[float, float, float, float], rows: int, style
 def table_pictures(
     split: Split, count: int, seed: int, size: TableSize, console: Console | None = None
 ) -> list[TablePicture]:
-    """Tables of one split, drawn; arguments as in `cut_tables`, and where the progress bar goes, if anywhere."""
+    """Pictures of tables of one split; arguments as in `cut_tables`, and the console for a progress bar, if any."""
     tables = track(
         cut_tables(split, count, seed, size), f"{'drawing tables':<24}", console=console, disable=not console
     )
@@ -164,7 +168,7 @@ def table_pictures(
 
 
 def larger_charts(split: Split, count: int, seed: int) -> list[Chart]:
-    """Charts of larger tables than the host was pretrained on: 6 to 8 bars, or 4 to 5 rows in two series, in turns."""
+    """Charts of larger tables than those of pretraining: 6 to 8 bars, or 4 to 5 rows in two series, in turn."""
     single = cut_tables(split, (count + 1) // 2, seed, TableSize((6, 8), (1, 1)))
     double = cut_tables(split, count // 2, seed + 1, TableSize((4, 5), (2, 2)))
     drawn = [[draw(table, "hbar") for table in single], [draw(table, "grouped") for table in double]]
@@ -172,12 +176,12 @@ def larger_charts(split: Split, count: int, seed: int) -> list[Chart]:
 
 
 def value_questions(table: Table, most: int, rng: np.random.Generator) -> list[Question]:
-    """At most so many different questions for the value of a cell, in random order."""
+    """Up to `most` different questions for the value of a cell, in random order."""
     questions = [question for question in questions_for(table) if question.type == "value"]
     return [questions[i] for i in rng.permutation(len(questions))[:most]]
 
 
 def ask_all(pictures: Sequence[TablePicture | Chart], most: int, seed: int) -> list[list[Question]]:
-    """`value_questions` for each picture."""
+    """`value_questions` for each picture, from one seed."""
     rng = np.random.default_rng(seed)
     return [value_questions(picture.table, most, rng) for picture in pictures]

@@ -1,7 +1,7 @@
-"""Small tables with the numbers of one chart, and the rule that splits them so that a test is honest.
+"""Small tables with the numbers of one chart, and their splits into training, validation and test.
 
 A *table* is what one chart shows: one or two series over two to five rows. Tables of one source overlap (the same
-country in two years), so the split is made on what they are cut from, never on the tables themselves:
+country in two years), so splits are made by what they are cut from, never by the tables themselves:
 
 * gapminder: a **country** belongs to one split, and a table holds countries of one split only, so no number of a test
   country is ever seen in training;
@@ -37,18 +37,18 @@ HELD_OUT: dict[str, Split] = {
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers behind one chart, already rounded to what the chart prints.
+    """The numbers of one chart, already rounded as the chart prints them.
 
     Attributes:
         id: unique name, `source/...`.
         source: the file it was cut from.
-        entities: what the split is made on (`gapminder:Kenya`, `stocks:MSFT`, ...).
-        title: what the numbers are.
+        entities: what belongs to a split (`gapminder:Kenya`, `stocks:MSFT`, ...).
+        title: the quantity.
         rows: names of the marks, three letters or a year, unique.
         series: names of the series; one empty string where there is only one.
         values: `[series][row]`, printable numbers.
         decimals: digits after the point, the same for the whole table.
-        ordered: the rows are points in time (a line is then a fair picture).
+        ordered: whether the rows are points in time, so that a line chart suits them.
     """
 
     id: str
@@ -90,20 +90,20 @@ def make_table(
     ordered: bool = False,
     most_rows: int = 5,
 ) -> Table | None:
-    """Round and check one table.
+    """Rounds and checks one table.
 
     Args:
         source: the file it is cut from.
-        key: what makes its id unique within the source.
-        entities: what the split is made on.
-        title: what the numbers are; a unit is added where the numbers are scaled.
+        key: makes its id unique within the source.
+        entities: what belongs to a split.
+        title: the quantity; a unit is added where the numbers are scaled.
         rows: full names of the rows.
         columns: full name of each series (empty where there is only one) and its values.
         ordered: the rows are points in time.
         most_rows: tables with more rows are refused.
 
     Returns:
-        The table, or None where it cannot be a fair chart: equal names, negative or nearly equal values.
+        The table, or None where it does not suit a chart: equal names, negative or nearly equal values.
     """
     names = tuple(_short(r) for r in rows)
     series = tuple(_short(s) for s in columns)
@@ -117,7 +117,7 @@ def make_table(
         return None
     if any(not math.isfinite(v) or v < 0 for v in flat) or max(flat) <= 0 or min(flat) > 0.87 * max(flat):
         return None  # nearly equal numbers: with 5% tolerance, reading any mark would count as reading the right one
-    # At most four digits are printed: big numbers are told in thousands, millions, ... as charts do.
+    # At most four digits are printed: big numbers are given in thousands, millions, ..., as charts do.
     power = max(0, math.ceil((math.log10(max(flat)) - 3.99) / 3))
     unit = ("", " (thousands)", " (millions)", " (billions)")[power]
     top = max(flat) / 1000**power
@@ -130,7 +130,7 @@ def make_table(
 
 
 def chunks(items: Sequence[Any], seed: str) -> Iterator[list[Any]]:
-    """Cut a shuffled copy of `items` into groups of two to five."""
+    """Cuts a shuffled copy of `items` into groups of two to five."""
     rng = random.Random(seed)  # noqa: S311
     pool = rng.sample(list(items), len(items))
     while len(pool) >= 2:

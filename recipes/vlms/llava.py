@@ -18,8 +18,7 @@ __all__ = ["SPEC"]
 def _page(image: np.ndarray, processor: Any, limit: int) -> Page:
     """Pads a page to a square with the mean colour.
 
-    The host learned on such pages, but its processor on the hub cuts the middle out: what stands at the sides would be
-    lost.
+    The host was trained on such pages, but its processor on the hub crops the centre, which would lose both sides.
     """
     if processor.do_center_crop and image.shape[0] != image.shape[1]:
         return padded_to_square(image, processor.image_mean)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: as LLaVA-1.5, with pages cut into tiles. Adapters and token reduction only: nobody wrote its recipe."""
+"""LLaVA-NeXT: as LLaVA-1.5, with pages cut into tiles. Adapters and token reduction only; it has no recipe."""
 
 from typing import Any
 

@@ -21,13 +21,18 @@ ANYRES_TILES = 9
 
 
 def tile_side(image_processor: Any) -> int:
-    """Side of a tile in pixels."""
+    """Side of a tile in pixels, from the image processor."""
     size = image_processor.size
     return int(size["height"] if size.get("height") else size["shortest_edge"])
 
 
 def tiles_of(point: Sequence[int], side: int) -> int:
-    """How many tiles a resolution (height, width) is cut into."""
+    """Number of tiles of a resolution.
+
+    Args:
+        point: Height and width in pixels.
+        side: Side of a tile in pixels.
+    """
     return (point[0] // side) * (point[1] // side)
 
 
@@ -39,10 +44,10 @@ def _options(processor: Any, tiles: int) -> dict[str, Any]:
 
 
 def _page(image: np.ndarray, processor: Any, tiles: int) -> Page:
-    """Makes a page smaller that the host would cut into too many tiles.
+    """Shrinks a page that the host would cut into too many tiles.
 
-    It cuts into as many as fit the size of the page. Options of the processor would not do, because the model goes by
-    the size as well.
+    The number of tiles follows from the size of the page. Options of the processor are not enough, because the model
+    uses the size of the page as well.
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -101,7 +106,7 @@ SPEC = register_vlm(
             lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=mlp_projector, output_read=True
         ),
         nano=_nano,
-        # It can read already, and forgets at the rate of one that starts from nothing.
+        # It is pretrained, and would forget at the learning rate of random weights.
         nano_settings={"lr": 1e-4},
     )
 )

@@ -1,4 +1,4 @@
-"""The density estimator: a small convolutional network that says how much of each place of a page is text.
+"""The density estimator: a small convolutional network that predicts which share of each place of a page is text.
 
 Six layers, 3-32-64-128-64-32-1: five 3 x 3 convolutions with batch norm and ReLU, then a 1 x 1 head with a sigmoid. The
 first four convolutions have stride 2, so one output cell stands for 16 x 16 pixels and sees 95 x 95.
@@ -28,9 +28,9 @@ COMMAND = "sfa density train"
 
 
 class DensityEstimator(nn.Module):
-    """Estimates text density, 186,177 parameters.
+    """Estimates text density, with 186,177 parameters.
 
-    Untrained as built; `DensityEstimator.pretrained()` is what the library uses.
+    The constructor gives an untrained one; the library uses `DensityEstimator.pretrained()`.
     """
 
     def __init__(self) -> None:
@@ -43,14 +43,14 @@ class DensityEstimator(nn.Module):
         self.head = nn.Conv2d(WIDTHS[-1], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Estimates the density of each 16 x 16 pixels.
+        """Estimates the text density of each cell of 16 x 16 pixels.
 
         Args:
-            images: RGB in [0, 1], before a tower's normalisation, float `[B, 3, H, W]`. Sides that 16 does not divide
-                are continued with their last row and column of pixels.
+            images: RGB in [0, 1], before a tower's normalisation, float `[B, 3, H, W]`. Sides that are no multiple of
+                16 are padded by repeating the last row and column of pixels.
 
         Returns:
-            1 in dense text, 0 on empty paper, `[B, ceil(H / 16), ceil(W / 16)]`.
+            Densities from 0 (empty paper) to 1 (dense text), `[B, ceil(H / 16), ceil(W / 16)]`.
 
         Raises:
             DataError: Not a batch of RGB images in floating point, or an image without pixels.
@@ -58,7 +58,7 @@ class DensityEstimator(nn.Module):
         return self.logits(images).sigmoid()
 
     def logits(self, images: Tensor) -> Tensor:
-        """The same before the sigmoid, which is what training needs."""
+        """As `forward`, before the sigmoid, as training needs it."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
             raise DataError(
                 f"images {tuple(images.shape)} {images.dtype} must be [batch, 3, height, width], floating point in "
@@ -72,7 +72,7 @@ class DensityEstimator(nn.Module):
         return self.head(self.features(images))[:, 0]
 
     def fused(self) -> nn.Module:
-        """The same function for inference, with the batch norms worked into the convolutions (a copy, in eval mode)."""
+        """A copy for inference, in eval mode, with the batch norms fused into the convolutions."""
         import copy
 
         model = copy.deepcopy(self).eval()
@@ -86,16 +86,16 @@ class DensityEstimator(nn.Module):
 
     @classmethod
     def pretrained(cls, path: str | Path | None = None) -> Self:
-        """Loads weights: those that come with the library, or a file that `sfa density train` wrote.
+        """Loads the weights that come with the library, or a file that `sfa density train` wrote.
 
         Args:
-            path: A safetensors file; by default the shipped one, whose SHA-256 is checked before it is read.
+            path: A safetensors file; by default the shipped one, whose SHA-256 is checked first.
 
         Returns:
             The estimator in eval mode, without gradients.
 
         Raises:
-            WeightsError: The file is missing, damaged, or of another model.
+            WeightsError: The file is missing or damaged, or belongs to another model.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load

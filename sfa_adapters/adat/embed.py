@@ -1,10 +1,10 @@
-"""Tokens from patches of any size, with the weights that a tower has for patches of one size.
+"""Embeds patches of any size with the patch embedding of a tower, which was trained for one size.
 
 * The kernel of the patch embedding is resampled by the pseudo-inverse method (FlexiViT, arXiv 2212.08013, section 3.4):
   the embedding of an enlarged patch with the resampled kernel is that of the patch itself. timm computes it.
-* A token takes its position embedding at its true centre: linear in between the tower's own patches where the token
-  is no larger than one, the mean over its area where it is larger.
-* Tokens of the tower's own patch size are not computed at all: they are taken from the tower's embedding, bit for bit.
+* The position embedding of a token is that of its true centre: bilinear between the tower's own patches if the token is
+  no larger than one, else the mean over its area.
+* Tokens of the tower's own patch size are not computed: they are taken from the tower's embedding, bit for bit.
 
 Shape letters: B images, N tokens of one image, D width, n tokens along one side of a cell, s pixels along one side of
 a patch.
@@ -27,13 +27,15 @@ __all__ = ["LargePatchResidual", "PatchEmbedder", "position_table"]
 
 
 class LargePatchResidual(nn.Module):
-    """What the small patches inside a large one add to it: a convolution, then a linear layer that starts at zero.
+    """A learned residual for large patches from the small patches inside: a convolution, then a linear layer.
 
-    As in Adaptive Patch Transformers (arXiv 2510.18091, section 3.2): a patch of 2^i times the tower's side passes the
-    convolution i times. Untrained it adds nothing.
+    As in Adaptive Patch Transformers (arXiv 2510.18091, section 3.2): for a patch of 2^i times the tower's side the
+    convolution is applied i times. The linear layer starts at zero, so untrained it adds nothing.
 
     Args:
         width: D of the tower.
+        device: Device of the parameters.
+        dtype: Their dtype.
     """
 
     def __init__(self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -44,7 +46,15 @@ class LargePatchResidual(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, patches: Tensor, halvings: int) -> Tensor:
-        """Embedded small patches `[B, D, rows, columns]` to large ones, `[B, rows * columns / 4^halvings, D]`."""
+        """Computes the residual.
+
+        Args:
+            patches: Embedded patches of the tower's own size, `[B, D, rows, columns]`.
+            halvings: How often rows and columns are halved.
+
+        Returns:
+            One vector per large patch, `[B, rows * columns / 4^halvings, D]`.
+        """
         for _ in range(halvings):
             patches = self.reduce(patches)
         return self.out(patches.flatten(2).transpose(1, 2))
@@ -66,7 +76,7 @@ class PatchEmbedder:
         return {"patch": self.patch, "_resample": None, "_kernels": {}}
 
     def kernel(self, projection: nn.Conv2d, side: int) -> Tensor:
-        """The kernel for patches of `side` pixels, `[D, channels, side, side]`; kept while it needs no gradient."""
+        """The kernel for patches of `side` pixels, `[D, channels, side, side]`; cached if it needs no gradient."""
         weight = projection.weight
         if torch.is_grad_enabled() and weight.requires_grad:
             return self._resampled(weight, side)
@@ -92,18 +102,21 @@ class PatchEmbedder:
         embedded: Tensor,
         residual: LargePatchResidual | None = None,
     ) -> list[Tensor]:
-        """Embeds.
+        """Embeds the tokens of patch plans.
 
         Args:
-            projection: The convolution.
+            projection: The patch convolution.
             positions: Position embeddings of the page, `[rows, columns, D]` in the tower's own patches.
-            plans: One plan per image, all of one policy and one image size.
-            images: What the tower was given, `[B, channels, height, width]`.
+            plans: One patch plan per image, all of one policy and one image size.
+            images: Input images of the tower, `[B, channels, height, width]`.
             embedded: The tower's own tokens with their positions, without prefix, `[B, rows * columns, D]`.
-            residual: Adds what small patches say to large ones.
+            residual: Learned residual for large patches, or None.
 
         Returns:
             For each image its tokens, `[N, D]`, in the order of its plan.
+
+        Raises:
+            PlanError: The residual does not fit the patch sizes of the policy.
         """
         first = plans[0]
         height, width = first.image_size
@@ -140,13 +153,13 @@ class PatchEmbedder:
         index: Sequence[Tensor],
         residual: LargePatchResidual | None,
     ) -> list[Tensor]:
-        """The tokens of one level: those of all cells that have it, then the ones that the plans keep."""
+        """Embeds the tokens of one level: all those of its cells, from which the ones in the plans are taken."""
         rows, columns = chosen.shape[1:]
         cell = plan.cell
         cells = page.unflatten(-1, (columns, cell)).unflatten(-3, (rows, cell)).permute(0, 2, 4, 1, 3, 5)
         cells = cells[chosen.to(page.device)]  # [K, channels, cell, cell]
         side = math.ceil(cell / n)
-        if side * n != cell:  # a patch of a fraction of pixels is enlarged to whole ones
+        if side * n != cell:  # a patch of fractional size is enlarged to whole pixels
             size = (side * n, side * n)
             cells = F.interpolate(cells.float(), size, mode="bilinear", antialias=True).to(cells.dtype)
         patches = cells.unflatten(-1, (n, side)).unflatten(-3, (n, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -181,18 +194,18 @@ class PatchEmbedder:
 
 
 def _page_index(index: Tensor, plan: PatchPlan, n: int, columns: int) -> Tensor:
-    """Numbers on the padded page's grid of own patches, as numbers on the page's."""
+    """Converts patch numbers on the grid of the padded page to those of the page itself."""
     padded_columns = plan.level.shape[1] * n
     return index // padded_columns * columns + index % padded_columns
 
 
 def position_table(positions: Tensor, plan: PatchPlan, n: int) -> Tensor:
-    """Position embeddings of all patches that one level could have.
+    """Interpolates position embeddings for all patches of one level's full grid.
 
     Args:
-        positions: `[rows, columns, D]` of the page, one per own patch of the tower.
-        plan: The page, its cells and the tower's patch.
-        n: Patches along one side of a cell.
+        positions: Position embeddings of the page, `[rows, columns, D]`, one per patch of the tower.
+        plan: Patch plan with the size of the page, its cells and the tower's patch.
+        n: Patches of the level along one side of a cell.
 
     Returns:
         `[cell rows * n * cell columns * n, D]`, in the dtype of `positions`.
@@ -208,16 +221,16 @@ def position_table(positions: Tensor, plan: PatchPlan, n: int) -> Tensor:
 
 
 def axis_weights(count: int, size: float, side: int, device: torch.device | None = None) -> Tensor:
-    """How much each own patch counts for each token, along one axis.
+    """Interpolation weights of the tower's patches for each token, along one axis.
 
     Args:
         count: Tokens along the axis.
-        size: Side of a token, in own patches.
-        side: Own patches along the axis.
-        device: Where the result is needed.
+        size: Side of a token, in patches of the tower.
+        side: Patches of the tower along the axis.
+        device: Device of the result.
 
     Returns:
-        `[count, side]`, fp32; rows sum to one, but for tokens that lie wholly behind the page.
+        `[count, side]`, fp32; rows sum to one, except for tokens that lie wholly in the padding.
     """
     start = torch.arange(count, device=device, dtype=torch.float64) * size
     edge = torch.arange(side, device=device, dtype=torch.float64)

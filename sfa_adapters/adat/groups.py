@@ -1,12 +1,12 @@
-"""Qwen2.5-VL: blank merge groups are dropped before the tower, and everything else keeps its place.
+"""Adaptive tokens for Qwen2.5-VL: drops blank merge groups before the tower; all others keep their position ids.
 
-The tower of Qwen2.5-VL has no table of position embeddings to sample: it rotates queries and keys by row and column,
-and merges 2x2 patches into one token of the language model. So here a page loses its blank groups, whole, and every
-patch and every token that is left keeps the position ids that it had. (Renumbering them is what ruins documents: 83.0
-against 38.8 F1 on CORD in the ablation of arXiv 2509.06415.)
+The tower of Qwen2.5-VL has no table of position embeddings to interpolate: it rotates queries and keys by row and
+column, and merges 2x2 patches into one token of the language model. So blank groups are dropped as a whole, and the
+remaining patches and tokens keep their position ids. (Renumbering these costs accuracy on documents: 83.0 against 38.8
+F1 on CORD in the ablation of arXiv 2509.06415.)
 
-The processor's output is rewritten, the model is not touched: transformers lets positions, windows and segment bounds
-of the tower be given beside the pixels, and position ids beside the text.
+Only the processor's output is rewritten; the model is not changed: transformers accepts positions, windows and segment
+bounds of the tower beside the pixels, and position ids beside the text.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["GroupPolicy", "drop_blank_groups"]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPolicy:
-    """Which groups of a page are blank.
+    """Which merge groups of a page count as blank.
 
     Attributes:
-        threshold: Groups of a density up to this are blank.
-        margin: Groups this near to one that is not blank are kept as well.
+        threshold: Groups with a density up to this are blank.
+        margin: Groups within this distance, in groups, of one that is not blank are kept as well.
         scorer: As in `PatchPolicy`.
 
     Raises:
@@ -52,11 +52,14 @@ class GroupPolicy:
             raise PlanError(f"margin={self.margin} must be at least 0 groups.")
 
     def keep(self, image: Tensor, side: int) -> Tensor:
-        """Which groups of one image stay, bool `[rows, columns]`; at least one.
+        """Selects the groups of one image that are kept.
 
         Args:
             image: `[3, height, width]` in [0, 1].
-            side: Of a merge group, in pixels.
+            side: Side of a merge group in pixels.
+
+        Returns:
+            Bool `[rows, columns]`; at least one group is kept, the densest where all are blank.
         """
         density = score(image[None], self.scorer, side)[0]
         keep = density > self.threshold
@@ -69,15 +72,15 @@ class GroupPolicy:
 def drop_blank_groups(
     model: nn.Module, inputs: Mapping[str, Any], policy: GroupPolicy | None = None, for_generate: bool = False
 ) -> dict[str, Any]:
-    """Takes the blank parts of the pages out of a batch.
+    """Removes the blank parts of the pages from a batch.
 
     Args:
         model: A Qwen2.5-VL model; it is not changed.
         inputs: What the processor returned: `input_ids`, `attention_mask`, `mm_token_type_ids`, `pixel_values`,
             `image_grid_thw`, perhaps `labels`.
-        policy: What is blank.
-        for_generate: `generate` passes on no positions of patches. With True the tower runs here, and what comes back
-            holds `inputs_embeds` instead of text and pixels; `generate` then returns the new tokens only.
+        policy: Which groups are blank.
+        for_generate: Set it for `generate`, which does not pass positions of patches to the tower: the tower then runs
+            here, and the batch holds `inputs_embeds` instead of text and pixels. `generate` returns new tokens only.
 
     Returns:
         The same batch with fewer patches and fewer image tokens. Positions are those of the whole page; shorter rows
@@ -107,7 +110,7 @@ def drop_blank_groups(
 
 
 def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with text and pages as the language model's own inputs."""
+    """Replaces text and pixels of a batch by `inputs_embeds` of the language model."""
     pages = {k: v for k, v in batch.items() if k == "pixel_values" or k.startswith("image_")}
     features = torch.cat(list(core.get_image_features(**pages).pooler_output))
     words = core.get_input_embeddings()(batch["input_ids"])
@@ -120,7 +123,7 @@ def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def _kept(
     pixel_values: Tensor, grids: list[tuple[int, int]], vision: Any, policy: GroupPolicy, statistics: Statistics
 ) -> list[Tensor]:
-    """Which groups of each image stay, bool [groups], in the order of the processor (row by row)."""
+    """Which groups of each image are kept, bool `[groups]`, in the order of the processor (row by row)."""
     merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
     mean, std = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in statistics)
     kept = []
@@ -137,7 +140,7 @@ def _kept(
 def _tower_inputs(
     inputs: Mapping[str, Any], grids: list[tuple[int, int]], kept: list[Tensor], vision: Any
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """What the tower is given; its own names for these have the prefix `image_`."""
+    """The tower's inputs for the kept groups, by the names that the model passes on (prefix `image_`)."""
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     unit, device = int(vision.spatial_merge_size) ** 2, inputs["pixel_values"].device
@@ -149,7 +152,7 @@ def _tower_inputs(
     )
     index, bounds = index.to(device), bounds.to(device)
     in_order = stays[index]
-    # Numbers of the groups that are left, and windows without the ones that are not.
+    # New numbers of the kept groups, and window bounds without the dropped ones.
     renumbered = stays.cumsum(0) - 1
     windows = F.pad(in_order.cumsum(0), (1, 0))[bounds.long() // unit] * unit
     counts = torch.stack([k.sum() for k in kept]).to(device)
@@ -162,7 +165,7 @@ def _tower_inputs(
         "image_window_index": renumbered[index[in_order]],
         "image_cu_window_seqlens": torch.unique_consecutive(windows).int(),
         "image_cu_seqlens": F.pad((counts * unit).cumsum(0), (1, 0)).int(),
-        "image_page_grids": grid_thw[:, 1:],  # for SFA: what distances on the page are relative to
+        "image_page_grids": grid_thw[:, 1:],  # for SFA: distances are relative to the whole page
     }
     return new, kept
 
@@ -198,7 +201,7 @@ def _text_inputs(core: Any, inputs: Mapping[str, Any], kept: list[Tensor]) -> di
         "attention_mask": shorten(mask, 0),
         "mm_token_type_ids": shorten(inputs["mm_token_type_ids"], 0),
     }
-    # Four rows: what the language model's mask is made of, then time, height and width.
+    # Four rows: text positions for the language model's mask, then time, height and width.
     plain = (new["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     new["position_ids"] = torch.cat((plain[None], shorten(three, 0)))
     if inputs.get("labels") is not None:

@@ -1,4 +1,4 @@
-"""`inject_adat` and `eject_adat`: adaptive tokens in front of the vision tower of any model, in place."""
+"""`inject_adat` and `eject_adat`: adaptive tokens for the vision tower of a model, in place."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None = None) -> Model:
-    """Makes the vision tower of a model see small patches where text is and large ones where the page is empty.
+    """Makes the vision tower of a model use small patches where the text is and large ones where the page is empty.
 
-    Works with SFA injected before or after, whose bias then follows the adaptive tokens. No parameter is added, but for
-    `AdaptiveTokenizer(residual=True)`.
+    Works with SFA injected before or after, whose bias then uses the places of the adaptive tokens. Parameters are only
+    added by `AdaptiveTokenizer(residual=True)`.
 
     Args:
         model: A tower, or a vision-language model with one.
-        tokenizer: How to cut images; a policy stands for a tokenizer with this policy.
+        tokenizer: How images are cut into patches; a policy stands for `AdaptiveTokenizer(policy=policy)`.
 
     Returns:
         The same model.
@@ -84,7 +84,9 @@ def inject_adat(model: Model, tokenizer: AdaptiveTokenizer | PatchPolicy | None 
     watch_input(tower, located.backbone, ADAT, state, seam.images)
     attach(tower.get_submodule(seam.tokens_in), ADAT, state, pre=exchange_hook)
     for _, attention in located.attentions:
-        attach_to_attention(attention, ADAT, state, located.backbone.mask_argument, attention_hook, attended_hook)
+        attach_to_attention(
+            attention, ADAT, state, located.backbone.argument_of(attention).name, attention_hook, attended_hook
+        )
     attach(tower.get_submodule(seam.tokens_out), ADAT, state, post=lay_out_hook)
     if tower is not tower.get_submodule(seam.tokens_out):
         attach(tower, ADAT, state, post=tower_hook)
@@ -118,7 +120,7 @@ def _check(located: FoundTower, tokenizer: AdaptiveTokenizer) -> None:
 
 
 def eject_adat(model: Model) -> Model:
-    """Takes adaptive tokens out again; the model is as it was, bit for bit.
+    """Removes adaptive tokens from a model, which is then as it was, bit for bit.
 
     Args:
         model: What `inject_adat` was called on, or a part of it that holds the tower.
@@ -148,6 +150,9 @@ def _state(model: nn.Module) -> AdatState:
 def latest_plans(model: nn.Module) -> tuple[PatchPlan, ...]:
     """The patch plans of the latest forward, one per image: counts, boxes and levels of the tokens.
 
+    Args:
+        model: A model with adaptive tokens.
+
     Raises:
         InjectionError: The model has no adaptive tokens, or has not seen an image yet.
     """
@@ -158,7 +163,10 @@ def latest_plans(model: nn.Module) -> tuple[PatchPlan, ...]:
 
 
 def token_padding(model: nn.Module) -> Tensor:
-    """Where the output of `output="tokens"` is padding, bool `[batch, prefix + longest]`, for the latest forward.
+    """Where the latest output of a tower with `output="tokens"` is padding, bool `[batch, prefix + longest]`.
+
+    Args:
+        model: A model with adaptive tokens.
 
     Raises:
         InjectionError: As `latest_plans`.

@@ -1,11 +1,11 @@
-"""Pseudo labels: how much of each place of a page is text, from its edges or from an OCR engine.
+"""Pseudo labels for text density: which share of each place of a page is text, from edges or from an OCR engine.
 
-Both mean the same: a mask of where text stands is blurred, scaled by a **fixed** gain and averaged over the cells. The
-scale never depends on the image: divided by its own maximum, the specks of a blank page would become text.
+Both are made alike: a mask of the text is blurred, scaled by a **fixed** gain and averaged over the cells. The scale
+never depends on the image: divided by its own maximum, the specks of a blank page would become text.
 
-An edge is not text. What is darker or lighter than its surroundings (adaptive threshold) falls into connected pieces.
-A piece counts as a letter or a small word when it is bounded by Canny edges, of the size of print, and neither a rule,
-nor a speck, nor a large figure.
+An edge alone is not text. Pixels darker or lighter than their surroundings (adaptive threshold) form connected pieces.
+A piece counts as a letter or a small word if it is bounded by Canny edges, has the size of print, and is neither a
+rule, nor a speck, nor a large figure.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sfa_adapters.ocr import ocr_engine as _ocr_engine
 __all__ = ["CELL", "LabelSource", "box_density", "density_labels", "ocr_boxes"]
 
 LabelSource = Literal["edges", "ocr"]
-CELL = 16  # px of the working image per cell: what the estimator sees
+CELL = 16  # px of the working image per cell, as in the estimator
 SPREAD = 4.0  # px, standard deviation of the blur: a quarter of a cell
-GAIN = 1.5  # between lines of text there is paper: two thirds of a place printed is dense
+GAIN = 1.5  # there is paper between lines of text: a place that is two thirds covered counts as dense
 CONTRAST = 20.0  # gray levels, the least difference of ink to its surroundings, however clean the page
 NOISE = 4.0  # the same in standard deviations of the page's noise
 NOISE_CAP = 12.0  # gray levels; a finely textured page is not noise only
@@ -31,24 +31,24 @@ WINDOW = 31  # px of the adaptive threshold: more than twice the stroke of a hea
 NEAR, PURE = 49, 0.8  # px, share: around print all ink is dark, or all is light; a photograph has both
 TALLEST, WIDEST = 72, 160  # px of the working image: larger pieces are figures and frames
 SMALLEST = 5  # px of ink: a point of an i is less, and so is a speck
-LONG, SLENDER = 20.0, 9.0  # px; a piece longer than this, and than so many times its breadth, is a rule
-STRAIGHT = 0.85  # if it fills that bar; a word of small print is as slender, but has holes
+LONG, SLENDER = 20.0, 9.0  # px, ratio: a piece longer than this, and than this many times its breadth, is a rule
+STRAIGHT = 0.85  # if it fills at least this share of that bar; a word of small print is as slender, but has holes
 SOLID = 0.75  # a piece that fills more of its box is a bar, a dot, a dash, a full stop or an l
 THICK, BESIDE = 10, (9, 33)  # px; solid pieces count up to this breadth, and in this window around a letter
 SHARP = 0.35  # least share of a piece that lies beside a Canny edge
 
 
 def density_labels(image: Any, grid: tuple[int, int] = (28, 28), source: LabelSource = "edges") -> np.ndarray:
-    """Labels one page.
+    """Labels the text density of one page.
 
     Args:
         image: Anything that `sfa_adapters.images.as_image` takes. It is first resized to 16 px per cell, as a tower
             with a fixed input would do.
         grid: Rows and columns of the result.
-        source: "edges" (OpenCV), or "ocr": boxes found by `rapidocr`, to check the edges by something independent.
+        source: "edges" (OpenCV), or "ocr": boxes found by `rapidocr`, as an independent check of the edges.
 
     Returns:
-        float32 `grid`, in [0, 1]: 1 in dense text, 0 on empty paper.
+        float32 `[rows, columns]`, from 0 (empty paper) to 1 (dense text).
 
     Raises:
         DataError: The image cannot be used, the grid has no cells, or the source is unknown.
@@ -70,18 +70,18 @@ def density_labels(image: Any, grid: tuple[int, int] = (28, 28), source: LabelSo
 
 
 def box_density(boxes: np.ndarray, shape: tuple[int, int], grid: tuple[int, int] = (28, 28)) -> np.ndarray:
-    """The density that follows from the boxes of all texts.
+    """Computes the text density from the boxes of all texts on a page.
 
     Args:
-        boxes: `[n, 4]`, left, top, right, bottom in px; parts outside the page are cut off.
+        boxes: `[n, 4]`, left, top, right, bottom in px; parts outside the page are clipped.
         shape: Height and width of the page in px.
         grid: Rows and columns of the result.
 
     Returns:
-        float32 `grid`, in [0, 1]; the same scale as `density_labels`.
+        float32 `[rows, columns]`, in [0, 1], on the scale of `density_labels`.
 
     Raises:
-        DataError: The boxes are no finite `[n, 4]`, or the page or grid has no cells.
+        DataError: The boxes are not finite or not `[n, 4]`, or the page or grid has no cells.
     """
     _check_grid(grid)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) if np.size(boxes) == 0 else np.asarray(boxes, np.float64)
@@ -93,7 +93,7 @@ def box_density(boxes: np.ndarray, shape: tuple[int, int], grid: tuple[int, int]
 
 
 def ocr_boxes(image: np.ndarray) -> np.ndarray:
-    """Lines of text that `rapidocr` finds (detection only; its models come with the package).
+    """Detects lines of text with `rapidocr` (detection only; its models come with the package).
 
     Args:
         image: uint8 RGB, `[H, W, 3]`.
@@ -117,7 +117,7 @@ def _check_grid(grid: tuple[int, int]) -> None:
 
 
 def _coverage_density(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The fixed scale: blur, gain, at most 1, mean over each cell."""
+    """Text density from a text mask, on the fixed scale: blur, gain, at most 1, mean over each cell."""
     import cv2
 
     smooth = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), SPREAD, borderType=cv2.BORDER_REPLICATE)
@@ -126,7 +126,7 @@ def _coverage_density(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _filled(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """True inside of the boxes, `[n, 4]` whole px; every box is at least 1 px wide and high."""
+    """Mask that is True inside the boxes, `[n, 4]` in whole px; every box is at least 1 px wide and high."""
     height, width = shape
     left, top = boxes[:, 0], boxes[:, 1]
     right, bottom = np.maximum(boxes[:, 2], left + 1), np.maximum(boxes[:, 3], top + 1)
@@ -139,7 +139,7 @@ def _filled(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _noise(gray: np.ndarray) -> float:
-    """Standard deviation of the noise in gray levels: on paper, the median neighbour differs by noise only."""
+    """Standard deviation of the noise in gray levels: on paper the median neighbour differs only by noise."""
     typical = float(np.median(np.abs(np.diff(gray.astype(np.int16), axis=1)))) if gray.shape[1] > 1 else 0.0
     return min(typical / (0.6745 * 2**0.5), NOISE_CAP)
 
@@ -174,7 +174,7 @@ def _text_mask(gray: np.ndarray) -> np.ndarray:
 
 
 def _letters(ink: np.ndarray, edges: np.ndarray, purity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of ink that can be letters.
+    """Selects the connected pieces of ink that can be letters.
 
     Args:
         ink: uint8 `[H, W]`, 1 where there is ink.
@@ -197,7 +197,7 @@ def _letters(ink: np.ndarray, edges: np.ndarray, purity: np.ndarray) -> tuple[np
     keep &= ~solid | (short <= THICK)
     column, row = np.round(centres).astype(np.int64).T
     keep[1:] &= purity[row[1:], column[1:]] >= PURE
-    keep[0] = False  # everything that is no ink
+    keep[0] = False  # the background
     more = np.ceil(0.25 * height).astype(np.int64)
     return np.stack([left - 1, top - more, left + width + 1, top + height + more], axis=1)[keep], solid[keep]
 

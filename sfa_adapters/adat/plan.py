@@ -1,10 +1,10 @@
-"""A patch plan: how one page is cut into tokens of different sizes, every pixel in exactly one of them.
+"""`PatchPlan`: how one page is cut into tokens of different sizes, every pixel in exactly one of them.
 
 The page is cut into square cells of c pixels; a cell at level l is cut into n_l x n_l tokens of c / n_l pixels. So
 tokens of 8, 14 and 32 pixels, which do not nest, still tile the page. A page that c does not divide is padded at the
 bottom and at the right to whole cells; tokens that lie wholly in the padding are left out.
 
-All places are computed as integers in units of 1 / n pixels and divided once, so that no edge is off by a rounding.
+All positions are computed as integers in units of 1 / n pixels and divided once, so that no edge has a rounding error.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ __all__ = ["PatchPlan", "cell_grid", "check_page", "tokens_per_cell"]
 
 
 def check_page(image_size: tuple[int, int], patch: int) -> None:
-    """Checks that a page is whole patches of the tower.
+    """Checks that a page consists of whole patches of the tower.
+
+    Args:
+        image_size: Height and width of the page in pixels.
+        patch: Side of the tower's own patches in pixels.
 
     Raises:
-        PlanError: The patch is not a positive whole number, a side is shorter than one patch or no multiple of it.
+        PlanError: The patch is not a positive whole number, or a side is shorter than one patch or no multiple of it.
     """
     if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(f"patch={patch!r} must be the side of the tower's own patches, a whole number of pixels.")
@@ -42,12 +46,12 @@ def check_page(image_size: tuple[int, int], patch: int) -> None:
 
 
 def cell_grid(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
-    """Rows and columns of cells that cover a page; the last ones may lie partly in the padding."""
+    """Rows and columns of the cells that cover a page; the last ones may lie partly in the padding."""
     return -(-image_size[0] // cell), -(-image_size[1] // cell)
 
 
 def tokens_per_cell(image_size: tuple[int, int], cell: int, sides: Sequence[int]) -> Tensor:
-    """How many tokens each cell gives at each level, those wholly in the padding left out.
+    """Counts the tokens of each cell at each level, without those wholly in the padding.
 
     Args:
         image_size: Height and width of the page in pixels.
@@ -71,19 +75,19 @@ def _shown(side: int, cell: int) -> Tensor:
 
 
 def _expand(count: Tensor) -> tuple[Tensor, Tensor]:
-    """For `count[k]` items of every k, at least one each, in order: k, and the number of the item within its k."""
+    """Lists `count[k]` >= 1 items for every k, in order: the k of each item, and its number within its k."""
     end = count.cumsum(0)
     owner = torch.zeros(int(end[-1]), dtype=torch.long)
-    owner[end[:-1]] = 1  # by hand: repeat_interleave starts threads, which costs milliseconds on a busy CPU
+    owner[end[:-1]] = 1  # not repeat_interleave, which starts threads and costs milliseconds on a busy CPU
     owner = owner.cumsum(0)
     return owner, torch.arange(len(owner)) - (end - count)[owner]
 
 
 @dataclass(frozen=True, eq=False)
 class PatchPlan:
-    """How one page is cut; make one with `PatchPolicy.plan` or `PatchPlan.from_levels`. All tensors are on the CPU.
+    """How one page is cut into tokens; made by `PatchPolicy.plan` or `PatchPlan.from_levels`. Tensors are on the CPU.
 
-    Tokens stand in reading order, by upper and then by left edge. With one level of the tower's own patch size that is
+    Tokens are in reading order, by upper and then by left edge. With one level of the tower's own patch size that is
     the order of the tower's own tokens.
 
     Attributes:
@@ -94,7 +98,7 @@ class PatchPlan:
         level: Level of each cell, `[cell_rows, cell_columns]`, int64, an index into `sides`.
         token_level: Level of each token, `[tokens]`, int64.
         boxes: Top, left, height and width of each token in pixels of the padded page, `[tokens, 4]`, float64.
-        index: Which patch of its level's full grid (`[cell_rows * n, cell_columns * n]`, row by row) a token is,
+        index: Number of each token in its level's full grid (`[cell_rows * n, cell_columns * n]`, row by row),
             `[tokens]`, int64.
     """
 
@@ -111,7 +115,7 @@ class PatchPlan:
     def from_levels(
         cls, level: Tensor, sides: Sequence[int], image_size: tuple[int, int], patch: int, cell: int
     ) -> PatchPlan:
-        """Cuts a page whose cells have their level already.
+        """Makes the patch plan of a page from the level of each cell.
 
         Args:
             level: Level of each cell, `[cell_rows, cell_columns]`, integers from 0 (finest).
@@ -121,8 +125,8 @@ class PatchPlan:
             cell: Side of a cell in pixels.
 
         Raises:
-            PlanError: The map has another shape than the page's cells, names a level that is not there, or `sides` do
-                not descend from at most `cell` to at least 1.
+            PlanError: `level` does not have the shape of the page's cells or names a level that does not exist, or
+                `sides` do not descend from at most `cell` to at least 1.
         """
         check_page(image_size, patch)
         rows, columns = cell_grid(image_size, cell)
@@ -161,7 +165,7 @@ class PatchPlan:
 
     @property
     def uniform_tokens(self) -> int:
-        """Tokens that the tower itself would cut the page into."""
+        """Tokens that the tower itself would make of the page."""
         return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
 
     @property
@@ -186,14 +190,17 @@ class PatchPlan:
         return self.index // width, self.index % width, n
 
     def layout(self, prefix_tokens: int = 0, block_map: Tensor | None = None) -> TokenLayout:
-        """Where the tokens lie, for SFA.
+        """The layout of the tokens, for the bias of SFA.
 
-        The grid is the smallest one of finest cells that holds all tokens: the page, and what the tokens at its border
-        reach into the padding.
+        Its grid is the smallest grid of finest cells that holds all tokens: the page, and the part of the padding that
+        tokens at its border cover.
 
         Args:
-            prefix_tokens: Leading tokens without a place (CLS, registers).
+            prefix_tokens: Leading tokens without a place on the page (CLS, registers).
             block_map: As in `TokenLayout.regular`.
+
+        Returns:
+            The layout.
 
         Raises:
             LayoutError: The block map cannot be used.
@@ -207,10 +214,11 @@ class PatchPlan:
         )
 
     def grid_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Which token covers how much of each patch of the tower's own grid.
+        """Pairs of token and patch of the tower's own grid that overlap, with the overlap.
 
-        `torch.zeros(patches, dim).index_add_(0, patch_number, weight[:, None] * tokens[token_number])` lays tokens back
-        onto the regular grid; the same pairs, normalised per token, average a grid (positions, say) under each token.
+        `torch.zeros(patches, dim).index_add_(0, patch_number, weight[:, None] * tokens[token_number])` scatters tokens
+        back onto the regular grid; the same pairs, normalised per token, average a grid (of positions, say) under each
+        token.
 
         Returns:
             patch_number: Patch of the page, row by row, `[pairs]`, int64.

@@ -1,7 +1,7 @@
-"""The patch policy: which cells of a page get small tokens, from how dense they are and how many tokens there may be.
+"""`PatchPolicy`: which patch size each cell of a page gets, from its text density and a budget of tokens.
 
 A cell whose density lies above the first threshold gets the first level, and so on; every cell above no threshold gets
-the last. A budget adds one shift to all thresholds: the smallest, so the one with most tokens, that stays within it.
+the last. A budget adds one shift to all thresholds: the smallest one, with the most tokens, that stays within it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ __all__ = ["PatchPolicy"]
 
 @dataclass(frozen=True)
 class PatchPolicy:
-    """Spends tokens where the text is.
+    """Chooses small patches where the text is and large ones elsewhere, within a budget of tokens.
 
     A cell of side c at a level of p pixels holds n * n tokens with n = c / p rounded (halves up) and at least 1: a
     patch larger than the cell, or than the page, gives one token per cell. Sizes are exact where c is a multiple of p.
 
     Attributes:
-        levels: (density above which it is used, patch in pixels); densities descend to 0.0, patches ascend.
+        levels: For each level the density above which it is used, and its patch in pixels; densities descend to 0.0,
+            patches ascend.
         cell: Side of a cell in pixels; by default twice the side of the tower's own patches.
         scorer: Where densities come from: a name, or a function of images `[B, 3, H, W]` in [0, 1] that returns
             `[B, h, w]`.
-        budget: Most tokens of a page: a share of the tower's own number of tokens (float), or a number (int); by
-            default the thresholds are fixed.
-        reduce: How a map that is finer than the cells becomes one density per cell; the maximum keeps a lone digit.
+        budget: Largest number of tokens of a page: a share of the tower's own number (float), or an absolute number
+            (int); by default the thresholds are fixed.
+        reduce: How a density map finer than the cells is reduced to one density per cell; the maximum keeps a lone
+            digit.
 
     Raises:
-        PlanError: A field cannot be used; it names the field, the entry and the value.
+        PlanError: A field has a wrong value; names the field, the entry and the value.
     """
 
     levels: Sequence[tuple[float, int]] = ((0.7, 8), (0.3, 14), (0.0, 32))
@@ -62,24 +64,27 @@ class PatchPolicy:
     # -- planning -----------------------------------------------------------------------------------------------------
 
     def cell_of(self, patch: int) -> int:
-        """Side of a cell in pixels in front of a tower with patches of `patch` pixels."""
+        """Side of a cell in pixels for a tower with patches of `patch` pixels."""
         return 2 * patch if self.cell is None else self.cell
 
     def sides_of(self, patch: int) -> tuple[tuple[float, int], ...]:
-        """(Threshold, tokens along the side of a cell) of each level in front of a tower; equal levels are merged."""
+        """(Threshold, tokens along the side of a cell) of each level for a tower; equal levels are merged."""
         return tuple((threshold, side) for threshold, side, _ in self._merged(patch))
 
     def plan(self, density: Tensor, image_size: tuple[int, int], patch: int) -> PatchPlan:
-        """Plans one page.
+        """Makes the patch plan of one page.
 
         Args:
             density: Density of each cell in [0, 1], `[cell_rows, cell_columns]`; `to_cells` reduces finer maps.
-            image_size: Height and width in pixels of what the tower sees, multiples of `patch`.
+            image_size: Height and width in pixels of the part that the tower sees, multiples of `patch`.
             patch: Side of the tower's own patches in pixels.
 
+        Returns:
+            The patch plan.
+
         Raises:
-            PlanError: The page is not whole patches, the map has another shape, a density is NaN or outside [0, 1], or
-                the budget is below the fewest tokens that the levels can give.
+            PlanError: The page does not consist of whole patches, the map has another shape, a density is NaN or
+                outside [0, 1], or the budget is below the fewest tokens that the levels can give.
         """
         check_page(image_size, patch)
         cell, merged = self.cell_of(patch), self._merged(patch)
@@ -101,16 +106,19 @@ class PatchPolicy:
         return PatchPlan.from_levels(level, sides, image_size, patch, cell)
 
     def plan_images(self, images: Tensor, patch: int) -> list[PatchPlan]:
-        """Scores images and plans each of them.
+        """Scores images and makes the patch plan of each.
 
         Args:
             images: RGB in [0, 1], before a tower's normalisation, `[B, 3, H, W]`; rows and columns behind the last
-                whole patch are not seen, as in the tower.
+                whole patch are ignored, as in the tower.
             patch: Side of the tower's own patches in pixels.
+
+        Returns:
+            One patch plan per image.
 
         Raises:
             DataError: The images cannot be used.
-            PlanError: As in `plan`, or the scorer returned something that is no density map.
+            PlanError: As in `plan`, or the scorer did not return a density map.
         """
         if images.ndim != 4:
             raise DataError(f"images {tuple(images.shape)} must be [batch, 3, height, width].")
@@ -126,19 +134,19 @@ class PatchPolicy:
     def calibrate(
         self, densities: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]], patch: int, ratio: float
     ) -> PatchPolicy:
-        """Moves all thresholds by one shift, so that the mean ratio over these pages is met.
+        """Shifts all thresholds alike, so that the mean share of tokens over some pages meets a target.
 
-        Unlike a budget, which cuts every page down to one size, this gives dense pages more tokens than sparse ones.
+        Unlike a budget, which limits every page to one number, this gives dense pages more tokens than sparse ones.
 
         Args:
             densities: Density of each cell of each page, as `plan` takes it.
             image_sizes: Height and width of each page in pixels.
             patch: Side of the tower's own patches in pixels.
-            ratio: Tokens over the tower's own number of tokens: the mean over the pages is at most this, and as near
-                as one shift can come.
+            ratio: Target of the tokens over the tower's own number of tokens: the mean over the pages is at most this,
+                and as near to it as one shift allows.
 
         Returns:
-            A policy with other thresholds and no budget; levels that no density could reach any more are gone.
+            A policy with other thresholds and no budget, without the levels that no density can reach any more.
 
         Raises:
             PlanError: There is no page, the lists differ in length, a density or the ratio cannot be used, or the ratio
@@ -167,7 +175,7 @@ class PatchPolicy:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _merged(self, patch: int) -> list[Level]:
-        """(Threshold, n, patch) of each level; of levels with the same n the lowest threshold decides."""
+        """(Threshold, n, patch) of each level; levels with the same n are merged into the one of lowest threshold."""
         cell = self.cell_of(patch)
         merged: dict[int, Level] = {}
         for threshold, size in self.levels:
@@ -176,7 +184,7 @@ class PatchPolicy:
         return list(merged.values())
 
     def _own_patch_density(self, patch: int) -> float:
-        """A density that picks the level nearest to the tower's own patch size: what `scorer="uniform"` gives."""
+        """A density that selects the level nearest to the tower's own patch size, for `scorer="uniform"`."""
         sides = self.sides_of(patch)
         wanted = self.cell_of(patch) / patch
         best = min(range(len(sides)), key=lambda k: abs(sides[k][1] - wanted))
@@ -220,7 +228,7 @@ def _tokens(budget: float, uniform: int) -> int:
 
 
 def _checked_density(density: Tensor, grid: tuple[int, int], image_size: tuple[int, int], cell: int) -> Tensor:
-    """One density per cell, `[cells]`, float32."""
+    """Checks a density map and flattens it to one density per cell, `[cells]`, float32."""
     if tuple(density.shape) != grid:
         raise PlanError(
             f"density {tuple(density.shape)} must have one value per cell: a page of {image_size} px has {grid} cells "

@@ -1,11 +1,11 @@
-"""How dense each cell of a page is: one number in [0, 1] per cell, from the density estimator or from a rule.
+"""Scorers of text density: one number in [0, 1] per cell of a page, from the density estimator or from a rule.
 
-| scorer | what it says | needs |
+| scorer | what it measures | needs |
 |---|---|---|
 | `density` | share of text around a place, by the density estimator | the weights that the library ships |
 | `edges` | the pseudo labels that the estimator was trained on | OpenCV |
-| `reconstruction` | what halving the resolution would lose, beyond the noise of the page | nothing |
-| `entropy` | entropy of the gray levels: the rule of APT, for comparison; it takes print for blank paper | nothing |
+| `reconstruction` | the error of halving the resolution, beyond the noise of the page | nothing |
+| `entropy` | entropy of the gray levels: the rule of APT, for comparison; it mistakes print for blank paper | nothing |
 | `uniform` | one constant for all cells | nothing |
 """
 
@@ -43,17 +43,17 @@ ENTROPY_WINDOW = 32  # px
 STRIDE = 16  # px, of the density maps
 BLOCK = 8  # px, in which `reconstruction` averages its error: about the height of small print
 NOISE_CAP = 16.0  # gray levels; texture all over a photograph is not noise
-# White noise of variance 1 keeps this much after the 2 x 2 average, stretched bilinearly, is taken away:
+# Variance that is left of white noise of variance 1 after subtracting its 2 x 2 average, upsampled bilinearly:
 # 1 - 2 * 9/16 * 1/4 + (81 + 9 + 9 + 1) / 256 / 4.
 NOISE_GAIN = 0.81640625
-TEXT_RESIDUE = 80.0  # gray levels, root mean square: what the densest parts of black body text on white lose
+TEXT_RESIDUE = 80.0  # gray levels, root mean square: the error in the densest parts of black body text on white
 
 
 def check_scorer(scorer: Scorer, reduce: str) -> None:
-    """Checks the two options that say where densities come from.
+    """Checks the options `scorer` and `reduce`.
 
     Raises:
-        PlanError: It names the option and what there is.
+        PlanError: One is unknown; names the known ones.
     """
     if not callable(scorer) and scorer not in get_args(ScorerName):
         raise PlanError(f"scorer={scorer!r} must be one of {list(get_args(ScorerName))} or a function of images.")
@@ -63,14 +63,14 @@ def check_scorer(scorer: Scorer, reduce: str) -> None:
 
 @torch.no_grad()
 def score(images: Tensor, scorer: Scorer, cell: int, reduce: Reduce = "max", constant: float = 0.0) -> Tensor:
-    """Scores the cells of a batch of pages.
+    """Scores the text density of the cells of a batch of pages.
 
     Args:
         images: RGB in [0, 1], before a tower's normalisation, `[B, 3, H, W]`.
         scorer: A name, or a function that takes the images and returns a map over them of any resolution, `[B, h, w]`.
-        cell: Side of a cell in pixels; cells at the border are scored by what the page shows of them.
-        reduce: How the values of a finer map become one of a cell. The maximum makes a cell with one small digit dense.
-        constant: What `uniform` gives to every cell.
+        cell: Side of a cell in pixels; cells at the border are scored by their part on the page.
+        reduce: How the values of a finer map become one per cell. The maximum makes a cell with one small digit dense.
+        constant: Density of every cell for `uniform`.
 
     Returns:
         Densities in [0, 1], `[B, ceil(H / cell), ceil(W / cell)]`, float32, on the device of the images.
@@ -107,7 +107,7 @@ def score(images: Tensor, scorer: Scorer, cell: int, reduce: Reduce = "max", con
 def to_cells(
     values: Tensor, covered: tuple[int, int], cell: int, cells: tuple[int, int], reduce: Reduce = "max"
 ) -> Tensor:
-    """Brings maps of any resolution to one value per cell.
+    """Resamples maps of any resolution to one value per cell.
 
     Args:
         values: Maps, `[..., h, w]`.
@@ -146,7 +146,7 @@ def _reduce(values: Tensor, pixels: int, cell: int, count: int, reduce: Reduce) 
 
 
 def entropy_bits(images: Tensor, window: int = ENTROPY_WINDOW) -> Tensor:
-    """Entropy of the gray levels of each window: what APT (arXiv 2510.18091) chooses patch sizes by.
+    """Entropy of the gray levels of each window, by which APT (arXiv 2510.18091) chooses patch sizes.
 
     A window whose entropy is below a threshold, 5.75 bits at 32 px, counts as homogeneous and gets one large patch.
     Black letters on white have two gray levels and little entropy, so that rule blurs print; it is here for comparison.
@@ -156,8 +156,8 @@ def entropy_bits(images: Tensor, window: int = ENTROPY_WINDOW) -> Tensor:
         window: Side of a window in pixels.
 
     Returns:
-        Bits from 0 to 9 (512 bins over [0, 255]), `[B, ceil(H / window), ceil(W / window)]`; 9 where a window reaches
-        over the border, as APT never makes these coarse.
+        Bits from 0 to 9 (512 bins over [0, 255]), `[B, ceil(H / window), ceil(W / window)]`; 9 for windows that reach
+        over the border, which APT never makes coarse.
     """
     gray = _gray(images)
     batch, height, width = gray.shape
@@ -192,11 +192,11 @@ def noise_level(gray: Tensor) -> Tensor:
 
 
 def reconstruction(images: Tensor) -> Tensor:
-    """What halving the resolution would lose, beyond noise.
+    """Error of halving the resolution beyond noise, as a score of text density.
 
-    The image is averaged over 2 x 2 pixels and stretched back bilinearly. The mean squared error of 8 x 8 pixels, less
-    twice what the noise of the page explains (and one gray level of rounding), is compared to the error of black body
-    text on white: sqrt(error) / 80 gray levels, at most 1. Text of half the contrast scores half as much.
+    The image is averaged over 2 x 2 pixels and upsampled bilinearly. The mean squared error of 8 x 8 pixels, less twice
+    the error that noise explains (with one gray level of rounding), is compared to the error of black body text on
+    white: sqrt(error) / 80 gray levels, at most 1. Text of half the contrast scores half as much.
 
     Args:
         images: RGB in [0, 1], `[B, 3, H, W]`.
@@ -222,7 +222,7 @@ def _estimator(device: str) -> Callable[[Tensor], Tensor]:
     """The shipped density estimator, loaded once per device."""
     from sfa_adapters.adat.density import DensityEstimator
 
-    # Loaded when it is first needed, in the middle of a run: the random numbers of dropout must not depend on that.
+    # It is built in the middle of a run, whose random numbers (dropout) must not depend on that.
     with torch.random.fork_rng(devices=[]):
         return DensityEstimator.pretrained().fused().to(device)
 

@@ -1,7 +1,7 @@
-"""One shift of all thresholds of a patch policy: the smallest whose tokens are within a budget, found exactly.
+"""The exact smallest shift of a patch policy's thresholds at which the number of tokens is within a budget.
 
-Only differences of densities and thresholds ("margins") matter: a cell crosses a threshold when its margin is above the
-shift, and then costs more tokens. So the margins are sorted and their tokens summed up; nothing is searched.
+Only the differences of densities and thresholds ("margins") matter: a cell crosses a threshold if its margin is above
+the shift, and then costs more tokens. So the margins are sorted and their tokens summed up, without a search.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Level = tuple[float, int, int]  # density above which it is used, n, patch in px
 
 
 def margins_over(values: Tensor, merged: Sequence[Level]) -> Tensor:
-    """How far each cell lies above each threshold but the last, `[levels - 1, cells]`, float64.
+    """Density of each cell minus each threshold except the last, `[levels - 1, cells]`, float64.
 
     Thresholds are rounded to float32 as densities are, so that a density of 0.3 is not above a threshold of 0.3.
     """
@@ -27,19 +27,20 @@ def margins_over(values: Tensor, merged: Sequence[Level]) -> Tensor:
 
 
 def smallest_shift(margins: Tensor, gain: Tensor, spare: float) -> float:
-    """The smallest shift of the thresholds whose tokens are within a budget.
-
-    A cell crosses a threshold when its margin is above the shift, and then costs `gain` more tokens.
+    """The smallest shift of the thresholds at which the number of tokens is within a budget.
 
     Args:
         margins: Density minus threshold, `[levels - 1, cells]`.
-        gain: Tokens that crossing costs, at least 0, `[levels - 1, cells]`.
-        spare: Tokens beyond the fewest that may be spent, at least 0.
+        gain: Tokens that a cell costs more beyond a threshold, at least 0, `[levels - 1, cells]`.
+        spare: Budget minus the fewest possible tokens, at least 0.
+
+    Returns:
+        The shift; minus infinity where the budget allows all.
     """
     ordered, order = margins.flatten().sort()
     gains = gain.flatten()[order]
-    # At a shift of ordered[k] all that stand behind k cross. (Equal ones do not; counting them only delays the choice
-    # to the last of them, which has the same shift.)
+    # At a shift of ordered[k] all margins behind k cross. (Equal ones do not; counting them only delays the choice to
+    # the last of them, which has the same shift.)
     cost = gains.sum() - gains.cumsum(0)
     if len(ordered) == 0 or bool(gains.sum() <= spare):
         return -math.inf
@@ -59,7 +60,7 @@ def shifted_levels(
         low = float(values[~crossing].max())
         high = float(torch.nextafter(values[crossing].min(), torch.tensor(0.0))) if bool(crossing.any()) else 1.0
         moved = float(torch.tensor(min(max(threshold + shift, low), high), dtype=torch.float32))
-        moved = max(moved, 1e-38)  # a level of its own: 0.0 is the last one's
+        moved = max(moved, 1e-38)  # 0.0 is the threshold of the last level
         if moved < (levels[-1][0] if levels else 1.0):
             levels.append((moved, patch))
     return (*levels, (0.0, merged[-1][2]))

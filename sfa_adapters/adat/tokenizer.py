@@ -1,9 +1,9 @@
-"""`AdaptiveTokenizer`, and the state and hooks with which it works inside a tower.
+"""`AdaptiveTokenizer`, and the state and hooks that apply it inside a tower.
 
-Five hooks, no changed forward: (1) in front of the patch embedding the images are scored and planned; (2) in front of
-the encoder the tower's own tokens are exchanged for the planned ones, all images in one packed sequence; (3) in front
-of every attention layer a mask keeps the images apart; (4) behind the encoder tokens go back to the regular grid, or
-on as they are; (5) behind the tower the same happens to recorded hidden states.
+Five hooks, no changed forward: (1) before the patch embedding the images are scored and their patch plans made; (2)
+before the encoder the tower's own tokens are replaced by those of the plans, all images in one packed sequence; (3)
+before every attention layer a mask keeps the images apart; (4) after the encoder tokens are scattered back onto the
+regular grid, or padded; (5) after the tower the same is done with recorded hidden states.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.forwards import NOT_IN_BACKWARD, ForwardLog, TowerForward, backward_task
 from sfa_adapters.hooks import state_of
 from sfa_adapters.mask_argument import give_mask, given_mask, unused_mask
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.packing import PackedMask, Packing
 from sfa_adapters.registry import Backbone, PatchSeam
 from sfa_adapters.tower_input import TowerInput
 
 __all__ = ["ADAT", "RESIDUAL_NAME", "AdaptiveTokenizer", "AdatState", "Output"]
+
+know_old_names(__name__)
 
 Output = Literal["grid", "tokens"]
 # The name of the feature, for `sfa_adapters.hooks`, and of the child module of the tower with the learned residual.
@@ -38,18 +41,18 @@ ADAT, RESIDUAL_NAME = "adat", "adat_residual"
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveTokenizer:
-    """How a tower is to cut its images.
+    """Options of adaptive tokens: how a tower cuts its images, and the form of its output.
 
     Attributes:
-        policy: Which patch goes where.
-        output: "grid" lays the tokens back onto the tower's regular grid, so that any host works unchanged; "tokens"
-            hands them on as they are, padded to the longest image of the batch.
+        policy: Where which patch size is used.
+        output: "grid" scatters the tokens back onto the tower's regular grid, so that any host works unchanged;
+            "tokens" returns them as they are, padded to the longest image of the batch.
         residual: Adds a learned residual for large patches (see `LargePatchResidual`), which starts at zero.
-        image_mean: What images were normalised with, by channel; None asks the tower.
-        image_std: Likewise.
+        image_mean: Mean that images were normalised with, by channel; by default the tower's.
+        image_std: Standard deviation that images were normalised with, by channel; by default the tower's.
 
     Raises:
-        InjectionError: An option is none of those.
+        InjectionError: An option has a wrong value.
     """
 
     policy: PatchPolicy = field(default_factory=PatchPolicy)
@@ -74,9 +77,9 @@ class AdatForward(TowerForward):
     """One forward of a tower with adaptive tokens.
 
     Attributes:
-        plans: One per image.
-        images: What the tower was given; kept where checkpointing may exchange the tokens again.
-        pairs: Which token lies at which place of the regular grid, and how much of it, per image.
+        plans: Patch plans, one per image.
+        images: Input of the tower; kept where checkpointing may replace the tokens again.
+        pairs: Overlaps of tokens with patches of the regular grid, per image; see `PatchPlan.grid_pairs`.
     """
 
     plans: tuple[PatchPlan, ...] = ()
@@ -86,12 +89,12 @@ class AdatForward(TowerForward):
 
 @dataclass(eq=False)
 class AdatState:
-    """One tower's tokenizer at work.
+    """State of adaptive tokens in one tower.
 
     Attributes:
         tower: The tower.
         latest: The latest forward.
-        log: Which forward hidden states belong to, when checkpointing runs layers again.
+        log: Finds the forward that hidden states belong to, when checkpointing recomputes layers.
     """
 
     tower: nn.Module
@@ -110,7 +113,7 @@ class AdatState:
 
     @property
     def plans(self) -> tuple[PatchPlan, ...]:
-        """Of the latest forward, one per image."""
+        """Patch plans of the latest forward, one per image."""
         return self.latest.plans
 
     @property
@@ -119,10 +122,10 @@ class AdatState:
         return self.latest.packing
 
     def forward_of(self, states: Tensor, module: nn.Module | None = None) -> AdatForward:
-        """The forward that hidden states belong to: the latest one, or the one that checkpointing runs again.
+        """The forward that hidden states belong to: the latest one, or the one that checkpointing recomputes.
 
         Raises:
-            LayoutError: They are recomputed, and nothing tells from which images.
+            LayoutError: They are recomputed, and their images cannot be determined.
         """
         if torch.compiler.is_compiling() or backward_task() == NOT_IN_BACKWARD:
             return self.latest
@@ -131,15 +134,15 @@ class AdatState:
         if len(traced) != 1:
             raise LayoutError(
                 f"Gradient checkpointing runs a part of the tower again on {states.shape[-2]} adaptive tokens, and "
-                "from which images they are cannot be told. Checkpoint whole layers or the whole encoder, with "
+                "their images cannot be determined. Checkpoint whole layers or the whole encoder, with "
                 "use_reentrant=False."
             )
         return traced[0]
 
-    # -- 1: in front of the patch embedding ---------------------------------------------------------------------------
+    # -- 1: before the patch embedding --------------------------------------------------------------------------------
 
     def record_input(self, given: TowerInput) -> None:
-        """Scores and plans the batch of images that the tower is called with.
+        """Scores the images that the tower is called with, and makes their patch plans.
 
         Raises:
             PlanError: It is not a batch of RGB images, or smaller than a patch.
@@ -153,7 +156,7 @@ class AdatState:
         if not height or not width:
             raise PlanError(f"An image of {tuple(images.shape[-2:])} px is smaller than one patch of {patch} px.")
         statistics = image_statistics(self.backbone, self.tower, self.tokenizer.image_mean, self.tokenizer.image_std)
-        assert statistics is not None  # a tower whose patches can be exchanged says what its images look like
+        assert statistics is not None  # every record with a `patches` seam has them
         mean, std = (torch.tensor(one, device=images.device, dtype=torch.float32).view(3, 1, 1) for one in statistics)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pixels = (images[..., :height, :width].float() * std + mean).clamp_(0, 1)
@@ -163,16 +166,19 @@ class AdatState:
         if not torch.compiler.is_compiling():
             self.log.begin(self.latest)
 
-    # -- 2: in front of the encoder -----------------------------------------------------------------------------------
+    # -- 2: before the encoder ----------------------------------------------------------------------------------------
 
     def exchange(self, tokens: Tensor) -> Tensor:
-        """The planned tokens instead of the tower's own.
+        """Replaces the tower's own tokens by those of the patch plans, packed into one sequence.
 
         Args:
-            tokens: Its own embedded tokens, `[B, prefix + rows * columns, D]`.
+            tokens: The tower's embedded tokens, `[B, prefix + rows * columns, D]`.
 
         Returns:
             `[1, T, D]`, prefix tokens in front of each image.
+
+        Raises:
+            LayoutError: The tokens were embedded without images, or do not match them.
         """
         now = self.forward_of(tokens)
         images = self.waiting_images if now is self.latest else now.images
@@ -197,11 +203,11 @@ class AdatState:
         prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
         exchanged = self.embedder(projection, positions, now.plans, images, patches, residual)
         if residual is not None and torch.is_grad_enabled():
-            # Without a large patch in the batch its parameters would have no gradient, and DDP would stop.
+            # Without a large patch in the batch its parameters would get no gradient, and DDP would fail.
             exchanged[0] = exchanged[0] + 0.0 * sum(p.sum() for p in residual.parameters())
         lengths = tuple(self.prefix_tokens + plan.num_tokens for plan in now.plans)
         plans, count = now.plans, self.prefix_tokens
-        if now.packing is None:  # a recomputation has it already, and SFA, too
+        if now.packing is None:  # in a recomputation it is set already, here and in SFA
             now.packing = Packing(lengths, lambda blocks: [p.layout(count, blocks) for p in plans])
             if (sfa := state_of(tower, "sfa")) is not None:  # its bias follows
                 sfa.packing = now.packing
@@ -215,10 +221,10 @@ class AdatState:
         chw = F.interpolate(chw, grid, mode="bicubic", align_corners=False)  # as the towers do themselves
         return chw[0].permute(1, 2, 0).to(table.dtype)
 
-    # -- 4, 5: behind the encoder -------------------------------------------------------------------------------------
+    # -- 4, 5: after the encoder --------------------------------------------------------------------------------------
 
     def lay_out(self, packed: Tensor) -> Tensor:
-        """A packed sequence as a batch: on the regular grid, or as padded tokens.
+        """Unpacks a sequence to a batch: scattered back onto the regular grid, or as padded tokens.
 
         Args:
             packed: `[1, T, D]`.
@@ -248,11 +254,11 @@ class AdatState:
         return packing is not None and isinstance(value, Tensor) and value.shape[:-1] == (1, packing.total)
 
 
-# -- the hooks: functions that find the state in their module, so that copies of a model have their own ----------------
+# -- the hooks: functions that look the state up in their module, so that copies of a model are independent -----------
 
 
 def exchange_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the first module behind the embedding."""
+    """Forward pre-hook of the first module behind the embedding: replaces its tokens by those of the plans."""
     state: AdatState = state_of(module, ADAT)
     if args:
         return (state.exchange(args[0]), *args[1:]), kwargs
@@ -274,7 +280,7 @@ def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of an attention layer: a mask that was dropped means images that saw each other.
+    """Forward hook of an attention layer: checks that the mask that keeps images apart was used.
 
     Raises:
         BiasNotAppliedError: The attention implementation dropped the mask.
@@ -288,7 +294,7 @@ def attended_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
 
 
 def lay_out_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the module whose output is the sequence."""
+    """Forward hook of the module whose output is the packed sequence: unpacks it."""
     state: AdatState = state_of(module, ADAT)
     if isinstance(output, Tensor):
         return state.lay_out(output)
@@ -299,7 +305,7 @@ def lay_out_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the tower: recorded hidden states leave it as the last one does."""
+    """Forward hook of the tower: unpacks recorded hidden states like the last one."""
     state: AdatState = state_of(tower, ADAT)
 
     def lay(states: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Measurements that end in a table and a figure."""
+"""Measurements of attention and answers (entropy, MDI and AEI, maps, hallucination), each with a table and a figure."""
 
 from sfa_adapters.analysis.dominance import modality_dominance
 from sfa_adapters.analysis.dominance_report import DominanceReport

@@ -1,4 +1,4 @@
-"""The rows of a language model that predict an answer, and where on the page its image tokens lie."""
+"""Attention of a language model from an answer token to the image tokens, arranged as they lie on the page."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def answer_attention(
     grid: tuple[int, int] | None,
     image_token_id: int | Collection[int] | None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The row that predicts a token of the greedy answer, over the image tokens; arguments as in `attention_map`.
+    """Attention of the query that predicts a token of the greedy answer; arguments as in `attention_map`.
 
     Returns:
-        Shares `[rows, columns]`, and what they are.
+        Shares of attention on the image tokens, `[rows, columns]`, and how they were measured.
 
     Raises:
         DataError: A number does not exist, prompts are padded on the right, or the image tokens have no known grid.
@@ -70,7 +70,7 @@ def answer_attention(
 def _token_grid(
     model: nn.Module, inputs: Mapping[str, Any], count: int, index: int, grid: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """How `count` image tokens lie on the page; a newline token may follow them."""
+    """Rows and columns in which `count` image tokens lie on the page; one newline token may follow them."""
     options = [grid]
     if grid is None:
         sizes = inputs.get("image_grid_thw")

@@ -1,12 +1,12 @@
-"""Does a model look at the text of its prompt or at the image? MDI and AEI (arXiv 2508.10552, section 3).
+"""MDI and AEI: whether a model attends more to the text of its prompt or to the image (arXiv 2508.10552, section 3).
 
 A_T and A_O are the attention that text and non-text tokens of the prompt get, |T| and |O| how many there are:
 
     MDI   = (A_T / |T|) / (A_O / |O|)                         above 1: a text token gets more than an image token
-    AEI_T = (A_T / (A_T + A_O)) / (|T| / (|T| + |O|))         likewise against the share of text in the prompt
+    AEI_T = (A_T / (A_T + A_O)) / (|T| / (|T| + |O|))         above 1: more than the share of text in the prompt
     MDI   = AEI_T / AEI_O,    Q_T AEI_T + Q_O AEI_O = 1,    Q_T = |T| / (|T| + |O|)
 
-Only two numbers of a row are kept, never the row itself.
+Only two numbers per row of attention are kept, never the row itself.
 """
 
 from __future__ import annotations
@@ -56,35 +56,36 @@ def modality_dominance(
     max_new_tokens: int = 20,
     seed: int = 0,
 ) -> DominanceReport:
-    """Measures how much attention of the output goes to the text and to the image of the prompt.
+    """Measures how much attention of the output goes to the text and to the image of the prompt (MDI and AEI).
 
-    A_T and A_O are means over query rows, heads and the layers of a stage. Rows are not renormalised: a row that looks
-    at the answer so far weighs less. With "generated" queries these are the rows of the decoding steps, so the queries
-    are the generated tokens but the last, which is never fed back. The last row of the prompt, which predicts the
-    first of them, does not count.
+    A_T and A_O are means over query rows, heads and the layers of a stage. Rows are not renormalised: a row that
+    attends to the answer so far weighs less. "generated" queries are the rows of the decoding steps, that is all
+    generated tokens except the last, which is never fed back. The last row of the prompt, which predicts the first
+    token, does not count.
 
     Args:
         model: A vision-language model of transformers.
         samples: Keyword arguments of the model for each prompt or batch of prompts: `input_ids` and `attention_mask`
             `[B, L]`, `pixel_values`, and so on. Pad on the left.
-        image_token_id: The placeholder, or all of them; by default what the config names, videos included.
+        image_token_id: Id of the image placeholder, or several; by default those in the config, videos included.
         queries: "generated": a greedy answer. "text": the text tokens behind the first image token, in one forward;
             text in front of it cannot see it.
         layers: "2/2/2": the first two, the middle two and the last two; in a model of fewer than six layers they
-            overlap. "thirds": all layers. Or the layer numbers of stages of your own.
+            overlap. "thirds": all layers. Or a mapping from names of stages to layer numbers.
         include_bos: Whether the BOS token is text; it often takes most of the attention. If not, it is in no group.
         include_special: Whether other special tokens are text. If not, they are in no group.
         special_ids: Which tokens are special; by default those of the tokenizer, or those that the configs name.
-        tokenizer: Names BOS and special tokens.
-        max_new_tokens: Longest answer.
-        seed: Of the bootstrap.
+        tokenizer: Where the ids of BOS and special tokens are read; by default from the configs.
+        max_new_tokens: Longest answer in tokens.
+        seed: Seed of the bootstrap.
 
     Returns:
         The report. Samples without text, image or query are in `skipped`.
 
     Raises:
         DataError: An option or a mask cannot be used, or no sample can be measured.
-        ObservationError: Attention cannot be read, the model expands image tokens inside, or its cache drops tokens.
+        ObservationError: Attention cannot be read, the model expands its image placeholder internally, or its cache
+            drops tokens.
     """
     if queries not in ("generated", "text"):
         raise DataError(f"queries={queries!r} must be 'generated' or 'text'.")
@@ -175,7 +176,7 @@ def _unusable(groups: Tensor, asking: Tensor) -> str | None:
 def _generated(
     model: Any, inputs: dict[str, Any], groups: Tensor, layers: Sequence[str], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean masses of the decoding steps of each sample, `[B, layers, 2]`, and how many steps count, `[B]`."""
+    """Mean attention masses of the decoding steps of each sample, `[B, layers, 2]`, and their number, `[B]`."""
     mass = KeyMass(groups, queries="generated", heads="mean")
     length = groups.shape[1]
     with observe(model, [mass, Aligned(length)], modules=layers):
@@ -188,7 +189,7 @@ def _generated(
     if not steps:
         return np.zeros((len(groups), len(layers), 2)), counts.cpu().numpy()
     values = torch.stack([torch.cat(mass.results[layer], 2)[:, 0] for layer in layers], 1)  # [B, layers, steps, 2]
-    # Where an answer has ended, padding goes on.
+    # Steps behind the end of an answer are padding.
     valid = torch.arange(steps, device=new.device) < counts[:, None]
     means = (values * valid[:, None, :, None]).sum(2) / counts.clamp(min=1)[:, None, None]
     return means.double().cpu().numpy(), counts.cpu().numpy()
@@ -197,7 +198,7 @@ def _generated(
 def _asked(
     model: Any, inputs: dict[str, Any], groups: Tensor, asking: Tensor, layers: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean masses of the text queries of each sample, `[B, layers, 2]`, and how many queries there are, `[B]`."""
+    """Mean attention masses of the text queries of each sample, `[B, layers, 2]`, and their number, `[B]`."""
     mass = GroupMass(asking, groups, heads="mean")
     known = forward_names(model)
     spare = {"use_cache": False, "logits_to_keep": 1}  # all logits of a long prompt would need gigabytes

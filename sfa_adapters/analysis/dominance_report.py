@@ -1,4 +1,4 @@
-"""The two measures of text dominance, their averages over samples, and their figure."""
+"""The formulas of MDI and AEI, their averages over samples, and their figure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Number = np.ndarray | float
 
 
 def dominance_index(mass_text: Number, mass_other: Number, num_text: Number, num_other: Number) -> Any:
-    """MDI, equation 1 of arXiv 2508.10552.
+    """Modality dominance index (MDI), equation 1 of arXiv 2508.10552.
 
     Args:
         mass_text: A_T, attention on text tokens, in any unit.
@@ -47,7 +47,7 @@ def dominance_index(mass_text: Number, mass_other: Number, num_text: Number, num
 
 
 def attention_efficiency(mass: Number, mass_others: Number, num: Number, num_others: Number) -> Any:
-    """AEI of a modality, equations 2 to 4 of arXiv 2508.10552.
+    """Attention efficiency index (AEI) of a modality, equations 2 to 4 of arXiv 2508.10552.
 
     Args:
         mass: Attention on its tokens, in any unit.
@@ -71,9 +71,9 @@ class DominanceReport(Report):
         tokens: Text and non-text tokens of each prompt, int `[samples, 2]`.
         queries: Query rows of each sample, int `[samples]`.
         samples: Numbers of the samples that count.
-        skipped: The others.
-        seed: Of the intervals.
-        how: The options.
+        skipped: The other samples, with reasons.
+        seed: Seed of the bootstrap.
+        how: The options of the measurement.
     """
 
     stages: dict[str, tuple[int, ...]]
@@ -96,11 +96,11 @@ class DominanceReport(Report):
         }
 
     def mean_of_ratios(self, stage: str) -> dict[str, Interval]:
-        """Means over samples of `per_sample`. Their identities hold per sample, not for these means."""
+        """Means over samples of `per_sample`. The identities of MDI and AEI hold per sample, not for these means."""
         return {name: bootstrap(values, self.seed) for name, values in self.per_sample(stage).items()}
 
     def ratio_of_means(self, stage: str) -> dict[str, Interval]:
-        """The formulas on means over samples of A_T, A_O, |T| and |O|; the identities hold."""
+        """MDI and AEI of the means over samples of A_T, A_O, |T| and |O|, for which their identities hold."""
         text, other = self.mass[:, list(self.stages).index(stage)].T
         num_text, num_other = self.tokens.T
         formulas: dict[str, tuple[Any, ...]] = {
@@ -135,7 +135,7 @@ class DominanceReport(Report):
         return rows
 
     def options(self) -> dict[str, Any]:
-        """How it was measured."""
+        """The options of the measurement."""
         return self.how | {"seed": self.seed, "stages": {name: list(layers) for name, layers in self.stages.items()}}
 
     def figure(self) -> Figure:
@@ -191,7 +191,7 @@ def _stage_label(stage: str, layers: tuple[int, ...]) -> str:
 
 
 def _log_ticks(axis: Any) -> None:
-    """Numbers as people write them, also where the axis covers less than a power of ten."""
+    """Plain numbers as ticks of a log axis, also where it covers less than a power of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_ylim()

@@ -1,10 +1,10 @@
-"""Is attention the same where the page is full of text and where it is empty? Entropy of a tower's rows, by region.
+"""Entropy of a vision tower's attention, separately for dense and for sparse (nearly empty) regions of a page.
 
-The row of a query patch is a distribution over keys. Its entropy is H = -sum p log p nats: 0 where it looks at one
-patch, log n where it looks at all n alike. H / log n compares images and towers of different token counts.
+The attention of a query patch is a distribution over keys. Its entropy is H = -sum p log p nats: 0 if all attention is
+on one patch, log n if it is spread evenly over n. H / log n compares images and towers of different token counts.
 
-Patches of one image are not independent, images are: a number is first averaged over the patches of a region, and
-intervals come from drawing images again, the dense and the sparse mean of an image together.
+Patches of one image are not independent, but images are: a value is first averaged over the patches of a region, and
+intervals come from a bootstrap over images, in which the dense and the sparse mean of an image stay together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Regions", "attention_entropy"]
 # One map per image: truth values (dense, sparse), or integers 1 (dense), 0 (sparse), -1 (neither).
 Regions = Sequence[Tensor | np.ndarray] | Tensor | np.ndarray
 Keys = Literal["all", "patches"]
-TEXT = 0.3  # share of text from which the documentation of the density map calls a place text
+TEXT = 0.3  # density above which a place counts as text, as in the documentation of the density map
 LONGEST = 2**20  # keys; more than any tower has
 
 
@@ -58,14 +58,14 @@ def attention_entropy(
         regions: Which patches are dense, one map `[rows, columns]` for each image in the order in which the tower sees
             them: truth values, or integers 1 (dense), 0 (sparse), -1 (neither). By default the images are scored.
         modules: Which attention modules of the tower, as in `observe`; "vision" are those that the host reads.
-        scorer: What scores images, as in `PatchPolicy`; a patch has the mean density of its area.
+        scorer: Scorer of text density, as in `PatchPolicy`; a patch has the mean density of its area.
         threshold: Patches above it are dense, the others sparse. With a pair (low, high), those in between are neither.
-        normalize: Whether ratio, difference and figure are about H / log n instead of nats. Both are in the table.
-        keys: "all", or "patches": rows renormalised over patches, without CLS and registers, which are no queries in
+        normalize: Whether ratio, difference and figure use H / log n instead of nats. The table has both.
+        keys: "all", or "patches": rows renormalised over patches, without CLS and registers. Queries are patches in
             either case.
-        image_mean: What images were normalised with, by channel; by default what the tower's processor does.
-        image_std: Likewise.
-        seed: Of the bootstrap.
+        image_mean: Mean that images were normalised with, by channel; by default that of the tower's processor.
+        image_std: Standard deviation that images were normalised with; by default that of the tower's processor.
+        seed: Seed of the bootstrap.
 
     Returns:
         The report. Images without a dense or without a sparse patch are in `skipped`.
@@ -73,7 +73,7 @@ def attention_entropy(
     Raises:
         NoMatchingBackboneError: No tower was found.
         ObservationError: The tower has no fixed grid, its tokens are not its own patches, or attention cannot be read.
-        DataError: An option or a map cannot be used, images were normalised otherwise than it was said, or no image has
+        DataError: An option or a map cannot be used, images were not normalised with these statistics, or no image has
             both regions.
     """
     low, high = _thresholds(threshold)
@@ -81,7 +81,7 @@ def attention_entropy(
         raise DataError(f"keys={keys!r} must be 'all' or 'patches'.")
     located, layers = fixed_tower(model), tower_layers(model, modules)
     prefix = located.backbone.geometry(located.tower).prefix_tokens
-    # Cut to the number of keys by the reader.
+    # The reader cuts it to the number of keys.
     among = torch.arange(LONGEST) >= prefix if keys == "patches" and prefix else None
     given = None if regions is None else iter(regions)
     statistics = None if given is not None else _statistics(model, image_mean, image_std)
@@ -137,7 +137,7 @@ def _name(scorer: Scorer) -> str:
 def _statistics(
     model: nn.Module, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation that images were normalised with, `[3, 1, 1]` each."""
+    """Mean and standard deviation that images were normalised with, `[3, 1, 1]` each."""
     located = fixed_tower(model)
     known = image_statistics(located.backbone, located.tower, image_mean, image_std)
     mean, std = (image_mean, image_std) if known is None else known
@@ -150,7 +150,7 @@ def _statistics(
 
 
 def _density(seen: TowerPass, scorer: Scorer, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean density of each patch, `[n, rows, columns]`."""
+    """Mean text density of each patch, `[n, rows, columns]`."""
     rows, columns = seen.grid
     patch = seen.images.shape[-2] // rows
     if seen.images.shape[-1] // columns != patch:
@@ -167,7 +167,7 @@ def _density(seen: TowerPass, scorer: Scorer, mean: Tensor, std: Tensor) -> Tens
 
 
 def _given(regions: Iterator[Any], seen: TowerPass, number: int) -> Tensor:
-    """The maps of the images of one forward, int64 `[n, rows, columns]`."""
+    """The user's region maps for the images of one forward, int64 `[n, rows, columns]`."""
     maps = []
     for _ in seen.images:
         region = next(regions, None)

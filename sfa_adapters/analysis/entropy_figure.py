@@ -1,4 +1,4 @@
-"""Figure 5: violins of the entropy in dense and in sparse regions, and the course over the layers."""
+"""Figure 5: violin plots of the entropy in dense and in sparse regions, and its means by layer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["plot_entropy"]
 
 REGIONS = ("dense text", "sparse")  # as in `EntropyReport.values`
-MOST_LAYERS = 6  # violins; more cannot be told apart at half the width
+MOST_LAYERS = 6  # violins; more cannot be distinguished at half the width
 
 
 class _Report(Protocol):
-    """What is drawn of an `EntropyReport`, which draws itself with this file and thus cannot be imported here."""
+    """The parts of an `EntropyReport` that are drawn; the class imports this module, so it cannot be imported here."""
 
     @property
     def layers(self) -> tuple[str, ...]: ...
@@ -35,7 +35,7 @@ class _Report(Protocol):
 
 
 def plot_entropy(reports: Mapping[str, _Report]) -> Figure:
-    """Draws one report, or several with common scales.
+    """Draws one entropy report, or several with common scales.
 
     Args:
         reports: `EntropyReport`s by name, at least one.
@@ -76,7 +76,7 @@ def plot_entropy(reports: Mapping[str, _Report]) -> Figure:
 
 
 def _panels(figure: Figure, count: int) -> tuple[list[Any], Any]:
-    """Panels for violins, two in a row, and one for the courses: beside a single one, else below all."""
+    """Panels for violins, two in a row, and one for the layer means: beside a single one, else below all."""
     if count == 1:
         first, last = figure.subplots(1, 2, sharey=True)
         last.tick_params(labelleft=True)

@@ -1,4 +1,4 @@
-"""What `attention_entropy` found: its table, its figure, and several of them beside each other."""
+"""`EntropyReport`, the result of `attention_entropy`: its table, its figure, and comparisons of several reports."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DENSE, SPARSE = 0, 1
 
 @dataclass(frozen=True, eq=False)
 class EntropyReport(Report):
-    """Entropy in dense and in sparse regions.
+    """Attention entropy in dense and in sparse regions of images.
 
     Attributes:
         layers: Paths of the attention modules.
         nats: Mean entropy of the query patches of an image in nats, `[images, 2, layers, heads]`; dense comes first.
-        relative: Likewise, H / log n.
+        relative: As `nats`, but H / log n.
         patches: Patches in the two regions, int `[images, 2]`.
         images: Numbers of the images that count, in the order in which the tower saw them.
         skipped: Images without dense or without sparse patches.
-        normalize: Whether ratio, difference and figure are about H / log n instead of nats.
-        seed: Of the intervals.
+        normalize: Whether ratio, difference and figure use H / log n instead of nats.
+        seed: Seed of the bootstrap.
         how: The other options.
     """
 
@@ -49,7 +49,7 @@ class EntropyReport(Report):
 
     @property
     def values(self) -> np.ndarray:
-        """What ratio, difference and figure are about, `[images, 2, layers, heads]`."""
+        """Entropy in the unit of ratio, difference and figure, `[images, 2, layers, heads]`."""
         return self.relative if self.normalize else self.nats
 
     @property
@@ -62,16 +62,16 @@ class EntropyReport(Report):
         return bootstrap(_per_image(self.values[:, region], layer, None), self.seed)
 
     def ratio(self, layer: int | None = None, head: int | None = None) -> Interval:
-        """Dense over sparse: 1 where attention does not tell text from blank paper."""
+        """Mean entropy of dense over sparse regions; 1 if attention is equally spread in both."""
         dense, sparse = (_per_image(self.values[:, region], layer, head) for region in (DENSE, SPARSE))
         return formula_of_means(np.divide, dense, sparse, seed=self.seed)
 
     def difference(self, layer: int | None = None, head: int | None = None) -> Interval:
-        """Dense minus sparse."""
+        """Mean entropy of dense minus sparse regions."""
         return bootstrap(_per_image(self.values[:, DENSE] - self.values[:, SPARSE], layer, head), self.seed)
 
     def table(self) -> list[Row]:
-        """All layers together, then each layer, then each head.
+        """The entropies over all layers, then of each layer, then of each head.
 
         Returns:
             Rows with `layer` and `head` (numbers or "all"), `images`, the means over images `dense_nats`,
@@ -93,7 +93,7 @@ class EntropyReport(Report):
         return row | {"unit": self.unit}
 
     def options(self) -> dict[str, Any]:
-        """How it was measured."""
+        """The options of the measurement, and the share of patches that are dense."""
         share = self.patches.sum(0) / self.patches.sum()
         option_values = {"normalize": self.normalize, "seed": self.seed, "layers": list(self.layers)}
         return self.how | option_values | {"dense_share_of_patches": float(share[DENSE])}
@@ -113,19 +113,19 @@ def _per_image(values: np.ndarray, layer: int | None, head: int | None) -> np.nd
 
 
 def entropy_change(before: EntropyReport, after: EntropyReport, seed: int = 0) -> list[Row]:
-    """How entropy changed from one model to another on the same images.
+    """Change of the entropy from one model to another on the same images.
 
     Args:
-        before: Of the first model.
-        after: Of the second one.
-        seed: Of the bootstrap.
+        before: Report of the first model.
+        after: Report of the second model.
+        seed: Seed of the bootstrap.
 
     Returns:
         A row for all layers together and one for each layer: `layer`, `images`, and after minus before with 95%
-        intervals, images drawn in pairs: `dense`, `sparse` (in `unit`) and `ratio`.
+        intervals (paired bootstrap over images): `dense`, `sparse` (in `unit`) and `ratio`.
 
     Raises:
-        DataError: The two are about other images, layers or units.
+        DataError: The two differ in images, regions, layers or units.
     """
     same = before.images == after.images and np.array_equal(before.patches, after.patches)
     if not same or before.values.shape != after.values.shape or before.normalize != after.normalize:

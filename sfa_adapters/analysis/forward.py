@@ -1,4 +1,4 @@
-"""Running a model that is being looked at: its mode, its device, which layers, and what its tower was given."""
+"""Runs a model for an analysis: eval mode, device, choice of layers and heads, and the inputs of its tower."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class TowerPass:
     """One forward of a tower.
 
     Attributes:
-        images: What it was given, `[n, 3, H, W]`.
+        images: Its input, `[n, 3, H, W]`.
         grid: Rows and columns of its patches.
-        prefix: Leading tokens without a place.
+        prefix: Leading tokens without a place on the page (CLS, registers).
         real: False for patches that lie in padding, bool `[n, rows, columns]`.
     """
 
@@ -55,7 +55,7 @@ class TowerPass:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in its own mode again."""
+    """Context with the model in eval mode, without gradients; afterwards every module has its old mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -67,20 +67,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Tensors on the device of the model's first parameter."""
+    """Moves the tensors among keyword arguments to the device of the model's first parameter."""
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def fixed_tower(model: nn.Module) -> FoundTower:
-    """The vision tower of a model, if its patches lie on one grid.
+    """Finds the vision tower of a model whose patches lie on one grid.
 
     Raises:
         NoMatchingBackboneError: No tower was found.
         ObservationError: The tower attends within windows of images of any size (Qwen-type).
     """
     located = find_tower(model)
-    if located.backbone.grid_of_input is None:
+    if located.backbone.joined != "batch":
         raise ObservationError(
             f"A {located.backbone.name} tower attends within windows, image after image, and its patches have no fixed "
             "grid: this analysis reads towers with one grid per image (SigLIP, CLIP, InternViT, Idefics, timm). "
@@ -93,7 +93,7 @@ def tower_layers(model: nn.Module, modules: Modules = "vision") -> tuple[str, ..
     """Paths of the tower's attention modules; for "vision", those that the host reads.
 
     Raises:
-        ObservationError: A module outside of the tower is among them, or none fits.
+        ObservationError: No module fits, or one lies outside of the tower.
     """
     located = fixed_tower(model)
     inside = [name for name, _ in located.attentions]
@@ -118,7 +118,7 @@ def run_tower(
         layers: Paths of attention modules of the tower.
 
     Returns:
-        One entry for each forward of the tower, as many as each reader has results of a layer.
+        One entry for each forward of the tower; each reader has as many results per layer.
 
     Raises:
         DataError: There are no images among the inputs.
@@ -172,10 +172,10 @@ def _call(model: nn.Module, tower: nn.Module, inputs: Inputs) -> None:
 
 
 def chosen_layers(names: Sequence[str], layers: Layers) -> tuple[str, ...]:
-    """Layers by their numbers; all by default.
+    """Selects layers by number; all by default.
 
     Raises:
-        DataError: One does not exist.
+        DataError: A layer does not exist.
     """
     numbers = range(len(names)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     if not numbers or not all(0 <= n < len(names) for n in numbers):
@@ -184,7 +184,7 @@ def chosen_layers(names: Sequence[str], layers: Layers) -> tuple[str, ...]:
 
 
 def over_heads(rows: Tensor, heads: Heads) -> Tensor:
-    """`[heads, keys]` to `[keys]`.
+    """Mean over heads, or one head: `[heads, keys]` to `[keys]`.
 
     Raises:
         DataError: The head does not exist.

@@ -1,13 +1,13 @@
-"""Where wrong numbers come from: read off the wrong place of the image, or made up.
+"""Numeric hallucination: classifies wrong numbers in answers as misread from the image or fabricated.
 
 Every answer falls into one class:
 
 * `correct`: by relaxed accuracy;
-* `misread`: wrong, holds a number, and all its numbers stand on the image;
-* `fabricated`: wrong, and a number of it stands nowhere on the image;
+* `misread`: wrong, with a number, and all its numbers are printed on the image;
+* `fabricated`: wrong, and one of its numbers is printed nowhere on the image;
 * `other`: wrong, without a number.
 
-This is our own definition; the field has none that is agreed on.
+This is our own definition; there is no standard one.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Judgement:
     """One judged answer.
 
     Attributes:
-        index: of the sample, among all that were given.
+        index: number of the sample among all samples.
         kind: its class.
-        numbers: all numbers of the answer.
-        unprinted: those of them that stand nowhere on the image.
-        strict: whether the strict mode of relaxed accuracy calls it right.
+        numbers: all numbers in the answer.
+        unprinted: those of them that are printed nowhere on the image.
+        strict: whether it is right in the strict mode of relaxed accuracy.
     """
 
     index: int
@@ -63,7 +63,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was not judged, and why not; `detail` is the error where there was one."""
+    """A sample that was not judged, with the reason; `detail` is the error where there was one."""
 
     index: int
     reason: str
@@ -76,8 +76,8 @@ class HallucinationReport:
 
     Attributes:
         judged: the samples that have a class, in their order; at least one.
-        skipped: all others; they are in no share.
-        mode: of `relaxed_accuracy`.
+        skipped: all other samples; they count in no share.
+        mode: mode of `relaxed_accuracy`.
     """
 
     judged: tuple[Judgement, ...]
@@ -101,7 +101,7 @@ class HallucinationReport:
         return dict(Counter(s.reason for s in self.skipped))
 
     def _measures(self) -> dict[str, list[bool]]:
-        """The classes, then variants of the definition: one truth value for each answer that they are about."""
+        """For the classes and variants of the definition, one truth value per answer that they apply to."""
         numeric = [j for j in self.judged if j.numbers]
         wrong = [j.kind in ("misread", "fabricated") for j in self.judged]
         measures: dict[str, list[bool]] = {kind: [j.kind == kind for j in self.judged] for kind in CLASSES}
@@ -118,9 +118,10 @@ class HallucinationReport:
         """The numbers, one row each: the four classes, variants of the definition, and skipped samples by reason.
 
         Returns:
-            Rows with `quantity`, `count`, `of` (how many answers it is about), `share` and the ends of its 95%
-            interval, `low` and `high`, all three in [0, 1], NaN where it is about no answer. `numeric hallucination` is
-            misread and fabricated together. Skipped samples are counted among all, and have no interval.
+            Rows with `quantity`, `count`, `of` (the number of answers that it applies to), `share` and the ends of its
+            95% interval, `low` and `high`, all three in [0, 1], NaN where it applies to no answer. `numeric
+            hallucination` is misread and fabricated together. Skipped samples are counted among all samples, without an
+            interval.
         """
         rows: list[dict[str, Any]] = []
         for quantity, values in self._measures().items():
@@ -139,7 +140,7 @@ class HallucinationReport:
             {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
             for row in self.table()
         ]
-        # A number of 400 digits is infinite, which JSON cannot say: numbers are told as texts.
+        # A number of 400 digits is infinite, which JSON does not have, so numbers are written as texts.
         judged = [
             {"index": j.index, "kind": j.kind, "unprinted": [f"{n:.15g}" for n in j.unprinted], "strict": j.strict}
             for j in self.judged
@@ -157,7 +158,7 @@ class HallucinationReport:
         return Path(path)
 
     def figure(self) -> Figure:
-        """The shares as bars with their intervals; `hallucination_compare.compare` draws several reports."""
+        """Bars of the shares with their intervals; `hallucination_compare.compare` draws several reports."""
         from sfa_adapters.analysis.hallucination_compare import compare
 
         return compare({"": self})
@@ -171,27 +172,27 @@ def hallucination_report(
     printed: Sequence[Sequence[str] | None] | None = None,
     mode: RelaxedMode = "reference",
 ) -> HallucinationReport:
-    """Judges every answer: correct, misread, fabricated or other.
+    """Classifies every answer as correct, misread, fabricated or other.
 
     Numbers are compared by value: "1,234" is 1234 and "25%" is 25. A sign does not count (a dash may be a range, and
     OCR drops thin ones), and dates are compared part by part.
 
     Args:
         predictions: N answers of the model.
-        answers: for each, the true answer or all that count as right; where none is given, the sample is skipped.
-        images: for each, anything that `sfa_adapters.images.as_image` takes, to be read by OCR, or None. Images without
-            text, and images that cannot be used, are skipped **whether or not the answer is right**: otherwise wrong
-            answers alone would go missing.
-        printed: for each, all texts printed on the image; wins over `images`. None and empty mean that it is not known.
-        mode: of `relaxed_accuracy`.
+        answers: for each, the true answer or all that count as right; a sample without one is skipped.
+        images: for each, anything that `sfa_adapters.images.as_image` takes, to be read by OCR, or None. Samples whose
+            image has no text or cannot be used are skipped **whether or not the answer is right**: otherwise only
+            wrong answers would be left out.
+        printed: for each, all texts printed on the image; takes precedence over `images`. None and empty mean unknown.
+        mode: mode of `relaxed_accuracy`.
 
     Returns:
-        The report; it lists every skipped sample.
+        The report, with every skipped sample.
 
     Raises:
-        DataError: the lengths differ, something is no text, both `images` and `printed` are missing, or nothing can be
-            judged.
-        ModuleNotFoundError: an image must be read, and the OCR engine is missing; the text says how to install it.
+        DataError: the lengths differ, a value is not a text, both `images` and `printed` are missing, or no sample can
+            be judged.
+        ModuleNotFoundError: an image must be read, and the OCR engine is missing; says how to install it.
         ValueError: unknown mode.
     """
     if images is None and printed is None:
@@ -200,7 +201,7 @@ def hallucination_report(
     lengths |= {name: len(given) for name, given in (("images", images), ("printed", printed)) if given is not None}
     if len(set(lengths.values())) > 1:
         raise DataError(f"One entry per sample is needed, found {lengths}.")
-    read: dict[bytes, tuple[str, ...]] = {}  # several questions are asked about one chart
+    read: dict[bytes, tuple[str, ...]] = {}  # several questions may be about one chart
     judged: list[Judgement] = []
     skipped: list[Skipped] = []
     for index, (prediction, true) in enumerate(zip(predictions, answers, strict=True)):
@@ -224,11 +225,11 @@ def hallucination_report(
 
 
 class _UnreadableError(Exception):
-    """Nothing is known about what stands on an image; its arguments are those of `Skipped`."""
+    """The text on an image is not known; the arguments are those of `Skipped`."""
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
-    """One text, some texts or None as a tuple of texts."""
+    """Converts one text, several texts or None to a tuple of texts."""
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if isinstance(texts, np.ndarray):  # a list in a parquet file
         texts = texts.tolist()
@@ -238,7 +239,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _read(image: Any, read: dict[bytes, tuple[str, ...]]) -> tuple[str, ...]:
-    """Texts on an image; `read` remembers images by their content."""
+    """Texts on an image by OCR; `read` caches them by the content of the image."""
     if image is None:
         raise _UnreadableError(NO_IMAGE)
     try:

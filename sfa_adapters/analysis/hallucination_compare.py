@@ -1,4 +1,4 @@
-"""Several hallucination reports beside each other: one figure, and the change from one to another in pairs."""
+"""Compares hallucination reports: one figure for several, and the paired change from one to another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Judgement(Protocol):
 
 
 class _Report(Protocol):
-    """What is read of a `HallucinationReport`, which draws itself with this file and thus cannot be imported here."""
+    """The parts of a `HallucinationReport` used here; it imports this module, so it cannot be imported here."""
 
     @property
     def judged(self) -> Sequence[_Judgement]: ...
@@ -39,13 +39,13 @@ class _Report(Protocol):
 
 
 def compare(reports: Mapping[str, _Report]) -> Figure:
-    """Draws reports side by side, for instance before and after training.
+    """Draws hallucination reports side by side, for instance before and after training.
 
     Args:
-        reports: each a `HallucinationReport`, with a colour of its own; the names stand in the legend.
+        reports: `HallucinationReport`s by their name in the legend.
 
     Returns:
-        A figure: per class one bar for each report, its share in percent, and the 95% interval.
+        A figure with one bar per class and report: the share in percent with its 95% interval.
 
     Raises:
         DataError: there is no report.
@@ -88,18 +88,18 @@ def compare(reports: Mapping[str, _Report]) -> Figure:
 
 
 def paired_change(before: _Report, after: _Report) -> list[dict[str, Any]]:
-    """How the shares changed on the same samples; paired bootstrap over samples.
+    """Change of the shares on the same samples, with a paired bootstrap over samples.
 
     Args:
         before: first `HallucinationReport`.
-        after: second report, about the same samples in the same order.
+        after: second report, of the same samples in the same order.
 
     Returns:
         One row per class, and one for `numeric hallucination`: `quantity`, `of` (samples judged in both reports),
         `change` (share after minus share before) and the ends of its 95% interval, `low` and `high`.
 
     Raises:
-        DataError: the reports are about another number of samples, or no sample was judged in both.
+        DataError: the reports have different numbers of samples, or no sample was judged in both.
     """
     sizes = [len(report.judged) + len(report.skipped) for report in (before, after)]
     first, second = ({j.index: j.kind for j in report.judged} for report in (before, after))

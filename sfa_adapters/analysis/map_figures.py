@@ -1,4 +1,4 @@
-"""Attention over the page: one map, or before, after and difference (Figure 3)."""
+"""Figures of attention over a page: one map, or before, after and difference (Figure 3)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_map", "plot_maps"]
 
-# Without the dark ends, on which print cannot be read.
+# Colour maps without their dark ends, on which print cannot be read.
 HEAT, CHANGE = ("OrRd", 0.0, 0.7), ("PuOr_r", 0.2, 0.8)
-INK = 0.75  # darkness of black print, so that the colours below it can be told
+INK = 0.75  # darkness of black print, so that the colours below it can be seen
 UNIT = "attention on a patch, %"
 
 
 class _Map(Protocol):
-    """What is drawn of an `AttentionMap`, which draws itself with this file and thus cannot be imported here."""
+    """The parts of an `AttentionMap` that are drawn; the class imports this module, so it cannot be imported here."""
 
     @property
     def values(self) -> np.ndarray: ...
@@ -34,7 +34,7 @@ class _Map(Protocol):
 
 
 def plot_map(heat_map: _Map, image: np.ndarray | None = None) -> Figure:
-    """Draws one map.
+    """Draws one attention map over its page.
 
     Args:
         heat_map: The map, an `AttentionMap`.
@@ -52,12 +52,12 @@ def plot_map(heat_map: _Map, image: np.ndarray | None = None) -> Figure:
 
 
 def plot_maps(image: np.ndarray | None, before: _Map, after: _Map) -> Figure:
-    """Draws two maps of one page on a common scale, and their difference.
+    """Draws two attention maps of one page on a common scale, and their difference.
 
     Args:
         image: The page below them, uint8 `[H, W, 3]`, or None.
         before: `AttentionMap` of the first model.
-        after: Of the second model, for the same query.
+        after: `AttentionMap` of the second model, for the same query.
 
     Returns:
         Three panels; shares in percent, the difference in percentage points.
@@ -104,7 +104,7 @@ def _page(image: np.ndarray | None, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def plain_page(axis: Any, title: str) -> None:
-    """No ticks: a page has no units."""
+    """Formats an axis that shows a page: a title, a frame, no ticks."""
     plain(axis, title)
     axis.grid(visible=False)
     axis.set(xticks=[], yticks=[])
@@ -120,7 +120,7 @@ def _draw(
     limits: tuple[float, float],
     patch: Any,
 ) -> Any:
-    """A map below the print of a page (bright print where the page is dark); the query patch in a frame."""
+    """Draws a map with the print of the page over it (bright print if the page is dark), and frames the query patch."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
@@ -130,7 +130,7 @@ def _draw(
     part = ListedColormap(colormaps[name](np.linspace(first, last, 256)))
     extent = (0, width, height, 0)
     shown = axis.imshow(values, cmap=part, vmin=limits[0], vmax=limits[1], interpolation="nearest", extent=extent)
-    # Print is laid over the colours as ink, so that the colours of paper are those of the bar.
+    # Print is drawn over the colours as ink, so that on blank paper they are those of the colour bar.
     gray = page.mean(-1) / 255
     ink = np.zeros((height, width, 4))
     ink[..., 3] = INK * (gray if gray.mean() < 0.5 else 1 - gray)

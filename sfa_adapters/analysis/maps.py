@@ -1,8 +1,8 @@
-"""Where on the page attention goes: from one patch of the tower, from one answer token, or through all layers.
+"""Maps of attention over a page: from one patch of the tower, from one answer token, or rolled out through all layers.
 
 Rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3) multiplies the layers' mean maps A, each mixed with the
-identity for the residual stream. For chosen queries only a row vector r travels back from the last layer, r <- r (0.5 A
-+ 0.5 I), so that no product of matrices and no matrix is ever kept: q and k of the layers are, and rows of A are made
+identity for the residual stream. Here only a row vector r of the chosen queries is propagated from the last layer to
+the first, r <- r (0.5 A + 0.5 I), so no N x N matrix is kept: q and k of the layers are, and rows of A are computed
 from them block by block.
 """
 
@@ -40,13 +40,14 @@ __all__ = ["AttentionMap", "attention_map", "attention_rollout"]
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap(Report):
-    """Attention over a page.
+    """Attention of one query over a page.
 
     Attributes:
-        values: Share of the attention that every patch gets, `[rows, columns]`.
-        elsewhere: Share of tokens without a place: CLS and registers, or the text of a prompt.
+        values: Share of the attention on each patch, `[rows, columns]`.
+        elsewhere: Share on tokens without a place on the page: CLS and registers, or the text of a prompt.
         patch: Row and column of the query, where it is a patch.
-        how: What was asked for.
+        how: The query and the options.
+        skipped: Empty; for the interface of `Report`.
     """
 
     values: np.ndarray
@@ -61,14 +62,14 @@ class AttentionMap(Report):
         return [{"row": r, "column": c, "attention": float(self.values[r, c])} for r, c in places]
 
     def options(self) -> dict[str, Any]:
-        """What was asked for, and the share of attention without a place."""
+        """The query and the options, and the share of attention without a place."""
         return self.how | {"elsewhere": self.elsewhere, "grid": list(self.values.shape)}
 
     def figure(self, image: np.ndarray | None = None) -> Figure:
-        """The map over the page.
+        """Draws the map over the page.
 
         Args:
-            image: The page as the tower sees it, uint8 `[H, W, 3]`; without one the map stands alone.
+            image: The page as the tower sees it, uint8 `[H, W, 3]`; without one the map is drawn alone.
         """
         from sfa_adapters.analysis.map_figures import plot_map
 
@@ -87,18 +88,18 @@ def attention_map(
     grid: tuple[int, int] | None = None,
     image_token_id: int | Collection[int] | None = None,
 ) -> AttentionMap:
-    """Where one patch, or one token of the answer, looks on the page.
+    """Measures the attention of one patch, or of one token of the answer, over the page.
 
     Args:
         model: A model with a vision tower; for `answer_token` a vision-language model of transformers.
         inputs: Keyword arguments of the model; for `patch` also images alone.
         patch: Row and column of a query patch of the vision tower.
-        answer_token: Number of a token of the greedy answer, from 0. Its row is the one that predicts it: the query is
-            the token before it, for the first one the last token of the prompt.
+        answer_token: Number of a token of the greedy answer, from 0. The query is the token before it, which predicts
+            it; for the first one that is the last token of the prompt.
         layers: Numbers of the layers whose rows are averaged; all by default.
         heads: "mean", or the number of one head.
         index: Which image of the tower, or which prompt of the batch.
-        grid: For `answer_token`: how the image tokens lie on the page, where it is not the tower's grid, or that grid
+        grid: For `answer_token`: rows and columns of the image tokens on the page; by default the tower's grid, perhaps
             merged.
         image_token_id: For `answer_token`: as in `modality_dominance`.
 
@@ -106,7 +107,7 @@ def attention_map(
         The map.
 
     Raises:
-        DataError: Not exactly one of `patch` and `answer_token`, or one of the numbers does not exist.
+        DataError: Not exactly one of `patch` and `answer_token` is given, or a number does not exist.
         NoMatchingBackboneError: No tower was found.
         ObservationError: The tokens have no fixed place, or attention cannot be read.
     """
@@ -135,22 +136,20 @@ def attention_rollout(
     residual: float = 0.5,
     index: int = 0,
 ) -> AttentionMap:
-    """Attention rollout of a vision tower: what its output has gathered from each patch through all layers.
+    """Attention rollout of a vision tower: attention of its output to each input patch through all layers.
 
     Args:
-        model: A tower with one grid per image, or a model with one; layers behind the one that the host reads are left
-            out.
+        model: A tower with one grid per image, or a model with one; layers that the host does not read are left out.
         inputs: Keyword arguments of the model, or images alone.
         patch: Row and column of the output patch; the mean over all of them by default.
-        residual: Weight of the identity, from 0 to 1: what a token keeps of itself in every layer.
+        residual: Weight of the identity (the residual stream) in every layer, from 0 to 1.
         index: Which image of the tower.
 
     Returns:
-        The map. Memory: q and k of every layer under sdpa; eager attention makes whole maps itself, all of which are
-        then kept.
+        The map. Memory: q and k of every layer with sdpa; the whole maps of all layers with eager attention.
 
     Raises:
-        DataError: `patch`, `residual` or `index` does not exist.
+        DataError: `patch` or `index` does not exist, or `residual` is out of range.
         NoMatchingBackboneError: No tower was found.
         ObservationError: The tokens have no fixed place, or attention cannot be read.
     """
@@ -173,7 +172,7 @@ def attention_rollout(
 def _tower_calls(
     model: nn.Module, inputs: Inputs, names: Sequence[str], index: int
 ) -> tuple[TowerPass, list[AttentionCall]]:
-    """The forward that image `index` was in, and the attention of that image alone in every layer."""
+    """The forward that held image `index`, and the attention call of that image alone in every layer."""
     kept: dict[str, list[AttentionCall]] = {name: [] for name in names}
     passes = run_tower(model, inputs, [lambda call: kept[call.layer].append(call.detach())], names)
     place = index
@@ -185,7 +184,7 @@ def _tower_calls(
 
 
 def _alone(call: AttentionCall, image: int) -> AttentionCall:
-    """One image of a call."""
+    """The part of an attention call that belongs to one image."""
     inputs_of_one: dict[str, Tensor] = {}
     for name in ("query", "key", "mask", "scores"):
         tensor = getattr(call, name)
@@ -195,7 +194,7 @@ def _alone(call: AttentionCall, image: int) -> AttentionCall:
 
 
 def _places(seen: TowerPass, patch: tuple[int, int] | None) -> Tensor:
-    """Token numbers of a patch, or of all."""
+    """Token numbers of a patch, or of all patches."""
     rows, columns = seen.grid
     if patch is None:
         return torch.arange(rows * columns, device=seen.images.device) + seen.prefix

@@ -1,4 +1,4 @@
-"""What the tokens of a prompt are: text, image, or neither; and which attention layers read them."""
+"""Groups the tokens of a prompt into text, image and neither, and finds the attention layers of the language model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TEXT, IMAGE, NEITHER = 0, 1, -1
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """Ids that tell tokens apart.
+    """Token ids by group; all others are text.
 
     Attributes:
-        image: Placeholders of images and videos.
-        left_out: In neither group.
+        image: Ids of the placeholders of images and videos.
+        left_out: Ids that are in neither group.
     """
 
     image: frozenset[int]
@@ -41,10 +41,10 @@ class TokenKinds:
         special_ids: Collection[int] | None,
         tokenizer: Any,
     ) -> TokenKinds:
-        """The ids of a model.
+        """Reads the ids of a model from its configs, unless the arguments give them; as in `modality_dominance`.
 
         Raises:
-            DataError: The image token is not known, or tokens are to be left out that are not known.
+            DataError: The image token is not known, or BOS or special tokens that are to be left out.
         """
         config: Any = getattr(model, "config", None)
         configs = [config, getattr(model, "generation_config", None)]
@@ -81,12 +81,12 @@ def _read(configs: Iterable[Any], names: Iterable[str]) -> set[int]:
 
 
 def prompt_groups(inputs: Mapping[str, Any], kinds: TokenKinds, sample: int = 0) -> Tensor:
-    """The group of every prompt token: `TEXT`, `IMAGE`, or `NEITHER` (padding, and what is left out).
+    """The group of every prompt token: `TEXT`, `IMAGE`, or `NEITHER` (padding and left-out ids).
 
     Args:
         inputs: With `input_ids` `[B, L]`, and `attention_mask` `[B, L]` where there is padding.
-        kinds: Which ids are what.
-        sample: Number of the first of them, for messages.
+        kinds: Token ids by group.
+        sample: Number of the first prompt, for messages.
 
     Returns:
         int64 `[B, L]`.
@@ -114,11 +114,11 @@ def _among(ids: Tensor, wanted: Collection[int]) -> Tensor:
 
 
 def answer_lengths(new: Tensor, model: nn.Module) -> Tensor:
-    """Tokens of each answer up to its end token, which counts.
+    """Length of each answer up to and including its end token.
 
     Args:
-        new: Generated ids, `[B, n]`; behind an end token stands padding.
-        model: Its generation config names the end tokens.
+        new: Generated ids, `[B, n]`; padding behind an end token.
+        model: The model; its generation config names the end tokens.
 
     Returns:
         int64 `[B]`.
@@ -132,7 +132,7 @@ def answer_lengths(new: Tensor, model: nn.Module) -> Tensor:
 def decoder_layers(model: nn.Module) -> tuple[str, ...]:
     """Paths of the attention modules of the language model, in order of execution.
 
-    A resampler between tower and language model has projections named alike; it is none of them.
+    The attention of a resampler between tower and language model, whose projections have the same names, is left out.
 
     Raises:
         ObservationError: There are none.
@@ -146,17 +146,23 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 class Aligned:
-    """Checks that the keys of a call are the tokens of the prompt, in their order, and then those generated.
+    """A reader of `observe` that checks that the prompt has the same length inside the model as outside.
 
-    Raises:
-        ObservationError: They are not.
+    It fails for models that expand one image placeholder into several tokens internally.
+
+    Args:
+        length: Tokens of the prompt.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
 
     def __call__(self, call: AttentionCall) -> None:
-        """A reader of `observe`."""
+        """Checks one attention call.
+
+        Raises:
+            ObservationError: The prompt has another length here.
+        """
         if not call.past and call.num_queries != self.length:
             raise ObservationError(
                 f"The prompt has {self.length} tokens, but {call.layer} attends over {call.num_queries}: the "

@@ -1,6 +1,6 @@
-"""What the results of this package share: tables as JSON and CSV, skipped samples, intervals, plain figures.
+"""Common parts of the reports of this package: tables as JSON and CSV, skipped samples, intervals, figure style.
 
-Figures are drawn for half the width of a printed page or a screen: 12 inches with 17 pt letters.
+Figures are designed for half the width of a printed page or a screen: 12 inches with 17 pt letters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "Skip", "Skips", "formula_of_means", "write_csv"]
 
 TITLE, LABEL = 19, 17  # pt
-# Told apart by people who see no red or green.
+# Colours that people with colour blindness can distinguish.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Skip:
-    """A sample that is in no mean, and why not; samples are numbered from 0 in the order in which they were given."""
+    """A sample that counts in no mean, with the reason; samples are numbered from 0 in the order of the input."""
 
     sample: int
     reason: str
@@ -44,15 +44,19 @@ class Skips(list[Skip]):
     """All skipped samples of a measurement."""
 
     def counts(self) -> dict[str, int]:
-        """How many for each reason."""
+        """Number of skipped samples for each reason."""
         return dict(Counter(skip.reason for skip in self))
 
     def message(self) -> str:
-        """Reasons and counts in one line."""
+        """All reasons with their counts in one line."""
         return "; ".join(f"{reason} ({count})" for reason, count in self.counts().items())
 
     def refuse_all(self, kept: int, what: str) -> None:
-        """Nothing is left to be measured.
+        """Raises an error if all samples were skipped.
+
+        Args:
+            kept: Number of samples that were not skipped.
+            what: What the samples are, for the error.
 
         Raises:
             DataError: `kept` is 0; lists the reasons.
@@ -62,7 +66,11 @@ class Skips(list[Skip]):
 
 
 class Report(ABC):
-    """A measurement that ends in a table and a figure."""
+    """Base of the results of measurements, with a table and a figure.
+
+    Attributes:
+        skipped: Samples that could not be measured.
+    """
 
     skipped: Skips
 
@@ -72,11 +80,11 @@ class Report(ABC):
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """How it was measured, as JSON can say it."""
+        """The options of the measurement, as values for JSON."""
 
     @abstractmethod
     def figure(self) -> Figure:
-        """The picture."""
+        """Draws the result."""
 
     def to_json(self) -> str:
         """Everything as JSON: `options`, `table` (NaN and infinity are null) and `skipped`."""
@@ -108,16 +116,16 @@ def interval_columns(name: str, interval: Interval) -> Row:
 
 
 def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int = 0, rounds: int = 2000) -> Interval:
-    """A formula of means over samples, and a percentile bootstrap interval: all values of a sample are drawn together.
+    """A function of means over samples, with a percentile bootstrap interval (all values of a sample stay together).
 
     Args:
-        formula: Takes one mean of each of `values`, elementwise.
+        formula: Function of one mean for each of `values`, elementwise.
         *values: One number per sample each, `[N]`.
-        seed: Of the resampling.
-        rounds: bootstrap rounds.
+        seed: Seed of the bootstrap.
+        rounds: Bootstrap rounds.
 
     Returns:
-        Value and 95% interval; one sample has an interval without width.
+        Value and 95% interval, which has no width for a single sample.
     """
     count = len(values[0])
     drawn = np.random.default_rng(seed).integers(0, count, (rounds, count))
@@ -129,14 +137,14 @@ def formula_of_means(formula: Callable[..., Any], *values: np.ndarray, seed: int
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; width and height in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
 def plain(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
-    """Letters that can be read at half the width, a light grid, no box."""
+    """Formats an axis: large letters, a light grid, no box."""
     axis.set_title(title, fontsize=TITLE, pad=10)
     axis.set_xlabel(x, fontsize=LABEL)
     axis.set_ylabel(y, fontsize=LABEL)
@@ -147,7 +155,7 @@ def plain(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """At most `most` of `count` numbers, evenly spaced, first and last among them."""
+    """At most `most` of the numbers 0 to `count - 1`, evenly spaced, with the first and the last."""
     return list(range(count)) if count <= most else np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 

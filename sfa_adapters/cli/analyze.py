@@ -1,4 +1,4 @@
-"""`sfa analyze ...`: measurements that end in a table and pictures."""
+"""`sfa analyze ...`: measurements of attention, tokens and answers, each with a table and figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokens(
     config: BudgetConfig,
     pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pages only; no training.")] = False,
 ) -> None:
-    """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; and pictures of plans."""
+    """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; figures of patch plans."""
     from sfa_adapters.recipes.analyze.token_budgets import draw_pages, run_budgets
 
     if pictures:
@@ -87,10 +87,10 @@ def attention_map(
     out: Annotated[Path, OUT] = Path("sfa-analysis"),
     chart: Annotated[int, typer.Option(help="Number of the test chart.")] = 0,
     patch: Annotated[str | None, typer.Option(help="row,column of a patch of the tower.")] = None,
-    token: Annotated[int, typer.Option(help="Number of the answer token, without --patch.")] = 0,
+    token: Annotated[int, typer.Option(help="Number of the answer token, from 0, without --patch.")] = 0,
     rollout: Annotated[bool, typer.Option("--rollout", help="Through all layers of the tower.")] = False,
 ) -> None:
-    """Where an answer token of a host, or a patch of its tower, looks on the page."""
+    """Attention of an answer token of a host, or of a patch of its tower, over the page."""
     from sfa_adapters.recipes.analyze.measure import run_map
 
     run_map(out, chart, patch, token, rollout, image, model, question)
@@ -102,7 +102,7 @@ def hallucination(
     out: Annotated[Path, OUT] = Path("sfa-analysis"),
     mode: Annotated[str, typer.Option(help="Of relaxed accuracy: reference or strict.")] = "reference",
 ) -> None:
-    """Which wrong answers are misread and which are made up."""
+    """Which wrong numbers are misread from the image and which are fabricated."""
     from sfa_adapters.recipes.analyze.measure import run_hallucination
 
     run_hallucination(file, out, mode)

@@ -1,4 +1,4 @@
-"""How every group of commands of `sfa` is set up, so that they look and fail alike."""
+"""`CommandApp`: the common settings of all groups of commands of `sfa`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CommandApp(typer.Typer):
     """A `typer.Typer` with the settings of this program.
 
     Args:
-        options: As those of `typer.Typer`.
+        options: As for `typer.Typer`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -24,10 +24,10 @@ class CommandApp(typer.Typer):
         super().__init__(**{**fixed, **options})
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
-        """As that of `typer.Typer`.
+        """As `typer.Typer.command`, with this program's command class.
 
         Args:
-            name: Of the command; that of the function by default.
-            options: As those of `typer.Typer.command`.
+            name: Name of the command; by default that of the function.
+            options: As for `typer.Typer.command`.
         """
         return super().command(name, **{"cls": QuietCommand, **options})

@@ -1,4 +1,4 @@
-"""`sfa bench ...`: time, memory and worth of what makes a host faster, against the untouched host in the same run."""
+"""`sfa bench ...`: time, memory and accuracy of methods that speed up a host, against the unchanged host in one run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["app"]
 
 app = CommandApp(
     name="bench",
-    help="Measure what makes a host faster against the untouched host: tokens, heads.",
+    help="Measure methods that speed up a host against the unchanged host: tokens, heads.",
 )
 
 
 @app.callback()
 def _group() -> None:
-    """Measure what makes a host faster against the untouched host."""
+    """Measure methods that speed up a host against the unchanged host."""
 
 
 @app.command(epilog="Example:  sfa bench tokens --selector attention --selector density --keep 0.5 --keep 0.25")
@@ -41,7 +41,7 @@ def tokens(config: BenchConfig) -> None:
     },
 )
 def heads(config: HeadBenchConfig) -> None:
-    """Heads removed by every plan at every rate: accuracy, invented numbers, MDI, speed, memory."""
+    """Heads removed by every plan at every rate: accuracy, fabricated numbers, MDI, speed, memory."""
     from sfa_adapters.recipes.bench.heads import run_bench_heads
 
     run_bench_heads(config)

@@ -1,4 +1,4 @@
-"""`sfa density`: train the density estimator, and draw what it sees."""
+"""`sfa density`: train the density estimator, and draw its density maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["app"]
 
 app = CommandApp(
     name="density",
-    help="Train the density estimator, and draw what it sees.",
+    help="Train the density estimator, and draw its density maps.",
     epilog="Example:  sfa density map page.png",
 )
 
@@ -40,7 +40,7 @@ def draw_maps(
     images: Annotated[list[Path], typer.Argument(help="Images to look at.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; by default beside each image.")] = None,
     source: Annotated[str, typer.Option(help="density (the estimator), edges, or ocr.")] = "density",
-    size: Annotated[int, typer.Option(help="Longer side in px at which the estimator sees a page; 0 as it is.")] = 896,
+    size: Annotated[int, typer.Option(help="Longer side in px of the page in the estimator; 0 keeps its size.")] = 896,
     weights: Annotated[Path | None, typer.Option(help="Weights from `sfa density train`.")] = None,
 ) -> None:
     """Write the text density of each of IMAGES beside the page, as NAME_density.png."""
@@ -50,7 +50,7 @@ def draw_maps(
     targets = density_targets(images, out)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    pictures = [as_image(path) for path in targets]  # a bad one is told before any is drawn
+    pictures = [as_image(path) for path in targets]  # a bad image is reported before any is drawn
     for (path, target), picture in zip(targets.items(), pictures, strict=True):
         density = density_map(picture, source, size, weights)
         draw_density(picture, density, target, title=path.name)

@@ -1,4 +1,4 @@
-"""What went wrong in one line: the sentence for an error that a person can do something about."""
+"""One-line messages for errors that the user can fix, shown without a stack trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sfa_adapters.errors import SFAError
 
 __all__ = ["EXTRAS", "one_line"]
 
-# Packages that a command may need, and the extra that brings them.
+# Packages that a command may need, and the extra that installs them.
 EXTRAS = {
     "PIL": "demo",
     "accelerate": "recipes",
@@ -26,13 +26,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def one_line(error: BaseException) -> str | None:
-    """The message for an error of the user or of the machine (a path, a disk, a network, a package that is missing).
+    """The message for an error of the user or of the machine (path, disk, network, missing package).
 
     Args:
-        error: What a command raised.
+        error: The exception that a command raised.
 
     Returns:
-        One line without a stack trace, or None for a mistake of this library, whose stack trace is wanted.
+        One line, or None for a bug of this library, whose stack trace is needed.
     """
     if isinstance(error, SFAError):
         text = str(error)

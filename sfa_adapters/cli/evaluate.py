@@ -1,4 +1,4 @@
-"""`sfa eval` and `sfa ablate`: what a host says to questions, what that is worth, and the tables of many runs."""
+"""`sfa eval` and `sfa ablate`: answers of a host to a dataset with their scores, and tables of many runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from sfa_adapters.evaluation.tables import Table
-    from sfa_adapters.heads.metadata import PrunedFacts
+    from sfa_adapters.heads.metadata import PrunedMetadata
     from sfa_adapters.hosts.recipe import Recipe
 
 __all__ = ["app"]
@@ -28,13 +28,13 @@ ROWS = ("terms", "parts")
     "eval", epilog="Example:  sfa eval runs/internvl3_5_8b --limit 200 --against runs/control/predictions.jsonl"
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run, a recipe's host, a model id or folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run, a recipe, a model id or folder.")],
     adapter: Annotated[Path | None, typer.Option(help="A run or an SFA adapter, to put into a model.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub id, local folder or file, or charts, or pages.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset, e.g. DocVQA.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split.")] = None,
     metric: Annotated[str | None, typer.Option(help="relaxed, relaxed_strict, anls, vqa, ocrbench or exact.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate at most this many questions.")] = None,
     batch: Annotated[int | None, typer.Option(help="Questions per forward.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for answers and tables.")] = None,
     against: Annotated[Path | None, typer.Option(help="Answers of another run to the same questions.")] = None,
@@ -49,17 +49,17 @@ def evaluate(
     head_plan: Annotated[Path | None, typer.Option(help="Attention heads to remove, of sfa calibrate heads.")] = None,
     compensation: Annotated[str, typer.Option(help="For removed heads: none, absorb or residual.")] = "none",
 ) -> None:
-    """Ask MODEL_OR_RUN every question of a dataset and score the answers. The same command goes on after a kill."""
+    """Answer every question of a dataset with MODEL_OR_RUN and score the answers. The same command resumes a run."""
     from sfa_adapters.evaluation.answers import answer_rows
     from sfa_adapters.evaluation.open_host import open_host, read_head_plan
-    from sfa_adapters.evaluation.predictions import facts_of_answers, read_answers
+    from sfa_adapters.evaluation.predictions import metadata_of_answers, read_answers
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import hallucination_table, score_table
-    from sfa_adapters.heads.metadata import pruned_facts
+    from sfa_adapters.heads.metadata import pruned_metadata
     from sfa_adapters.recipes.run import recipe_rows
 
     first = _processes().is_main_process
-    other = None if against is None else read_answers(against)  # a wrong name is told before the work
+    other = None if against is None else read_answers(against)  # a wrong name is reported before the work
     heads = None if head_plan is None else read_head_plan(head_plan, compensation)
     names = ("data", "data_config", "eval_split", "eval_limit", "eval_batch", "plan", "dtype", "prompt")
     values = (data, config, split, limit, batch, plan, dtype, prompt)
@@ -70,7 +70,7 @@ def evaluate(
     source = _source(model, nano, out)
     chosen = _metric(metric)
     host = open_host(source, adapter, head_plan=heads, compensation=compensation, **changes)  # pyright: ignore[reportArgumentType]
-    recipe, pruned = host.recipe, pruned_facts(host.model)
+    recipe, pruned = host.recipe, pruned_metadata(host.model)
     parts = (recipe.name, recipe.data, recipe.eval_split)
     parts += () if pruned is None else ("pruned", pruned.plan, pruned.compensation)
     folder = out or Path("sfa-eval") / "-".join(_plain(part) for part in parts)
@@ -84,7 +84,7 @@ def evaluate(
     runs, notes = {}, list[str]()
     name = _named(recipe.name, pruned, notes)
     if other is not None and against is not None:
-        before = _named(against.resolve().parent.name, facts_of_answers(against), notes)
+        before = _named(against.resolve().parent.name, metadata_of_answers(against), notes)
         runs[before if before != name else f"{before} (before)"] = other
     runs[name] = answered_rows
     tables = {"scores": score_table(runs, chosen, f"{name} on {recipe.data}, {recipe.eval_split}")}
@@ -106,7 +106,7 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Folder for all runs and the tables.")] = None,
     nano: Annotated[bool, typer.Option("--nano", help="On the nano host of the recipe, on a CPU.")] = False,
 ) -> None:
-    """Train and evaluate RECIPE once for every row of a table. The same command goes on after a kill, row by row."""
+    """Train and evaluate RECIPE once for every row of a table. The same command resumes after a kill, row by row."""
     from sfa_adapters.evaluation.ablation import part_variants, run_ablation, term_variants
     from sfa_adapters.evaluation.scores import metric_for
     from sfa_adapters.evaluation.tables import ablation_table, hallucination_table, score_table
@@ -122,7 +122,7 @@ def ablate(
     base = find_recipe(recipe)
     base = load_recipe(nano_settings(base) if nano else base, config, overrides or [])
     folder = out or Path("runs") / f"{base.name}-{rows}{'-nano' if nano else ''}"
-    can_be_made(folder)  # else every row would fail
+    can_be_made(folder)  # otherwise every row would fail
     first = _processes().is_main_process
     variants = term_variants() if rows == "terms" else part_variants(base)
     numbers, say = _seeds(seeds), typer.echo if first else _say_nothing
@@ -150,7 +150,7 @@ def ablate(
 
 
 def _source(model: str, nano: bool, out: Path | None) -> str | Recipe:
-    """A path or hub id, or the recipe of that name: its host as it is."""
+    """Resolves MODEL_OR_RUN to a path or hub id, or to a recipe, whose host is evaluated without training."""
     from sfa_adapters.recipes.catalog import RECIPES, find_recipe
     from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
 
@@ -158,15 +158,15 @@ def _source(model: str, nano: bool, out: Path | None) -> str | Recipe:
         if nano:
             raise RecipeError(f"--nano is for the name of a recipe; {model} is evaluated as it is.")
         return model
-    recipe = find_recipe(model)  # suggests the near one
+    recipe = find_recipe(model)  # its error suggests similar names
     if not nano:
         return recipe
-    with _processes().main_process_first():  # transformers saves nothing in the others
+    with _processes().main_process_first():  # transformers saves only in the main process
         return nano_host(recipe, (out or Path("sfa-eval")) / f"{recipe.family}-nano")
 
 
 def _untrained(recipe: Recipe, nano: bool) -> Path:
-    """Evaluates a host as it is, in the folder of its recipe."""
+    """Evaluates a host without training, in the folder of its recipe; returns the file of its answers."""
     from sfa_adapters.evaluation.answers import answer_rows
     from sfa_adapters.evaluation.open_host import open_host
     from sfa_adapters.recipes.nano.checkpoint import nano as nano_host
@@ -182,7 +182,7 @@ def _untrained(recipe: Recipe, nano: bool) -> Path:
 
 
 def _processes() -> PartialState:
-    """All processes of this command; joins them where there are several."""
+    """The state of all processes of this command; initialises torch.distributed if there are several."""
     import torch
     from accelerate import PartialState
 
@@ -210,8 +210,8 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
 
 
-def _named(name: str, pruned: PrunedFacts | None, notes: list[str]) -> str:
-    """The name of a run, in which removed heads are told; adds what else is known of them to the notes."""
+def _named(name: str, pruned: PrunedMetadata | None, notes: list[str]) -> str:
+    """The name of a run with its share of removed heads; adds their details to the notes."""
     if pruned is None:
         return name
     named = f"{name} ({pruned.label})"

@@ -1,6 +1,6 @@
 """`sfa`: the command line. Each command imports what it needs, so that `sfa --help` stays quick.
 
-Mistakes of the user end in one line on stderr and exit code 2; errors of this library are written to be that line.
+Mistakes of the user end with one line on stderr, the text of the error, and exit code 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ app.add_typer(train_app)
 app.add_typer(eval_app)
 app.add_typer(share_app)  # no name: its commands stand beside `demo`
 app.add_typer(study_app)
-# Its base is what every wrong use of the command line is; typer exports only this one by name.
+# The base class of all errors of usage; typer exports only this subclass by name.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or typer.BadParameter
 
 
@@ -83,15 +83,15 @@ def inspect(
     from rich.table import Table
 
     console = Console()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", inspection.model)
-    facts.add_row("class", f"{inspection.model_class}, {inspection.model_parameters:,} parameters")
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("model", inspection.model)
+    summary.add_row("class", f"{inspection.model_class}, {inspection.model_parameters:,} parameters")
     for line in str(inspection.sfa).splitlines():
         label, _, text = line.partition(" ")
         if label != "adapters":
-            facts.add_row("SFA adds" if label == "parameters" else label, text.strip())
-    facts.columns[-1].overflow = "fold"  # a folder may be longer than a line
-    console.print(facts)
+            summary.add_row("SFA adds" if label == "parameters" else label, text.strip())
+    summary.columns[-1].overflow = "fold"  # a folder may be longer than a line
+    console.print(summary)
     layers = Table("layer", "path in the tower", "attention", "parameters", box=box.SIMPLE_HEAD)
     layers.columns[1].overflow = layers.columns[2].overflow = "fold"  # names are never cut
     layers.columns[0].justify = layers.columns[-1].justify = "right"
@@ -117,10 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `sfa` and exits: 0 on success, 2 on a mistake of the user, 130 when interrupted.
 
     Args:
-        arguments: Those of the command line by default. With arguments of their own, callers keep their settings of
-            warnings and logging.
+        arguments: Command-line arguments; by default those of the process. If they are given, settings of warnings and
+            logging are not changed.
     """
-    # The profiler of torch, which measures peak memory on a CPU, would else talk into the tables.
+    # Otherwise torch's profiler, which measures peak memory on a CPU, would write into the tables.
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")
     if arguments is None:
         silence_others()
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has what it wants
+    except BrokenPipeError:  # the reader of a pipe, e.g. `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

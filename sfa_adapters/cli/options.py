@@ -1,4 +1,4 @@
-"""Options of a command out of a dataclass: its fields are the options, its docstring is their help."""
+"""Makes the options of a command from a dataclass: its fields are the options, its docstring their help."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _ENTRY = re.compile(r"^    (\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 
 
 def help_texts(kind: type) -> dict[str, str]:
-    """What the `Attributes:` section of a Google docstring says about each field, in one line each.
+    """Reads the description of each field from the `Attributes:` section of a Google docstring.
 
     Args:
         kind: A class.
+
+    Returns:
+        One line of text per field.
     """
     section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     return {name: " ".join(text.split()) for name, text in _ENTRY.findall(section)}
@@ -35,20 +38,20 @@ def from_dataclass(
     names: Mapping[str, str] | None = None,
     given_only: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command whose first parameter is an instance of `kind`, which the user gives field by field.
+    """Decorates a command whose first parameter is an instance of `kind`, with one option for each field.
 
-    Defaults and help texts are those of the fields. A field that is a tuple becomes an option that may be repeated. A
-    choice (`Literal`) is read as text, so that the dataclass refuses it in its own words. Further parameters of the
-    command are further options.
+    Defaults and help texts are those of the fields. A tuple becomes an option that may be repeated. A choice
+    (`Literal`) is read as text, so that the dataclass itself refuses a wrong one. Further parameters of the command are
+    further options.
 
     Args:
         kind: A dataclass with a line in its docstring for each field. Its module must be quick to import, because
             `sfa --help` waits for it.
         fields: The fields that a user may set, in the order of the help; all by default.
-        arguments: Fields that are given by their place on the command line, without a name.
+        arguments: Fields that are positional arguments.
         names: Names of options that differ from those of the fields, e.g. `{"rates": "--rate"}`.
-        given_only: The command gets a dictionary of what the user set in place of an instance. No default is shown, and
-            tuples are text with commas in it, for `load_recipe`.
+        given_only: Pass the command a dictionary of the options that the user set instead of an instance. No default is
+            shown, and tuples are comma-separated text, for `load_recipe`.
 
     Returns:
         The decorator.
@@ -79,7 +82,7 @@ def from_dataclass(
 
         def run(**values: Any) -> None:
             given = {one.name: values.pop(one.name) for one in parameters}
-            # What is left out is left to the dataclass.
+            # Options that were not set get the defaults of the dataclass.
             given = {name: value for name, value in given.items() if value is not None and value != []}
             given = {name: tuple(value) if several[name] else value for name, value in given.items()}
             command(given if given_only else kind(**given), **values)
@@ -93,7 +96,7 @@ def from_dataclass(
 
 
 def _simple(hint: Any) -> tuple[Any, bool]:
-    """The type that one value is read as, and whether there may be several."""
+    """The type of one value of a field, and whether there may be several."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:

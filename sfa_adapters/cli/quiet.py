@@ -1,7 +1,7 @@
-"""What other libraries say about themselves on stderr, silenced for the command line; never in the library.
+"""Silences the warnings and logs of other libraries in the command line; never when this library is imported.
 
-Errors are left alone, and so are warnings of this library, which are shown in one line each. Bars of downloads
-stay too: they say how long a person waits.
+Errors are still shown, and so are warnings of this library, in one line each. Progress bars of downloads stay too: they
+show how long it takes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sfa_adapters.errors import SFAWarning
 __all__ = ["QuietCommand", "silence_others"]
 
 OURS = "sfa_adapters"
-# Set before the libraries are imported; what a person has set already stays.
+# Set before the libraries are imported; variables that are set already are kept.
 VARIABLES = {
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
@@ -33,9 +33,9 @@ LOGGERS = ("absl", "bitsandbytes", "datasets", "huggingface_hub", "matplotlib", 
 
 
 def silence_others() -> None:
-    """Silences other libraries in this process; for the program `sfa`, not for those who call `main` from Python.
+    """Silences other libraries in this process; for the program `sfa`, not for calls of `main` from Python.
 
-    Whoever runs `python -W ...` sees the warnings that they asked for.
+    With `python -W ...` the warnings chosen there are shown.
     """
     QuietCommand.quiet = True
     for name, value in VARIABLES.items():
@@ -63,7 +63,7 @@ def _show(
 
 
 class QuietCommand(TyperCommand):
-    """A command that turns the bars of transformers off when it starts to work, and so not for `--help`.
+    """A command that turns off the progress bars of transformers before it runs (not for `--help`, which stays quick).
 
     Attributes:
         quiet: Whether other libraries are silenced in this process.

@@ -1,4 +1,4 @@
-"""`sfa share` and `sfa export`: a trained adapter on the hub, or as a folder that needs no library."""
+"""`sfa share` and `sfa export`: puts an adapter on the hub, or writes a model that loads without this library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def share(
     repo: Annotated[str | None, typer.Option(help="user/name on the hub; without it only the card is written.")] = None,
     results: Annotated[bool, typer.Option("--results", help="Send tables, predictions and pictures too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; send nothing.")] = False,
-    private: Annotated[bool | None, typer.Option(help="Of a new repository; your account's choice by default.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Of a new repository; your account's default otherwise.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="As the hub names it, e.g. apache-2.0.")] = None,
 ) -> None:
     """Write the model card of RUN and send the adapter to the Hugging Face hub."""
@@ -51,7 +51,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of an SFA adapter.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not be there yet.")],
     model: Annotated[str | None, typer.Option(help="Base model; that of the run by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of --model; that of the run without one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of --model; without --model that of the run.")] = None,
     tables: Annotated[
         bool, typer.Option("--tables", help="Write the small tables that the bias is made of, not its matrices.")
     ] = False,
@@ -66,7 +66,7 @@ def export(
 
 
 def _open(run: Path, model: str | None, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The adapted model in 16 bits (or as its recipe says), on the CPU, and what the card says about its base."""
+    """Loads the adapted model in 16 bits (or as its recipe says) on the CPU, and the options of the export."""
     from sfa_adapters.evaluation.open_host import find_run, open_host
     from sfa_adapters.training.checkpoints import saved_recipe
 

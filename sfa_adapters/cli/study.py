@@ -1,4 +1,4 @@
-"""`sfa study NAME`: what SFA is worth, measured against controls and placebos."""
+"""`sfa study NAME`: measures the effect of SFA against controls and placebos."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = CommandApp()
 )
 @from_dataclass(StudyOptions, arguments=("name",), names={"arms": "--arm", "seeds": "--seed", "budgets": "--budget"})
 def study(options: StudyOptions) -> None:
-    """Train every arm of a study with every seed, and compare them. Stopped runs go on where they were."""
+    """Train every arm of a study with every seed, and compare them. Stopped runs are resumed."""
     from sfa_adapters.recipes.studies.catalog import STUDIES, run_study
     from sfa_adapters.recipes.studies.settings import load_settings
 

@@ -1,4 +1,4 @@
-"""`sfa train`, `sfa plan` and `sfa recipes`: run a recipe, or say what it would need."""
+"""`sfa train`, `sfa plan` and `sfa recipes`: run a recipe, predict its memory, list all recipes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def train(
     recipe: Name,
     settings: Settings = None,
     config: Config = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Resume from this checkpoint.")] = None,
     nano: Nano = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show settings, memory and steps; load and write nothing.")
@@ -66,10 +66,10 @@ def plan(
     recipe: Name,
     settings: Settings = None,
     config: Config = None,
-    gpus: Annotated[int, typer.Option(help="How many.")] = 2,
-    memory: Annotated[str, typer.Option(help="Of each: 40GB, 80GB, 24GiB.")] = "40GB",
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 2,
+    memory: Annotated[str, typer.Option(help="Memory of each GPU: 40GB, 80GB, 24GiB.")] = "40GB",
     batch: Annotated[int | None, typer.Option(help="Questions per forward of one process.")] = None,
-    tiles: Annotated[int | None, typer.Option(help="Tiles of every image; the most of the recipe by default.")] = None,
+    tiles: Annotated[int | None, typer.Option(help="Tiles of every image; by default the recipe's maximum.")] = None,
     plan: Annotated[str | None, typer.Option(help="nf4, split, bf16 or fsdp2.")] = None,
     nano: Nano = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -87,7 +87,7 @@ def plan(
 
 @app.command(epilog="Example:  sfa recipes")
 def recipes() -> None:
-    """List the recipes: their hosts, and what trains how fast."""
+    """List the recipes: their hosts, the parts that train, and their learning rates."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -176,7 +176,7 @@ def _text(value: object) -> str:
 
 
 def _bytes(size: str) -> float:
-    """Bytes of `40GB`, `24GiB` or `40`, which is GB."""
+    """Parses a size of memory such as `40GB`, `24GiB` or `40` (GB) to bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm]i?b?)?\s*", size, re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise RecipeError(f"--memory {size!r} is no size of memory. Write e.g. 40GB.")

@@ -1,1 +1,1 @@
-"""Data: rows of images, questions and answers, from their files to a batch."""
+"""Training and evaluation data: rows of image, question and answers, from files or the hub to a batch."""

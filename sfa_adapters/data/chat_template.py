@@ -1,4 +1,4 @@
-"""`Prompt`: the host's chat template around a question, and texts that can never become control tokens."""
+"""`Prompt`: puts a question into the host's chat template, and keeps texts from becoming control tokens."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CONTROLS = ("image_token", "video_token", "start_image_token", "end_image_token"
 
 
 class Prompt:
-    """The text around a question, and its tokens.
+    """The chat template of a host around a question, and its tokens.
 
     Args:
         processor: The host's processor.
-        question: What the host is asked; `{question}` stands for the question.
+        question: Text of the user's turn, in which `{question}` stands for the question.
 
     Attributes:
-        head: What stands in front of the question, image and all.
-        tail: What follows it, up to the answer.
-        adds_special: Whether the tokenizer is to add its own tokens at the start: not if the template wrote them.
-        end_id: The token that ends an answer.
-        pad_id: The token that fills up.
-        image_id: The token of an image.
+        head: Rendered text before the question, with the image.
+        tail: Rendered text after it, up to the answer.
+        adds_special: Whether the tokenizer must add its own tokens at the start, because the template does not.
+        end_id: Id of the token that ends an answer.
+        pad_id: Id of the padding token.
+        image_id: Id of the image token.
 
     Raises:
         RecipeError: The processor has no tokenizer, or its template has no place for an image and a question.
@@ -57,16 +57,16 @@ class Prompt:
         self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def pieces(self, question: str) -> tuple[str, list[int]]:
-        """The prompt of one question.
+        """Makes the prompt of one question.
 
         A control token that the question spells out ("<image>", the end of a turn) is cut in two, and its halves are
-        encoded one by one: the host reads the letters, never the token.
+        tokenized separately: the host reads the letters, never the token.
 
         Args:
             question: The question.
 
         Returns:
-            The text for the processor, and the ids of what follows it: none but for such questions.
+            The text for the processor, and the ids that follow it; these are empty unless a token was cut.
         """
         parts = self._cut(self.question.replace("{question}", question))
         parts[0] = self.head + parts[0]
@@ -74,7 +74,7 @@ class Prompt:
         return parts[0], [i for part in parts[1:] for i in self._encode(part)]
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, without a control token among them."""
+        """Tokenizes a text so that no control token is among the ids."""
         return [i for part in self._cut(text) for i in self._encode(part)]
 
     def _cut(self, text: str) -> list[str]:
@@ -88,7 +88,7 @@ class Prompt:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _end(self, processor: ProcessorMixin) -> int:
-        """The control token that the template writes behind an answer, else the tokenizer's own end."""
+        """Id of the control token that the template writes after an answer, else of the tokenizer's end token."""
         after = _rendered(processor, self.image_token, answered=True).partition(ANSWER)[2]
         control_match = self._controls.match(after.lstrip())
         token = control_match[0] if control_match else self.tokenizer.eos_token
@@ -108,7 +108,7 @@ def _rendered(processor: ProcessorMixin, image_token: str, answered: bool) -> st
 
 
 def _pattern(processor: ProcessorMixin, tokenizer: Any) -> re.Pattern[str]:
-    """Every text that is a control token, longest first."""
+    """Pattern of all texts that are control tokens, longest first."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     named = (getattr(owner, name, None) for name in CONTROLS for owner in (processor, tokenizer))
     texts = {*added, *tokenizer.all_special_tokens, *(text for text in named if isinstance(text, str))}

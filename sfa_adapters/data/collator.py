@@ -1,7 +1,7 @@
-"""`Collator`: from examples to the tensors that a host takes, made by the host's own processor.
+"""`Collator`: makes the input tensors of a host from examples, with the host's own processor.
 
-A prompt is the host's chat template with the image and the question in it. The processor cuts the image into tiles and
-puts the image tokens in. In training the answer and the token that ends a turn follow; labels are -100 on all else.
+A prompt is the host's chat template with the image and the question. The processor cuts the image into tiles and
+inserts the image tokens. In training the answer and the token that ends a turn follow; all other labels are -100.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 __all__ = ["IGNORE", "NOT_FOR_MODEL", "Collator"]
 
 IGNORE = -100  # the label that transformers leaves out of the loss
-# Entries of a batch that no model takes.
+# Entries of a batch that are no arguments of a model.
 NOT_FOR_MODEL = ("row_ids", "skipped", "evidence_boxes", "evidence_mask", "page_sizes")
-# What a processor makes of images; its other tensors belong to tokens.
+# Outputs of a processor that belong to images; the others belong to tokens.
 PICTURES = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
 
 
 class Collator:
-    """Makes a batch; can be pickled for worker processes.
+    """Makes a batch from examples; can be pickled for worker processes.
 
     Args:
         processor: The host's own processor.
         spec: The record of the host; its rules for images are used.
-        recipe: `prompt`, `max_tiles`, `max_pixels`, `scr_grounding` and `data` are used.
-        train: Whether answers and labels are added, padded on the right; else prompts only, padded on the left for
-            `generate`.
+        recipe: The recipe; `prompt`, `max_tiles`, `max_pixels`, `scr_grounding` and `data` are used.
+        train: Whether answers and labels are added and rows padded on the right; otherwise there are prompts only,
+            padded on the left for `generate`.
 
     Attributes:
-        end_id: The token that ends a turn: the last label of every answer, and where `generate` is to stop.
+        end_id: Id of the token that ends a turn: the last label of every answer, at which `generate` must stop.
 
     Raises:
         RecipeError: The processor cannot do what the recipe says: no tokenizer, no chat template with an image in it,
@@ -71,20 +71,19 @@ class Collator:
 
     @property
     def end_id(self) -> int:
-        """The token that ends a turn."""
+        """Id of the token that ends a turn."""
         return self.prompt.end_id
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Makes a batch.
 
         Args:
-            examples: What `Questions` gives: `row`, `image` uint8 `[H, W, 3]`, and `skipped`.
+            examples: Examples of `Questions`: `row`, `image` uint8 `[H, W, 3]`, and `skipped`.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, L]`, `pixel_values` and what else the processor makes; `labels`
+            `input_ids` and `attention_mask` `[B, L]`, `pixel_values` and the other outputs of the processor; `labels`
             `[B, L]` in training. Not for the model (`NOT_FOR_MODEL`): `row_ids`, a list of B; `skipped`, a list of all
-            rows that were passed over; and for the grounding term `evidence_boxes` and `page_sizes`, or
-            `evidence_mask`.
+            skipped rows; and for the grounding term `evidence_boxes` and `page_sizes`, or `evidence_mask`.
 
         Raises:
             DataError: A row has no answer to train on, or the processor cannot take an image; names the row.
@@ -146,7 +145,7 @@ class Collator:
 
 
 def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One image per sample after the other; where each has a dimension of tiles, short ones are filled with zeros."""
+    """Concatenates the images of all samples; if they have a dimension of tiles, it is padded with zeros."""
     images = {}
     for name in PICTURES:
         if name not in samples[0]:

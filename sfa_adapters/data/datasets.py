@@ -1,4 +1,4 @@
-"""Data sets of questions for a data loader: images are opened here, and what cannot be used is skipped and told."""
+"""Datasets of questions for a data loader: images are opened here, unusable rows are skipped and reported."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sfa_adapters.images import as_image
 
 __all__ = ["Questions", "Skipped", "StreamedQuestions"]
 
-MOST_SKIPPED = 1000  # that many unusable rows one after the other are no accident
-MAX_ASPECT = 200  # Qwen's processor takes no longer strips; in others nothing is left of them
+MOST_SKIPPED = 1000  # as many unusable rows in succession mean that the data is broken
+MAX_ASPECT = 200  # Qwen's processor refuses longer strips; other processors leave nothing of them
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot be used, and why not."""
+    """A row that cannot be used, with the reason."""
 
     id: str
     reason: str
 
 
 class Questions(Dataset[dict[str, Any]]):
-    """Rows by number, with their images opened.
+    """Map-style dataset of rows with their images opened.
 
-    A row that cannot be used (a broken or oversized image, no answer) is replaced by the next one that can, so that
-    every number gives an example, the same one every time, and batches keep their size. What was passed over is in the
-    example: it travels with the batch, also out of worker processes.
+    A row that cannot be used (a broken or oversized image, no answer) is replaced by the next usable one, so that every
+    index gives an example, always the same, and batches keep their size. Skipped rows are listed in the example, so
+    they are reported with the batch, also from worker processes.
 
     Args:
         rows: The rows.
@@ -51,13 +51,13 @@ class Questions(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Gives an example.
+        """Opens an example.
 
         Args:
             index: Its number; negative ones count from the end.
 
         Returns:
-            `row`, its `image` uint8 `[H, W, 3]`, and `skipped`, a tuple of the rows that were passed over.
+            `row`, its `image` uint8 `[H, W, 3]`, and `skipped`, a tuple of the rows that were skipped before it.
 
         Raises:
             IndexError: There is no such number.
@@ -76,17 +76,17 @@ class Questions(Dataset[dict[str, Any]]):
 
 
 class StreamedQuestions(IterableDataset[dict[str, Any]]):
-    """Rows as they come, with their images opened; what cannot be used is left out and told with the next example.
+    """Iterable dataset of streamed rows with their images opened; unusable rows are reported in the next example.
 
-    The order follows from seed and epoch. Worker processes share the rows between them. To resume, pass over the
-    examples that were seen (`skip`, or let `Trainer` do so): they are the same ones.
+    The order depends on seed and epoch only. Worker processes share the rows between them. To resume, skip the examples
+    that were used (`skip`, or let `Trainer` do so): they are the same in every run.
 
     Args:
-        rows: What `open_rows(..., streaming=True)` gives, or any rows that can be gone through more than once.
-        seed: Of the order.
-        buffer: Rows among which the next one is drawn; 0 keeps the order. Only of what `open_rows` gives.
-        skip: Examples to pass over at the start of the first epoch, in each worker process its share: with worker
-            processes, a multiple of their number times the batch.
+        rows: The rows of `open_rows(..., streaming=True)`, or any rows that can be iterated more than once.
+        seed: Seed of the order.
+        buffer: Size of the shuffle buffer in rows; 0 keeps the order. Only for rows of `open_rows`.
+        skip: Examples to skip at the start of the first epoch, shared between worker processes: with worker processes,
+            a multiple of their number times the batch.
         answered: Whether a row needs an answer.
     """
 
@@ -97,7 +97,7 @@ class StreamedQuestions(IterableDataset[dict[str, Any]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch the next pass is; `Trainer` does."""
+        """Sets the epoch of the next pass; `Trainer` calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -118,7 +118,7 @@ class StreamedQuestions(IterableDataset[dict[str, Any]]):
             raise _hopeless(skipped)
 
     def _own(self) -> Iterator[Row | Skipped]:
-        """The rows of this worker process."""
+        """The rows of this worker process, in order."""
         ordered = getattr(self.rows, "ordered", None)
         if ordered is not None:
             yield from ordered(self.seed + self.epoch if self.buffer else None, self.buffer)

@@ -1,4 +1,4 @@
-"""Where the answers of a batch are printed, as the grounding term of SCR takes it."""
+"""The evidence of a batch (where its answers are printed), in the form that the grounding term of SCR takes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["evidence_of"]
 def evidence_of(
     rows: Sequence[Row], pages: Sequence[Page], batch: Mapping[str, Any], image_id: int, merge: int
 ) -> dict[str, Any]:
-    """The evidence of a batch.
+    """Makes the evidence of a batch: boxes or token masks of the places where the answers are printed.
 
     Args:
         rows: The rows of the batch.
         pages: Their images as the processor got them.
-        batch: `input_ids`, and `image_grid_thw` of a host that has it.
-        image_id: The token of an image.
-        merge: Patches to a side of an image token, for hosts with `image_grid_thw`.
+        batch: `input_ids`, and `image_grid_thw` for hosts that have it.
+        image_id: Id of the image token.
+        merge: Patches along the side of an image token, for hosts with `image_grid_thw`.
 
     Returns:
-        `evidence_boxes` (for each sample its boxes, in pixels of the page that the tower sees whole) with `page_sizes`
-        `[B, 2]`, height and width; nothing where no row of the batch has boxes: then the density of text is used. For
-        a host without a fixed grid `evidence_mask` `[B, T]`, which is all 0 for a sample without boxes.
+        `evidence_boxes` (the boxes of each sample in pixels of its whole page) with `page_sizes` `[B, 2]`, height and
+        width; empty if no row of the batch has boxes: then text density is used instead. For a host without a fixed
+        grid `evidence_mask` `[B, T]`, which is all 0 for a sample without boxes.
     """
     boxes = [[page.place(box, row.page_size) for box in row.boxes] for row, page in zip(rows, pages, strict=True)]
     sizes = [page.image.shape[:2] for page in pages]

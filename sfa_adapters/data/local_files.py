@@ -1,4 +1,4 @@
-"""The files of a split in a local folder, and the images beside them."""
+"""Finds the files of a split in a local folder, and the image files that they name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FileImages", "LocalFiles", "find_split"]
 Format = Literal["parquet", "json", "csv"]
 FORMATS: dict[str, Format] = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 ALIASES = {"validation": "val", "val": "validation"}
-DEEPEST = 2  # of JSON and CSV: data sets keep other files of these formats further down, one per image
+DEEPEST = 2  # levels, for JSON and CSV: deeper down, datasets keep one file of these formats per image
 NAMES = "*{0}*.parquet, {0}/*.parquet, {0}.jsonl, {0}.json, {0}.csv, {0}/metadata.jsonl and {0}/metadata.csv"
 
 
@@ -29,7 +29,7 @@ class LocalFiles:
 
     @property
     def kind(self) -> str:
-        """`human` or `augmented` where the file's name says so, as in the original ChartQA."""
+        """`human` or `augmented` if the name of the file contains it, as in the original ChartQA, else empty."""
         name = self.files[0].stem.casefold()
         return next((kind for kind in ("human", "augmented") if kind in name), "")
 
@@ -38,15 +38,15 @@ def find_split(source: Path, split: str, config: str | None = None) -> list[Loca
     """Finds the files of a split.
 
     Args:
-        source: A folder, or one file, whose name must hold the split's.
-        split: Its name; `val` and `validation` are the same. An empty name stands for whatever a single file holds.
-        config: A folder inside, for data sets with several.
+        source: A folder, or one file, whose name must contain the name of the split.
+        split: Name of the split; `val` and `validation` are the same. An empty name takes any single file.
+        config: Folder inside `source`, for sources with several datasets.
 
     Returns:
-        The parquet files together, else each JSON or CSV file of its own, in order of their names.
+        One entry for all parquet files together, else one for each JSON or CSV file, in order of their names.
 
     Raises:
-        DataError: There is none, or files of several data sets; says what was looked for and what is there.
+        DataError: There is none, or there are files of several datasets; lists the patterns and the files.
     """
     if source.is_file():
         if source.suffix not in FORMATS:
@@ -85,20 +85,24 @@ def find_split(source: Path, split: str, config: str | None = None) -> list[Loca
 
 
 class FileImages:
-    """Finds the image files that a data set names, inside its folder only.
+    """Finds the image files that a dataset names, inside its folder only.
 
     Args:
-        folder: The data set's folder; None where there is none, and every image must come with its row.
+        folder: Folder of the dataset; None for datasets whose rows hold the images.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def __call__(self, name: str, where: str) -> Path:
-        """The file of that name.
+        """Finds an image file.
+
+        Args:
+            name: Its name or relative path in the dataset.
+            where: The row, for errors.
 
         Raises:
-            DataError: It is not there, or outside the folder.
+            DataError: It does not exist, or lies outside the folder.
         """
         folder = self.folder
         if folder is None:
@@ -111,7 +115,7 @@ class FileImages:
 
 
 def _says(name: str, split: str) -> bool:
-    """Whether a name holds the split's name as a word: `test-00000`, `docvqa_test`, not `latest`."""
+    """Whether a name contains the name of the split as a word: `test-00000`, `docvqa_test`, not `latest`."""
     return any(
         re.search(rf"(?<![a-z]){re.escape(s)}(?![a-z])", name.casefold()) for s in (split, ALIASES.get(split, split))
     )
@@ -124,7 +128,7 @@ def _grouped(files: list[Path]) -> list[LocalFiles]:
 
 
 def _field(path: Path) -> str | None:
-    """The key of the rows in a file that is one JSON object, as DocVQA's challenge has it; None for lines and lists."""
+    """The key of the rows in a file that is one JSON object, as in DocVQA's challenge; None for lines and lists."""
     if path.suffix != ".json":
         return None
     with path.open(encoding="utf-8-sig") as file:

@@ -1,4 +1,4 @@
-"""`open_rows`: questions about images from the hub or from local files, whatever their columns are called."""
+"""`open_rows`: opens questions about images from the hub or from local files, in the known layouts of columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfa_adapters.errors import DataError
 
 __all__ = ["Questions", "Row", "Skipped", "StreamedQuestions", "StreamedRows", "TableRows", "open_rows"]
 
-LOOKED_AT = 100  # rows that are looked at to see whether a split has answers at all
+LOOKED_AT = 100  # rows that are read to check that a split has answers
 
 
 @overload
@@ -56,18 +56,19 @@ def open_rows(
     Args:
         source: A hub id such as `HuggingFaceM4/ChartQA`; a local folder with parquet, JSON lines, JSON or CSV files and
             images beside them, or one that `Dataset.save_to_disk` wrote; or one such file.
-        split: Name of the split, as the source calls it; `val` and `validation` are the same in a folder.
-        config: Configuration of a hub data set (`DocVQA`), or a folder inside a local one.
-        limit: At most so many rows, the first ones.
-        streaming: Read as it comes, without a download or a copy beforehand.
-        columns: Field -> column, for columns with other names than the known ones; see `columns.FIELDS`.
+        split: Name of the split in the source; `val` and `validation` are the same in a folder.
+        config: Configuration of a hub dataset (`DocVQA`), or a folder inside a local one.
+        limit: Keep only this many rows, the first ones.
+        streaming: Read rows while iterating, without a download or a copy in advance.
+        columns: Field -> column, for columns with other names than the known ones; see `sfa_adapters.data.rows.FIELDS`.
         answered: Whether answers are needed; False to predict only.
 
     Returns:
         The rows, in a fixed order.
 
     Raises:
-        DataError: No such source, configuration or split, an empty split, a split without answers, or a missing column.
+        DataError: The source, configuration or split does not exist, a split is empty or has no answers, or a column is
+            missing.
     """
     local = Path(source).expanduser()
     if local.exists():
@@ -83,7 +84,7 @@ def open_rows(
 
 
 def _look(part: Part, answered: bool) -> None:
-    """Refuses at once what would otherwise fail later: a split without rows, or without answers."""
+    """Checks early, on the first rows, that a split has usable rows with answers."""
     looked, reason = 0, ""
     for number, record in enumerate(islice(iter(part.data), LOOKED_AT)):
         looked += 1
@@ -128,7 +129,7 @@ def _from_disk(
 def _read(group: LocalFiles, streaming: bool) -> Any:
     import datasets
 
-    if group.format == "csv":  # every cell stays the text that it is: "007" is no number, and an empty one no NaN
+    if group.format == "csv":  # every cell stays text: "007" is no number, and an empty cell no NaN
         with group.files[0].open(newline="", encoding="utf-8-sig") as file:
             table = datasets.Dataset.from_list(list(csv.DictReader(file)))
         return table.to_iterable_dataset() if streaming else table
@@ -148,7 +149,7 @@ def _from_hub(
 
 
 def _loaded(load: Callable[[], Any], where: str) -> Any:
-    """What `load` gives; whatever goes wrong in there becomes one error that names the source."""
+    """Calls `load`, and turns errors of the `datasets` library into one that names the source."""
     from datasets.exceptions import DatasetsError
 
     try:

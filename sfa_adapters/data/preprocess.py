@@ -1,6 +1,6 @@
-"""What is done to an image before the host's own processor gets it, and which options that processor gets.
+"""Prepares an image for the host's own processor, and makes the options of that processor.
 
-The rules stand in the record of the host (`sfa_adapters.vlm.spec.ImageRules`); here they meet a recipe.
+The rules are in the record of the host (`sfa_adapters.vlm.spec.ImageRules`); here the limits of a recipe are applied.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ __all__ = ["Page", "page_of", "processor_options"]
 
 
 def processor_options(processor: ProcessorMixin, spec: VLMSpec, recipe: Recipe) -> dict[str, Any]:
-    """Options for the host's image processor that follow from the recipe.
+    """Makes the options of the host's image processor from the recipe.
 
     Args:
-        processor: The host's own.
+        processor: The host's processor.
         spec: The record of the host.
-        recipe: `max_tiles` or `max_pixels` is used.
+        recipe: The recipe; `max_tiles` or `max_pixels` is used.
+
+    Returns:
+        Keyword arguments of the image processor.
 
     Raises:
         RecipeError: The processor cannot keep to `max_tiles` or `max_pixels`, or the record has no rules for images.
@@ -39,13 +42,16 @@ def processor_options(processor: ProcessorMixin, spec: VLMSpec, recipe: Recipe) 
 
 
 def page_of(image: np.ndarray, processor: Any, spec: VLMSpec, recipe: Recipe) -> Page:
-    """Prepares an image.
+    """Prepares an image for the host's processor.
 
     Args:
         image: uint8 `[H, W, 3]`.
-        processor: The host's own.
+        processor: The host's processor.
         spec: The record of the host.
-        recipe: `max_tiles` or `max_pixels` is used.
+        recipe: The recipe; `max_tiles` or `max_pixels` is used.
+
+    Returns:
+        The prepared image, with the mapping of boxes onto it.
 
     Raises:
         RecipeError: The record has no rules for images.

@@ -1,4 +1,4 @@
-"""`Row`: one question about one image, and the adapter that makes it of the columns that data sets come with."""
+"""`Row`: one question about one image; and `Columns`, which makes rows from the columns of known datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfa_adapters.vlm.page import Box
 
 __all__ = ["FIELDS", "Box", "Columns", "Row"]
 
-# What a row is made of, and under which names the known data sets have it; the first that a row has is taken.
+# The fields of a row, and their column names in the known datasets; the first one that exists is used.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "image_local_name", "imgname", "image_path"),
     "question": ("question", "query"),
@@ -42,15 +42,15 @@ class Row:
     """One question about one image.
 
     Attributes:
-        id: The question's own id where the data has one, else split and number; the same every time.
-        image: The image as it was found, undecoded where it can be: a path, encoded bytes, a PIL image or an array.
+        id: The id of the question in the data, else split and number; the same every time.
+        image: The image as it is in the data, undecoded where possible: a path, encoded bytes, a PIL image or an array.
         question: The question, stripped.
-        answers: Every answer that counts as right, stripped; empty where the data has none.
-        split: `human` or `augmented` of ChartQA, the question's type of others, else empty.
-        printed: The numbers printed on the image, where they are known.
+        answers: Every answer that counts as right, stripped; empty if the data has none.
+        split: `human` or `augmented` in ChartQA, the type of the question in others, else empty.
+        printed: The texts printed on the image, where they are known.
         boxes: (left, top, right, bottom) in pixels of the marks that the answer is read from, where they are known.
-        page_size: Width and height in the pixels of `boxes`; None is those of the image.
-        kind: The question's type as the data calls it.
+        page_size: Width and height of the page in the pixels of `boxes`; None means those of the image.
+        kind: The type of the question as in the data.
         where: File and number of the record, for messages.
     """
 
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def target(self) -> str:
-        """The answer that is trained on: the most common one (case does not count), the first of those that tie.
+        """The answer to train on: the most common one (case does not count), or the first of several such.
 
         Raises:
             DataError: There is no answer.
@@ -81,10 +81,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a data set holds which field of a `Row`.
+    """Which column of a dataset holds which field of a `Row`.
 
     Attributes:
-        names: Field -> column, for the fields that are there.
+        names: Field -> column, for the fields that exist.
         packed: Whether a record holds one image and many questions (`images`, `texts`).
         there: All columns.
     """
@@ -103,7 +103,7 @@ class Columns:
             given: Field -> column, for columns with other names than the known ones.
 
         Raises:
-            DataError: A field is not there; lists what is there and what is known.
+            DataError: A needed field has no column; lists the columns and the known layouts.
         """
         given = dict(given or {})
         wrong = [name for name in given if name not in FIELDS]
@@ -121,7 +121,7 @@ class Columns:
         return cls({name: column for name, column in columns.items() if column}, packed, tuple(there))
 
     def count(self, record: Mapping[str, Any]) -> int:
-        """How many questions a record holds."""
+        """Number of questions in a record."""
         return len(record["texts"] or ()) if self.packed else 1
 
     def rows(
@@ -132,9 +132,12 @@ class Columns:
         Args:
             record: Column -> value.
             where: Named in errors.
-            name: The id of the row where the record has none.
-            file: Finds the image file of a name, given the name and `where`.
-            kind: The `split` of rows that do not say.
+            name: The id of the row if the record has none.
+            file: Finds an image file, from its name and `where`.
+            kind: The `kind` of rows whose record has none.
+
+        Yields:
+            The rows.
 
         Raises:
             DataError: A value cannot be used; names record and column.
@@ -144,7 +147,7 @@ class Columns:
             return
         values = {f: record[column] for f, column in self.names.items()}
         image = values["image"]
-        if image is None:  # a file's name stands in for an empty column of images
+        if image is None:  # a column of file names replaces an empty column of images
             image = next((record[c] for c in FIELDS["image"] if record.get(c) is not None), None)
         question = values["question"]
         if not isinstance(question, str) or not question.strip():
@@ -164,7 +167,7 @@ class Columns:
         )
 
     def kind(self, record: Mapping[str, Any]) -> str:
-        """The question's type as the data has it; the ClassLabel of ChartQA by its name."""
+        """The type of the question as in the data; the ClassLabel of ChartQA by its name."""
         column = self.names.get("split", "")
         value = record.get(column) if column else None
         if column == "human_or_machine" and value in (0, 1):
@@ -189,7 +192,7 @@ class Columns:
 
 
 def short(kind: str) -> str:
-    """`human` and `augmented` under one name, however a data set calls them."""
+    """Maps the types `human` and `augmented`, which datasets name differently, to one name each."""
     plain = kind.casefold()
     if plain.startswith("human"):
         return "human"
@@ -207,7 +210,7 @@ def _image(value: Any, where: str, file: Callable[[str, str], Any]) -> Any:
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
-    """One text or number, or several, as texts without blanks at their ends; blanks alone are no text."""
+    """Converts one text or number, or several, to stripped texts; blank ones are dropped."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = value if isinstance(value, list | tuple) else [value]

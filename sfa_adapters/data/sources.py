@@ -1,4 +1,4 @@
-"""Rows out of tables of the `datasets` library: by number, or as they come."""
+"""Rows from tables of the `datasets` library, by index or streamed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Part:
     """A table of the `datasets` library: its records and how to read them.
 
     Attributes:
-        data: `Dataset`, or `IterableDataset` where it is streamed.
-        columns: Which column is which.
+        data: `Dataset`, or `IterableDataset` if it is streamed.
+        columns: Which column holds which field.
         where: Named in errors.
-        name: Start of the ids of rows that have none.
+        name: Prefix of the ids of rows that have none.
         images: Finds image files.
-        kind: The type of rows that do not say.
-        answered: Whether a row without an answer is one that cannot be used.
+        kind: The type of rows whose record has none.
+        answered: Whether a row without an answer is unusable.
     """
 
     data: Any
@@ -55,16 +55,16 @@ class Part:
 
 
 class TableRows(Sequence[Row]):
-    """The rows of tables on disk, read one by one and never decoded.
+    """Rows of tables on disk, read by index; images are not decoded.
 
     Args:
         parts: The tables, one after the other.
-        limit: At most so many rows.
+        limit: Keep only this many rows, the first ones.
     """
 
     def __init__(self, parts: Sequence[Part], limit: int | None = None) -> None:
         self.parts = tuple(parts)
-        # Number of the first row of each table, and for tables with many rows to a record that of each record.
+        # Number of the first row of each table, and of each record in tables with several rows per record.
         self._packed = [_starts(part) if part.columns.packed else None for part in self.parts]
         sizes = [len(p.data) if s is None else s[-1] for p, s in zip(self.parts, self._packed, strict=True)]
         self._starts = [0, *accumulate(sizes)]
@@ -78,7 +78,7 @@ class TableRows(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        """Gives a row; a slice gives a list.
+        """Reads a row; a slice gives a list.
 
         Raises:
             DataError: The row cannot be used; names it.
@@ -89,13 +89,13 @@ class TableRows(Sequence[Row]):
         if not -self._count <= index < self._count:
             raise IndexError(f"There is no row {index}, there are {self._count}.")
         index %= self._count
-        which = bisect_right(self._starts, index) - 1  # the last of those that start here: others are empty
+        which = bisect_right(self._starts, index) - 1  # of tables with the same start, all but the last are empty
         part, packed, index = self.parts[which], self._packed[which], index - self._starts[which]
         record = index if packed is None else bisect_right(packed, index) - 1
         return part.rows(part.data[record], record)[0 if packed is None else index - packed[record]]
 
     def ordered(self, seed: int | None, buffer: int) -> Iterator[Row | Skipped]:
-        """Goes through the rows as `StreamedRows.ordered` does; only in their own order."""
+        """As `StreamedRows.ordered`, but always in the order of the tables."""
         del seed, buffer
         for index in range(len(self)):
             try:
@@ -105,11 +105,11 @@ class TableRows(Sequence[Row]):
 
 
 class StreamedRows:
-    """The rows of tables that are read as they come.
+    """Rows of streamed tables.
 
     Args:
         parts: The tables, one after the other.
-        limit: At most so many rows, of every pass.
+        limit: Keep only this many rows of every pass, the first ones.
     """
 
     def __init__(self, parts: Sequence[Part], limit: int | None = None) -> None:
@@ -122,14 +122,14 @@ class StreamedRows:
             yield row
 
     def ordered(self, seed: int | None, buffer: int) -> Iterator[Row | Skipped]:
-        """Goes through the rows; inside a worker process of a data loader, through its share of them.
+        """Iterates over the rows; inside a worker process of a data loader, over its share of them.
 
         Args:
-            seed: Of the order; None keeps it.
-            buffer: Rows among which the next one is drawn.
+            seed: Seed of the order; None keeps the order of the tables.
+            buffer: Size of the shuffle buffer in rows.
 
         Yields:
-            A row, or a record that cannot be used and why.
+            A row, or an unusable record with the reason.
         """
         yield from islice(self._all(seed, buffer), self.limit)
 
@@ -144,6 +144,6 @@ class StreamedRows:
 
 
 def _starts(part: Part) -> list[int]:
-    """Number of the first row of each record, and of all rows at the end; no image is read for it."""
+    """Number of the first row of each record, then the number of all rows; reads no images."""
     texts = part.data.select_columns(["texts"])
     return [0, *accumulate(len(record["texts"] or ()) for record in texts)]

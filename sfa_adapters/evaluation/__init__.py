@@ -1,1 +1,1 @@
-"""Evaluation: answers of a host, what they are worth, and the tables of a paper."""
+"""Evaluation: answers of a host, their scores, and the tables of a paper."""

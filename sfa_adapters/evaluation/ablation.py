@@ -1,4 +1,4 @@
-"""Many runs of one recipe with one command: every row is trained, evaluated and noted, and a restart goes on."""
+"""`run_ablation`: trains and evaluates one recipe in several variants and seeds, and resumes after a restart."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ ALL_TERMS, CONTROL = "all terms", "no bias (control)"
 
 
 class Outcome(Protocol):
-    """What a run leaves; `RunResult` of the recipes is one."""
+    """Result of a run; `RunResult` of the recipes is one."""
 
     @property
     def predictions(self) -> Path | None:
-        """Its answers to the evaluation."""
+        """File of its answers to the evaluation questions."""
         ...
 
 
 class Run(Protocol):
-    """Trains and evaluates one recipe; `sfa_adapters.recipes.run.run` is one."""
+    """A function that trains and evaluates one recipe; `sfa_adapters.recipes.run.run` is one."""
 
     def __call__(
         self, recipe: Recipe, *, nano: bool = ..., resume: bool | str = ..., baseline: bool = ..., share: bool = ...
     ) -> Outcome:
-        """Runs it in its folder."""
+        """Runs the recipe in its folder."""
         ...
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table.
+    """One row of an ablation table: a variant of the recipe.
 
     Attributes:
-        name: How it is called in the table.
-        folder: How its folder is called.
+        name: Its name in the table.
+        folder: Name of its folder.
         changes: Settings that differ from the recipe.
-        trains: Whether it trains; else the host is evaluated as it is.
+        trains: Whether it trains; otherwise the host is evaluated without training.
     """
 
     name: str
@@ -58,29 +58,29 @@ class Variant:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Terms of its bias; none where it has no bias."""
+        """Terms of its bias; empty if it has no bias."""
         return tuple(self.changes.get("sfa_terms", TERMS)) if self.changes.get("sfa") else ()
 
 
 def term_variants() -> tuple[Variant, ...]:
-    """Table 3: all terms, each one left out, each one alone, and none: the control."""
+    """Rows of table 3: all terms, each one left out, each one alone, and none (the control)."""
     made = [Variant(ALL_TERMS, "all", {"sfa": True, "sfa_terms": TERMS})]
     for term in TERMS:
         others = tuple(t for t in TERMS if t != term)
         made.append(Variant(f"without {term}", f"no-{term}", {"sfa": True, "sfa_terms": others}))
     for term in TERMS:
-        # Without rows and columns there is nothing that the axial start could be.
+        # The axial start needs the term for rows or for columns.
         start = {} if term in AXES else {"init": "normal", "init_warmup_steps": 0}
         made.append(Variant(f"only {term}", f"only-{term}", {"sfa": True, "sfa_terms": (term,), **start}))
     return (*made, Variant(CONTROL, "control", {"sfa": False}))
 
 
 def part_variants(recipe: Recipe) -> tuple[Variant, ...]:
-    """Table 1: the host as it is, fine-tuned without a bias, with SFA, with SFA and ADAT, and with SCR besides.
+    """Rows of table 1: the host untrained, fine-tuned without a bias, with SFA, with SFA and ADAT, and with SCR too.
 
     Args:
-        recipe: Its `adat` and its weights of SCR are those of the last rows. Where they are off, half of the tokens are
-            kept, and grounding gets a weight of 0.03: of the three terms it alone goes with adaptive tokens under
+        recipe: The last rows use its `adat` and its weights of SCR. If they are off, half of the tokens are kept, and
+            grounding gets a weight of 0.03: it is the only one of the three terms that works with adaptive tokens under
             activation checkpointing.
 
     Returns:
@@ -102,10 +102,10 @@ def part_variants(recipe: Recipe) -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class Ablation:
-    """All rows.
+    """Results of an ablation.
 
     Attributes:
-        runs: For each row its answers, one set per seed that is there.
+        runs: For each row its answers, one list per finished seed.
         failed: Rows and seeds that ended in an error, with its text.
     """
 
@@ -113,7 +113,7 @@ class Ablation:
     failed: Mapping[str, str]
 
     def first_seed(self) -> dict[str, list[Prediction]]:
-        """The answers of one seed for each row."""
+        """The answers of the first finished seed of each row."""
         return {name: sets[0] for name, sets in self.runs.items()}
 
 
@@ -127,23 +127,23 @@ def run_ablation(
     nano: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Ablation:
-    """Trains and evaluates every row with every seed. A row that is done is not run again.
+    """Trains and evaluates every row with every seed; finished ones are not run again.
 
     Args:
-        recipe: What all rows share.
+        recipe: The recipe of all rows.
         variants: The rows.
         run: Trains and evaluates one recipe.
-        untrained: Evaluates a host as it is: takes a recipe and `nano`, returns the file of its answers.
-        out: Folder; each row and seed has one below it.
-        seeds: Of weights, data order and dropout.
-        nano: On nano hosts.
-        report: Gets a line about every row.
+        untrained: Evaluates a host without training: takes a recipe and `nano`, returns the file of its answers.
+        out: Folder, with a subfolder for each row and seed.
+        seeds: Seeds of weights, data order and dropout.
+        nano: Whether to use nano hosts.
+        report: Called with a line of text about every row.
 
     Returns:
         All answers, and the rows that failed; one failure does not stop the others.
 
     Raises:
-        RecipeError: No seeds, or a folder holds a row with other settings; names them.
+        RecipeError: There are no seeds or one stands twice, or a folder holds a row with other settings; names these.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise RecipeError(f"seeds={list(seeds)} must be one or more, each once.")
@@ -170,7 +170,7 @@ def run_ablation(
 
 
 class _OtherSettingsError(RecipeError):
-    """A row that is done was another one."""
+    """The folder of a row holds the results of other settings."""
 
 
 def _settings(row: Recipe, nano: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`answer_rows`: a host is asked every row once, in batches; what it said goes to disk as it comes."""
+"""`answer_rows`: generates the answers of a host to all rows, in batches, and writes each batch to disk at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
-from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.heads.metadata import pruned_metadata
 
 if TYPE_CHECKING:
     from sfa_adapters.data.rows import Row
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["answer_rows", "fingerprint", "generate"]
 
 SAMPLED = 64  # entries of a tensor that its fingerprint reads
-# What decides an answer, of a recipe. Not the batch: it changes answers by rounding only, and a smaller one is the way
-# out when memory runs short.
+# Settings of a recipe that determine an answer. Not the batch size: it changes answers by rounding only, and must be
+# reducible when memory does not suffice.
 SETTINGS = ("model", "revision", "plan", "dtype", "prompt", "max_tiles", "max_pixels", "max_new_tokens")
 SETTINGS += ("data", "data_config", "eval_split", "adat", "sfa", "sfa_terms", "sfa_layers")
 
@@ -35,14 +35,14 @@ SETTINGS += ("data", "data_config", "eval_split", "adat", "sfa", "sfa_terms", "s
 def answer_rows(
     host: Host, rows: Sequence[Row], out: Path | None = None, progress: bool = True, ocr: bool = False
 ) -> list[Prediction]:
-    """Greedy answers to all rows. Under torch.distributed every process answers its share, and all get all answers.
+    """Greedy answers to all rows. With torch.distributed every process answers its share, and all return all answers.
 
     Args:
-        host: The model with its processor; it is in eval mode for the time of the call.
-        rows: What to ask. A row whose image is broken is not asked; it stays in the list with the reason.
-        out: File for the answers, ending in .jsonl. What stands in it is not asked again.
-        progress: Whether to show a bar.
-        ocr: Read the texts on images where they are not known, for the hallucination report.
+        host: The model with its processor; it is in eval mode during the call.
+        rows: The questions. A row whose image is broken gets an empty answer with the reason.
+        out: File for the answers, ending in .jsonl. Rows with an answer in it are not repeated.
+        progress: Whether to show a progress bar.
+        ocr: Whether to read the texts on images by OCR where they are not known, for the hallucination report.
 
     Returns:
         One prediction per row, in their order.
@@ -63,7 +63,7 @@ def answer_rows(
             file.start(_settings(host, rows, ocr))
         _wait()
         done = file.read()
-        _wait()  # nobody writes before everybody has read
+        _wait()  # no process writes before all have read
     todo = [index for index in range(len(rows)) if index not in done][rank::world]
     with _bar(progress and rank == 0, len(todo)) as advance:
         for fresh in _answers(host, rows, todo, ocr, None if out is None else Path(out).parent):
@@ -87,12 +87,12 @@ def generate(host: Host, batch: dict[str, Any], **options: Any) -> tuple[list[st
     Args:
         host: The model with its processor.
         batch: Tensors, padded on the left.
-        options: For `generate`, over the defaults: greedy, `max_new_tokens` of the recipe.
+        options: Options of `generate` that replace the defaults: greedy, `max_new_tokens` of the recipe.
 
     Returns:
-        Texts, and for each whether it ran into the largest length.
+        Texts, and for each whether it was cut at the largest length.
     """
-    # Named one by one: what comes with a model on the hub (sampling, a penalty) would win over a missing option.
+    # All explicit: the generation config of a hub model (sampling, a penalty) would replace a missing option.
     fixed: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     fixed |= {"max_new_tokens": host.recipe.max_new_tokens}
     if not options.get("do_sample"):
@@ -114,13 +114,13 @@ def generate(host: Host, batch: dict[str, Any], **options: Any) -> tuple[list[st
 
 
 def end_tokens(model: nn.Module) -> set[int]:
-    """Ids that end an answer."""
+    """Ids of the tokens that end an answer, from the generation config."""
     end = getattr(model, "generation_config").eos_token_id  # noqa: B009
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of names, shapes and 64 entries of each parameter: cheap, and another after any step of training."""
+    """Hash of names, shapes and 64 entries of each parameter: cheap, and different after any step of training."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -182,13 +182,13 @@ def _settings(host: Host, rows: Sequence[Row], ocr: bool) -> dict[str, Any]:
     for name in ("model", "data"):  # a folder may have moved; weights and questions say what is in it
         settings[name] = Path(settings[name]).name if Path(settings[name]).exists() else settings[name]
     settings |= {"rows": len(rows), "questions": questions.hexdigest()[:16], "ocr": ocr}
-    pruned = pruned_facts(host.model)
+    pruned = pruned_metadata(host.model)
     settings |= {} if pruned is None else {"pruned": pruned.to_dict()}
     return settings | {"weights": fingerprint(host.model)}
 
 
 def _place() -> tuple[int, int]:
-    """Number of this process, and of all."""
+    """Rank of this process, and number of processes."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -202,7 +202,7 @@ def _wait() -> None:
 
 @contextmanager
 def _bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; gives what moves it on."""
+    """Shows a progress bar; yields the function that advances it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -1,4 +1,4 @@
-"""Rows on their way to a host: decoded, and made a batch; what cannot be is kept, with the reason."""
+"""Decodes the images of rows and makes batches for a host; rows that fail are kept with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ __all__ = ["Asked", "Batches", "Images", "row_at"]
 
 @dataclass(frozen=True)
 class Asked:
-    """One row on its way to the model."""
+    """One row with its decoded image, or the reason why it cannot be used.
+
+    Attributes:
+        index: Index of the row.
+        row: The row.
+        image: Its decoded image or images; None if it failed.
+        failed: Why the row cannot be used, else empty.
+    """
 
     index: int
     row: Row
@@ -27,7 +34,7 @@ class Asked:
 
 
 class Images(Dataset[Asked]):
-    """The rows that are still to be asked, decoded; a broken image is a reason and no exception."""
+    """Dataset of the rows that are still to be answered, decoded; a broken image is a reason, not an exception."""
 
     def __init__(self, rows: Sequence[Row], todo: Sequence[int]) -> None:
         self.rows, self.todo = rows, todo
@@ -47,7 +54,7 @@ class Images(Dataset[Asked]):
 
 
 def row_at(rows: Sequence[Row], index: int) -> Row:
-    """A row; for a record that cannot be read, an empty one with the error in place of its image."""
+    """Reads a row; for an unreadable record gives an empty row with the error in place of its image."""
     try:
         return rows[index]
     except DataError as error:
@@ -55,20 +62,20 @@ def row_at(rows: Sequence[Row], index: int) -> Row:
 
 
 class Batches:
-    """Makes the batch of several rows; one that cannot be encoded does not take the others with it."""
+    """Collates rows to a batch; rows that cannot be encoded are left out, and the others kept."""
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
     def __call__(self, questions: Sequence[Asked]) -> tuple[list[Asked], dict[str, Any] | None]:
-        """The rows, with reasons for those that cannot be asked, and a batch of the others or None."""
+        """Returns the rows, with reasons for those that fail, and a batch of the others (None if all fail)."""
         good = [one for one in questions if not one.failed]
         batch = self._encode(good)
         if isinstance(batch, str):
             tried = {one.index: self._encode([one]) for one in good}
             reasons = {index: encoded for index, encoded in tried.items() if isinstance(encoded, str)}
             if not reasons:
-                raise DataError(batch)  # each works alone: no row is to blame
+                raise DataError(batch)  # each works alone, so the error is of no single row
             questions = [Asked(o.index, o.row, None, reasons[o.index]) if o.index in reasons else o for o in questions]
             batch = self._encode([one for one in questions if not one.failed])
         assert not isinstance(batch, str)

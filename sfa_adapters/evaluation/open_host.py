@@ -1,7 +1,7 @@
-"""`open_host`: a host to ask, from whatever the user has: a model, the folder of a run, or a model and an adapter.
+"""`open_host`: loads a host for evaluation, from a model, the folder of a run, or a model and an adapter.
 
-Attention heads can be removed from what was loaded, and a folder of `save_pruned` is a model like any other. A host is
-always asked as it lies in memory; nothing is loaded again by its name.
+Attention heads can be removed after loading, and a folder of `save_pruned` is a model like any other. The host is
+evaluated as it is in memory; nothing is loaded again by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OFF |= {"scr_entropy": 0.0, "scr_grounding": 0.0, "scr_stability": 0.0}
 
 
 def find_run(folder: str | Path) -> Path | None:
-    """The trained weights in a folder: its own, those of the finished run in it, or those of its newest checkpoint.
+    """Finds the trained weights in a folder: its own, else those of the finished run, else of the newest checkpoint.
 
     Args:
         folder: A checkpoint, or the folder of a run.
@@ -48,10 +48,14 @@ def find_run(folder: str | Path) -> Path | None:
 
 
 def family_of(model: str, revision: str | None = None) -> Family:
-    """Which family of hosts a model belongs to; reads only its configuration.
+    """The family of hosts that a model belongs to; reads only its configuration.
+
+    Args:
+        model: Hub id or folder of the model.
+        revision: Its revision on the hub.
 
     Raises:
-        RecipeError: There is no such model, or it is of no family that is known.
+        RecipeError: There is no such model, its family is not known, or the record of the family refuses training.
     """
     from transformers import AutoConfig
 
@@ -70,11 +74,14 @@ def family_of(model: str, revision: str | None = None) -> Family:
 
 
 def read_head_plan(path: str | Path, compensation: str = "none") -> HeadPlan:
-    """Reads what `sfa calibrate heads --rate` left, and checks what is to be done for the heads that go.
+    """Reads the head plan of `sfa calibrate heads --rate`, and checks the compensation for the pruned heads.
 
     Args:
         path: The file, or the folder with `head_plan.json`.
         compensation: As in `prune_heads`; "bias" is refused, since there are no batches to measure means on.
+
+    Returns:
+        The head plan.
 
     Raises:
         RecipeError: There is no plan, it belongs to a model that was pruned already, or the compensation cannot be
@@ -113,28 +120,28 @@ def open_host(
     compensation: Compensation = "none",
     **changes: Any,
 ) -> Host:
-    """Loads a host to ask it.
+    """Loads a host for evaluation.
 
     Args:
-        model: The folder of a run or a checkpoint; or a hub id, a local folder (of `save_pruned`, too) or a recipe of a
-            host, which is taken as it is, without an adapter.
-        adapter: The folder of a run or of an SFA adapter, to put into `model`.
-        device: Where to; the GPU by default, a CPU without one.
-        head_plan: Attention heads to remove from the host in memory, when its adapters are in it: a plan, its file, or
-            the folder of that. A model that is named without a recipe is then loaded in 16 bits, not in 4.
-        compensation: What is done for them: "none", "absorb" or "residual".
+        model: The folder of a run or a checkpoint; or a hub id, a local folder (also of `save_pruned`) or a recipe,
+            whose host is loaded without an adapter.
+        adapter: The folder of a run or of an SFA adapter, to load into `model`.
+        device: Device of the host; by default the GPU, or the CPU without one.
+        head_plan: Attention heads to remove from the host in memory, after its adapters were loaded: a head plan, its
+            file, or the folder of the file. A model that is named without a recipe is then loaded in 16 bits, not in 4.
+        compensation: Compensation for the removed heads: "none", "absorb" or "residual".
         changes: Settings of the recipe that differ: `plan`, `prompt`, `max_tiles`, `data`, ...
 
     Returns:
         The host, in eval mode; nothing in it trains.
 
     Raises:
-        RecipeError: There is no such model, or the folder holds no trained weights; or they are of another host; or
-            the plan of heads cannot be used.
-        InjectionError: The plan is of another model, or a layer cannot lose heads (4-bit weights, say).
+        RecipeError: There is no such model, the folder holds no trained weights or those of another host, or the head
+            plan cannot be used.
+        InjectionError: The head plan is of another model, or heads of a layer cannot be removed (e.g. 4-bit weights).
     """
     if head_plan is None and compensation != "none":
-        raise RecipeError(f"compensation={compensation} is for heads that go: give their head_plan, too.")
+        raise RecipeError(f"compensation={compensation} is for pruned heads: give their head_plan, too.")
     if isinstance(head_plan, HeadPlan):
         check_compensation(compensation, None)
     elif head_plan is not None:
@@ -155,7 +162,7 @@ def open_host(
         recipe = saved_recipe(run)
     if adapter is not None:
         run = find_run(adapter)
-        if run is not None:  # the run says what was put in; the model is the user's
+        if run is not None:  # adapters as in the run, but the model that the user named
             recipe = saved_recipe(run).replace(model=recipe.model, revision=recipe.revision, family=recipe.family)
         elif not (Path(adapter) / ADAPTER).is_file():
             raise RecipeError(f"{adapter} has neither {RECORD} (a run) nor {ADAPTER} (an SFA adapter).")
@@ -172,7 +179,7 @@ def open_host(
 
 
 def _prune(host: Host, plan: HeadPlan, compensation: Compensation) -> None:
-    """Removes heads, and looks whether they went: the score of a whole model must never stand for a pruned one."""
+    """Removes heads and checks that they are gone, so that an unpruned model is never scored as a pruned one."""
     prune_heads(host.model, plan, compensation)
     done, base = pruned_of(host.model), plain_model(host.model)  # an error where nothing went
     for path in done.plan.num_heads:
@@ -180,5 +187,5 @@ def _prune(host: Host, plan: HeadPlan, compensation: Compensation) -> None:
         if left != len(done.plan.kept(path)) or done.plan.count != plan.count:
             raise InjectionError(
                 f"{path} has {left} heads after pruning, not {len(done.plan.kept(path))}, and {done.plan.count} of "
-                f"{plan.count} heads went: the plan was not carried out."
+                f"{plan.count} heads are pruned: the plan was not carried out."
             )

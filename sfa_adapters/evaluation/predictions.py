@@ -1,4 +1,4 @@
-"""Answers of a host as JSON lines: written one by one, taken up again after a kill.
+"""Files of answers in JSON lines, to which answers are appended, also after a restart.
 
 A file has one object per row: `index`, `id`, `question`, `answers`, `prediction`, `split`, `printed`, `truncated`,
 `failed`, and `image` where the image is a file. `sfa analyze hallucination` reads the same file.
@@ -15,26 +15,26 @@ from typing import Any
 
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.files import write_whole
-from sfa_adapters.heads.metadata import PrunedFacts
+from sfa_adapters.heads.metadata import PrunedMetadata
 
-__all__ = ["Prediction", "PredictionFile", "facts_of_answers", "read_answers", "write_atomically"]
+__all__ = ["Prediction", "PredictionFile", "metadata_of_answers", "read_answers", "write_atomically"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a host said to one row.
+    """The answer of a host to one row.
 
     Attributes:
-        index: Place of the row among all that are asked.
-        id: Of the row.
-        question: As in the data, without the prompt around it.
-        answers: All that count as right; empty where the data has none.
-        prediction: What was said; empty for a row that could not be asked.
+        index: Index of the row among all rows.
+        id: Id of the row.
+        question: The question as in the data, without the prompt around it.
+        answers: All true answers; empty if the data has none.
+        prediction: The host's answer; empty for a row that failed.
         split: "human" or "augmented" in ChartQA, the type of question in OCRBench, else empty.
-        printed: Texts that are known to stand on the image.
-        truncated: The answer had no end when it reached the largest length. It is scored as it is.
-        failed: Why the row could not be asked (a broken image), else empty. It counts as wrong.
-        image: File of the image, where it is one.
+        printed: Texts that are known to be printed on the image.
+        truncated: Whether the answer was cut at the largest length. It is scored as it is.
+        failed: Why the row could not be answered (a broken image), else empty. It counts as wrong.
+        image: File of the image, if it is one.
     """
 
     index: int
@@ -50,31 +50,34 @@ class Prediction:
 
 
 class PredictionFile:
-    """Predictions on disk, with the settings that they were made with in a file beside them.
+    """A file of predictions, with a second file beside it for the settings that they were made with.
 
-    Every process writes a file of its own, so that several can answer at once: the first one `path`, the others
-    `<name>.1.jsonl` and so on. `merge` makes one file of them, in the order of the rows.
+    Every process writes its own file, so that several can answer at once: the first one `path`, the others
+    `<name>.1.jsonl` and so on. `merge` joins them to one file, in the order of the rows.
 
     Args:
         path: The file, ending in .jsonl.
-        rank: Number of this process.
+        rank: Rank of this process.
+
+    Raises:
+        RecipeError: `path` does not end in .jsonl.
     """
 
     def __init__(self, path: str | Path, rank: int = 0) -> None:
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
             raise RecipeError(f"{self.path}: the file of predictions must end in .jsonl.")
-        self.own = self.path if rank == 0 else self.path.with_suffix(f".{rank}.jsonl")
+        self.part = self.path if rank == 0 else self.path.with_suffix(f".{rank}.jsonl")
         self.settings = self.path.with_suffix(".settings.json")
 
     def parts(self) -> list[Path]:
-        """All files there are, those of other processes too."""
+        """All existing files, including those of other processes."""
         others = self.path.parent.glob(f"{self.path.stem}.*.jsonl")
         numbered = [p for p in others if p.name[len(self.path.stem) + 1 : -len(".jsonl")].isdigit()]
         return [p for p in (self.path, *sorted(numbered)) if p.is_file()]
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Writes the settings, or compares them with those of the answers that are there.
+        """Writes the settings, or compares them with those of existing answers.
 
         Raises:
             RecipeError: The folder cannot be written, the settings differ or are missing; names them.
@@ -83,7 +86,7 @@ class PredictionFile:
         there = self.parts()
         if there and not self.settings.is_file():
             raise RecipeError(
-                f"{there[0]} has no {self.settings.name} beside it: nobody knows what it answers. Use another folder."
+                f"{there[0]} has no {self.settings.name} beside it, so its settings are not known. Use another folder."
             )
         if there:
             known = json.loads(self.settings.read_text(encoding="utf-8"))
@@ -98,30 +101,30 @@ class PredictionFile:
         write_atomically(self.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
     def read(self) -> dict[int, Prediction]:
-        """Answers that are there, by index. Cuts off the half line that a kill leaves at the end of one's own file."""
-        _repair(self.own)
+        """Reads existing answers by index. Removes an incomplete line at the end of this process's file."""
+        _repair(self.part)
         return {p.index: p for part in self.parts() for p in _read_part(part)}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Adds answers and hands them to the disk.
+        """Appends answers and flushes them to disk.
 
         Raises:
-            RecipeError: The file cannot be written; all answers before are safe.
+            RecipeError: The file cannot be written; earlier answers are safe.
         """
         lines = "".join(json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in predictions)
         try:
-            with self.own.open("a", encoding="utf-8") as file:
+            with self.part.open("a", encoding="utf-8") as file:
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RecipeError(
-                f"{self.own} cannot be written ({error.strerror}). Earlier answers are safe; make room or choose "
+                f"{self.part} cannot be written ({error.strerror}). Earlier answers are safe; make room or choose "
                 "another folder, and run the same command again."
             ) from error
 
     def merge(self) -> list[Prediction]:
-        """One file with all answers in the order of the rows; returns them."""
+        """Joins the files of all processes to one, in the order of the rows; returns its answers."""
         predictions = self.read()
         ordered = [predictions[index] for index in sorted(predictions)]
         parts = self.parts()
@@ -138,7 +141,7 @@ def read_answers(path: str | Path) -> list[Prediction]:
     """Reads a complete file of predictions.
 
     Raises:
-        DataError: It is missing, or a line is none of ours; names the line.
+        DataError: It is missing or empty, or a line is not a prediction; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,8 +152,8 @@ def read_answers(path: str | Path) -> list[Prediction]:
     return predictions
 
 
-def facts_of_answers(path: str | Path) -> PrunedFacts | None:
-    """What the model behind a file of predictions had lost; None for a whole one, and where nothing is on record.
+def metadata_of_answers(path: str | Path) -> PrunedMetadata | None:
+    """The pruned heads of the model behind a file of predictions; None if there are none, or none are recorded.
 
     Raises:
         DataError: The settings beside the file cannot be read.
@@ -160,13 +163,13 @@ def facts_of_answers(path: str | Path) -> PrunedFacts | None:
         return None
     try:
         pruned = json.loads(settings.read_text(encoding="utf-8")).get("pruned")
-        return None if pruned is None else PrunedFacts.from_dict(pruned)
+        return None if pruned is None else PrunedMetadata.from_dict(pruned)
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{settings} cannot be read ({error}).") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a kill or a full disk leaves the old one.
+    """Writes a file atomically: a kill or a full disk leaves the old one.
 
     Raises:
         RecipeError: It cannot be written.
@@ -178,7 +181,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _as_row(prediction: Prediction) -> dict[str, Any]:
-    """Without what is empty in nearly every row; `image` must be missing where there is none."""
+    """A prediction as JSON object, without its empty fields; `image` must be missing if there is none."""
     row = asdict(prediction)
     return {key: value for key, value in row.items() if value or key in ("index", "id", "answers", "prediction")}
 
@@ -196,7 +199,7 @@ def _repair(path: Path) -> None:
 def _read_part(path: Path) -> list[Prediction]:
     predictions = []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what stands behind the last line break is half a line, or nothing
+    for number, line in enumerate(lines[:-1], 1):  # behind the last line break is an incomplete line, or nothing
         try:
             row = json.loads(line)
             texts: dict[str, Any] = {key: tuple(row[key]) for key in ("answers", "printed") if key in row}

@@ -1,4 +1,4 @@
-"""`HostAnswers`: answers and likelihoods for free prompts, a text with any number of images in front of it."""
+"""`HostAnswers`: answers and log-likelihoods of a host for any prompts, each a text after any number of images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class ManyImages(Collator):
-    """The collator, for prompts with any number of images in front of the text; `image` of an example is a list."""
+    """A `Collator` for prompts with any number of images before the text; `image` of an example is a list."""
 
     def _sample(self, row: Row, image: Any) -> tuple[dict[str, Tensor], Page]:
         if len(image) == 1:
@@ -66,7 +66,7 @@ class ManyImages(Collator):
 
 
 def _prompt(one: Prompt, processor: Any, images: int) -> Prompt:
-    """The prompt with another number of images, by the host's own template."""
+    """A copy of the prompt with another number of images, from the host's chat template."""
     user = {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]}
     text = str(processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False))
     made = copy.copy(one)
@@ -77,17 +77,17 @@ def _prompt(one: Prompt, processor: Any, images: int) -> Prompt:
 
 
 class HostAnswers:
-    """Answers and likelihoods of a host, for many prompts. Knows nothing about lmms-eval.
+    """Generates answers of a host to many prompts, and scores given answers.
 
-    A prompt is a text with its images: anything that `sfa_adapters.images.as_image` takes, or a function that gives
-    them, which is called when their turn comes.
+    A prompt is a text with a sequence of images, each anything that `sfa_adapters.images.as_image` takes, or with a
+    function that returns such a sequence, called only when it is needed.
 
     Args:
         host: The host.
         batch_size: Prompts per forward.
 
     Attributes:
-        failed: Reasons of prompts that could not be asked; their answer is empty, their likelihood -inf.
+        failed: Reasons of prompts that failed; their answer is empty, their log-likelihood -inf.
 
     Raises:
         RecipeError: The batch size is below 1.
@@ -101,14 +101,14 @@ class HostAnswers:
     def generate(
         self, prompts: Sequence[tuple[str, Images]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, str]]:
-        """Answers, in batches of prompts with equal options.
+        """Generates answers, in batches of prompts with equal options.
 
         Args:
             prompts: N prompts.
             options: For each, options of `generate`, and `until`: texts that end an answer.
 
         Yields:
-            Number of a prompt and its answer; in any order, every number once.
+            Number of a prompt and its answer, in any order, every number once.
         """
         groups: dict[str, list[int]] = {}
         for number, each in enumerate(options):
@@ -122,15 +122,15 @@ class HostAnswers:
                 yield number, _cut(text, options[number])
 
     def loglikelihood(self, prompts: Sequence[tuple[str, Images, str]]) -> Iterator[tuple[int, float, bool]]:
-        """How likely given answers are.
+        """Computes the log-likelihood of given answers.
 
         Args:
-            prompts: N prompts, each with its answer. White space at the start of an answer is dropped: the template has
-                ended the turn of the user.
+            prompts: N prompts, each with its answer. White space at the start of an answer is dropped, because the
+                template has ended the turn of the user.
 
         Yields:
-            Number of a prompt, the sum of the log probabilities of the answer's tokens, without an end token, and
-            whether greedy generation would say it.
+            Number of a prompt, the sum of the log probabilities of the answer's tokens without an end token, and
+            whether greedy generation would give this answer.
         """
         stripped = [(text, images, answer.lstrip()) for text, images, answer in prompts]
         for numbers, batch in self._batches(stripped, [list(range(len(prompts)))], train=True):
@@ -152,7 +152,7 @@ class HostAnswers:
     def _batches(
         self, prompts: Sequence[tuple[str, Images, str]], groups: Sequence[list[int]], train: bool
     ) -> Iterator[tuple[list[int], dict[str, Any] | None]]:
-        """Numbers and tensors; None for prompts that cannot be asked."""
+        """Yields the numbers of prompts with their batch; None for prompts that failed."""
         recipe = self.host.recipe.replace(scr_grounding=0.0)
         size = self.batch_size
         chosen = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
@@ -175,7 +175,7 @@ class HostAnswers:
 
 
 class _Prompts(Dataset[Asked]):
-    """Prompts by number, with their images opened."""
+    """Dataset of prompts with their images opened."""
 
     def __init__(self, prompts: Sequence[tuple[str, Images, str]]) -> None:
         self.prompts = prompts
@@ -194,7 +194,7 @@ class _Prompts(Dataset[Asked]):
 
 
 class _Mixed:
-    """Makes a batch of the prompts with images and one of those without."""
+    """Collates prompts with images and prompts without to separate batches."""
 
     def __init__(self, collator: ManyImages) -> None:
         self.batches = Batches(collator)
@@ -214,9 +214,9 @@ def _generation(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(text: str, options: Mapping[str, Any]) -> str:
-    """The answer up to the first of the texts that end it.
+    """Cuts an answer at the first of the texts in `until`.
 
-    A blank line is no such text: it is the default of tasks, for models that do not know turns.
+    A blank line is ignored: it is the default of tasks, for models without chat turns.
     """
     until = options.get("until") or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != "\n\n"]

@@ -1,4 +1,4 @@
-"""What answers are worth: means with intervals, by split, and two sets of answers compared in pairs."""
+"""Scores of answers: means with intervals, by split, and paired comparisons of two sets of answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 Metric = Literal["relaxed", "relaxed_strict", "anls", "vqa", "ocrbench", "exact"]
 ALL, AVERAGE = "all", "average of splits"
 CHARTQA = ("human", "augmented")
-MATHS = "Handwritten Mathematical Expression Recognition"  # its type in OCRBench; the HME100k part
+MATHS = "Handwritten Mathematical Expression Recognition"  # type of question in OCRBench; the HME100k part
 
 
 def _relaxed(prediction: str, true: Sequence[str], _: str) -> float:
@@ -64,12 +64,12 @@ BY_NAME: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over the rows of one group.
+    """Mean score over the rows of one group.
 
     Attributes:
         group: A split, "all", or "average of splits".
-        of: Rows in it.
-        points: Sum of their scores; what OCRBench reports, out of 1,000.
+        of: Number of rows in it.
+        points: Sum of their scores, which OCRBench reports, out of 1,000.
         mean: Mean in [0, 1] with its 95% interval.
     """
 
@@ -84,12 +84,12 @@ class ScoreTable:
     """Scores of one set of answers.
 
     Attributes:
-        metric: By which rule.
+        metric: The metric.
         scores: One for all rows, then one per split, then the average of ChartQA's two.
-        rows: How many rows were asked.
-        truncated: Answers without an end; they are scored as they are.
-        failed: Rows that could not be asked, e.g. broken images; they count as wrong.
-        unscored: Rows without a true answer; they are in no mean.
+        rows: Number of rows.
+        truncated: Answers cut at the largest length; they are scored as they are.
+        failed: Rows that could not be answered, e.g. broken images; they count as wrong.
+        unscored: Rows without a true answer; they count in no mean.
     """
 
     metric: Metric
@@ -107,11 +107,11 @@ class ScoreTable:
 
     @property
     def mean(self) -> Interval:
-        """The figure to quote: the average of ChartQA's two splits where both are there, else the mean of all rows."""
+        """The score to quote: the average of ChartQA's two splits if it has both, else the mean of all rows."""
         return self.scores[-1].mean if self.scores[-1].group == AVERAGE else self.scores[0].mean
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `metric`, the four counts, and `scores` with `group`, `of`, `points`, `mean`, `low`, `high`."""
+        """Values for JSON: `metric`, four counts, and `scores` with `group`, `of`, `points`, `mean`, `low`, `high`."""
         record = [
             {"group": s.group, "of": s.of, "points": s.points, "mean": s.mean.value}
             | {"low": s.mean.low, "high": s.mean.high}
@@ -126,10 +126,10 @@ def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
 
     Args:
         predictions: N answers.
-        metric: By which rule; the best over the true answers counts.
+        metric: The metric; the best score over the true answers counts.
 
     Returns:
-        float64 [N], in [0, 1]; NaN for rows without a true answer, 0 for rows that could not be asked.
+        float64 [N], in [0, 1]; NaN for rows without a true answer, 0 for rows that could not be answered.
 
     Raises:
         DataError: Unknown metric, or one that does not fit the answers; names the row.
@@ -138,7 +138,7 @@ def row_scores(predictions: Sequence[Prediction], metric: Metric) -> np.ndarray:
         raise DataError(f"Unknown metric {metric!r}. Use one of {', '.join(get_args(Metric))}.")
     scores = np.full(len(predictions), np.nan)
     for i, row in enumerate(predictions):
-        # A blank answer is one of ten people's in TextVQA; anywhere else it is no answer.
+        # In TextVQA a blank answer is that of one of ten people; elsewhere it is no answer.
         true = row.answers if metric == "vqa" else [text for text in row.answers if text.strip()]
         if row.failed:
             scores[i] = 0.0
@@ -158,13 +158,13 @@ def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> S
     Args:
         predictions: All answers.
         metric: "relaxed" for ChartQA, "anls" for DocVQA and InfographicVQA, "vqa" for TextVQA, "ocrbench", "exact".
-        seed: Of the drawing.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The scores; rows that failed are wrong in them, and rows without a true answer are counted apart.
+        The scores; failed rows count as wrong, and rows without a true answer are left out and counted separately.
 
     Raises:
-        DataError: Nothing can be scored, or as `row_scores`.
+        DataError: No row has a true answer, or as `row_scores`.
     """
     values = row_scores(predictions, metric)
     scored = ~np.isnan(values)
@@ -190,7 +190,7 @@ def score(predictions: Sequence[Prediction], metric: Metric, seed: int = 0) -> S
 
 
 def _average(parts: Sequence[np.ndarray], seed: int, rounds: int = 2000) -> Interval:
-    """Mean of the means of several groups; each is resampled by itself, so that their sizes stay."""
+    """Mean of the means of several groups, each of which is resampled separately (stratified bootstrap)."""
     rng = np.random.default_rng(seed)
     drawn = [part[rng.integers(0, len(part), (rounds, len(part)))].mean(1) for part in parts]
     low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
@@ -199,15 +199,15 @@ def _average(parts: Sequence[np.ndarray], seed: int, rounds: int = 2000) -> Inte
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of answers to the same rows.
+    """Paired comparison of two sets of answers to the same rows.
 
     Attributes:
-        metric: By which rule.
+        metric: The metric.
         of: Rows that were scored.
         difference: Mean of the second minus mean of the first, with its 95% interval (paired bootstrap over rows).
         better: Rows on which the second scores higher.
         worse: Rows on which it scores lower.
-        p_value: Of the exact two-sided sign test on those rows; for right or wrong it is McNemar's exact test.
+        p_value: p value of the exact two-sided sign test on these rows; for right or wrong it is McNemar's exact test.
     """
 
     metric: Metric
@@ -218,26 +218,26 @@ class Comparison:
     p_value: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `difference` with `low` and `high`, the counts and `p_value`."""
+        """Values for JSON: `difference` with `low` and `high`, the counts and `p_value`."""
         record = {"metric": self.metric, "of": self.of, "difference": self.difference.value}
         record |= {"low": self.difference.low, "high": self.difference.high}
         return record | {"better": self.better, "worse": self.worse, "p_value": self.p_value}
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction], metric: Metric, seed: int = 0) -> Comparison:
-    """How the second set of answers differs from the first, in pairs.
+    """Compares two sets of answers to the same rows, with a paired bootstrap and a sign test.
 
     Args:
         first: Answers of one model, the baseline.
-        second: Answers of the other.
-        metric: By which rule.
-        seed: Of the drawing.
+        second: Answers of the other model.
+        metric: The metric.
+        seed: Seed of the bootstrap.
 
     Returns:
-        Difference, counts and p-value.
+        Difference, counts and p value.
 
     Raises:
-        DataError: They answer other questions, or in another order; says how many rows differ.
+        DataError: They answer different questions, or in another order; says how many questions are the same.
     """
     if not same_questions(first, second):
         both = {(p.id, p.question) for p in first} & {(p.id, p.question) for p in second}
@@ -249,7 +249,7 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], metric: M
 
 
 def compare_scores(first: np.ndarray, second: np.ndarray, metric: Metric, seed: int = 0) -> Comparison:
-    """As `compare`, from the scores of the same rows, [N] each, NaN where a row has no true answer.
+    """As `compare`, from the scores of the same rows, [N] each; NaN for rows without a true answer.
 
     Raises:
         DataError: No row was scored in both.
@@ -271,7 +271,7 @@ def sign_test(better: int, worse: int) -> float:
 
 
 def metric_for(data: str, config: str | None = None) -> Metric:
-    """The metric that a dataset is reported with, by its name; relaxed accuracy where it is not known."""
+    """The usual metric of a dataset, by its name; relaxed accuracy for unknown ones."""
     name = f"{data} {config or ''}".lower()
     fitting: list[Metric] = [metric for word, metric in BY_NAME.items() if word in name]
     return fitting[0] if fitting else "relaxed"

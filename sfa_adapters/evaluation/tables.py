@@ -30,13 +30,13 @@ PERCENT = "Percent, with 95% intervals (bootstrap over questions)."
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns.
+    """A table of results, which can be written as Markdown and JSON or shown in a terminal.
 
     Attributes:
-        title: What it shows.
-        columns: Names, in their order.
-        rows: One mapping each; an `Interval` is a share, written as percent, a missing value is a dash.
-        notes: Sentences below it.
+        title: Its title.
+        columns: Names of the columns, in order.
+        rows: One mapping each; an `Interval` is a share, written as percent, a missing value as a dash.
+        notes: Sentences below the table.
     """
 
     title: str
@@ -45,22 +45,22 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def cells(self) -> list[list[str]]:
-        """The rows as texts."""
+        """The rows as formatted texts."""
         return [[_cell(row.get(name)) for name in self.columns] for row in self.rows]
 
     def to_markdown(self) -> str:
-        """Title, table and notes."""
+        """Title, table and notes as Markdown."""
         lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
         lines += [_line(row) for row in self.cells()]
         return "\n".join([*lines, "", *self.notes]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; an interval has `value`, `low` and `high`, as a share."""
+        """Values for JSON; an interval has `value`, `low` and `high`, as shares."""
         rows = [{name: _plain(row.get(name)) for name in self.columns} for row in self.rows]
         return {"title": self.title, "columns": list(self.columns), "rows": rows, "notes": list(self.notes)}
 
     def to_terminal(self, width: int | None = None) -> Group:
-        """For the terminal; few runs with many columns stand beside each other, so that they fit.
+        """Formats the table for a terminal; with fewer rows than value columns it is transposed to fit.
 
         Args:
             width: In characters; that of the terminal by default.
@@ -112,26 +112,26 @@ def _baseline(runs: Mapping[str, Any], name: str | None) -> str:
 
 
 def _column(group: str) -> str:
-    """A split may be called as one of the other columns."""
+    """The column of a split, renamed if it has the name of another column."""
     return f"{group} (split)" if group in OTHER_COLUMNS else group
 
 
 def score_table(
     runs: Mapping[str, Sequence[Prediction]], metric: Metric, title: str = "Scores", baseline: str | None = None
 ) -> Table:
-    """Table 1: one row per run, one column per split, and how it differs from the baseline.
+    """Table 1: scores, one row per run, one column per split, and the change from the baseline.
 
     Args:
-        runs: Answers of each, to the same questions.
-        metric: By which rule.
-        title: Of the table.
+        runs: Answers of each run, to the same questions.
+        metric: The metric.
+        title: Title of the table.
         baseline: Run that the others are compared with; the first one by default.
 
     Returns:
         The table.
 
     Raises:
-        DataError: There is no run, or they answer other questions.
+        DataError: There is no run or no such baseline, or the runs answer different questions.
     """
     first = _baseline(runs, baseline)
     scores = {name: score(predictions, metric) for name, predictions in runs.items()}
@@ -165,14 +165,14 @@ def score_table(
 
 
 def hallucination_of(predictions: Sequence[Prediction]) -> HallucinationReport:
-    """Which wrong answers are misread and which made up, by the texts known to stand on the images.
+    """Classifies wrong answers as misread or fabricated, from the texts known to be printed on the images.
 
     Raises:
-        DataError: No row says what stands on its image; evaluate with `ocr`.
+        DataError: The printed texts of no image are known; evaluate with `ocr`.
     """
     if not any(p.printed for p in predictions):
         raise DataError(
-            "No row says what stands on its image, so nobody can tell misread from made up. Evaluate with --ocr."
+            "The texts on the images are not known, so misread numbers look like fabricated ones. Evaluate with --ocr."
         )
     texts, answers = [p.prediction for p in predictions], [p.answers for p in predictions]
     return hallucination_report(texts, answers, printed=[p.printed or None for p in predictions])
@@ -181,10 +181,18 @@ def hallucination_of(predictions: Sequence[Prediction]) -> HallucinationReport:
 def hallucination_table(
     runs: Mapping[str, Sequence[Prediction]], title: str = "Numeric hallucination", baseline: str | None = None
 ) -> Table:
-    """Table 2: what wrong answers are, per run, and how it differs from the baseline, by default the first run.
+    """Table 2: classes of wrong answers, one row per run, and the change from the baseline.
+
+    Args:
+        runs: Answers of each run, to the same questions.
+        title: Title of the table.
+        baseline: Run that the others are compared with; the first one by default.
+
+    Returns:
+        The table.
 
     Raises:
-        DataError: As `hallucination_of`; or the runs answer other questions.
+        DataError: As `hallucination_of`; or the runs answer different questions.
     """
     base = _baseline(runs, baseline)
     if any(not same_questions(runs[base], predictions) for predictions in runs.values()):
@@ -214,19 +222,19 @@ def ablation_table(
     metric: Metric,
     title: str = "Ablation of the terms of the bias",
 ) -> Table:
-    """Table 3: one row per set of terms, over one or several seeds.
+    """Table 3: scores of the ablation of the bias, one row per set of terms, over one or several seeds.
 
     Args:
         runs: For each row of the table the answers of every seed, all to the same questions.
-        terms: For each row its terms; none for the control.
-        metric: By which rule.
-        title: Of the table.
+        terms: For each row its terms; empty for the control.
+        metric: The metric.
+        title: Title of the table.
 
     Returns:
         The table: mean over seeds, range over seeds, difference to the control and to the row with all terms.
 
     Raises:
-        DataError: There is no run, or they answer other questions.
+        DataError: There is no run, or the runs answer different questions.
     """
     if not runs:
         raise DataError("There are no answers to make a table of.")

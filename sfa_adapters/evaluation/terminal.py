@@ -1,4 +1,4 @@
-"""A table of texts for a terminal, in which no cell is cut: what is too wide goes below."""
+"""Formats a table of texts for a terminal without cutting cells: columns that do not fit go into a further table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FRAME = 3  # characters that a column adds to its text: two spaces and a line
 
 
 def terminal_table(lines: Sequence[Sequence[str]], title: str, width: int | None = None) -> Group:
-    """Lays lines of cells out in tables that fit.
+    """Formats lines of cells as one or several tables that fit the terminal.
 
-    Where they do not fit side by side, intervals go below their values; where that is not enough, the columns go on in
-    a further table with the same first column.
+    If the columns do not fit, intervals are put below their values; if that is not enough, the columns continue in a
+    further table with the same first column.
 
     Args:
         lines: The headers, then the cells.
-        title: Above the first table.
+        title: Title of the first table.
         width: In characters; that of the terminal by default.
 
     Returns:
@@ -48,7 +48,7 @@ def _width(column: Sequence[str]) -> int:
 
 
 def _narrow(cell: str) -> str:
-    """An interval stands below its value, and the words of a name below each other."""
+    """Breaks a cell into lines: an interval below its value, the words of a name below each other."""
     value, bracket, interval = cell.partition(" [")
     return f"{value}\n[{interval}" if bracket else cell.replace(" ", "\n")
 

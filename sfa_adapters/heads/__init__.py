@@ -1,4 +1,4 @@
-"""S4 head calibration: which attention heads matter, a plan which of them go, and weights that are really smaller."""
+"""S4 head calibration: scores of attention heads, plans of which to prune, and pruning that shrinks the weights."""
 
 from sfa_adapters.heads.axial_heads import calibrate_axial
 from sfa_adapters.heads.calibrate import calibrate_heads
@@ -8,7 +8,8 @@ from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.heads.receipt import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads.scores import HeadScores
-from sfa_adapters.heads.snapshot import whole
+from sfa_adapters.heads.snapshot import unpruned
+from sfa_adapters.moved import know_old_names
 
 __all__ = [
     "HeadPlan",
@@ -23,5 +24,7 @@ __all__ = [
     "prune_receipt",
     "save_pruned",
     "take_probe",
-    "whole",
+    "unpruned",
 ]
+
+know_old_names(__name__)  # `whole`

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.axial import AXES, LayerHeads
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.heads.axis_affinity import axis_affinity
@@ -33,40 +34,41 @@ def calibrate_axial(
     projections: int = 4,
     seed: int = 0,
 ) -> dict[int, LayerHeads]:
-    """Chooses the heads that `SFAConfig(init="axial")` starts strong, from a handful of pages without labels.
+    """Chooses the heads that `SFAConfig(init="axial")` starts strong, from a few pages without labels.
 
         heads = calibrate_axial(model, pages)
         inject_sfa(model, SFAConfig(init="axial", init_heads=heads))
 
-    On a trained tower the strength that a head starts with displaces what the head does, so it matters which heads
-    get it. Per layer max(1, heads // 3) become row heads and as many others column heads, a head never both; layers
-    with a single head are left out.
+    On a trained tower the initial strength overrides what a head has learned, so the choice of heads matters. Per layer
+    max(1, heads // 3) become row heads and as many others column heads, a head never both; layers with a single head
+    are left out.
 
-    * `affinity`: heads whose attention lies along rows or columns already. Per head, the mean attention mass that a
-      spatial token gives to the other tokens of its row, over what uniform attention would give them, and the same for
-      columns. The largest of all these ratios picks first, and so on until both kinds are complete.
+    * `affinity`: heads whose attention already lies along rows or columns. Per head, the mean attention mass of a
+      spatial token on the other tokens of its row, divided by that of uniform attention, and the same for columns.
+      Heads are assigned in descending order of these ratios, until both kinds are complete.
     * `gate`: the heads that matter least for the output of the tower: the smallest diagonal entries of J^T J, J the
       derivative of the output by a factor 1 on each head, estimated with random projections. The least important head
       becomes a row head, the next a column head, and so on in turns.
 
-    The model is left as it was, also after an error, and the random state of torch is not touched.
+    The model is not changed, even by an error, and neither is the random state of torch.
 
     Args:
-        model: A tower or a host, with SFA in it or (as a rule) before.
+        model: A tower or a host, usually before SFA is injected.
         pages: Images as the tower gets them, `[pages, 3, height, width]`, or one mapping of keyword arguments of the
             tower's forward per page (Qwen2.5-VL: `hidden_states` and `grid_thw`).
         by: `affinity` or `gate`.
         layers: Numbers of attention layers; by default all that the host reads.
         tower: Path of the tower, for hosts with several.
         projections: Random projections per page, for `gate`.
-        seed: Of the projections.
+        seed: Seed of the projections.
 
     Returns:
-        `{layer: {"row": [heads], "col": [heads]}}`, heads in ascending order: what `init_heads` takes.
+        `{layer: {"row": [heads], "col": [heads]}}`, heads in ascending order, for `init_heads`.
 
     Raises:
         InjectionError: An option is unknown or out of range, or no layer has two heads.
-        DataError: There are no pages, or they cannot tell rows from columns, or their form does not fit the tower.
+        DataError: There are no pages, they are too small to distinguish rows from columns, or their form does not fit
+            the tower.
         NoMatchingBackboneError: No tower was found.
         ObservationError: Attention cannot be read (flash attention, a compiled tower).
         LayoutError: The tower's tokens lie on no grid (adaptive or merged tokens).
@@ -92,7 +94,7 @@ def _layers(vision: FoundTower, wanted: Sequence[int] | None) -> list[int]:
     wrong = [layer for layer in numbers if isinstance(layer, bool) or not 0 <= layer < total]
     if wrong:
         raise InjectionError(f"layers={wanted} names layer {wrong[0]}; the tower has layers 0..{total - 1}.")
-    several = [n for n in numbers if int(getattr(vision.attentions[n][1], "num_heads", 0)) > 1]
+    several = [n for n in numbers if head_count(vision.attentions[n][1], vision.tower) > 1]
     if not several:
         raise InjectionError(
             f"No layer of {list(numbers)} has two heads, so none can be shared between rows and columns."
@@ -101,9 +103,9 @@ def _layers(vision: FoundTower, wanted: Sequence[int] | None) -> list[int]:
 
 
 def _pages(vision: FoundTower, pages: Tensor | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Keyword arguments for one page each, on the device and in the dtype of the tower."""
+    """Keyword arguments of the tower for each page, on its device and in its dtype."""
     if isinstance(pages, Tensor):
-        if vision.backbone.segment_layouts is not None or pages.ndim != 4:
+        if vision.backbone.joined != "batch" or pages.ndim != 4:
             raise DataError(
                 f"pages {tuple(pages.shape)} must be images [pages, 3, height, width]; a {vision.backbone.name} tower "
                 "takes a list with the keyword arguments of its forward."
@@ -124,7 +126,7 @@ def _placed(value: Any, like: Tensor) -> Any:
 
 @contextmanager
 def _state_kept(tower: nn.Module) -> Iterator[None]:
-    """What SFA in the tower remembers of its inputs is forgotten again."""
+    """Context that restores what SFA in the tower has recorded of its inputs."""
     state = state_of(tower, "sfa")
     before = None if state is None else (dict(state.seen), dict(state.layouts))
     try:
@@ -135,7 +137,7 @@ def _state_kept(tower: nn.Module) -> Iterator[None]:
 
 
 def _strongest(ratios: Tensor) -> LayerHeads:
-    """The largest ratio picks first, `[2, heads]`; of equal ones rows, then the lower head."""
+    """Assigns heads in descending order of their ratios, `[2, heads]`; ties go to rows, then to the lower head."""
     count = max(1, ratios.shape[1] // 3)
     heads: LayerHeads = {axis: [] for axis in AXES}
     for place in torch.argsort(ratios.flatten(), descending=True, stable=True).tolist():
@@ -146,7 +148,7 @@ def _strongest(ratios: Tensor) -> LayerHeads:
 
 
 def _weakest(energy: Tensor) -> LayerHeads:
-    """In turns, from the smallest, `[heads]`; of equal ones the lower head."""
+    """Assigns heads to rows and columns in turns, in ascending order of energy, `[heads]`; ties to the lower head."""
     count = max(1, len(energy) // 3)
     order = torch.argsort(energy, stable=True)[: 2 * count].tolist()
     return {"row": sorted(order[::2]), "col": sorted(order[1::2])}

@@ -1,4 +1,4 @@
-"""How much attention a head already gives to the row and to the column of a token, over what chance would give."""
+"""Attention of each head to the row and to the column of the query token, relative to uniform attention."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["AxisMass", "axis_affinity"]
 
 
 class AxisMass(Reader):
-    """Attention that tokens give to the others of their row and of their column, summed over tokens, `[2, 2, H]`.
+    """Reader of the attention of tokens to the others in their row and column, summed over tokens, `[2, 2, H]`.
 
-    The first index is 0 for the mass and 1 for what uniform attention over the same visible keys would give; the second
-    is 0 for rows and 1 for columns. Tokens without a place (CLS, registers) and tokens that nobody may see (padding)
-    are left out as queries, and are in no row. A token's attention to itself is in neither. Tokens of different sizes
-    share a row by the overlap of their extents, as in the bias. Memory is linear in tokens.
+    The first index is 0 for the attention mass and 1 for that of uniform attention over the same visible keys; the
+    second is 0 for rows and 1 for columns. Tokens without a place on the page (CLS, registers) and masked tokens
+    (padding) are left out as queries, and are in no row. A token's attention to itself is in neither. Tokens of
+    different sizes share a row by the overlap of their extents, as in the bias. Memory is linear in tokens.
 
     Args:
-        layout_of: Gives where the tokens of a call lie.
+        layout_of: Function from an attention call to the layout of its tokens.
     """
 
     def __init__(self, layout_of: Callable[[AttentionCall], TokenLayout]) -> None:
@@ -36,11 +36,11 @@ class AxisMass(Reader):
         self.layout_of = layout_of
 
     def begin(self, call: AttentionCall) -> tuple[TokenLayout, Tensor]:
-        """The layout, and sums."""
+        """The layout of the call, and zeros for the sums."""
         return self.layout_of(call), torch.zeros(2, 2, call.num_heads, dtype=torch.float64, device=call.device)
 
     def block(self, state: tuple[TokenLayout, Tensor], call: AttentionCall, rows: Rows) -> None:
-        """Adds some rows."""
+        """Adds a block of rows."""
         layout, sums = state
         visible = (rows.logits > HIDDEN / 2).float()
         itself = rows.index[:, None].expand(*rows.logits.shape[:-1], 1)
@@ -59,15 +59,15 @@ class AxisMass(Reader):
 
 
 def axis_affinity(vision: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Mean attention of spatial tokens to their own row and column, over that of uniform attention.
+    """Mean attention of spatial tokens to their own row and column, divided by that of uniform attention.
 
     Args:
-        vision: The tower; run it in eval mode.
+        vision: The tower, in eval mode.
         pages: Keyword arguments of its forward.
         layers: Numbers of attention layers.
 
     Returns:
-        By layer `[2, heads]`, fp64: rows, then columns; 1 is what uniform attention has.
+        By layer `[2, heads]`, fp64: rows, then columns; 1 for uniform attention.
 
     Raises:
         DataError: No page has two tokens in a row and two in a column.

@@ -1,4 +1,4 @@
-"""`calibrate_heads`: how much each attention head matters, from prompts with images.
+"""`calibrate_heads`: scores how much each attention head matters, from prompts with images.
 
     s4      mean over text queries of (variance + gamma * mean) of their attention over the image tokens
     gate    mean over samples of |dL/dg|, g = 1 a factor on a head where it enters the output projection
@@ -6,9 +6,9 @@
             standardised within its layer, mean over the channels of a head (FLAP, arXiv 2312.11983)
     random  uniform numbers, to compare with
 
-The published description of s4 names no axis of the variance. Here it is over the image tokens that a query sees
-(population variance), and then averaged over the text queries behind the first image token. Gates stand in front of the
-output projection, since behind it the heads are mixed.
+The published description of s4 does not define the axis of the variance. Here it is over the image tokens that a query
+sees (population variance), and then averaged over the text queries behind the first image token. Gates are before the
+output projection, which mixes the heads.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ def calibrate_heads(
     data: str = "",
     progress: bool = True,
 ) -> HeadScores:
-    """Scores the attention heads of a model. The model is left as it was.
+    """Scores the attention heads of a model, which is not changed.
 
     Args:
         model: A vision-language model of transformers with `sdpa` or `eager` attention.
         batches: Keyword arguments of the model, prompts with their images: `input_ids` and `attention_mask` `[B, L]`,
-            `pixel_values`, and so on. "gate" takes `labels` `[B, L]` where they are there, and else predicts the text
-            behind the first image token. Every sample weighs the same. "random" needs none.
+            `pixel_values`, and so on. "gate" uses `labels` `[B, L]` if there are some, and otherwise predicts the text
+            behind the first image token. Every sample has the same weight. "random" needs none.
         method: "s4", "gate", "flap" or "random", as above.
         gamma: Weight of the mean in "s4"; 0.4 was published.
-        modules: "language" or "vision", the tower; "s4" reads text, so it knows only the first.
-        image_token_id: The placeholder of images in the prompt; by default what the config names.
-        seed: Of "random".
-        data: What the batches are, for the record.
-        progress: Show a bar.
+        modules: "language", or "vision" for the tower; "s4" needs text queries, so it supports only the first.
+        image_token_id: Id of the image placeholder in the prompt; by default that in the config.
+        seed: Seed of "random".
+        data: Description of the batches, for the record.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The scores. Samples that cannot be measured are counted in `data["skipped"]` with the reason; so are batches for
-        which the device has no room, even when they are read in smaller blocks.
+        The scores. Samples that cannot be measured are counted in `data["skipped"]` with the reason; so are batches
+        that do not fit into the memory of the device even when they are read in smaller blocks.
 
     Raises:
         RecipeError: An option is unknown, the method does not fit the modules or packed 4-bit weights, two layers share
@@ -105,7 +105,7 @@ def calibrate_heads(
 
 
 def check_method(method: str, gamma: float) -> None:
-    """Checks two options of `calibrate_heads`.
+    """Checks `method` and `gamma` of `calibrate_heads`.
 
     Raises:
         RecipeError: There is no such method, or gamma is no number of at least 0.
@@ -117,7 +117,7 @@ def check_method(method: str, gamma: float) -> None:
 
 
 def _measured(measure: Measure, batch: dict[str, Any], count: int) -> None:
-    """Takes a batch; where memory runs out, once more in smaller blocks, and then without it."""
+    """Measures a batch; when out of memory, again in smaller blocks; if that fails too, skips it."""
     for block_bytes in (2**23, 2**19):
         try:
             measure.take(batch, block_bytes)
@@ -136,7 +136,7 @@ def _tuples(values: Mapping[str, Iterable[float]]) -> dict[str, tuple[float, ...
 
 @contextmanager
 def _bar(shown: bool, total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar; gives what moves it on."""
+    """Shows a progress bar; yields the function that advances it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("calibrating heads"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -1,13 +1,13 @@
-"""What the heads that stay do for those that go. All of it changes weights once; a forward costs nothing more.
+"""How the kept heads make up for the pruned ones. All of it changes weights once; a forward costs nothing more.
 
-* `none`: nothing; the same as heads whose output is zero.
-* `absorb`: the columns of the output projection that stay, times heads / heads that stay. Exact when all heads of a
+* `none`: nothing; equal to setting the output of the removed heads to zero.
+* `absorb`: the kept columns of the output projection are multiplied by heads / kept heads. Exact if all heads of a
   layer contribute the same. It scales the sum of the heads, never query and key, which would sharpen attention.
-* `bias`: the output projection gets what the removed heads give on average as a bias (FLAP, Fluctuation-based Adaptive
-  Structured Pruning, arXiv 2312.11983). Exact when they give the same to every token.
-* `residual`: a removed head moves a little into the head that is most like it. With c the cosine of their values and
-  output columns taken together, beta = 0.1 * max(c, 0): V_kept += beta * V_removed, and O likewise. All that arrives at
-  one head is clipped to 0.1 of the norm of what it had (the original code says "norm-clipped" and not how).
+* `bias`: the mean output of the removed heads is added as a bias to the output projection (FLAP, Fluctuation-based
+  Adaptive Structured Pruning, arXiv 2312.11983). Exact if their output is the same for every token.
+* `residual`: a share of a removed head is added to the most similar kept head. With c the cosine of their values and
+  output columns taken together, beta = 0.1 * max(c, 0): V_kept += beta * V_removed, O_kept += beta * O_removed. All
+  that is added to one head is clipped to 0.1 of its norm (the original code has "norm-clipped" without details).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["COMPENSATIONS", "Compensation", "add_mean_bias", "check_compensation
 
 Compensation = Literal["none", "absorb", "bias", "residual"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
-SHARE = 0.1  # of a removed head that moves at most, and of a kept head's norm that may arrive
+SHARE = 0.1  # largest share of a removed head that is moved, and of a kept head's norm that is added
 
 
 def check_compensation(compensation: str, batches: Iterable[Mapping[str, Any]] | None) -> None:
-    """Checks the two options of `prune_heads` against each other.
+    """Checks that `compensation` and `batches` of `prune_heads` fit together.
 
     Raises:
-        RecipeError: There is no such compensation, or it needs batches that were not given.
+        RecipeError: There is no such compensation, it needs batches that are missing, or it takes none.
     """
     if compensation not in COMPENSATIONS:
         raise RecipeError(f"compensation={compensation!r} must be one of {list(COMPENSATIONS)}.")
@@ -50,10 +50,10 @@ def check_compensation(compensation: str, batches: Iterable[Mapping[str, Any]] |
 def mean_inputs(
     model: nn.Module, outputs: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """Mean input of output projections over all tokens that are no padding.
+    """Measures the mean input of output projections over all tokens except padding.
 
     Args:
-        model: Runs in eval mode meanwhile.
+        model: The model; it runs in eval mode here.
         outputs: The projections by the path of their attention module.
         batches: Keyword arguments of its forward.
 
@@ -69,7 +69,7 @@ def mean_inputs(
     tower = _tower_modules(model)
 
     def note(path: str, states: Tensor) -> None:
-        # The mask is of the prompt: patches of a tower may be as many by chance.
+        # The mask is of the prompt; a tower may have the same number of patches by chance.
         if mask is not None and id(outputs[path]) not in tower and mask.shape == states.shape[:-1]:
             states = states[mask.bool()]
         tokens = states.flatten(0, -2)
@@ -93,7 +93,7 @@ def mean_inputs(
 
 
 def _tower_modules(model: nn.Module) -> set[int]:
-    """Identities of all modules inside of the vision tower; none where there is not just one."""
+    """Ids of all modules inside of the vision tower; empty if the model does not have exactly one."""
     try:
         return {id(module) for module in find_tower(model).tower.modules()}
     except (NoMatchingBackboneError, InjectionError):  # none, or several
@@ -101,9 +101,16 @@ def _tower_modules(model: nn.Module) -> set[int]:
 
 
 def add_mean_bias(edits: Edits, path: str, output: nn.Module, removed: Tensor, mean: Tensor) -> bool:
-    """Gives the output projection the mean of what the removed channels add, with LoRA as it is now.
+    """Adds the mean contribution of the removed channels, active LoRA included, to the output projection's bias.
 
     Call it before the columns are sliced.
+
+    Args:
+        edits: Collects the new bias.
+        path: Path of the projection, for messages.
+        output: The output projection.
+        removed: Numbers of the removed channels.
+        mean: Mean input of the projection, `[channels]`.
 
     Returns:
         Whether the projection had no bias before.
@@ -126,10 +133,18 @@ def add_mean_bias(edits: Edits, path: str, output: nn.Module, removed: Tensor, m
 def move_residual(
     edits: Edits, path: str, module: nn.Module, geometry: HeadGeometry, kept: tuple[int, ...], removed: tuple[int, ...]
 ) -> None:
-    """Moves a share of every removed head into the kept head that is most like it.
+    """Adds a share of every removed head to the most similar kept head.
 
-    Call it before anything is sliced. Heads of one key/value group have their values in common: then only the output
-    columns move, and they alone are clipped.
+    Call it before anything is sliced. Heads of one key/value group share their values: then only the output columns
+    are moved and clipped.
+
+    Args:
+        edits: Collects the new weights.
+        path: Path of the attention module, for messages.
+        module: The attention module.
+        geometry: Its heads.
+        kept: Numbers of the kept heads.
+        removed: Numbers of the removed heads.
 
     Raises:
         InjectionError: LoRA is around the values or the output: their low-rank parts cannot be moved.
@@ -178,6 +193,6 @@ def move_residual(
 
 
 def _clip(added: Tensor, had: Tensor) -> Tensor:
-    """Rows of at most `SHARE` of the norm of the rows that they are added to."""
+    """Clips each added row to `SHARE` of the norm of the row that it is added to."""
     norm = added.norm(dim=1, keepdim=True)
     return added * (SHARE * had.norm(dim=1, keepdim=True) / norm.clamp_min(1e-30)).clamp_max(1.0)

@@ -1,8 +1,8 @@
-"""How much faster arithmetic says that a model gets without some of its heads: no clock, no weights needed.
+"""Expected speed-up from pruning heads, from counted bytes and operations: nothing is timed, no weights are needed.
 
-Decoding one token reads every weight of the language model once, and the keys and values of all tokens so far; a
-device that waits for memory takes time in proportion to those bytes. Prefill multiplies, so its floating-point
-operations count. Both are bounds for what pruning can bring: launches, norms and softmax cost the same as before.
+Decoding one token reads every weight of the language model once, and the keys and values of all tokens so far; on a
+memory-bound device the time is proportional to these bytes. Prefill is compute-bound, so its floating-point operations
+count. Both are upper bounds of the speed-up: kernel launches, norms and softmax cost the same as before.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["can_answer", "decode_bytes", "expected_speedup", "flops_of"]
 
 
 def expected_speedup(model: nn.Module, plan: HeadPlan, length: int = 0) -> float:
-    """How much faster a plan can make decoding, before anything is pruned: bytes before over bytes after.
+    """Largest speed-up of decoding that a head plan allows: bytes read before over bytes read after. Nothing is pruned.
 
     Args:
         model: The model with all its heads. Nothing runs, so it may be on the meta device.
-        plan: Which heads would go.
+        plan: The heads to prune.
         length: Tokens whose keys and values a step reads: prompt and answer so far, of all rows of a batch together.
 
     Returns:
-        1.11 for a step that reads 11% more before than after. Heads of a tower change nothing here.
+        The ratio, e.g. 1.11 if a step reads 11% more before than after. Heads of a tower have no influence.
 
     Raises:
         InjectionError: The plan does not fit the model, or the model has no language model.
@@ -51,14 +51,14 @@ def expected_speedup(model: nn.Module, plan: HeadPlan, length: int = 0) -> float
 def decode_bytes(model: nn.Module, length: int = 0, plan: HeadPlan | None = None) -> int:
     """Bytes that decoding one token reads: weights of the language model, and its keys and values.
 
-    Weights are those of all layers, the last norm and `lm_head`. The table of embeddings is left out, since one row of
-    it is read, unless it is `lm_head` as well; so are tower and projector. Every token of the cache counts in every
+    The weights are those of all layers, the last norm and `lm_head`. The embedding table is left out, since one row of
+    it is read, unless it is tied to `lm_head`; so are tower and projector. Every token of the cache counts in every
     layer (sliding windows read less).
 
     Args:
-        model: The model, pruned or not; the meta device will do.
+        model: The model, pruned or not; it may be on the meta device.
         length: Tokens in the cache, of all rows of a batch together.
-        plan: Heads that are taken as gone.
+        plan: Heads to count as pruned.
 
     Raises:
         InjectionError: The plan does not fit the model, or the model has no language model.
@@ -86,10 +86,10 @@ def decode_bytes(model: nn.Module, length: int = 0, plan: HeadPlan | None = None
 
 
 def flops_of(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Floating-point operations of the matrix products of one forward; of the first token where a model answers.
+    """Floating-point operations of the matrix products of one forward, or of the first token if the model generates.
 
-    Counted by `torch.utils.flop_counter` on the forward itself, `scaled_dot_product_attention` included (also on a
-    CPU). A causal mask saves nothing in this count.
+    Counted by `torch.utils.flop_counter` during the forward, with `scaled_dot_product_attention` (also on a CPU). A
+    causal mask does not reduce the count.
     """
     with torch.no_grad(), flop_counter() as counter:
         if can_answer(model):
@@ -100,13 +100,13 @@ def flops_of(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 def can_answer(model: nn.Module) -> bool:
-    """Whether `generate` works: a bare tower or language model without a head has hidden states only."""
+    """Whether a model can generate; a bare tower, or a language model without a head, gives only hidden states."""
     base = plain_model(model)
     return isinstance(base, PreTrainedModel) and bool(base.can_generate())
 
 
 def _stays(model: nn.Module, base: nn.Module, decoder: nn.Module, plan: HeadPlan) -> dict[int, Fraction]:
-    """Shares of attention modules (of their keys and values) and of their parameters that stay, by id."""
+    """Kept share of the keys and values of each attention module, and of its parameters, by id."""
     modules = dict(model.named_modules()) | dict(base.named_modules())
     inside = {id(module) for module in decoder.modules()}
     stays: dict[int, Fraction] = {}
@@ -130,7 +130,7 @@ def _stays(model: nn.Module, base: nn.Module, decoder: nn.Module, plan: HeadPlan
         stays[id(attention)] = value
         for path, parameter in attention.named_parameters():
             part = path.partition(".")[0]
-            # The side of LoRA and of the bias that does not meet the heads keeps its size.
+            # The dimension of LoRA matrices and of the bias that is not one of heads keeps its size.
             apart = "lora_B" in path or path.endswith("bias") if part == "o_proj" else "lora_A" in path
             if part in shares and not apart:
                 stays[id(parameter)] = shares[part]

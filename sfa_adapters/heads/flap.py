@@ -1,6 +1,6 @@
-"""The score of FLAP (Fluctuation-based Adaptive Structured Pruning, arXiv 2312.11983).
+"""The head score of FLAP (Fluctuation-based Adaptive Structured Pruning, arXiv 2312.11983).
 
-Heads whose output hardly varies go: their mean can stand for them, which is what `compensation="bias"` adds.
+Heads whose output hardly varies are removed: their mean can replace them, which `compensation="bias"` adds.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["FlapScore"]
 
 
 class FlapScore(Measure):
-    """Variance of the channels times the squared norm of their columns, standardised within a layer."""
+    """FLAP score: variance of the channels times the squared norm of their columns, standardised within a layer."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, HeadLayer], modules: str) -> None:
         super().__init__(model, layers)
         self.language = modules == "language"
         self.norms = {name: _column_norms(name, layer) for name, layer in layers.items()}
-        # Of each channel: how many tokens, their mean, the sum of the squared deviations.
+        # For each channel: number of tokens, their mean, sum of squared deviations.
         self.moments: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def take(self, batch: dict[str, Any], block_bytes: int) -> None:
@@ -50,10 +50,10 @@ class FlapScore(Measure):
         self.samples += len(ids)
 
     def scores(self) -> dict[str, list[float]]:
-        """Means over the channels of a head."""
+        """Scores of the heads: means over their channels."""
         layer_scores = {}
         for name, layer in self.layers.items():
-            # A variance up to the number of tokens, which standardising takes out.
+            # The variance times the number of tokens, a factor that the standardisation removes.
             channels = self.moments[name][2] * self.norms[name]
             spread = channels.std().clamp(min=torch.finfo(torch.float64).tiny)
             channels = (channels - channels.mean()) / spread
@@ -73,14 +73,14 @@ def _column_norms(name: str, layer: HeadLayer) -> Tensor:
 
 
 def _moments(tokens: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Of `[n, channels]`: n, means, sums of squared deviations."""
+    """Moments of `[n, channels]`: n, means, sums of squared deviations."""
     tokens = tokens.float()
     mean = tokens.mean(0)
     return len(tokens), mean.double().cpu(), (tokens - mean).square().sum(0).double().cpu()
 
 
 def _joined(one: tuple[int, Tensor, Tensor], two: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
-    """The moments of both together (Chan, Golub, LeVeque 1979)."""
+    """Combines the moments of two samples (Chan, Golub, LeVeque 1979)."""
     count, apart = one[0] + two[0], two[1] - one[1]
     mean = one[1] + apart * two[0] / count
     return count, mean, one[2] + two[2] + apart.square() * one[0] * two[0] / count

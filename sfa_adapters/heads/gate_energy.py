@@ -1,4 +1,4 @@
-"""How much each head of a tower does to its output, without labels: the diagonal of J^T J over head gates."""
+"""Importance of each head of a tower for its output, without labels: the diagonal of J^T J over head gates."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["gate_energy"]
 def gate_energy(
     vision: FoundTower, pages: Sequence[Mapping[str, Any]], layers: Sequence[int], projections: int, seed: int
 ) -> dict[int, Tensor]:
-    """Estimates, for a factor g = 1 on each head in front of its output projection, sum |d output / d g|^2.
+    """Estimates sum |d output / d g|^2 for a factor g = 1 on each head before its output projection.
 
     For a random v with independent entries of variance 1, E (d <v, output> / d g)^2 is that sum, so a few v per page
     estimate it. No parameter gets a gradient.
 
     Args:
-        vision: The tower; run it in eval mode.
+        vision: The tower, in eval mode.
         pages: Keyword arguments of its forward.
         layers: Numbers of attention layers.
         projections: Random v per page.
-        seed: Of v.
+        seed: Seed of v.
 
     Returns:
         By layer `[heads]`, fp64: the mean over v of the sum over pages.

@@ -1,8 +1,8 @@
-"""`HeadPlan`: which attention heads of which layers go. Made by `plan_heads`, carried out by `prune_heads`.
+"""`HeadPlan`: which attention heads to prune from which layers. Made by `plan_heads`, applied by `prune_heads`.
 
-Query heads are numbered as in the model that was measured. Under grouped-query attention query head h reads key/value
-head h // (num_heads / num_kv_heads), and every layer computes with one number of query heads per key/value head. So a
-layer may lose whole groups, and an equal number of query heads from each group that is left.
+Query heads are numbered as in the model before pruning. With grouped-query attention query head h reads key/value head
+h // (num_heads / num_kv_heads), and a layer must have the same number of query heads for every key/value head. So whole
+groups can be removed, and an equal number of query heads from each remaining group.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which heads go.
+    """Which attention heads to prune from which layers.
 
     Attributes:
-        removed: For each attention module (its path), the query heads that go, sorted; an empty tuple where all stay.
+        removed: For each attention module (its path), the query heads to prune, sorted; an empty tuple where all stay.
         num_heads: Query heads of each of these modules before pruning.
         num_kv_heads: Key/value heads of each of them before pruning; the same number without grouped queries.
-        how: How the plan was made (kind, rate, scores); told, not used.
+        how: How the plan was made (kind, rate, scores), for the record only.
 
     Raises:
-        RecipeError: The plan is empty, the modules of the three do not agree, a head does not exist or stands twice,
-            a layer would lose all its heads, or the groups that are left would not have equal numbers of query heads.
+        RecipeError: The plan is empty, the modules of the three differ, a head does not exist or is named twice, a
+            layer would lose all its heads, or the remaining groups would not have equal numbers of query heads.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -50,7 +50,7 @@ class HeadPlan:
             )
         for name in self.num_heads:
             self._check(name)
-        # Copies: a plan that changes after it was checked is none.
+        # Copies, so that the plan cannot change after it was checked.
         object.__setattr__(self, "removed", {name: tuple(heads) for name, heads in self.removed.items()})
         object.__setattr__(self, "num_heads", dict(self.num_heads))
         object.__setattr__(self, "num_kv_heads", dict(self.num_kv_heads))
@@ -77,7 +77,7 @@ class HeadPlan:
             )
 
     def kept(self, name: str) -> tuple[int, ...]:
-        """The query heads of a module that stay, sorted."""
+        """The query heads of a module that are kept, sorted."""
         gone = set(self.removed[name])
         return tuple(h for h in range(self.num_heads[name]) if h not in gone)
 
@@ -92,12 +92,12 @@ class HeadPlan:
 
     @property
     def count(self) -> int:
-        """Query heads that go."""
+        """Number of query heads to prune."""
         return sum(len(heads) for heads in self.removed.values())
 
     @property
     def rate(self) -> float:
-        """Share of the query heads that go, 0 to 1."""
+        """Share of the query heads to prune, 0 to 1."""
         return self.count / self.total
 
     def to_json(self) -> str:
@@ -114,10 +114,10 @@ class HeadPlan:
 
     @classmethod
     def from_json(cls, text: str) -> HeadPlan:
-        """The plan that `to_json` wrote.
+        """Reads a plan that `to_json` wrote.
 
         Raises:
-            RecipeError: The text is no head plan, is of a newer version, or the plan cannot be carried out.
+            RecipeError: The text is not a head plan, has another version, or the plan cannot be applied.
         """
         try:
             record = json.loads(text)
@@ -142,7 +142,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _by_group(heads: tuple[int, ...], size: int) -> dict[int, tuple[int, ...]]:
-    """Query heads by the key/value head that they read; groups without one are not there."""
+    """Groups query heads by the key/value head that they read; empty groups are left out."""
     groups: dict[int, list[int]] = {}
     for head in heads:
         groups.setdefault(head // size, []).append(head)

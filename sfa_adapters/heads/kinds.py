@@ -1,7 +1,8 @@
-"""How the heads of one kind of attention module lie in its projections: what `prune_heads` has to know of a class.
+"""`AttentionKind`: where the heads of a class of attention modules are in its projections, as `prune_heads` needs it.
 
-A class gets a record once its forward was read: it must take its head counts from the module or from the shapes of its
-projections, never from the configuration. Classes without one are refused, since a wrong guess would still run.
+Before adding a record, read the forward of the class: it must take its head counts from the module or from the shapes
+of its projections, never from the configuration. Classes without a record are refused, because a wrong guess would run
+without an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sfa_adapters.errors import InjectionError
+from sfa_adapters.moved import know_old_names
 
 __all__ = [
     "AttentionKind",
@@ -25,16 +27,18 @@ __all__ = [
     "register_attention_kind",
 ]
 
+know_old_names(__name__)
+
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """One kind of attention module.
+    """The record of one kind of attention module.
 
     Attributes:
-        classes: Patterns over `module.Class`, as in `fnmatch`.
-        output: Name of the projection behind the heads.
-        fused: Name of the one projection of query, key and value (in this order); None where there are three.
-        widths: Attributes of the module that hold the width of all its heads together.
+        classes: Patterns of `module.Class`, as in `fnmatch`.
+        output: Name of the output projection.
+        fused: Name of the joint projection of query, key and value (in this order); None if there are three.
+        widths: Attributes of the module that hold the total width of all its heads.
     """
 
     classes: tuple[str, ...]
@@ -66,12 +70,12 @@ _KINDS: list[AttentionKind] = [
 
 
 def attention_kinds() -> tuple[AttentionKind, ...]:
-    """All records."""
+    """All registered kinds of attention modules."""
     return tuple(_KINDS)
 
 
 def register_attention_kind(kind: AttentionKind) -> AttentionKind:
-    """Adds a kind of attention module whose heads can be removed; in the file of a host or of a tower, for its layers.
+    """Registers a kind of attention module whose heads can be removed; call it in the file of the host or tower.
 
     Args:
         kind: The record.
@@ -92,10 +96,10 @@ def register_attention_kind(kind: AttentionKind) -> AttentionKind:
 
 @dataclass(frozen=True)
 class HeadGeometry:
-    """The heads of one attention module as it is now.
+    """The present heads of one attention module.
 
     Attributes:
-        kind: What kind of module it is.
+        kind: Its record.
         num_heads: Query heads.
         num_kv_heads: Key/value heads.
         head_dim: Channels of a head.
@@ -113,6 +117,9 @@ def read_geometry(path: str, module: nn.Module) -> HeadGeometry:
     Args:
         path: Its path, for messages.
         module: The module.
+
+    Returns:
+        Its record and head counts.
 
     Raises:
         InjectionError: Its class is not known, its heads are not independent of each other, or a projection cannot be
@@ -149,7 +156,7 @@ def read_geometry(path: str, module: nn.Module) -> HeadGeometry:
 
 
 def base_linear(path: str, module: nn.Module) -> nn.Linear:
-    """The linear layer itself, where LoRA is around it the one inside.
+    """Returns a linear layer itself, or the one inside a LoRA wrapper, after checking that it can be sliced.
 
     Args:
         path: Its path, for messages.

@@ -1,4 +1,4 @@
-"""The attention modules of a model, how many heads each has, and what tells the model from others."""
+"""Finds the attention modules of a model with their heads, and identifies the model by its weights."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sfa_adapters.registry import find_tower
 
 __all__ = ["HeadLayer", "entering", "head_layer", "head_layers", "model_identity", "weights_digest"]
 
-_SAMPLED = 64  # entries of each weight that tell one model from another
+_SAMPLED = 64  # entries of each weight in the digest
 _OUTPUTS = ("o_proj", "out_proj", "proj", "projection_layer")  # in this order: some towers have several
 
 
 @dataclass(frozen=True, eq=False)
 class HeadLayer:
-    """The heads of one attention module.
+    """One attention module with its heads.
 
     Attributes:
         module: The attention module.
-        output: Its output projection; query head h feeds the columns h * head_dim to (h + 1) * head_dim.
+        output: Its output projection; query head h enters the columns h * head_dim to (h + 1) * head_dim.
         num_heads: Query heads.
         num_kv_heads: Key/value heads.
         head_dim: Channels of a head.
@@ -48,7 +48,7 @@ def head_layers(model: nn.Module, modules: str = "language") -> dict[str, HeadLa
 
     Args:
         model: A language model, a tower or a whole vision-language model.
-        modules: "language": the layers of the language model; "vision": those layers of the tower that are read.
+        modules: "language": the layers of the language model; "vision": the layers of the tower that the host reads.
 
     Raises:
         RecipeError: `modules` is unknown, or two layers share a module or a weight.
@@ -66,7 +66,7 @@ def head_layers(model: nn.Module, modules: str = "language") -> dict[str, HeadLa
 
 
 def model_identity(model: nn.Module, layers: Mapping[str, HeadLayer]) -> dict[str, str]:
-    """What tells a model from others: its class, its name, and a digest of the attention weights.
+    """Identifies a model by its class, its name, and a digest of its attention weights.
 
     Args:
         model: The model.
@@ -86,10 +86,10 @@ def head_layer(name: str, module: nn.Module) -> HeadLayer:
 
     Args:
         name: Its path, for messages.
-        module: It.
+        module: The module.
 
     Raises:
-        RecipeError: It has no output projection that is known.
+        RecipeError: It has no output projection with a known name.
     """
     output = next((getattr(module, n) for n in _OUTPUTS if isinstance(getattr(module, n, None), nn.Module)), None)
     width = getattr(output, "in_features", None)
@@ -114,17 +114,17 @@ def _refuse_shared(model: nn.Module, inside: Mapping[str, nn.Module]) -> None:
             if first != path:
                 raise RecipeError(
                     f"{first} and {path} share {'a weight' if isinstance(thing, nn.Parameter) else 'one module'}: "
-                    "heads that went from one would go from the other. Untie them first (copy.deepcopy of one)."
+                    "heads pruned in one would be missing in the other. Untie them first (copy.deepcopy of one)."
                 )
 
 
 def weights_digest(modules: Mapping[str, nn.Module]) -> str:
-    """Of names, shapes and some entries of each weight, in bfloat16: the same however the model was loaded."""
+    """Digest of names, shapes and some entries of each weight, in bfloat16: the same for any dtype of loading."""
     digest = hashlib.sha256()
     for path, module in modules.items():
         for name, parameter in module.named_parameters():
             flat = parameter.detach().flatten()
-            # In whole numbers: float32 cannot count beyond 2^24, and large weights have more entries.
+            # With integers: float32 is not exact above 2^24, and large weights have more entries.
             count = min(_SAMPLED, flat.numel())
             chosen = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
             values = flat[chosen].to(torch.bfloat16).float().cpu()
@@ -134,7 +134,12 @@ def weights_digest(modules: Mapping[str, nn.Module]) -> str:
 
 @contextmanager
 def entering(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Shows what enters some modules, output projections say; what `see` gives back, if anything, enters instead."""
+    """Context in which `see` gets the input of each module (e.g. of output projections), and may replace it.
+
+    Args:
+        modules: Modules by name.
+        see: Function of a name and the first positional input; a returned tensor replaces the input.
+    """
 
     def hook(name: str) -> Callable[..., Any]:
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

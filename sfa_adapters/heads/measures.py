@@ -1,7 +1,7 @@
-"""What each method of `calibrate_heads` takes from a batch, and the scores that come of it.
+"""The measurements of `calibrate_heads`: what each method accumulates from batches, and its scores.
 
-Nothing grows with the number of samples: a sum per head, or a mean and a variance per channel, in fp64 on the CPU.
-A batch counts only when all of it went through, so that running out of memory half-way leaves no trace.
+Memory does not grow with the number of samples: a sum per head, or a mean and a variance per channel, in fp64 on the
+CPU. A batch is added only when it was measured completely, so running out of memory half-way has no effect.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _IGNORE = -100  # the label that transformers leaves out of the loss
 
 
 class Measure(ABC):
-    """Sums of a method over samples.
+    """Base of the methods: accumulates a measurement over samples.
 
     Attributes:
-        samples: How many count.
-        skipped: Those that do not.
+        samples: Number of measured samples.
+        skipped: Samples that were not measured.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, HeadLayer]) -> None:
@@ -43,11 +43,11 @@ class Measure(ABC):
 
     @abstractmethod
     def take(self, batch: dict[str, Any], block_bytes: int) -> None:
-        """Measures a batch; `block_bytes` as in `observe`."""
+        """Measures a batch and adds it; `block_bytes` as in `observe`."""
 
     @abstractmethod
     def scores(self) -> dict[str, list[float]]:
-        """For each layer one number per head."""
+        """The scores: for each layer one number per head."""
 
     def skip(self, count: int, reason: str) -> None:
         """Counts samples that cannot be measured."""
@@ -55,7 +55,7 @@ class Measure(ABC):
         self.skipped.extend(Skip(number + i, reason) for i in range(count))
 
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
-        """Runs the model without labels; options that it does not know are left out."""
+        """Runs the model without labels, with those options that its forward accepts."""
         model: Any = self.model
         known = forward_names(model)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -63,14 +63,14 @@ class Measure(ABC):
 
 
 class _PerSample(Measure):
-    """A mean over samples of one number per head."""
+    """Base of methods whose score is a mean over samples of one number per head."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, HeadLayer]) -> None:
         super().__init__(model, layers)
         self.sums = {n: torch.zeros(layer.num_heads, dtype=torch.float64) for n, layer in layers.items()}
 
     def add(self, batch_values: Mapping[str, Tensor], reasons: list[str | None]) -> None:
-        """Adds `[B, H]` of each layer for the samples without a reason against it."""
+        """Adds the values `[B, H]` of each layer for the samples without a reason to skip them."""
         good = torch.tensor([reason is None for reason in reasons])
         for name, values in batch_values.items():
             self.sums[name] += values.double().cpu()[good].sum(0)
@@ -81,12 +81,12 @@ class _PerSample(Measure):
                 self.skip(1, reason)
 
     def scores(self) -> dict[str, list[float]]:
-        """Means."""
+        """The means over samples."""
         return {name: (values / self.samples).tolist() for name, values in self.sums.items()}
 
 
 class S4Score(_PerSample):
-    """Variance + gamma * mean of text-to-image attention."""
+    """S4 score: variance + gamma * mean of the attention from text to image tokens."""
 
     def __init__(
         self,
@@ -119,14 +119,14 @@ class S4Score(_PerSample):
 
 
 class GateScore(_PerSample):
-    """|dL/dg| of a factor g = 1 on each head, at the input of the output projection; L is the mean over labels."""
+    """Gate score: |dL/dg| of a factor g = 1 on each head before the output projection; L is the mean over labels."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, HeadLayer], image_token_id: int | None) -> None:
         super().__init__(model, layers)
         self.image_token_id = image_token_id
 
     def take(self, batch: dict[str, Any], block_bytes: int) -> None:
-        """One forward and one backward, which reaches the gates only."""
+        """Runs one forward and one backward, in which only the gates get gradients."""
         labels, reasons = self._labels(batch)
         scores: dict[str, Tensor] = {}
         if None in reasons:
@@ -134,7 +134,7 @@ class GateScore(_PerSample):
             with torch.enable_grad(), entering(self.outputs, lambda name, states: self._gated(gates, name, states)):
                 logits = self.forward(batch, use_cache=False).logits[:, :-1].float()
                 loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=_IGNORE, reduction="none")
-                # A mean for each sample, and their sum: then no gradient depends on its neighbours in the batch.
+                # A mean for each sample, then the sum, so that no gradient depends on other samples of the batch.
                 loss = (loss.sum(1) / (labels[:, 1:] != _IGNORE).sum(1).clamp(min=1)).sum()
                 grads = torch.autograd.grad(loss, list(gates.values()))
             scores = {name: grad.abs() for name, grad in zip(gates, grads, strict=True)}

@@ -1,4 +1,4 @@
-"""`PrunedFacts`: what records say of a model that lost heads, so that its score never passes for that of the whole."""
+"""`PrunedMetadata`: which heads were pruned, kept with every score of the model, so that both are read together."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from torch import nn
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.pruned_files import PLAN_NAME, pruned_of, read_pruned
+from sfa_adapters.moved import know_old_names
 
-__all__ = ["PrunedFacts", "folder_facts", "plan_facts", "pruned_facts", "pruned_folder"]
+__all__ = ["PrunedMetadata", "folder_metadata", "plan_metadata", "pruned_folder", "pruned_metadata"]
+
+know_old_names(__name__)
 
 
 @dataclass(frozen=True)
-class PrunedFacts:
-    """What was taken out of a model.
+class PrunedMetadata:
+    """Which heads were pruned from a model.
 
     Attributes:
-        plan: The first 8 digits of a hash of the heads that went, by layer: other heads, another hash.
+        plan: The first 8 digits of a hash of the pruned heads, by layer: other heads, another hash.
         kind: How the plan divides the heads over layers (`uniform`, ...); None for a plan made by hand.
         method: The scores behind it (`s4`, ...); None for a plan made by hand.
-        removed: Query heads that went.
-        heads: Query heads of the layers that the plan names, before.
-        compensation: What was done for them.
+        removed: Number of pruned query heads.
+        heads: Number of query heads before pruning, in the layers that the plan names.
+        compensation: How the remaining weights were changed to make up for them, see `heads.compensation`.
     """
 
     plan: str
@@ -40,7 +43,7 @@ class PrunedFacts:
 
     @property
     def rate(self) -> float:
-        """Share of the heads that went, 0 to 1."""
+        """Share of pruned heads, 0 to 1."""
         return self.removed / self.heads
 
     def __str__(self) -> str:
@@ -60,7 +63,7 @@ class PrunedFacts:
         return {**vars(self), "rate": self.rate}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> PrunedFacts:
+    def from_dict(cls, record: Mapping[str, Any]) -> PrunedMetadata:
         """What `to_dict` gave.
 
         Raises:
@@ -69,29 +72,29 @@ class PrunedFacts:
         try:
             return cls(**{name: value for name, value in record.items() if name != "rate"})
         except (TypeError, AttributeError) as error:
-            raise RecipeError(f"These are no facts of a pruned model: {record!r}.") from error
+            raise RecipeError(f"This is no metadata of a pruned model: {record!r}.") from error
 
 
-def plan_facts(plan: HeadPlan, compensation: str) -> PrunedFacts:
-    """The facts of a model that loses the heads of a plan."""
+def plan_metadata(plan: HeadPlan, compensation: str) -> PrunedMetadata:
+    """The metadata of a model that is pruned by a plan."""
     gone = {path: list(heads) for path, heads in sorted(plan.removed.items()) if heads}
     digest = hashlib.sha256(json.dumps(gone).encode()).hexdigest()[:8]
     kind, method = (plan.how.get(name) for name in ("kind", "method"))
     names = [None if value is None else str(value) for value in (kind, method)]
-    return PrunedFacts(digest, names[0], names[1], plan.count, plan.total, compensation)
+    return PrunedMetadata(digest, names[0], names[1], plan.count, plan.total, compensation)
 
 
-def pruned_facts(model: nn.Module) -> PrunedFacts | None:
-    """What a model in memory has lost; None for a whole one."""
+def pruned_metadata(model: nn.Module) -> PrunedMetadata | None:
+    """The metadata of a model in memory; None if it is not pruned."""
     try:
         pruned = pruned_of(model)
     except InjectionError:
         return None
-    return plan_facts(pruned.plan, pruned.compensation)
+    return plan_metadata(pruned.plan, pruned.compensation)
 
 
-def folder_facts(model: str | Path) -> PrunedFacts | None:
-    """What the model in a folder has lost; None for a whole one, and for an id of the hub.
+def folder_metadata(model: str | Path) -> PrunedMetadata | None:
+    """The metadata of a model in a folder; None if it is not pruned, and for an id of the hub.
 
     Raises:
         RecipeError: Its `head_plan.json` cannot be read.
@@ -99,13 +102,13 @@ def folder_facts(model: str | Path) -> PrunedFacts | None:
     if not pruned_folder(model):
         return None
     pruned, _ = read_pruned(Path(model))
-    return plan_facts(pruned.plan, pruned.compensation)
+    return plan_metadata(pruned.plan, pruned.compensation)
 
 
 def pruned_folder(model: str | Path) -> bool:
     """Whether a folder holds a model of `save_pruned`.
 
-    A plan alone that lies beside a whole model, as `sfa calibrate heads --out` may leave it, makes it no pruned one.
+    A plan beside an unpruned model, which `sfa calibrate heads --out` may write there, does not count.
     """
     path = Path(model) / PLAN_NAME
     if not path.is_file():
@@ -113,5 +116,5 @@ def pruned_folder(model: str | Path) -> bool:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return True  # whoever loads it says what is wrong
+        return True  # loading it will raise the error
     return not (isinstance(record, Mapping) and "layers" in record and "plan" not in record)

@@ -1,6 +1,6 @@
-"""Where the tokens of a tower lie while it runs, with SFA in it or without: the grid comes from its inputs.
+"""Layouts of the tokens of a running tower, with SFA in it or without, from the inputs of its forward.
 
-SFA's own layers know their layouts. Before injection nobody does, so the same record of the backbone is asked here.
+SFA's layers know their layouts; before injection they are made here, from the same record of the backbone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.hooks import features_of
-from sfa_adapters.layout import TokenLayout, default_block_map
+from sfa_adapters.layout import TokenLayout
 from sfa_adapters.registry import FoundTower
 from sfa_adapters.tower_input import TowerInput, watching_input
 
@@ -21,16 +21,17 @@ __all__ = ["layouts_of"]
 
 @contextmanager
 def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLayout]]:
-    """Watches the inputs of a tower for a while.
+    """Context that watches the inputs of a tower.
 
     Args:
         vision: The tower.
 
     Yields:
-        A function that gives the layout of the tokens of an attention call of the forward under way.
+        A function from an attention call of the forward under way to the layout of its tokens. It raises `LayoutError`
+        if the tokens are not those of the grid.
 
     Raises:
-        LayoutError: The tower has adaptive or merged tokens; by that function, where tokens are not those of the grid.
+        LayoutError: The tower has adaptive or merged tokens.
     """
     if {"adat", "dymu"} & features_of(vision.tower).keys():
         raise LayoutError(
@@ -43,30 +44,30 @@ def layouts_of(vision: FoundTower) -> Iterator[Callable[[AttentionCall], TokenLa
 
 
 class _Pages:
-    """The arrangement of the forward under way."""
+    """The arrangement of the tokens in the forward under way, and layouts made from it."""
 
     def __init__(self, vision: FoundTower) -> None:
         self.backbone = vision.backbone
-        self.geometry = vision.backbone.geometry(vision.tower)
         self.arrangement: Any = None
         self.tokens = 0
         self.known: dict[Any, TokenLayout] = {}
         self.ends: dict[str, int] = {}
 
     def record_input(self, given: TowerInput) -> None:
-        """A forward begins."""
+        """Records the arrangement when a forward begins."""
         self.ends = {}
-        self.tokens, self.arrangement = given.arrangement()
+        self.arrangement = given.arrangement()
+        self.tokens = 0 if self.arrangement is None else self.arrangement.num_tokens
 
     def layout(self, call: AttentionCall) -> TokenLayout:
-        """The layout of a call; segments come one after the other."""
+        """The layout of an attention call; the segments of a layer are called in order."""
         key: Any = self.arrangement
         start = stop = 0
-        if self.backbone.segment_layouts is not None:
+        if self.backbone.joined == "segments":
             start = self.ends.get(call.layer, 0) if call.segment else 0
             stop = self.ends[call.layer] = start + call.num_queries
             key = (self.arrangement, start, stop)
-        fits = stop <= self.tokens if self.backbone.segment_layouts is not None else call.num_queries == self.tokens
+        fits = stop <= self.tokens if self.backbone.joined == "segments" else call.num_queries == self.tokens
         if self.arrangement is None or not fits or call.num_keys != call.num_queries:
             raise LayoutError(
                 f"{call.layer} attends over {call.num_queries} queries and {call.num_keys} keys, but the images of "
@@ -77,7 +78,6 @@ class _Pages:
         return self.known[key].to(call.device)
 
     def _build(self, start: int, stop: int) -> TokenLayout:
-        if self.backbone.segment_layouts is not None:
-            return self.backbone.segment_layouts(self.arrangement, (start, stop), default_block_map())[0]
-        height, width = self.arrangement
-        return TokenLayout.regular(height, width, self.geometry.prefix_tokens)
+        if self.backbone.joined == "segments":
+            return self.arrangement.segments((start, stop), None)[0]
+        return self.arrangement.layout(None)

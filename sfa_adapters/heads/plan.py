@@ -1,4 +1,4 @@
-"""`plan_heads`: chooses the heads that go from scores, a rate and a kind of plan."""
+"""`plan_heads`: chooses the heads to prune from scores, a rate and a kind of plan."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ Kind = Literal["uniform", "adaptive", "early_skip", "global"]
 def plan_heads(
     scores: HeadScores, rate: float | None = None, kind: Kind = "uniform", protect: Iterable[int | str] = ()
 ) -> HeadPlan:
-    """Chooses the heads with the lowest scores.
+    """Makes a plan to prune the heads with the lowest scores.
 
-    Early layers are the first 6 of 32, late ones the last 10, and in other depths the same share.
+    Early layers are the first 6 of 32, late ones the last 10, and the same share in models of other depth.
 
-    * "uniform": the rate of every layer, rounded: 30% of 32 heads are 10.
-    * "adaptive": of an early layer half as much as of the others; all together the rate, rounded down.
-    * "early_skip": nothing of early layers, 6 parts of middle and 11 parts of late ones. Without a rate it is the
+    * "uniform": the same rate in every layer, rounded: 30% of 32 heads are 10.
+    * "adaptive": half the rate in early layers; the total is the rate of all heads, rounded down.
+    * "early_skip": no heads of early layers, 6 parts of middle and 11 parts of late ones. Without a rate it is the
       published plan: 6 and 11 of 32 heads, 206 of the 1,024 of LLaVA-1.5-7B.
-    * "global": the lowest scores of the whole model, rounded down, but never all of a layer. Scores must be comparable
-      between layers: "flap" and "random" are; "s4" prefers layers that look at the image.
+    * "global": the lowest scores of the whole model, rounded down, but never a whole layer. Scores must be comparable
+      between layers: "flap" and "random" are; "s4" favours layers that attend to the image.
 
-    Under grouped-query attention whole groups go, and an equal number of query heads from each that stays; the number
-    nearest to the quota of the layer is taken. The rate that comes out is `plan.rate`.
+    With grouped-query attention whole groups are removed, and an equal number of query heads from each remaining one,
+    as near to the number for the layer as possible. The resulting rate is `plan.rate`.
 
     Args:
         scores: From `calibrate_heads`.
-        rate: Share of the heads that should go, between 0 and 1; only "early_skip" has one of its own.
+        rate: Share of the heads to prune, between 0 and 1; only "early_skip" has a default.
         kind: As above.
-        protect: Layers that keep all their heads, by number or pattern ("*layers.0.*"); the rate is of the others.
+        protect: Layers that keep all their heads, by number or pattern ("*layers.0.*"); the rate applies to the others.
 
     Returns:
         The plan, for all scored layers.
@@ -67,7 +67,7 @@ def plan_heads(
     removed, carry = dict[str, tuple[int, ...]](), 0
     for name, quota in quotas.items():
         goal = quota
-        if quota and kind in ("adaptive", "global"):  # these promise a total: what groups forbid, the next layer does
+        if quota and kind in ("adaptive", "global"):  # these fix the total, so the next layer makes up the difference
             goal = quota + carry
         removed[name] = chosen_heads(scores.values[name], scores.num_kv_heads[name], goal) if goal else ()
         carry += quota - len(removed[name])
@@ -82,7 +82,7 @@ def plan_heads(
 
 
 def checked_rate(rate: float | None, kind: str) -> float:
-    """The rate of a plan, before anything is measured for it.
+    """Checks the kind and the rate of a plan; returns the rate, or the default of "early_skip".
 
     Raises:
         RecipeError: There is no such kind, it needs a rate, or the rate is not between 0 and 1.
@@ -102,10 +102,10 @@ def checked_rate(rate: float | None, kind: str) -> float:
 def _quotas(
     kind: Kind, heads: Mapping[str, int], values: Mapping[str, tuple[float, ...]], rate: float
 ) -> dict[str, int]:
-    """Heads that go by layer, of the layers that are not protected."""
+    """Number of heads to prune in each layer that is not protected."""
     if kind == "global":
         return global_quotas(values, rate)
-    # Early and late are places in the whole model, whatever is protected.
+    # Early and late refer to the whole model, protected layers included.
     weigh = {"uniform": uniform_quotas, "adaptive": adaptive_quotas, "early_skip": early_skip_quotas}[kind]
     return weigh({name: count if name in values else 0 for name, count in heads.items()}, rate)
 

@@ -1,6 +1,6 @@
-"""`prune_heads`: takes attention heads out of a model for good, in place, with different head counts per layer.
+"""`prune_heads`: removes attention heads from the weights of a model, in place, with different head counts per layer.
 
-Query rows, output columns and the keys and values of groups without queries are cut away, so the model has fewer
+Query rows, output columns and the keys and values of groups without queries are cut out, so the model has fewer
 parameters, a smaller cache and less to compute. Its results are those of the model with the same heads set to zero.
 """
 
@@ -32,15 +32,15 @@ __all__ = ["PRUNED", "Pruned", "Target", "find_targets", "prune_heads", "slice_h
 
 Model = TypeVar("Model", bound=nn.Module)
 PRUNED = "_pruned_heads"
-_LOST = "_lost_heads"  # on an attention module: its numbers of heads are no longer those that plans count
+_LOST = "_lost_heads"  # set on a pruned attention module: its head numbers are no longer those of the original
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done to a model; it is kept beside the model and saved with it.
+    """Record of the pruning of a model, kept with the model and saved with it.
 
     Attributes:
-        plan: The heads that went, by paths in the model without wrappers of PEFT.
+        plan: The pruned heads, by paths in the model without wrappers of PEFT.
         compensation: What was done for them.
         biases: Attention modules whose output projection got a bias and had none.
     """
@@ -52,13 +52,13 @@ class Pruned:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One attention module that loses heads.
+    """One attention module that is pruned.
 
     Attributes:
         path: Its path in the model without wrappers of PEFT.
-        name: Its path in the plan.
-        module: It.
-        geometry: Its heads now.
+        name: Its path in the head plan.
+        module: The module.
+        geometry: Its heads before pruning.
     """
 
     path: str
@@ -68,7 +68,7 @@ class Target:
 
     @property
     def output(self) -> nn.Module:
-        """The projection behind the heads."""
+        """The output projection."""
         return getattr(self.module, self.geometry.kind.output)
 
 
@@ -80,14 +80,14 @@ def prune_heads(
 ) -> Model:
     """Removes the attention heads of a plan from a language model, a vision tower or a whole host.
 
-    Works with LoRA (its matrices are sliced, too) and with SFA (its scalars are). `model.config` goes on naming the
-    original counts: layers may differ, so plain `from_pretrained` cannot load such a model; see `save_pruned` and
-    `load_pruned`. Prune before making an optimizer, and before quantising.
+    Works with LoRA and with SFA, whose matrices and scalars are sliced too. `model.config` keeps the original counts,
+    because layers may differ, so plain `from_pretrained` cannot load such a model; see `save_pruned` and `load_pruned`.
+    Prune before making an optimizer, and before quantising.
 
     Args:
         model: The model; it is changed in place.
-        plan: Which heads go, from `plan_heads`; its counts must be those of the model.
-        compensation: What is done for the heads that go, see `sfa_adapters.heads.compensation`.
+        plan: The heads to prune, from `plan_heads`; its counts must be those of the model.
+        compensation: What is done for the pruned heads, see `sfa_adapters.heads.compensation`.
         batches: For `bias` only: keyword arguments of the model's forward, on which means are measured.
 
     Returns:
@@ -122,7 +122,7 @@ def prune_heads(
             edits.scale_inputs(name, output, target.geometry.num_heads / len(kept))
     edits.commit()
     note_head_counts(model)
-    # Layers that keep all heads stay in the plan: its rate is a share of theirs, too.
+    # Layers that keep all heads stay in the plan, because its rate includes them.
     base = plain_model(model)
     paths = {id(module): path for path, module in base.named_modules()}
     by_path = {paths[id(_find(model, base, name))]: name for name in plan.num_heads}
@@ -137,7 +137,11 @@ def prune_heads(
 
 
 def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:
-    """The attention modules that a plan takes heads from, checked against it.
+    """Finds the attention modules from which a plan removes heads, and checks them against the plan.
+
+    Args:
+        model: The model, with wrappers of PEFT or without.
+        plan: The head plan.
 
     Raises:
         InjectionError: The plan does not fit the model, or a module cannot be pruned.
@@ -176,7 +180,7 @@ def find_targets(model: nn.Module, plan: HeadPlan) -> list[Target]:
 
 
 def slice_heads(edits: Edits, target: Target, plan: HeadPlan) -> None:
-    """Prepares the slices of one attention module, with its own head counts and SFA's scalars."""
+    """Prepares the slices of one attention module: its weights, its head counts, and SFA's scalars."""
     module: Any = target.module
     geometry = target.geometry
     kind, size = geometry.kind, geometry.head_dim
@@ -219,7 +223,7 @@ def _find(model: nn.Module, base: nn.Module, name: str) -> nn.Module:
 
 
 def _check_shared(base: nn.Module, targets: list[Target]) -> None:
-    """Modules or weights that stand in two places would lose their heads in both, or in one of them only."""
+    """Refuses modules and weights that are shared: their heads would be removed in both places, or in one only."""
     places: dict[int, list[str]] = {}
     for name, thing in _things(base):
         places.setdefault(id(thing), []).append(name)

@@ -1,7 +1,7 @@
-"""`save_pruned` and `load_pruned`: a model that lost heads, on disk and back.
+"""`save_pruned` and `load_pruned`: saves a model with pruned heads and loads it again.
 
-The folder is what `save_pretrained` writes, and a `head_plan.json`. Plain `from_pretrained` fails on it: it builds
-every layer with the head counts of the configuration. `load_pruned` cuts a model of the original shapes first.
+The folder holds what `save_pretrained` writes, and a `head_plan.json`. Plain `from_pretrained` fails on it: it builds
+every layer with the head counts of the configuration. `load_pruned` first prunes a model of the original shapes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _VERSION = 1
 
 
 def pruned_of(model: nn.Module) -> Pruned:
-    """What `prune_heads` did to a model, to parts of it as well.
+    """The record of what `prune_heads` did to a model or to parts of it.
 
     Raises:
-        InjectionError: Nothing.
+        InjectionError: No heads were removed.
     """
     removed: dict[str, tuple[int, ...]] = {}
     heads: dict[str, int] = {}
@@ -64,18 +64,18 @@ def pruned_of(model: nn.Module) -> Pruned:
 def save_pruned(model: nn.Module, folder: str | Path) -> Path:
     """Writes a pruned model: its weights, its configuration and `head_plan.json`, which comes last.
 
-    Adapters are not written: save them as always (`PeftModel.save_pretrained`, `save_sfa`) and load them onto what
-    `load_pruned` gives.
+    Adapters are not written: save them as usual (`PeftModel.save_pretrained`, `save_sfa`) and load them onto the model
+    that `load_pruned` returns.
 
     Args:
         model: A model of transformers, or any other module, after `prune_heads`; also inside a `PeftModel`.
-        folder: Where to.
+        folder: Where to write.
 
     Returns:
         The folder.
 
     Raises:
-        InjectionError: The model has lost no heads, or has adapters merged into its weights.
+        InjectionError: No heads of the model are pruned, or it has adapters merged into its weights.
         RecipeError: The folder holds a pruned model already.
     """
     pruned, base, folder = pruned_of(model), plain_model(model), Path(folder)
@@ -85,7 +85,7 @@ def save_pruned(model: nn.Module, folder: str | Path) -> Path:
     state = {name: tensor for key, tensor in base.state_dict().items() if (name := short_names(key)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(base, PreTrainedModel):
-        # Names as the modules have them, so that the file can be checked against the model without a conversion.
+        # With the names of the modules, so that the file can be checked against the model without a conversion.
         base.save_pretrained(folder, state_dict=state, save_original_format=False)
     else:
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, folder / WEIGHTS_NAME)
@@ -101,13 +101,13 @@ def save_pruned(model: nn.Module, folder: str | Path) -> Path:
 
 
 def load_pruned(base: Model, folder: str | Path) -> Model:
-    """Cuts a model of the original shapes and loads what `save_pruned` wrote into it.
+    """Prunes a model of the original shapes, and loads the weights that `save_pruned` wrote into it.
 
     Args:
-        base: The model with all its heads, in the dtype and on the device that are wanted; its weights do not matter.
-            It is changed in place. SFA or LoRA that it carries is cut like it: an SFA adapter that was saved before
-            its tower lost heads must be loaded before, since afterwards its shapes do not fit.
-        folder: What `save_pruned` wrote.
+        base: The model with all its heads, in the dtype and on the device to use; its weights do not matter. It is
+            changed in place. SFA and LoRA in it are pruned with it: load an SFA adapter that was saved before its tower
+            was pruned first, since afterwards its shapes do not fit.
+        folder: Folder that `save_pruned` wrote.
 
     Returns:
         The same model, pruned.
@@ -138,7 +138,7 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
     edits.commit()
     note_head_counts(inner)
     actual = {short_names(key): key for key in inner.state_dict()}
-    # What is tied stands once in the file; all else was checked.
+    # Not strict: tied weights are in the file once. Everything else was checked.
     inner.load_state_dict({actual[name]: tensor for name, tensor in tensors.items()}, strict=False)
     if isinstance(inner, PreTrainedModel):
         inner.tie_weights()
@@ -147,29 +147,29 @@ def load_pruned(base: Model, folder: str | Path) -> Model:
 
 
 def _own_names(base: nn.Module) -> Callable[[str], str | None]:
-    """Names that tensors have in the model without adapters; None for tensors of adapters."""
-    wrapped: dict[str, str] = {}  # SFA has no layer inside of it, so all of its names are None
+    """A function from a key to its name in the model without adapters; None for tensors of adapters."""
+    wrapped: dict[str, str] = {}  # SFA wraps no layer, so all of its names give None
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             if getattr(module, "merged", False):
                 raise InjectionError(f"{name} has an adapter merged in. Unmerge it first (unmerge_adapter).")
             wrapped[f"{name}."] = f"{name}.base_layer."
 
-    def own(key: str) -> str | None:
+    def base_name(key: str) -> str | None:
         outer = next((prefix for prefix in wrapped if key.startswith(prefix)), None)
         if outer is None:
             return key
         inside = wrapped[outer]
         return outer + key.removeprefix(inside) if key.startswith(inside) else None
 
-    return own
+    return base_name
 
 
 def read_pruned(folder: Path) -> tuple[Pruned, str]:
-    """What a folder of `save_pruned` says was done to its model, and the class of that.
+    """Reads the record of the pruning from a folder of `save_pruned`, and the class name of its model.
 
     Raises:
-        RecipeError: The folder is incomplete, or of a newer version.
+        RecipeError: The folder is incomplete, or has another version.
     """
     path = folder / PLAN_NAME
     if not path.is_file():
@@ -186,7 +186,7 @@ def read_pruned(folder: Path) -> tuple[Pruned, str]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of one file or of several; names of files never lead out of the folder."""
+    """Reads all tensors of one file or of several; file names cannot point outside of the folder."""
     names = {WEIGHTS_NAME}
     index = folder / INDEX_NAME
     try:

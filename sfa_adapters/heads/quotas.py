@@ -1,4 +1,4 @@
-"""How many heads each layer loses under a kind of plan, and which ones its key/value groups allow."""
+"""How many heads each kind of head plan removes from each layer, and which ones its key/value groups allow."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = [
     "uniform_quotas",
 ]
 
-# The published plans name layers of a model of 32: 0-5 are early, 6-21 in the middle, 22-31 late. Other depths are
+# The published plans are for a model of 32 layers: 0-5 are early, 6-21 in the middle, 22-31 late. Other depths are
 # divided in the same proportion.
 _DEPTH, _EARLY_END, _MIDDLE_END = 32, 6, 22
 _SKIP_MIDDLE, _SKIP_LATE = 6, 11  # of 32 heads
 EARLY_SKIP_RATE = (16 * _SKIP_MIDDLE + 10 * _SKIP_LATE) / 1024  # 206 of 1,024
-_EARLY_WEIGHT = 0.5  # of an early layer under "adaptive"; not on record
+_EARLY_WEIGHT = 0.5  # of an early layer under "adaptive"; the published description gives no number
 _EPSILON = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
@@ -30,7 +30,7 @@ def uniform_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
 
 
 def early_skip_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
-    """Nothing of early layers, 6 parts of middle and 11 parts of late ones, so that all together lose the rate."""
+    """No heads of early layers, 6 parts of middle and 11 parts of late ones, scaled to the rate of all heads."""
     early, middle = _ends(len(heads))
     parts = dict(zip(heads, _stages(early, middle, len(heads), 0.0, _SKIP_MIDDLE, _SKIP_LATE), strict=True))
     whole = sum(parts[name] * count for name, count in heads.items())
@@ -41,14 +41,14 @@ def early_skip_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
 
 
 def adaptive_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
-    """Half as much of an early layer as of a later one; the total is the rate of all heads, rounded down."""
+    """Half the share in early layers; the total is the rate of all heads, rounded down."""
     early, middle = _ends(len(heads))
     weights = _stages(early, middle, len(heads), _EARLY_WEIGHT, 1.0, 1.0)
     parts = {name: weight * heads[name] for name, weight in zip(heads, weights, strict=True)}
     total = rounded_down(rate, heads.values())
     exact = {name: total * part / sum(parts.values()) for name, part in parts.items()}
     quotas = {name: math.floor(value + _EPSILON) for name, value in exact.items()}
-    # The largest remainders get what rounding down left over; late layers first.
+    # Heads left over by rounding down go to the largest remainders, late layers first.
     order = sorted(heads, key=lambda name: exact[name] - quotas[name])
     for name in order[len(order) - (total - sum(quotas.values())) :]:
         quotas[name] += 1
@@ -56,9 +56,9 @@ def adaptive_quotas(heads: Mapping[str, int], rate: float) -> dict[str, int]:
 
 
 def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[str, int]:
-    """The lowest scores of the whole model; one head stays in each layer; the total is rounded down.
+    """The lowest scores of the whole model, with at least one head kept per layer; the total is rounded down.
 
-    A total that does not fit is as far as it goes; the caller compares.
+    The sum is smaller than the total if that would remove whole layers; the caller checks it.
     """
     left = rounded_down(rate, map(len, values.values()))
     quotas = dict.fromkeys(values, 0)
@@ -72,18 +72,19 @@ def global_quotas(values: Mapping[str, Sequence[float]], rate: float) -> dict[st
 
 
 def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int, ...]:
-    """The heads of a layer that go: the lowest scores among what its key/value groups allow.
+    """The heads of a layer to prune: the lowest scores among what its key/value groups allow.
 
-    Whole groups go, and an equal number of query heads from each that stays. So the number that goes may not be the
-    quota; it is the nearest one that is possible. Where several are, the heads with the higher scores stay.
+    Whole groups are pruned, and an equal number of query heads from each remaining one. So the number of pruned heads
+    may differ from the quota; it is the nearest possible one. Of several choices the heads with the higher scores are
+    kept.
 
     Args:
         values: One score per query head.
-        groups: Key/value heads.
-        quota: How many query heads should go; one stays in any case.
+        groups: Number of key/value heads.
+        quota: Number of query heads to prune; at least one is kept.
 
     Returns:
-        Query heads, sorted.
+        The query heads to prune, sorted.
     """
     size = len(values) // groups
     goal = len(values) - quota
@@ -93,11 +94,11 @@ def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int,
     for number, group in counts:
         if abs(number * group - goal) != nearest:
             continue
-        # The best `own` heads of every group, and then the groups with the best sums of those.
+        # The best `group` heads of every group, and then the `number` groups with the best sums of those.
         kept = [_highest(values, range(g * size, (g + 1) * size), group) for g in range(groups)]
         sums = [sum(values[head] for head in heads) for heads in kept]
         stay = {head for g in _highest(sums, range(groups), number) for head in kept[g]}
-        # Of different numbers of heads the larger one stays: scores may be negative, so sums would not tell.
+        # Of different numbers of heads the larger is kept: scores may be negative, so sums cannot decide.
         key = (len(stay), sum(values[head] for head in stay))
         if best is None or key > (best[1], best[0]):
             best = (key[1], len(stay), stay)
@@ -106,7 +107,7 @@ def chosen_heads(values: Sequence[float], groups: int, quota: int) -> tuple[int,
 
 
 def _highest(values: Sequence[float], among: range, count: int) -> list[int]:
-    """Places of the highest values; of equal ones the later."""
+    """Indices of the highest values; of equal ones the later."""
     return sorted(among, key=lambda place: (values[place], place))[len(among) - count :]
 
 
@@ -125,5 +126,5 @@ def _rounded(value: float) -> int:
 
 
 def rounded_down(rate: float, heads: Iterable[int]) -> int:
-    """The rate of all heads together, in whole heads."""
+    """The rate of all heads together, rounded down to whole heads."""
     return math.floor(rate * sum(heads) + _EPSILON)

@@ -36,7 +36,7 @@ class PruneReceipt:
             where none of them has a cache.
         largest_change: Largest absolute change of the output on the probe batch.
         mean_change: Mean absolute change of it.
-        compensation: What was done for the heads that went.
+        compensation: What was done for the pruned heads.
         speed: Seconds and bytes of both, and whether it is worth it; None where no time was measured.
     """
 
@@ -89,8 +89,8 @@ def prune_receipt(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int =
         tokens: Decoded tokens of each timing, at least 2.
 
     Raises:
-        InjectionError: The model lost no heads, no parameters, or its output is the same to the last bit: nothing
-            happened.
+        InjectionError: The model has no pruned heads, as many parameters as before, or its output is the same to
+            the last bit.
         RecipeError: An option cannot be used, the output is not finite or of another shape than before, or the
             original cannot be put back to be timed, see `measure_speed`.
     """

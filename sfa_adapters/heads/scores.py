@@ -1,4 +1,4 @@
-"""`HeadScores`: how much each attention head of a model matters, with all that is needed to use the numbers again."""
+"""`HeadScores`: scores of how much each attention head of a model matters, with a record of how they were measured."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class HeadScores:
-    """One number per query head; the higher, the more the head matters.
+    """One score per query head; the higher, the more the head matters.
 
-    Numbers of two methods cannot be compared.
+    Scores of different methods cannot be compared.
 
     Attributes:
         values: For each attention module (its path, in order of execution), one score per query head.
         num_kv_heads: Key/value heads of each module.
         method: "s4", "gate", "flap" or "random".
-        model: What `model_identity` says about the model.
-        data: How many samples, which were skipped and why, a digest of the prompts, and what the caller said.
-        settings: Of the method.
+        model: Identity of the model, from `model_identity`.
+        data: Number of samples, number of skipped ones by reason, digest of the prompts, the caller's description.
+        settings: Settings of the method.
 
     Raises:
-        RecipeError: There is no score, the modules do not agree, or a score is NaN or infinite.
+        RecipeError: There is no score, `values` and `num_kv_heads` name different modules, or a score is NaN or
+            infinite.
     """
 
     values: Mapping[str, tuple[float, ...]]
@@ -71,7 +72,7 @@ class HeadScores:
         return {name: len(head_scores) for name, head_scores in self.values.items()}
 
     def check(self, model: nn.Module) -> None:
-        """Whether these are scores of a model.
+        """Checks that these are the scores of a model.
 
         Raises:
             RecipeError: The model lacks a scored module, has other head counts, or has other weights.
@@ -102,10 +103,10 @@ class HeadScores:
 
     @classmethod
     def from_json(cls, text: str) -> HeadScores:
-        """The scores that `to_json` wrote.
+        """Reads scores that `to_json` wrote.
 
         Raises:
-            RecipeError: The text holds no head scores, is of a newer version, or a score cannot be used.
+            RecipeError: The text holds no head scores, has another version, or a score cannot be used.
         """
         try:
             record = dict(json.loads(text))
@@ -126,7 +127,7 @@ class HeadScores:
             raise RecipeError(f"These are no head scores ({type(error).__name__}: {error}). Calibrate anew.") from error
 
     def save(self, path: str | Path) -> Path:
-        """Writes the scores as JSON; folders are made.
+        """Writes the scores as JSON; missing folders are made.
 
         Raises:
             RecipeError: The file cannot be written.
@@ -141,7 +142,7 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             RecipeError: The file cannot be read, or as in `from_json`.

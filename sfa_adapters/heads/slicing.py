@@ -1,7 +1,7 @@
-"""Slices of projections, prepared first and put in place together, so that an error leaves the model as it was.
+"""Slices projections: all new weights are prepared first and set together, so an error leaves the model unchanged.
 
-The old and the new attention weights are in memory at once. Modules stay the same objects and only get new parameters:
-hooks, LoRA wrappers and references to them go on working. Optimizers hold the old parameters; make them afterwards.
+The old and the new attention weights are in memory at once. Modules stay the same objects and only get new parameters,
+so hooks, LoRA wrappers and references to them keep working. Optimizers hold the old parameters; make them afterwards.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ def channels(heads: tuple[int, ...], size: int) -> Tensor:
 
 
 class Edits:
-    """Parameters and numbers that a model is going to have."""
+    """Collects new parameters and attributes of modules, to be set by `commit`."""
 
     def __init__(self) -> None:
         self.parameters: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.values: list[tuple[Any, str, Any]] = []
 
     def tensor(self, owner: nn.Module, name: str) -> Tensor | None:
-        """A parameter as it will be."""
+        """A parameter as it will be after `commit`."""
         edited = self.parameters.get((owner, name))
         return owner._parameters[name] if edited is None else edited
 
     def put(self, owner: nn.Module, name: str, tensor: Tensor, like: Tensor) -> None:
-        """A new value for a parameter, trained or not as `like` is."""
+        """Prepares a new value of a parameter, with the dtype and `requires_grad` of `like`."""
         data = tensor.detach().to(like.dtype).contiguous()
         self.parameters[owner, name] = nn.Parameter(data, requires_grad=like.requires_grad)
 
     def take(self, owner: nn.Module, name: str, index: Tensor, axis: int) -> None:
-        """Keeps some rows (axis 0) or columns (axis 1) of a parameter, where there is one."""
+        """Keeps some rows (axis 0) or columns (axis 1) of a parameter, if it exists."""
         tensor = self.tensor(owner, name)
         if tensor is not None:
             with torch.no_grad():
                 self.put(owner, name, tensor.index_select(axis, index.to(tensor.device)), tensor)
 
     def rows(self, path: str, module: nn.Module, index: Tensor) -> None:
-        """Keeps some outputs of a projection."""
+        """Keeps some output channels of a projection, also in LoRA around it."""
         linear = base_linear(path, module)
         self.take(linear, "weight", index, 0)
         self.take(linear, "bias", index, 0)
@@ -60,7 +60,7 @@ class Edits:
             self.values.append((module, "out_features", len(index)))
 
     def columns(self, path: str, module: nn.Module, index: Tensor) -> None:
-        """Keeps some inputs of a projection."""
+        """Keeps some input channels of a projection, also in LoRA around it."""
         linear = base_linear(path, module)
         self.take(linear, "weight", index, 1)
         self.values.append((linear, "in_features", len(index)))
@@ -71,7 +71,7 @@ class Edits:
             self.values.append((module, "in_features", len(index)))
 
     def scale_inputs(self, path: str, module: nn.Module, factor: float) -> None:
-        """Multiplies what a projection reads, with the projection and with LoRA around it."""
+        """Scales the input of a projection, by scaling its weight and the `A` matrices of LoRA around it."""
         owners = [base_linear(path, module)]
         if isinstance(module, LoraLinear):
             owners += [part for part in module.lora_A.values() if isinstance(part, nn.Linear)]
@@ -81,7 +81,7 @@ class Edits:
             self.put(owner, "weight", weight.detach() * factor, weight)
 
     def commit(self) -> None:
-        """Puts everything in place; nothing here can fail."""
+        """Sets all new parameters and attributes; this cannot fail."""
         for (owner, name), parameter in self.parameters.items():
             owner.register_parameter(name, parameter)
         for owner, name, value in self.values:

@@ -1,4 +1,4 @@
-"""`take_probe` and `whole`: a model before it loses heads, and the way back to it for a while, on the same object.
+"""`take_probe` and `unpruned`: a snapshot of a model before pruning, and its heads restored for a while, in place.
 
 Pruning gives modules new parameters and numbers; the old ones are still there for whoever holds them. A probe holds
 them, so that the original and the pruned model can take turns in one run without a second model: only what pruning
@@ -19,9 +19,12 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.kinds import attention_kinds
 from sfa_adapters.heads.prune import PRUNED
 from sfa_adapters.layer import SFALayer
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.vlm.parts import plain_model
 
-__all__ = ["Probe", "evaluating", "numbers", "output_of", "take_probe", "whole"]
+__all__ = ["Probe", "evaluating", "numbers", "output_of", "take_probe", "unpruned"]
+
+know_old_names(__name__)
 
 # What pruning sets beside parameters. `_dense` is a mask that SFA keeps for heads as they were.
 _NUMBERS = frozenset(
@@ -85,7 +88,7 @@ def take_probe(model: nn.Module, inputs: Mapping[str, Any]) -> Probe:
         inputs: Keyword arguments of its forward; with an image where the model takes one.
 
     Returns:
-        What `prune_receipt` and `whole` need. It holds the weights that pruning replaces: delete it when they are
+        What `prune_receipt` and `unpruned` need. It holds the weights that pruning replaces: delete it when they are
         not needed any more.
 
     Raises:
@@ -97,10 +100,10 @@ def take_probe(model: nn.Module, inputs: Mapping[str, Any]) -> Probe:
 
 
 @contextmanager
-def whole(probe: Probe, model: nn.Module) -> Iterator[None]:
-    """Gives a pruned model its heads back for a while, and takes them again afterwards, also after an error.
+def unpruned(probe: Probe, model: nn.Module) -> Iterator[None]:
+    """Context manager that gives a pruned model its heads back; it is pruned again afterwards, also after an error.
 
-    Nothing is copied. Inside, the model counts as one that lost no heads.
+    Nothing is copied. Inside, the model counts as unpruned.
 
     Args:
         probe: From `take_probe` of the same model before.
@@ -111,7 +114,7 @@ def whole(probe: Probe, model: nn.Module) -> Iterator[None]:
             cast. The model is as it was.
 
     Example:
-        >>> with whole(probe, model):  # doctest: +SKIP
+        >>> with unpruned(probe, model):  # doctest: +SKIP
         ...     before = model(**inputs)
         >>> after = model(**inputs)  # doctest: +SKIP
     """

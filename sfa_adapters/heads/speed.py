@@ -1,8 +1,8 @@
-"""`measure_speed`: what removing heads is worth in seconds and bytes, original and pruned model taking turns.
+"""`measure_speed`: time and memory of a pruned model against the original, which are measured in turns.
 
-Times are compared inside one run only: a machine that slows down slows both. Each round gives one ratio; the median of
-the rounds counts, with the interval that their order gives: it takes busy machines better than a bootstrapped mean.
-Prefill is the time to the first token, with the tower.
+Times are compared within one run only, because a machine that slows down slows both. Each round gives one ratio; the
+result is the median over rounds with an interval from order statistics, which is more robust on busy machines than a
+bootstrapped mean. Prefill is the time to the first token, including the tower.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import nn
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.heads.expected import can_answer, decode_bytes, flops_of
-from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, whole
+from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, unpruned
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer, cache_bytes, call_seconds, peak_of, token_seconds
 
-__all__ = ["LEAST_GAIN", "LEAST_ROUNDS", "Speed", "check_rounds", "measure_speed", "whole"]
+__all__ = ["LEAST_GAIN", "LEAST_ROUNDS", "Speed", "check_rounds", "measure_speed", "unpruned"]
 
-LEAST_GAIN = 1.02  # what arithmetic must promise: less is lost in the differences between two runs
-LEAST_ROUNDS = 5  # fewer give no interval worth the name: 94% at 5, 95% from 6 on
-_DRIFT = 1e-3  # of the largest output: more is not the original any more
+LEAST_GAIN = 1.02  # smallest expected speed-up that counts: less is lost in the differences between two runs
+LEAST_ROUNDS = 5  # fewer give no useful interval: 94% at 5, 95% from 6 on
+_DRIFT = 1e-3  # of the largest output: with more it is not the original any more
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Speed:
 
     Attributes:
         rounds: How often both were timed.
-        tokens: Decoded tokens of each timing; 0 where the model does not answer.
-        prefill: Median seconds to the first token, or of a forward where the model does not answer.
+        tokens: Decoded tokens of each timing; 0 if the model does not generate.
+        prefill: Median seconds to the first token, or of a forward if the model does not generate.
         prefill_ratio: Median ratio over rounds with its 95% interval.
         expected_prefill: Floating-point operations before over after.
         weights: Bytes of all parameters.
-        peak: Most bytes that one answer takes at a time beyond the weights.
+        peak: Peak memory of one answer in bytes, beyond the weights.
         decode: Median seconds from one token to the next.
-        decode_ratio: Likewise.
+        decode_ratio: Median ratio of these over rounds with its 95% interval.
         expected_decode: Bytes that one step reads, before over after, with the cache of the prompt.
         cache: Bytes of keys and values of the prompt.
     """
@@ -63,7 +63,7 @@ class Speed:
 
     @property
     def _gains(self) -> dict[str, tuple[Interval, float]]:
-        """Measured and expected, by what was timed."""
+        """Measured and expected speed-up, by what was timed."""
         if self.decode_ratio is None or self.expected_decode is None:
             return {"a forward": (self.prefill_ratio, self.expected_prefill)}
         return {
@@ -73,16 +73,16 @@ class Speed:
 
     @property
     def worth(self) -> bool:
-        """Whether something got faster beyond the noise, and arithmetic says that it can. Accuracy is another matter.
+        """Whether the pruned model is faster beyond the noise, as expected; accuracy is not considered.
 
-        Not so when no interval lies above 1, or when no expected ratio reaches `LEAST_GAIN`.
+        True if an interval lies above 1 and an expected ratio reaches `LEAST_GAIN`.
         """
         gains = self._gains.values()
         return any(m.low > 1 for m, _ in gains) and any(expected >= LEAST_GAIN for _, expected in gains)
 
     @property
     def verdict(self) -> str:
-        """The same in one sentence with its numbers."""
+        """One sentence on whether pruning is worth it, with the numbers."""
         numbers = " and ".join(
             f"{name} {_times(measured)} (expected {expected:.2f}x)"
             for name, (measured, expected) in self._gains.items()
@@ -94,11 +94,11 @@ class Speed:
         return f"Not worth it for speed on this device, nothing is faster beyond the noise: {numbers}."
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, with `worth` and `verdict`."""
+        """All fields as plain values, with `worth` and `verdict`."""
         return {**asdict(self), "worth": self.worth, "verdict": self.verdict}
 
     def __str__(self) -> str:
-        """A few lines to read."""
+        """A few lines of text."""
         title = "forward" if self.decode is None else "prefill"
         lines = [_line(title, _milliseconds(self.prefill), self.prefill_ratio, self.expected_prefill)]
         if self.decode is not None and self.decode_ratio is not None and self.expected_decode is not None:
@@ -111,7 +111,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is counted, not timed, of one of the two models."""
+    """Counted, not timed, sizes of one of the two models."""
 
     flops: int
     weights: int
@@ -121,10 +121,10 @@ class _Sizes:
 
 
 def check_rounds(rounds: int, tokens: int) -> None:
-    """Checks the two options of `measure_speed`.
+    """Checks `rounds` and `tokens` of `measure_speed`.
 
     Raises:
-        RecipeError: Names the option and the value.
+        RecipeError: One is too small; names it and its value.
     """
     if rounds < LEAST_ROUNDS:
         raise RecipeError(f"rounds={rounds} must be at least {LEAST_ROUNDS} for an interval, or 0 to measure no time.")
@@ -152,13 +152,13 @@ def measure_speed(probe: Probe, model: nn.Module, rounds: int = 5, tokens: int =
     answers = can_answer(model)
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     with evaluating(model):
-        with whole(probe, model):
+        with unpruned(probe, model):
             _check_original(probe, output_of(model, probe.inputs))
             before = _sizes(probe.inputs, model, tokens)
         after = _sizes(probe.inputs, model, tokens)
         for number in range(rounds + 1):  # the first warms up
             for original in (number % 2 == 0, number % 2 == 1):
-                with whole(probe, model) if original else nullcontext():
+                with unpruned(probe, model) if original else nullcontext():
                     seconds = _seconds(probe.inputs, model, tokens)
                 if number:
                     times[original].append(seconds)
@@ -194,11 +194,11 @@ def _sizes(inputs: Mapping[str, Any], model: nn.Module, tokens: int) -> _Sizes:
 
 
 def _seconds(inputs: Mapping[str, Any], model: nn.Module, tokens: int) -> tuple[float, float]:
-    """To the first token and from one to the next, or of a forward and nothing."""
+    """Seconds to the first token and from one to the next; or seconds of a forward and NaN."""
     if not can_answer(model):
         return call_seconds(lambda: model(**inputs), _device(model)), math.nan
     first, *later = token_seconds(model, inputs, tokens)
-    # The median: one token that the machine was busy with something else for says nothing about the model.
+    # The median, because a token that was delayed by other work of the machine says nothing about the model.
     return first, statistics.median(later)
 
 

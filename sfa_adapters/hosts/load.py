@@ -1,4 +1,4 @@
-"""`load_host`: from a recipe to a host that is ready to train or to answer."""
+"""`load_host`: loads the base model of a recipe, ready for training or for inference."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ __all__ = ["HOSTS", "Host", "HostSpec", "Part", "load_host", "module_table", "pr
 
 
 def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> Host:
-    """Loads a host as its recipe says: precision, devices, adapters, what trains.
+    """Loads a host with the precision, devices, adapters and trainable parts of its recipe.
 
     Everything that can be checked before weights are read is checked first, on the meta device. A folder of
     `save_pruned` is loaded by `load_pruned`; the processor must have been saved beside it.
 
     Args:
         recipe: The recipe.
-        device: Put all of it there, both halves of a split too; by default what the plan says, a CPU without a GPU.
-        train: For training; else for answers: in eval mode, nothing trains, nothing is checkpointed, and all weights
-            but those of adapters have `recipe.dtype`.
+        device: Device for the whole host, both halves of a split included. By default the plan decides; without a GPU
+            it is the CPU.
+        train: Whether to prepare it for training. If not, it is in eval mode, nothing trains, nothing is checkpointed,
+            and all weights but those of adapters have `recipe.dtype`.
+
+    Returns:
+        The model with its adapters, its processor, its record and the recipe.
 
     Raises:
         RecipeError: There is no such checkpoint, it is no host of this family, or the plan cannot be followed here.
@@ -75,6 +79,12 @@ def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> 
 
 def read_config(recipe: Recipe) -> Any:
     """The configuration of a recipe's checkpoint, by hub id or from a local folder.
+
+    Args:
+        recipe: Its `model`, `revision` and `family` are used.
+
+    Returns:
+        The configuration of transformers.
 
     Raises:
         RecipeError: There is none, or it is of another family.

@@ -1,4 +1,4 @@
-"""Device plans: where the parts of a host lie, and in which precision; checked on the meta device before loading.
+"""Device plans: on which devices the parts of a host are placed; checked on the meta device before loading.
 
 * `nf4`: language model in 4-bit NF4, tower and projector in 16-bit, one copy per process.
 * `split`: tower and projector on GPU 0, language model on GPU 1, one process.
@@ -37,14 +37,17 @@ logger = logging.getLogger(__name__)
 
 
 def skeleton(config: Any, spec: VLMSpec) -> nn.Module:
-    """The host without memory, built from its configuration on the meta device.
+    """The host on the meta device, without memory for weights, built from its configuration.
 
     Args:
         config: Its configuration.
-        spec: Its family.
+        spec: Its record.
+
+    Returns:
+        The model.
 
     Raises:
-        RecipeError: It is not laid out as its family is.
+        RecipeError: Its class or its parts are not those of the record.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -62,9 +65,12 @@ def placement(recipe: Recipe, spec: VLMSpec, model: nn.Module, device: str | Non
 
     Args:
         recipe: The recipe.
-        spec: Its family.
+        spec: The record of its host.
         model: The host, on the meta device.
-        device: Put everything there, both halves of a split too; by default the GPUs of this process, or a CPU.
+        device: Device for everything, both halves of a split included; by default the GPUs of this process, or the CPU.
+
+    Returns:
+        Device by module name; "" stands for the whole model.
 
     Raises:
         RecipeError: The plan cannot be followed with these GPUs and processes.
@@ -91,7 +97,16 @@ def placement(recipe: Recipe, spec: VLMSpec, model: nn.Module, device: str | Non
 
 
 def split_map(places: Places, first: Any, second: Any) -> dict[str, Any]:
-    """Tower and projector on one device, language model and head on another; no module is named inside another."""
+    """Device map of a split: tower and projector on one device, language model and head on another.
+
+    Args:
+        places: Module names of the host's parts.
+        first: Device of tower and projector.
+        second: Device of language model and head.
+
+    Returns:
+        Device by module name; no module of it lies inside another one.
+    """
     front = [place for place in places.projector if not place.startswith(f"{places.tower}.")]
     return dict.fromkeys((places.tower, *front), first) | {places.language_model: second, places.lm_head: second}
 
@@ -120,7 +135,7 @@ def check_covered(model: nn.Module, device_map: Mapping[str, Any]) -> None:
 
 
 def dispatch(model: Any, device_map: Mapping[str, Any]) -> None:
-    """Gives both halves of a split the hooks of accelerate, also where they share a device.
+    """Puts the hooks of accelerate on both halves of a split, also where they share a device.
 
     `from_pretrained` leaves the hooks out when a map names one device only; with them a rehearsal on a CPU or on one
     GPU takes the same path as a run on two.
@@ -173,12 +188,12 @@ def accelerate_config(plan: Literal["ddp", "fsdp2"]) -> Path:
 def shard(model: nn.Module, spec: VLMSpec, mesh: Any = None) -> nn.Module:
     """Shards a prepared host over the processes, in place, as accelerate does with `fsdp2.yaml`.
 
-    Every layer of tower and language model is one unit, and what is left another. The scalars of SFA are gathered with
-    the layer that they belong to.
+    Every layer of tower and language model is one unit, and all other modules together are another. The scalars of SFA
+    are gathered with the layer that they belong to.
 
     Args:
         model: The model of a prepared host; all of its parameters that train must have one precision within a layer.
-        spec: Its family.
+        spec: Its record.
         mesh: The device mesh; all processes by default.
 
     Returns:
@@ -201,5 +216,5 @@ def shard(model: nn.Module, spec: VLMSpec, mesh: Any = None) -> nn.Module:
 
 
 def layer_classes(model: Any, spec: VLMSpec) -> set[str]:
-    """Classes of the layers, and those of the host's own list: its language model may be of another kind."""
+    """Names of the layer classes: those of the record and of `_no_split_modules`, as the language model may vary."""
     return set(spec.places(model).layer_classes) | set(getattr(model, "_no_split_modules", None) or ())

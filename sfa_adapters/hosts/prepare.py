@@ -1,4 +1,4 @@
-"""`prepare`: a model in memory becomes a host that is ready to train or to answer."""
+"""`prepare`: puts adapters into a loaded model, and sets what trains and in which precision."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["Host", "check_recipe", "prepare", "set_trainable", "unread_prefixes"
 
 @dataclass
 class Host:
-    """A host, loaded and prepared.
+    """A vision-language model with its processor, prepared for training or for inference.
 
     Attributes:
         model: With adapters in it, `requires_grad` set, on its devices.
-        processor: Its own processor.
+        processor: Its processor.
         spec: The record of its kind.
         recipe: What it was prepared for.
     """
@@ -61,7 +61,7 @@ class Host:
 
 
 def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> Host:
-    """Everything behind loading: adapters, `requires_grad`, float32 for what trains, gradient checkpointing.
+    """Does what follows loading: adapters, `requires_grad`, float32 for what trains, gradient checkpointing.
 
     Trained weights of tower, projector and language model become float32: a step of lr 2e-5 is smaller than half the
     gap between neighbouring bfloat16 numbers, so it would round away. Run forwards under autocast (`Trainer` with
@@ -72,6 +72,9 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
         processor: Its processor.
         recipe: The recipe.
         train: As for `load_host`.
+
+    Returns:
+        The host; the model in it is the given one, changed in place.
 
     Raises:
         RecipeError: The model is of another family, or a setting does not fit it.
@@ -108,7 +111,10 @@ def _sfa_config(recipe: Recipe) -> SFAConfig:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Checks what needs no model.
+    """Checks a recipe as far as no model is needed.
+
+    Args:
+        recipe: The recipe.
 
     Raises:
         RecipeError: A setting cannot be used with this family.
@@ -144,6 +150,11 @@ def _inject_lora(model: nn.Module, places: Places, recipe: Recipe) -> None:
 def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
     """Sets `requires_grad` of every parameter by the freeze settings; what the host never reads stays frozen.
 
+    Args:
+        model: The host's model, with its adapters.
+        spec: Its record.
+        recipe: The recipe; its `freeze_...`, `sfa` and `lora_llm` are used.
+
     Raises:
         RecipeError: A part that is to train is in 4-bit.
     """
@@ -164,14 +175,14 @@ def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
 
 
 def unread_prefixes(model: nn.Module, places: Places) -> tuple[str, ...]:
-    """Prefixes of parameters that no gradient reaches: layers behind `vision_feature_layer`, and what follows them."""
+    """Prefixes of parameters that no gradient reaches: layers after `vision_feature_layer`, and what follows them."""
     located = find_tower(model)
     dead = [name.rpartition(".")[0] for name, _ in located.attentions[located.used_layers :]]
     return tuple(f"{name}." for name in (*dead, *(f"{places.tower}.{child}" for child in places.unread)))
 
 
 def _keep_masters(model: nn.Module, places: Places, recipe: Recipe) -> None:
-    """Makes parts that train float32; a layer norm in bfloat16 behind a trained part would refuse its outputs."""
+    """Makes parts that train float32; a layer norm in bfloat16 after a trained part would refuse its outputs."""
     parts: set[Part] = set()
     if not recipe.freeze_vision:
         parts |= {"vision", "projector"}
@@ -188,7 +199,7 @@ def _checkpoint(model: Any) -> None:
     """Gradient checkpointing of tower and language model, for any mix of frozen and trained parts.
 
     Non-reentrant, so no input needs a gradient; `transformers` makes the outputs of embeddings require one all the
-    same, which would keep the graph of a frozen tower and of everything in front of the first adapter.
+    same, which would keep the graph of a frozen tower and of everything before the first adapter.
     """
     checkpoint_activations(model, {"use_reentrant": False})
     model.disable_input_require_grads()

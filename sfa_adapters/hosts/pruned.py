@@ -1,4 +1,4 @@
-"""Hosts that lost attention heads, as the model of a recipe: a folder of `save_pruned` with the processor beside it."""
+"""Loading of a host with pruned heads that a recipe names: a folder of `save_pruned` with the processor beside it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["load_pruned_host"]
 
 
 def load_pruned_host(recipe: Recipe, config: Any, device: Any) -> Any:
-    """Builds a host with all its heads from its configuration, cuts it and loads its weights.
+    """Builds a host with all its heads from its configuration, prunes it and loads its weights.
 
     Args:
         recipe: Its `model` is the folder.
         config: The configuration in it, which names the original head counts.
-        device: Where all of it goes.
+        device: Device for the whole model.
 
     Returns:
         The model, in eval mode and `recipe.dtype`.
 
     Raises:
         RecipeError: The plan is not `bf16`, or the folder is incomplete.
-        InjectionError: The plan of the heads does not fit the model.
+        InjectionError: The head plan does not fit the model.
     """
     from transformers import AutoModelForImageTextToText, GenerationConfig
     from transformers.initialization import no_init_weights

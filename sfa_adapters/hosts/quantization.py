@@ -1,4 +1,4 @@
-"""4-bit language models: what is kept out of 4-bit, and the check that it was.
+"""4-bit language models: which layers stay out of 4-bit, and a check after loading.
 
 bitsandbytes packs the weights of linear layers two to a byte. They cannot train, but gradients go through them.
 """
@@ -26,7 +26,7 @@ def kept_modules(model: nn.Module, spec: VLMSpec) -> list[str]:
 
     Args:
         model: The host, on any device.
-        spec: Its family.
+        spec: Its record.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     places = spec.places(model)
@@ -38,7 +38,7 @@ def quantization(recipe: Recipe, spec: VLMSpec, model: nn.Module) -> Any:
 
     Args:
         recipe: `dtype` is what the 4-bit layers compute in.
-        spec: Its family.
+        spec: The record of its host.
         model: The host, on the meta device.
 
     Raises:
@@ -68,7 +68,7 @@ def four_bit_modules(model: nn.Module) -> set[str]:
 def keep_format(model: nn.Module) -> None:
     """Keeps 4-bit weights in the one format that can train, on a CPU.
 
-    On some CPUs (AVX512-BF16) bitsandbytes packs weights anew in the first forward without gradients. That fails for
+    On some CPUs (AVX512-BF16) bitsandbytes repacks weights in the first forward without gradients. That fails for
     layers whose sizes are no multiples of 32 and 64, and leaves the others in a format for answers only.
 
     Args:
@@ -84,7 +84,7 @@ def check_loaded(model: nn.Module, spec: VLMSpec, plan: PlanName) -> None:
 
     Args:
         model: The host, loaded.
-        spec: Its family.
+        spec: Its record.
         plan: The plan it was loaded with.
 
     Raises:

@@ -57,17 +57,17 @@ class Recipe:
         batch_size: Questions per optimizer step, over all processes.
         micro_batch: Questions per forward of one process.
         gradient_checkpointing: Activations of tower and language model are computed again in the backward pass.
-        seed: Of weights that are new, of the data order and of dropout.
+        seed: Of new weights, of the data order and of dropout.
         data: Hub id, local folder or file, or charts or pages for rendered ones.
         data_config: Configuration of a hub dataset, e.g. `DocVQA`.
         train_split: Name of the split to train on.
         eval_split: Name of the split to evaluate on.
-        limit: At most so many training questions.
-        eval_limit: At most so many questions of the evaluation.
-        prompt: What the host is asked; `{question}` stands for the question.
+        limit: Largest number of training questions.
+        eval_limit: Largest number of questions in the evaluation.
+        prompt: Text for the host; `{question}` stands for the question.
         max_tiles: Most tiles an image is cut into, for hosts that tile.
         max_pixels: Most pixels of an image for hosts that take any size (Qwen).
-        streaming: Read a hub dataset as it comes, without a download beforehand.
+        streaming: Read a hub dataset as it arrives, without downloading it first.
         num_workers: Processes that decode images.
         max_new_tokens: Longest answer in the evaluation, in tokens.
         eval_batch: Questions per forward in the evaluation.
@@ -135,7 +135,7 @@ class Recipe:
     log: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        # Here, because the command line makes its options of this class and must not wait for torch and transformers.
+        # Here, because the command line makes its options from this class and must not wait for torch and transformers.
         from transformers.integrations.integration_utils import (
             INTEGRATION_TO_CALLBACK,  # pyright: ignore[reportUnknownVariableType]
         )
@@ -193,12 +193,12 @@ class Recipe:
 
     @property
     def folder(self) -> str:
-        """Where the run is written: `output` with its name filled in."""
+        """Folder of the run: `output` with the name of the recipe filled in."""
         return self.output.replace("{name}", self.name)
 
     @property
     def image_limit(self) -> int:
-        """The most tiles or pixels of an image, whichever its host goes by."""
+        """The most tiles or pixels of an image, whichever its host limits."""
         from sfa_adapters.vlm.records import vlm_spec
 
         rules = vlm_spec(self.family).images

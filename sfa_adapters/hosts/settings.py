@@ -1,6 +1,6 @@
-"""A recipe's settings as people write them: a YAML file and `key=value`, over the recipe's own.
+"""Settings that override those of a recipe: from a YAML file and from `key=value` on the command line.
 
-What is written is read by the type of the field in `Recipe`, not by what YAML thinks it is: `lr: 2e-5` is text to YAML,
+Values are read by the type of the field in `Recipe`, not by the type that YAML gives them: `lr: 2e-5` is text to YAML,
 and `revision: 0123456` a number.
 """
 
@@ -52,20 +52,20 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def load_recipe(base: Recipe, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    r"""A recipe with the settings of a file, and over them those of `key=value`.
+    r"""A recipe with its settings overridden by those of a file, and these by `key=value`.
 
     Args:
-        base: What is not set otherwise.
-        file: YAML: one `key: value` for each setting. None is none.
-        overrides: `key=value`; a later one of a key counts. `none` unsets, a list is written `row,col`, and dashes in a
-            key count as underscores. In `prompt`, `\n` is a line break.
+        base: The recipe that gives all other settings.
+        file: YAML: one `key: value` for each setting. None for no file.
+        overrides: `key=value`; of several for one key the last counts. `none` unsets, a list is written `row,col`, and
+            dashes in a key count as underscores. In `prompt`, `\n` is a line break.
 
     Returns:
         The recipe.
 
     Raises:
-        RecipeError: A key is unknown (suggests the near one), a value has another type or cannot be used, or the file
-            is not such a file. Says where the value came from.
+        RecipeError: A key is unknown (suggests a similar one), a value has another type or cannot be used, or the file
+            cannot be read. Says where the value came from.
     """
     changes: dict[str, Any] = {}
     if file is not None:
@@ -77,7 +77,7 @@ def load_recipe(base: Recipe, file: str | Path | None = None, overrides: Sequenc
         if not equals or not key.strip():
             raise RecipeError(f"{override!r} is no setting. Write key=value, e.g. lr=2e-5.")
         key = _known(key.strip(), "on the command line")
-        # A shell makes no line break of it.
+        # A shell passes `\n` as two characters.
         value = value.replace("\\n", "\n") if key == "prompt" else value.strip()
         changes[key] = _typed(key, value, "on the command line")
     return base.replace(**changes)
@@ -88,7 +88,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> Path:
 
     Args:
         recipe: The recipe.
-        path: The file. Its folder is made.
+        path: The file; its folder is made if needed.
 
     Returns:
         The file.
@@ -100,7 +100,9 @@ def write_recipe(recipe: Recipe, path: str | Path) -> Path:
     settings = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
     }
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    # PyYAML folds these three line breaks into spaces in a text that it writes unescaped.
+    breaks = any(mark in str(value) for value in settings.values() for mark in "\x85\u2028\u2029")
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=not breaks, width=120)
     with writing(path.name, path.parent):
         write_whole(path, text)
     return path

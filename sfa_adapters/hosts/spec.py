@@ -1,6 +1,6 @@
-"""The records of hosts as recipes see them: those whose images somebody wrote rules for.
+"""The records of hosts that a recipe can name as its `family`.
 
-The record itself is `sfa_adapters.vlm.spec.VLMSpec`, on a lower floor: token reduction, heads and SCR read it too.
+The class of a record is `sfa_adapters.vlm.spec.VLMSpec`, on a lower floor: token reduction, heads and SCR read it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def families() -> tuple[str, ...]:
 
 
 class _Hosts(Mapping[str, VLMSpec]):
-    """The records by name, read anew each time: a package may register more."""
+    """The records by name, looked up each time, because a package may register more."""
 
     def __getitem__(self, name: str) -> VLMSpec:
         if name not in families():

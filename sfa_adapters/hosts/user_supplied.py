@@ -1,4 +1,4 @@
-"""A host that the user names on the command line, and a question to it as its own processor puts it."""
+"""Loading of a model that the user names on the command line, and questions encoded by its processor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ __all__ = ["load_user_model", "user_prompt"]
 
 
 def load_user_model(model: str, **options: Any) -> tuple[Any, Any]:
-    """A vision-language model in eval mode, and its processor.
+    """Loads a vision-language model, in eval mode, and its processor.
 
     Args:
-        model: An id or a folder.
+        model: Hub id or folder.
         options: For `from_pretrained` of the model.
+
+    Returns:
+        Model and processor.
 
     Raises:
         DataError: It cannot be loaded, or its processor takes no images or no text.
@@ -42,12 +45,15 @@ def load_user_model(model: str, **options: Any) -> tuple[Any, Any]:
 
 
 def user_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, Any]:
-    """A question about a page as the host's own processor puts it, with its chat template where it has one.
+    """Encodes a question about a page with the processor of a model, and its chat template if it has one.
 
     Args:
-        processor: Of the host.
-        image: uint8 `[H, W, 3]`.
-        question: What is asked.
+        processor: Of the model.
+        image: The page, uint8 `[H, W, 3]`.
+        question: The question.
+
+    Returns:
+        Inputs of the model's forward, as tensors.
     """
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""What a training step keeps for its backward pass, in bytes, counted tensor by tensor as the layers of the hosts do.
+"""Activation memory: the bytes that a training step keeps for its backward pass, counted tensor by tensor.
 
-A layer that is checkpointed keeps its input; the rest of it is there again while its own gradient is computed. Tests
-compare the counts with what autograd really saved (`torch.autograd.graph.saved_tensors_hooks`) on small hosts.
+A checkpointed layer keeps its input only; the rest is recomputed while its own gradient is computed. Tests compare the
+counts with what autograd saves (`torch.autograd.graph.saved_tensors_hooks`) on small hosts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Activations:
         outer: What is kept outside the layers: embeddings, projector, norms, loss.
         layer: What one layer keeps beside its input.
         layers: How many layers there are.
-        transient: What a layer's backward pass needs beside that, at once.
-        logits: Of the loss, at its largest; 0 for the tower.
+        transient: What the backward pass of one layer needs beside that, at its peak.
+        logits: What the loss makes of the logits, at its peak; 0 for the tower.
     """
 
     inputs: int
@@ -40,15 +40,15 @@ class Activations:
     logits: int = 0
 
     def kept(self, checkpointing: bool) -> int:
-        """What autograd holds at the end of the forward pass."""
+        """Bytes that autograd holds at the end of the forward pass."""
         return self.inputs + self.outer + (0 if checkpointing else self.layer * self.layers)
 
     def peak(self, checkpointing: bool, casts: int = 0) -> int:
-        """The most there is at once: behind the loss, in it, or in the backward pass of a layer.
+        """Bytes at the peak, which is after the loss, in it, or in the backward pass of a layer.
 
         Args:
             checkpointing: Whether layers are checkpointed.
-            casts: Copies of weights that autocast makes. Checkpointed layers give theirs back when the forward ends.
+            casts: Copies of weights that autocast makes. Checkpointed layers free theirs when the forward ends.
         """
         kept = self.kept(checkpointing)
         if not checkpointing:
@@ -57,7 +57,7 @@ class Activations:
 
 
 def precision(recipe: Recipe, trains: bool) -> Precision:
-    """Precision of a part; see `prepare`."""
+    """Precision of a part of the host, as `prepare` sets it."""
     compute = FLOAT if recipe.dtype == "float32" else 2
     mixed = trains and compute != FLOAT
     return Precision(FLOAT if trains else compute, compute, trains, mixed)
@@ -70,7 +70,7 @@ def activations_of(recipe: Recipe, config: Any, lengths: Lengths, batch: int) ->
         recipe: What trains, and in which precision.
         config: The host's configuration.
         lengths: Tokens of one question.
-        batch: Questions at once.
+        batch: Questions per forward.
     """
     return _vision(recipe, config, lengths, batch), _text(recipe, config, lengths, batch)
 

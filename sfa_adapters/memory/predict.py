@@ -1,4 +1,4 @@
-"""`predict_memory`: what a recipe needs on each GPU, and whether it fits, before anything is downloaded."""
+"""`predict_memory`: the memory that a recipe needs on each GPU, and whether it fits, before any download."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def predict_memory(
         The prediction, with what would make it fit where it does not.
 
     Raises:
-        RecipeError: The plan does not go with so many GPUs, or the host does not tile.
+        RecipeError: The plan does not work with this number of GPUs, or the host does not tile.
     """
     if gpus < 1 or memory <= 0:
         raise RecipeError(f"gpus={gpus} and memory={memory:g} must be above 0.")
@@ -53,7 +53,7 @@ def predict_memory(
     if batch is not None:
         rounded = max(batch, recipe.batch_size // batch * batch) if batch >= 1 else recipe.batch_size
         recipe = recipe.replace(micro_batch=batch, batch_size=rounded)
-    lengths_of(recipe, architecture_config, tiles)  # says what cannot be asked of this host
+    lengths_of(recipe, architecture_config, tiles)  # refuses tiles that this host cannot have
     if tiles is not None and _setting(recipe) == "max_tiles":
         recipe = recipe.replace(max_tiles=tiles)
     counts = count_parameters(recipe, architecture_config)
@@ -78,7 +78,7 @@ def _predict(recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, me
         front.stored + model.stored, front.trained + model.trained, front.casts + model.casts, model.unpacked
     )
     on = recipe.gradient_checkpointing
-    # While the tower is at its backward pass, the language model has given its activations back.
+    # During the backward pass of the tower, the activations of the language model are free already.
     peak = max(vision.kept(on) + _peak(recipe, everything, text), _peak(recipe, everything, vision))
     one = _device("GPU 0", "everything", everything, peak, exchanged=gpus > 1)
     if recipe.plan == "fsdp2" and gpus > 1:
@@ -98,7 +98,7 @@ def _device(name: str, holds: str, weights: Weights, activations: int, exchanged
 
 
 def _sharded(recipe: Recipe, counts: ParameterCounts, whole: DeviceMemory, gpus: int) -> DeviceMemory:
-    """One shard, with what is gathered: everything outside the layers, one layer, and the next one on its way."""
+    """One shard, with what is gathered: everything outside the layers, one layer, and the next, prefetched one."""
     size = 2 if recipe.dtype != "float32" else 4
     gathered = (counts.outside + 2 * counts.largest_layer) * size
     return replace(
@@ -117,7 +117,7 @@ def _sharded(recipe: Recipe, counts: ParameterCounts, whole: DeviceMemory, gpus:
 def _savings(
     recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, memory: float
 ) -> Iterator[tuple[str, int]]:
-    """Single changes that make it fit; if none does, the first few together that do."""
+    """Single changes of settings that make it fit; if none does, the first few that do together."""
     alone = False
     together: dict[str, Any] = {}
     listed: list[str] = []
@@ -141,7 +141,7 @@ def _savings(
 
 
 def _listed_already(text: str, listed: list[str]) -> bool:
-    """Of one setting the mildest change that helps is enough."""
+    """Whether a milder change of the same setting is listed."""
     return any(other.partition("=")[0] == text.partition("=")[0] for other in listed)
 
 

@@ -19,7 +19,7 @@ class DeviceMemory:
 
     Attributes:
         device: Its name, e.g. `GPU 0`.
-        holds: What lies there.
+        holds: Which parts of the host are on it.
         weights: Weights of host and adapters.
         gradients: Gradients, and the buckets in which processes exchange them.
         optimizer: The moments of AdamW.
@@ -37,17 +37,17 @@ class DeviceMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A prediction.
+    """The predicted memory of a run on each GPU.
 
     Attributes:
-        recipe: The recipe, with the batch and tiles that were asked for.
-        devices: Each GPU.
+        recipe: The recipe, with the requested batch and tiles.
+        devices: One entry for each GPU.
         memory: Of each GPU, in bytes.
         lengths: Tokens of the longest question.
         savings: Changes that make it fit, each with the bytes of the fullest GPU; empty where it fits.
@@ -97,12 +97,12 @@ class MemoryPlan:
         for d in self.devices:
             parts = (d.weights, d.gradients, d.optimizer, d.activations, d.workspace, d.total)
             table.add_row(d.device, d.holds, *(f"{part / 1e9:.1f}" for part in parts))
-        # The error that follows says what to do.
+        # Where it does not fit, an error follows that says what to do.
         table.caption = self.advice if self.fits else f"Too much for {_gigabytes(self.memory)}."
         return table
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; bytes."""
+        """The prediction for JSON; sizes in bytes."""
         return {
             "recipe": self.recipe.name,
             "plan": self.recipe.plan,

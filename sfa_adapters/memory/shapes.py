@@ -1,4 +1,4 @@
-"""How many tokens a recipe's images and questions become, and how wide they are: what memory is counted from."""
+"""Token counts of a recipe's images and questions and widths of its layers, from which memory is predicted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["TEXT_TOKENS", "Lengths", "Widths", "lengths_of", "memory_rules", "te
 
 
 def memory_rules(recipe: Recipe) -> MemoryRules:
-    """What the record of a recipe's host says about memory.
+    """The memory rules in the record of a recipe's host.
 
     Raises:
-        RecipeError: It says nothing.
+        RecipeError: The record has none.
     """
     spec = vlm_spec(recipe.family)
     spec.require("memory")
@@ -28,7 +28,7 @@ def memory_rules(recipe: Recipe) -> MemoryRules:
 
 
 def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths:
-    """Tokens of one question with the largest image that the recipe lets in.
+    """Tokens of one question with the largest image that the recipe allows.
 
     Args:
         recipe: `max_tiles` or `max_pixels` is used.
@@ -36,7 +36,7 @@ def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths
         tiles: Tiles of the image in place of `max_tiles`, for hosts that tile.
 
     Raises:
-        RecipeError: The host does not tile, or cannot cut so few tiles.
+        RecipeError: The host does not tile, or cannot cut this number of tiles.
     """
     spec, rules = vlm_spec(recipe.family), memory_rules(recipe)
     setting = None if spec.images is None else spec.images.setting
@@ -50,7 +50,7 @@ def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths
 
 
 def vision_widths(recipe: Recipe, config: Any) -> Widths:
-    """Sizes of a tower's layers, as many as the host reads."""
+    """Widths of the tower's layers and their number, those that the host reads."""
     rules = memory_rules(recipe)
     sizes = rules.tower(config)
     if not recipe.sfa or not rules.fixed_grid:
@@ -63,7 +63,7 @@ def vision_widths(recipe: Recipe, config: Any) -> Widths:
 
 
 def text_widths(config: Any) -> Widths:
-    """Sizes of a language model's layers."""
+    """Widths of the language model's layers and their number."""
     text = config.text_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = text.num_key_value_heads or text.num_attention_heads

@@ -1,4 +1,4 @@
-"""`ParameterCounts`: how many weights a host has in each of its parts, counted on the meta device, and their bytes."""
+"""`ParameterCounts`: the numbers of weights in each part of a host, counted on the meta device, and their bytes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BLOCK, NESTED, CODES = 64, 256, 4 * (16 + 256 + 1)
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of weights.
+    """Numbers of weights in the parts of a host.
 
     Attributes:
         parts: Of tower, projector and language model with its head.
-        unread: Of the tower, behind what the host reads; they never train.
+        unread: Of the tower, after the layers that the host reads; they never train.
         matrices: Rows and columns of every linear layer of the language model but its head.
         sfa: Structural scalars of all layers.
         largest_layer: Of the largest layer.
@@ -62,10 +62,10 @@ class Weights:
 
 
 def count_parameters(recipe: Recipe, config: Any) -> ParameterCounts:
-    """Builds a host on the meta device and counts.
+    """Builds a host on the meta device and counts its weights.
 
     Args:
-        recipe: `family` and what is said about SFA are used.
+        recipe: Its `family` and its SFA settings are used.
         config: The host's configuration.
 
     Raises:
@@ -103,7 +103,7 @@ def four_bit_bytes(rows: int, columns: int) -> int:
 
 
 def weights_of(recipe: Recipe, counts: ParameterCounts) -> tuple[Weights, Weights]:
-    """Weights of tower with projector and SFA, and of the language model with its LoRA; see `prepare`.
+    """Bytes of tower with projector and SFA, and of the language model with its LoRA, as `prepare` leaves them.
 
     Args:
         recipe: What trains, and in which precision.

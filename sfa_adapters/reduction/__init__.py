@@ -1,4 +1,4 @@
-"""Fewer tokens in the host: DyMU merges similar ones in the tower, FastV drops unread ones in the language model."""
+"""Fewer tokens: DyMU merges similar ones in the tower, FastV drops unattended ones in the language model."""
 
 from sfa_adapters.reduction.dymu import (
     DyMUConfig,

@@ -1,8 +1,8 @@
 """Which tokens a pruned layer holds, and the masks, positions and states of exactly these.
 
-A layer behind the pruning holds fewer tokens than the ones in front of it. `KeptTokens` says which column of the full
-sequence each of its cache slots is; it travels with the cache, so copies, beams and later turns find it there. Samples
-of a batch keep different numbers of tokens: shorter ones begin with dead slots, which nobody attends to. How many a
+A layer after the pruning holds fewer tokens than the ones before it. `KeptTokens` says which column of the full
+sequence each of its cache slots is; it is stored on the cache, so copies, beams and later turns find it there. Samples
+of a batch keep different numbers of tokens: shorter ones begin with dead slots, to which nothing attends. How many a
 sample has depends on counts alone, so beams of one prompt may be reordered freely.
 
 Shape letters: B samples, Q queries, L tokens of a prompt, P of them kept, S cache slots, C columns of the full
@@ -26,14 +26,14 @@ KEPT = "_fastv_kept"  # attribute of a cache
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """The slots that a pruned layer had when the latest prompt was over; tokens behind it follow one by one.
+    """The cache slots of a pruned layer after the latest prompt; later tokens follow one by one.
 
     Attributes:
         columns: Column of the full sequence of each slot, int64 `[B, S]`.
         live: False for dead slots, bool `[B, S]`.
-        full: Columns that the full sequence had.
+        full: Number of columns of the full sequence.
         all_live: Whether no slot is dead.
-        loose: How many of the last slots may be taken back: tokens that stand without gaps behind the last image.
+        loose: How many of the last slots may be removed again: the tokens after the last image, which have no gaps.
     """
 
     columns: Tensor
@@ -49,11 +49,14 @@ class KeptTokens:
 
     @property
     def dropped(self) -> int:
-        """Columns that have no slot."""
+        """Number of columns that have no slot."""
         return self.full - self.slots
 
     def of_batch(self, batch: int) -> KeptTokens:
-        """The same for a batch of that size: one sample may have been repeated.
+        """The same for a batch of another size, where one sample was repeated.
+
+        Args:
+            batch: Samples of the new batch.
 
         Raises:
             PlanError: The cache was filled by another batch.
@@ -70,14 +73,14 @@ class KeptTokens:
         return replace(self, columns=columns, live=live)
 
     def cut_to(self, slots: int, full: int | None) -> KeptTokens:
-        """The same once tokens were taken back, as assisted generation does with its candidates.
+        """The same after the last tokens were removed, as assisted generation does with rejected candidates.
 
         Args:
             slots: Tokens that a pruned layer holds now.
             full: Tokens that layer 0 holds now, or None where that is one of the pruned ones.
 
         Raises:
-            PlanError: Image tokens are among those that were taken back, or the cache is not the one that was filled.
+            PlanError: Image tokens are among those that were removed, or the cache is not the one that was filled.
         """
         less = max(0, self.slots - slots)
         if less > self.loose or (full is not None and full - slots != self.dropped):
@@ -102,7 +105,7 @@ class KeptTokens:
             live: `[B, P]`.
             length: How many tokens it had.
             all_live: Whether `live` is True all over.
-            loose: How many of its last tokens may be taken back.
+            loose: How many of its last tokens may be removed again.
         """
         between = torch.arange(self.full, start, device=index.device).expand(len(index), -1)
         columns = torch.cat((self.columns, between, start + index), 1)
@@ -120,13 +123,13 @@ def nothing_before(batch: int, start: int, device: torch.device) -> KeptTokens:
 
 
 def visible_tokens(mask: Any, batch: int, queries: int, past: int | Tensor, device: torch.device) -> Tensor:
-    """Which tokens of a prompt are no padding, bool `[B, Q]`: a real token sees itself under every mask.
+    """Which tokens of a prompt are not padding, bool `[B, Q]`: a real token sees itself under every mask.
 
     Args:
         mask: As a decoder layer gets it: None, `[B, C]`, or `[1 or B, heads, Q, C]` boolean or additive.
         batch: B.
         queries: Q.
-        past: Tokens in the cache before this prompt; a static cache tells it on the device.
+        past: Tokens in the cache before this prompt; a tensor on the device for a static cache.
         device: Of the prompt.
     """
     if mask is None:
@@ -143,7 +146,7 @@ def pruned_mask(mask: Any, kept: KeptTokens, rows: Tensor | None, queries: int, 
     """The mask of a pruned layer.
 
     Args:
-        mask: The mask of the layers in front: None, `[B, C]`, or `[1 or B, heads, Q, C]` boolean or additive.
+        mask: The mask of the earlier layers: None, `[B, C]`, or `[1 or B, heads, Q, C]` boolean or additive.
         kept: The slots of the layer; with `rows` those of this prompt are the last ones among them.
         rows: Which rows of the mask stay, `[B, P]`, at a prompt; None while decoding, where all do.
         queries: Rows of the new mask.
@@ -192,13 +195,13 @@ def pruned_mask(mask: Any, kept: KeptTokens, rows: Tensor | None, queries: int, 
         hidden = hidden & ~dead
     if not kept.all_live:
         mask = _hidden(mask, hidden)
-    if known < slots:  # a static cache has room behind
+    if known < slots:  # a static cache has room for more
         mask = torch.nn.functional.pad(mask, (0, slots - known), value=_closed(mask))
     return mask.contiguous()
 
 
 def _all_slots(kept: KeptTokens, slots: int) -> Tensor:
-    """`live` with the slots behind the prompt."""
+    """`live` with the slots after the prompt."""
     return torch.nn.functional.pad(kept.live, (0, slots - kept.slots), value=True)
 
 
@@ -218,7 +221,7 @@ def _seen(entries: Tensor) -> Tensor:
     return entries if entries.dtype == torch.bool else entries > torch.finfo(entries.dtype).min / 2
 
 
-# -- what stands beside the mask --------------------------------------------------------------------------------------
+# -- states and positions ---------------------------------------------------------------------------------------------
 
 
 def keep_states(states: Tensor, index: Tensor) -> Tensor:
@@ -230,9 +233,10 @@ def keep_positions(values: Any, index: Tensor, channels: bool) -> Any:
     """Position ids or position embeddings of the kept tokens; each keeps the ones that it had.
 
     Args:
-        values: `[1 or B, L]`, `[rows, 1 or B, L]`, the same with channels behind, several of these, or None.
+        values: `[1 or B, L]`, `[rows, 1 or B, L]`, the same with a last dimension of channels, several of these, or
+            None.
         index: `[B, P]`.
-        channels: Whether there are channels behind.
+        channels: Whether there is a dimension of channels.
     """
     if values is None:
         return None

@@ -1,4 +1,4 @@
-"""SCR, structural consistency regularization: attention and answers as terms of a loss while fine-tuning."""
+"""SCR, structural consistency regularization: loss terms on attention and answers for fine-tuning."""
 
 from sfa_adapters.scr.config import SCRConfig
 from sfa_adapters.scr.loss import SCRLoss

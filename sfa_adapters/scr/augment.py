@@ -1,6 +1,7 @@
-"""Changes of a page that leave every answer right: small shifts, brightness, blur, JPEG. No flips and no crops.
+"""Augmentations that keep every answer true: small shifts, brightness, blur, JPEG. No flips and no crops.
 
-All pages of a batch are changed alike, so that the tiles of one page still fit together; each step draws anew.
+All pages of a batch are changed in the same way, so that the tiles of one page still fit together; each step draws new
+changes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def to_pages(pixels: Tensor, statistics: Statistics) -> Tensor:
         RGB in [0, 1], fp32, without gradients.
 
     Raises:
-        DataError: These are no images, or they were normalised otherwise.
+        DataError: These are no images, or they were normalised with other statistics.
     """
     if pixels.ndim < 4 or pixels.shape[-3] != 3:
         raise DataError(
@@ -55,7 +56,16 @@ def to_pages(pixels: Tensor, statistics: Statistics) -> Tensor:
 
 
 def change_pixels(pixels: Tensor, statistics: Statistics, config: SCRConfig, generator: torch.Generator) -> Tensor:
-    """Changes normalised pages; a canvas in tiles `[B, tiles, 3, H, W]` is fine.
+    """Augments normalised images.
+
+    Args:
+        pixels: `[N, 3, H, W]`, or in tiles `[B, tiles, 3, H, W]`.
+        statistics: Mean and standard deviation by channel.
+        config: Which changes, and how large.
+        generator: Draws them; on the CPU.
+
+    Returns:
+        Of the shape and dtype of `pixels`, normalised, without gradients.
 
     Raises:
         DataError: As in `to_pages`.
@@ -67,12 +77,12 @@ def change_pixels(pixels: Tensor, statistics: Statistics, config: SCRConfig, gen
 
 
 def change(pages: Tensor, config: SCRConfig, generator: torch.Generator) -> Tensor:
-    """Makes one or more of the changes that the configuration allows, each with a probability of one half.
+    """Applies at least one of the changes that the configuration allows, each with a probability of one half.
 
     Args:
         pages: RGB in [0, 1], `[N, 3, H, W]`.
         config: Which changes, and how large.
-        generator: Decides; on the CPU.
+        generator: Draws them; on the CPU.
 
     Returns:
         Pages of the same shape, in [0, 1].
@@ -84,7 +94,7 @@ def change(pages: Tensor, config: SCRConfig, generator: torch.Generator) -> Tens
     drawn = torch.rand(len(allowed), generator=generator)
     chosen = {name for name, chance in zip(allowed, drawn.tolist(), strict=True) if chance < 0.5}
     chosen = chosen or {allowed[int(drawn.argmin())]}
-    strength = torch.rand(5, generator=generator).tolist()  # always five, so that a change does not move later ones
+    strength = torch.rand(5, generator=generator).tolist()  # always five, so that later draws do not depend on `chosen`
     if "shift" in chosen:
         span = 2 * config.max_shift + 1
         place = int(strength[0] * (span**2 - 1))
@@ -99,7 +109,14 @@ def change(pages: Tensor, config: SCRConfig, generator: torch.Generator) -> Tens
 
 
 def shift(pages: Tensor, down: int, right: int, fill: Fill = "edge") -> Tensor:
-    """Moves pages `[N, 3, H, W]` by whole pixels; what comes in is the last row or column, or white."""
+    """Moves pages by whole pixels.
+
+    Args:
+        pages: `[N, 3, H, W]`.
+        down: Pixels; negative ones go up.
+        right: Pixels; negative ones go left.
+        fill: What appears at the border: copies of the last row or column, or white.
+    """
     most = max(abs(down), abs(right))
     padding = (most,) * 4
     canvas = F.pad(pages, padding, mode="replicate") if fill == "edge" else F.pad(pages, padding, value=1.0)

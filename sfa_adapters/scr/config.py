@@ -1,4 +1,4 @@
-"""`SCRConfig`: which terms are on, how strongly, and what they look at."""
+"""`SCRConfig`: which loss terms of SCR are on, their weights, and what they are computed from."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ Fill = Literal["edge", "white"]
 
 @dataclass(frozen=True, kw_only=True)
 class SCRConfig:
-    """Settings of the three terms. The default weights are starting points of our own judgement, not tuned values.
+    """Settings of the three loss terms. The default weights are starting points, not tuned values.
 
     Attributes:
         entropy: Weight of the entropy term; 0 is off, here and below.
         grounding: Weight of the grounding term.
         stability: Weight of the stability term, which runs the model once more.
-        warmup_steps: Steps over which all weights rise in a straight line; from step `warmup_steps` on they are whole.
+        warmup_steps: Steps of a linear warm-up of all weights.
         entropy_band: Lowest and highest H / log n without penalty: 0 is a sink, 1 is uniform, both are degenerate.
         vision_layers: Attention layers of the tower for the entropy term, counted among those that the host reads;
             negative ones from the last. By default the last third.
-        language_layers: Attention layers of the language model for the grounding term, likewise.
+        language_layers: Attention layers of the language model for the grounding term, given in the same way.
         grounding_kind: "kl" is KL(target || attention), "mass" is -log of the attention on the evidence.
         max_rows: Most query patches of an image, and most answer tokens of a sample, that are read in one step; where
             there are more, a random choice.
-        scorer: What scores density, as in `PatchPolicy`: a name, or a function of images `[B, 3, H, W]` in [0, 1].
+        scorer: Estimates density, as in `PatchPolicy`: a name, or a function of images `[B, 3, H, W]` in [0, 1].
         dense_threshold: Patches with a density above it are text-dense.
-        image_mean: What pixel values were normalised with, by channel; by default what the tower's processor does.
-        image_std: Likewise.
+        image_mean: Mean that pixel values were normalised with, by channel; by default that of the tower's processor.
+        image_std: Standard deviation, by channel, as `image_mean`.
         augmentations: Which changes the stability term may make.
         max_shift: Longest shift in pixels of the tensor, each way.
-        fill: What comes in at the border of a shifted page: its last row and column of pixels, or white.
+        fill: What appears at the border of a shifted page: copies of its last row or column of pixels, or white.
         max_brightness: Largest relative change of brightness.
         max_blur: Largest standard deviation of the blur in pixels.
         jpeg_quality: Lowest and highest JPEG quality.
-        block_bytes: Size of the logits that are in memory at a time; a few times as much is used.
-        seed: Of changes and random choices.
+        block_bytes: Size of the logits that are in memory at a time, in bytes; a few times as much is used.
+        seed: Of augmentations and random choices.
 
     Raises:
         DataError: A field cannot be used; names it and its value.
@@ -94,8 +94,8 @@ class SCRConfig:
             "dense_threshold", _is_number(self.dense_threshold) and 0 <= self.dense_threshold < 1, "in [0, 1)"
         )
         for name in ("max_brightness", "max_blur"):
-            value = getattr(self, name)
-            self._require(name, _is_number(value) and 0 < value <= (1 if name == "max_brightness" else 10), "in (0, 1]")
+            value, most = getattr(self, name), 1 if name == "max_brightness" else 10
+            self._require(name, _is_number(value) and 0 < value <= most, f"in (0, {most}]")
         quality = self.jpeg_quality
         in_order = _is_pair(quality) and all(map(_is_whole, quality)) and 1 <= quality[0] <= quality[1] <= 100
         self._require("jpeg_quality", in_order, "two whole numbers 1 <= low <= high <= 100")
@@ -115,7 +115,7 @@ class SCRConfig:
             raise DataError(str(error)) from None
 
     def weight(self, term: Term) -> float:
-        """Weight of a term."""
+        """Weight of a term, without warm-up."""
         return getattr(self, term)
 
     @property
@@ -124,7 +124,11 @@ class SCRConfig:
         return tuple(name for name in TERMS if self.weight(name) > 0)
 
     def warmth(self, step: int) -> float:
-        """Share of the weights that counts in a step, in (0, 1]."""
+        """Factor of the warm-up on all weights, in (0, 1].
+
+        Args:
+            step: Number of the optimiser step, from 0.
+        """
         return min(1.0, (step + 1) / (self.warmup_steps + 1))
 
     def _require(self, name: str, right: bool, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""Which image tokens the answers of a batch should be read from: from boxes, from a mask, or from the density map."""
+"""`Evidence`: which image tokens hold the answers of a batch, from boxes, from a mask, or from the density map."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["Evidence", "patch_density", "required"]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Where the answers of a batch are printed; neither boxes nor a mask means: where text is dense.
+    """Where the answers of a batch are printed; without boxes and mask it is taken to be where text is dense.
 
     Attributes:
-        boxes: For each sample its boxes (left, top, right, bottom), or `[B, n, 4]` filled up with NaN; a sample
+        boxes: For each sample its boxes (left, top, right, bottom), or `[B, n, 4]` padded with NaN; a sample
             without boxes has no evidence and is skipped.
         mask: How much evidence lies under each image token, bool or from 0 up, `[B, T]`, or `[B, L, T]` with a row for
             each label. T is the number of image tokens of a sample, or of those with a place on the page.
@@ -37,18 +37,18 @@ class Evidence:
     page_sizes: Sequence[Sequence[float]] | Tensor | None = None
 
     def target(self, watch: Watch, seen: Seen, inputs: Mapping[str, Any]) -> tuple[ImageTokens, Tensor]:
-        """Finds the image tokens that are looked at, and how much evidence lies under each.
+        """Finds the image tokens that count, and how much evidence lies under each.
 
-        With boxes and density these are the tokens with a place on the page; attention on others (newlines, tiles of a
-        page that is there as a whole too) counts neither way.
+        With boxes and density these are the tokens of the whole page; attention on others (newlines, tiles of a page
+        that is also there as a whole) is left out.
 
         Args:
             watch: The host.
-            seen: Its latest forward.
-            inputs: What it was given.
+            seen: What was kept of its latest forward.
+            inputs: Inputs of that forward.
 
         Returns:
-            The tokens, and fp32 `[B, T]` or `[B, L, T]` on the device of the tokens.
+            The tokens, and the evidence, fp32 `[B, T]` or `[B, L, T]` on the device of the tokens.
 
         Raises:
             DataError: The evidence does not fit the batch; says what was expected.
@@ -99,7 +99,16 @@ class Evidence:
 
 
 def patch_density(images: Tensor, grid: tuple[int, int], watch: Watch) -> Tensor:
-    """Mean density of each patch of normalised images `[n, 3, H, W]`, `[n, rows, columns]`."""
+    """Mean text density of each patch.
+
+    Args:
+        images: Normalised, `[n, 3, H, W]`.
+        grid: Rows and columns of patches.
+        watch: The host, for its statistics and the scorer.
+
+    Returns:
+        `[n, rows, columns]` in [0, 1].
+    """
     patch = images.shape[-2] // grid[0]
     pages = to_pages(images, watch.statistics)[..., : grid[0] * patch, : grid[1] * patch]
     return score(pages, watch.config.scorer, patch, "mean")
@@ -109,7 +118,7 @@ def required(inputs: Mapping[str, Any], name: str) -> Tensor:
     """A tensor that a batch must have.
 
     Raises:
-        DataError: It has not.
+        DataError: It does not have it.
     """
     value = inputs.get(name)
     if not isinstance(value, Tensor):

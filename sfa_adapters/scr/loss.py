@@ -1,4 +1,4 @@
-"""`SCRLoss`: watches one forward of a model and gives the three terms for it."""
+"""`SCRLoss`: records one forward of a model and computes the three loss terms of SCR for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEVELS: Mapping[Term, str] = {"entropy": "entropy_level", "grounding": "groundin
 
 @dataclass(frozen=True)
 class _Result:
-    """One term: its value, the quantity that it is about, and what was used; None where nothing could be measured."""
+    """One term: its value, the quantity behind it, and sample counts; None where nothing could be measured."""
 
     value: Tensor | None
     level: Tensor | None
@@ -37,7 +37,7 @@ class _Result:
 
 
 class SCRLoss:
-    """The three terms, for any training loop.
+    """The three loss terms of SCR, for any training loop.
 
         scr = SCRLoss(model, SCRConfig(entropy=0.02, grounding=0.3, stability=0.3))
         with scr.watch():
@@ -50,14 +50,14 @@ class SCRLoss:
 
     Args:
         model: A vision-language model of `transformers`: LLaVA, LLaVA-NeXT, LLaVA-OneVision, InternVL and their kind.
-            Make the loss after adapters were put in.
+            Create the loss after the adapters are injected.
         config: Settings.
 
     Attributes:
-        step: How often it was called; the warm-up goes by it unless a step is given.
+        step: How often it was called; the step of the warm-up unless one is given.
 
     Raises:
-        InjectionError: A layer is not there, or the model has no image token.
+        InjectionError: A chosen layer does not exist, or the model has no image token.
         NoMatchingBackboneError: The entropy term is on and the model has no known vision tower.
         ObservationError: The entropy term is on and the tower's patches have no fixed grid (Qwen-type).
     """
@@ -76,7 +76,7 @@ class SCRLoss:
         """Keeps references to q and k of the chosen layers, for one forward of the model. Close it before `backward`.
 
         Raises:
-            ObservationError: The model ran more than once, or under reentrant checkpointing, which cuts gradients off;
+            ObservationError: The model ran more than once, or under reentrant checkpointing, which cuts off gradients;
                 or as in `observe`.
         """
         self._seen = None
@@ -94,14 +94,14 @@ class SCRLoss:
         page_sizes: Sequence[Sequence[float]] | Tensor | None = None,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Gives the terms of the forward that was watched.
+        """Computes the terms of the watched forward.
 
         Args:
-            outputs: What the model returned; the stability term reads its `logits` `[B, L, V]`.
-            inputs: What it was given: `input_ids` and `labels` `[B, L]`, with -100 on everything but answers, and
+            outputs: Output of the model; the stability term reads its `logits` `[B, L, V]`.
+            inputs: Its inputs: `input_ids` and `labels` `[B, L]`, with -100 on everything but answers, and
                 `pixel_values`.
             evidence_boxes: For each sample the boxes (left, top, right, bottom) that its answer is read from, or
-                `[B, n, 4]` filled up with NaN; a sample without boxes is skipped.
+                `[B, n, 4]` padded with NaN; a sample without boxes is skipped.
             evidence_mask: Instead, how much evidence lies under each image token, bool or from 0 up, `[B, T]`, or
                 `[B, L, T]` with a row for each label. T is the number of image tokens of a sample, or of those with a
                 place on the page. With neither boxes nor mask, evidence is where text is dense.
@@ -110,13 +110,14 @@ class SCRLoss:
             step: Optimiser step of the warm-up; by default, how often this loss was called before.
 
         Returns:
-            The weighted sum of the terms, a scalar; 0 with a gradient of nothing where every sample was skipped. And
-            for each term that is on: `entropy`, `grounding`, `stability` (without weight), how many samples (images,
-            for the entropy) count as `.._used` and `.._skipped`, and their `.._rows`; `entropy_level` is the mean
-            H / log n, `grounding_mass` the mean attention on the evidence, both NaN where every sample was skipped.
+            The weighted sum of the terms, a scalar; a 0 on which `backward` does nothing where every sample was
+            skipped. And for each term that is on: `entropy`, `grounding`, `stability` (without weight), how many
+            samples (images, for the entropy) count as `.._used` and `.._skipped`, and their `.._rows`; `entropy_level`
+            is the mean H / log n, `grounding_mass` the mean attention on the evidence, both NaN where every sample was
+            skipped.
 
         Raises:
-            ObservationError: No forward was watched, tokens are not what they should be, or logits are NaN.
+            ObservationError: No forward was watched, it had other tokens than its inputs say, or logits are NaN.
             DataError: Inputs or evidence do not fit.
         """
         seen, self._seen = self._seen, None
@@ -150,7 +151,7 @@ class SCRLoss:
         if torch.is_grad_enabled() and not value.requires_grad and term not in self._reported:
             self._reported.add(term)
             warnings.warn(
-                f"The {term} term has no gradient: every parameter in front of its layers is frozen. Train the vision "
+                f"The {term} term has no gradient: every parameter before its layers is frozen. Train the vision "
                 f"tower or adapters in it, or set {term}=0.",
                 SFAWarning,
                 stacklevel=3,

@@ -1,8 +1,8 @@
-"""The terms as functions of attention: differentiable, for chosen rows only, recomputed in `backward`.
+"""The loss terms of SCR as functions of attention: differentiable, for chosen rows only, recomputed in `backward`.
 
-An `AttentionCall` holds references to q and k of a forward that is over. Each function makes the logits of a block of
-rows, reduces them to a number per row, and forgets them; `torch.utils.checkpoint` makes them again in `backward`. So a
-term keeps numbers per row, and the graph behind q and k is the model's own, which its own checkpointing may recompute.
+An `AttentionCall` holds references to q and k of a forward that has ended. Each function computes the logits of a block
+of rows, reduces them to a number per row, and frees them; `torch.utils.checkpoint` computes them again in `backward`.
+So a term keeps numbers per row, and the graph of q and k is the model's own, which its checkpointing may recompute.
 
 Shape letters: B batch, H query heads, Q queries, K keys, R chosen rows, T chosen keys, V vocabulary.
 """
@@ -30,16 +30,16 @@ BLOCK_BYTES = 2**23
 def narrowed(
     call: AttentionCall, rows: Tensor, keys: Tensor | None = None, present: Tensor | None = None
 ) -> AttentionCall:
-    """A call with other rows for each sample, and only some of its keys.
+    """The attention call reduced to chosen rows, others for each sample, and to some of its keys.
 
     Args:
-        call: What the model computed.
+        call: The attention computation of a layer.
         rows: Queries of each sample, int64 `[B, R]`, by place in the call.
         keys: Keys of each sample, int64 `[B, T]`, by place in the call; all by default.
-        present: False hides an entry of `keys` that only fills up, bool `[B, T]`.
+        present: False hides an entry of `keys` that is padding, bool `[B, T]`.
 
     Returns:
-        A call with R queries and T keys, differentiable in what the first one holds.
+        A call with R queries and T keys, differentiable in the tensors of the first one.
     """
     batch = torch.arange(call.batch_size, device=call.device)[:, None]
     if call.scores is not None:
@@ -88,7 +88,7 @@ def _at_keys(matrix: Tensor, keys: Tensor) -> Tensor:
 
 
 def _recomputed(compute: Callable[..., Tensor], *blocks: Tensor) -> Tensor:
-    """Runs without keeping intermediate results; they are computed again in `backward`."""
+    """Runs a function without keeping intermediate results; they are computed again in `backward`."""
     result = checkpoint(compute, *blocks, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(result, Tensor)
     return result
@@ -99,10 +99,10 @@ def _per_block(call: AttentionCall, keys: int, block_bytes: int) -> int:
 
 
 def row_entropies(call: AttentionCall, rows: Tensor, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Entropy of chosen rows over the log of the number of keys that they see.
+    """Entropy of the attention of chosen rows, divided by the log of the number of keys that they see.
 
     Args:
-        call: What the model computed.
+        call: The attention computation of a layer.
         rows: Queries of each sample, int64 `[B, R]`.
         block_bytes: Size of the logits in memory at a time.
 
@@ -124,7 +124,7 @@ def row_entropies(call: AttentionCall, rows: Tensor, block_bytes: int = BLOCK_BY
 
 
 def band_penalty(values: Tensor, band: tuple[float, float]) -> Tensor:
-    """Squared distance to a band: 0 inside, so that neither a sink nor a uniform row is ever the best.
+    """Squared distance to a band: 0 inside, so that neither a sink nor a uniform row is the optimum.
 
     Args:
         values: Any shape.
@@ -142,7 +142,7 @@ def grounding_rows(
     kind: GroundingKind = "kl",
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the attention of chosen rows onto image tokens is from the evidence.
+    """Distance between the attention of chosen rows to image tokens and the evidence.
 
     The attention of each head is renormalised over the image tokens, then averaged over heads: A. With the evidence
     scaled to a distribution t, "kl" is KL(t || A) = sum t log (t / A), and "mass" is -log of the sum of A where t > 0.
@@ -150,12 +150,12 @@ def grounding_rows(
     log-sum-exps, so that no mass is too small for it.
 
     Args:
-        call: What a layer of the language model computed.
+        call: The attention computation of a layer of the language model.
         rows: Queries of each sample, int64 `[B, R]`.
         keys: Places of the image tokens, int64 `[B, T]`.
-        present: False for entries of `keys` that only fill up, bool `[B, T]`.
+        present: False for entries of `keys` that are padding, bool `[B, T]`.
         evidence: How much evidence lies under each image token, from 0 up, `[B, R, T]`.
-        kind: Which of the two.
+        kind: Which of the two distances.
         block_bytes: Size of the logits in memory at a time.
 
     Returns:
@@ -170,7 +170,7 @@ def grounding_rows(
         block_call = narrowed(call, block, keys, present)
         seen = rows_of(block_call, torch.arange(block.shape[1], device=call.device))
         log_attention = seen.logits.log_softmax(-1).logsumexp(1) - math.log(call.num_heads)
-        # Evidence behind a mask cannot be looked at.
+        # Evidence that a mask hides cannot be attended to.
         target = wanted.to(log_attention.dtype) * (seen.logits > HIDDEN / 2).any(1)
         total = target.sum(-1, keepdim=True)
         target = target / torch.where(total > 0, total, 1.0)
@@ -189,7 +189,7 @@ def grounding_rows(
 
 
 def jeffreys(first: Tensor, second: Tensor, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Half the sum of both divergences between two distributions, R-Drop's regulariser (arXiv 2106.14448, equation 2).
+    """Half the sum of both KL divergences of two distributions, R-Drop's regulariser (arXiv 2106.14448, equation 2).
 
     (KL(p || q) + KL(q || p)) / 2 = sum (p - q) (log p - log q) / 2.
 
@@ -199,7 +199,7 @@ def jeffreys(first: Tensor, second: Tensor, block_bytes: int = BLOCK_BYTES) -> T
         block_bytes: Size of the logits in memory at a time.
 
     Returns:
-        Nats, at least fp32, `[R]`.
+        In nats, fp32 or wider, `[R]`.
 
     Raises:
         ObservationError: Logits are NaN or infinite.

@@ -1,7 +1,7 @@
-"""What the terms look at: answer tokens, image tokens with a place on the page, and the evidence under them.
+"""What the loss terms are computed on: answer tokens, image tokens of the page, and the evidence under them.
 
-Evidence is given as boxes on the page, and becomes a share of each image token that boxes cover. Positions follow one
-convention: the query that *predicts* a token stands one place before it, so a label at i belongs to the query i - 1.
+Evidence is given as boxes on the page, and becomes the share of each image token that boxes cover. Positions follow one
+convention: the query that *predicts* a token is one place before it, so a label at i belongs to the query i - 1.
 
 Shape letters: B samples, L tokens of a sequence, R chosen rows, T image tokens.
 """
@@ -39,8 +39,8 @@ def boxes_to_tokens(boxes: Sequence[Box] | Tensor, page: tuple[float, float], gr
     """Share of each image token's area that boxes cover.
 
     Args:
-        boxes: (left, top, right, bottom) in page pixels, `[n, 4]`; rows of NaN only fill up. Parts outside the page
-            are cut off. Boxes that overlap add up, to 1 at most.
+        boxes: (left, top, right, bottom) in page pixels, `[n, 4]`; rows of NaN are padding. Parts outside the page are
+            cut off. Boxes that overlap add up, to 1 at most.
         page: Height and width of the page in the same pixels. The tower sees the whole page, stretched to its own size.
         grid: Rows and columns of image tokens.
 
@@ -64,7 +64,7 @@ def boxes_to_tokens(boxes: Sequence[Box] | Tensor, page: tuple[float, float], gr
         raise DataError(
             f"boxes[{number}]={corners[number].tolist()} must be left <= right and top <= bottom, in pixels."
         )
-    # In tokens; both sides of a box at once are the product of one side each.
+    # In units of tokens; the area of an overlap is the product of its height and its width.
     down = _overlap(corners[:, 1] * grid[0] / height, corners[:, 3] * grid[0] / height, grid[0])
     across = _overlap(corners[:, 0] * grid[1] / width, corners[:, 2] * grid[1] / width, grid[1])
     return torch.einsum("nr,nc->rc", down, across).clamp(max=1).flatten()
@@ -77,12 +77,12 @@ def _overlap(begin: Tensor, end: Tensor, count: int) -> Tensor:
 
 
 def answer_boxes(answer: str, texts: Sequence[str], boxes: Sequence[Box]) -> list[Box]:
-    """Boxes of the printed texts that hold a number of the answer, or that are the answer.
+    """Boxes of the printed texts that contain a number of the answer, or that are the answer.
 
     Args:
-        answer: A true answer. One that is printed nowhere (a difference, a sum) has no box.
-        texts: What is printed on the page.
-        boxes: Where, one box per text.
+        answer: The true answer. One that is printed nowhere (a difference, a sum) has no box.
+        texts: The texts that are printed on the page.
+        boxes: One box for each text.
 
     Returns:
         The boxes of these texts, in order.
@@ -99,7 +99,7 @@ def answer_boxes(answer: str, texts: Sequence[str], boxes: Sequence[Box]) -> lis
 def packed_evidence(
     labels: Tensor, boxes: Sequence[Sequence[Sequence[Box]]], page: tuple[float, float], grid: tuple[int, int]
 ) -> Tensor:
-    """Evidence of each answer token where one sequence holds many questions about its picture.
+    """Evidence of each answer token where one sequence holds several questions about its picture.
 
     Args:
         labels: `[B, L]`; each run of labels that are not -100 is the answer to the next question.
@@ -111,7 +111,7 @@ def packed_evidence(
         `evidence_mask` for `SCRLoss`: row i belongs to the label at i, fp32 `[B, L, rows * columns]`.
 
     Raises:
-        DataError: A sample has another number of answers than of lists of boxes, or a box cannot be used.
+        DataError: A sample does not have one list of boxes for each answer, or a box cannot be used.
     """
     evidence = torch.zeros(*labels.shape, grid[0] * grid[1])
     real = labels.cpu() != IGNORE
@@ -132,7 +132,11 @@ def packed_evidence(
 
 
 def answer_queries(labels: Tensor) -> Tensor:
-    """Queries whose next token is part of an answer: those that predict it, bool `[B, L]`."""
+    """Queries that predict a token of an answer, bool `[B, L]`.
+
+    Args:
+        labels: `[B, L]`, -100 on everything but answers.
+    """
     queries = torch.zeros_like(labels, dtype=torch.bool)
     queries[:, :-1] = labels[:, 1:] != IGNORE
     return queries
@@ -147,13 +151,13 @@ def choose_rows(candidates: Tensor, most: int, generator: torch.Generator | None
         generator: On the CPU; only used where there is a choice.
 
     Returns:
-        Places in order, int64 `[B, R]`, and which of them are candidates, bool `[B, R]`; the others fill up.
+        Places in order, int64 `[B, R]`, and which of them are candidates, bool `[B, R]`; the others are padding.
     """
     count = int(candidates.sum(1).max()) if candidates.numel() else 0
     rank = candidates.float()
     if count > most:
         rank = rank * (1 + torch.rand(candidates.shape, generator=generator)).to(rank.device)
-    # A stable order, not topk: among equals, candidates or the rows that fill up, the first ones are taken.
+    # A stable order, not topk: of equal ranks, of candidates as of padding, the first ones are taken.
     chosen = rank.argsort(dim=1, descending=True, stable=True)[:, : min(count, most)].sort(1).values
     return chosen, candidates.gather(1, chosen)
 
@@ -163,8 +167,8 @@ class ImageTokens:
     """The image tokens of a batch.
 
     Attributes:
-        places: Where they stand in the sequence, int64 `[B, T]`.
-        present: False for entries that only fill up, bool `[B, T]`.
+        places: Their places in the sequence, int64 `[B, T]`.
+        present: False for entries that are padding, bool `[B, T]`.
     """
 
     places: Tensor
@@ -176,15 +180,15 @@ class ImageTokens:
         return self.present.sum(1)
 
     def of_page(self, tokens: int, prefix: int, base_first: bool) -> ImageTokens:
-        """Those that cover the whole page once, row after row.
+        """The image tokens that cover the whole page once, row after row.
 
-        A page that was cut into tiles is also there as a whole: in front of its tiles in LLaVA-OneVision and LLaVA-NeXT
-        (`base_first`), behind them in InternVL. The newline tokens of the former have no place on it.
+        A page that was cut into tiles is also there as a whole: before its tiles in LLaVA-OneVision and LLaVA-NeXT
+        (`base_first`), after them in InternVL. The newline tokens of the former have no place on it.
 
         Args:
             tokens: How many tokens a page or tile has.
-            prefix: Tokens in front of each tile that are no patches (a CLS token that the host keeps).
-            base_first: Where the whole page stands.
+            prefix: Tokens before each tile that are no patches (a CLS token that the host keeps).
+            base_first: Whether the whole page is before its tiles.
 
         Returns:
             `tokens` places for each sample; a sample without an image has none of them present.
@@ -212,9 +216,14 @@ class ImageTokens:
 
 
 def image_tokens(input_ids: Tensor, image_token: int) -> ImageTokens:
-    """Finds the image tokens of a batch, `input_ids` `[B, L]`; samples may have different numbers of them."""
-    are = input_ids == image_token
-    most = int(are.sum(1).max())
+    """Finds the image tokens of a batch; samples may have different numbers of them.
+
+    Args:
+        input_ids: `[B, L]`.
+        image_token: Placeholder id of an image token.
+    """
+    is_image = input_ids == image_token
+    most = int(is_image.sum(1).max())
     # A stable sort brings a sample's image tokens to the front of its row, in order.
-    places = (~are).long().argsort(dim=1, stable=True)[:, :most]
-    return ImageTokens(places, are.gather(1, places))
+    places = (~is_image).long().argsort(dim=1, stable=True)[:, :most]
+    return ImageTokens(places, is_image.gather(1, places))

@@ -1,4 +1,4 @@
-"""`SCRTrainerMixin`: the terms in the loss of a `transformers.Trainer`."""
+"""`SCRTrainerMixin`: adds the loss terms of SCR to a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ else:
 
 __all__ = ["COLUMNS", "SCRTrainerMixin"]
 
-# Columns of a batch that are for the loss; the model never gets them.
+# Columns of a batch for the loss terms; the model never gets them.
 COLUMNS = ("evidence_boxes", "evidence_mask", "page_sizes")
 
 
 class SCRTrainerMixin(_Trainer):
-    """Adds the three terms to the training loss.
+    """Adds the three terms of SCR to the training loss.
 
         class MyTrainer(SCRTrainerMixin, Trainer): ...
         MyTrainer(model=model, scr_config=SCRConfig(entropy=0.02), args=..., train_dataset=...).train()
 
     A batch may have the columns `evidence_boxes`, `evidence_mask` and `page_sizes`, see `SCRLoss`; a collator must make
     them. Terms are logged beside the loss as `scr/entropy`, `scr/grounding`, `scr/stability`, without their weights,
-    with what `SCRLoss` tells about them. The loss of an evaluation is the plain one.
+    with the counts and levels that `SCRLoss` returns. The loss of an evaluation has no such terms.
 
     Args:
         args: As for `Trainer`.
@@ -75,14 +75,14 @@ class SCRTrainerMixin(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _accumulated(self, num_items_in_batch: Tensor | int | None) -> int:
-        """What the terms, means over a batch, are to be divided by where `Trainer` will not do it."""
+        """The divisor of the terms, which are means over a batch, where `Trainer` does not divide them."""
         batches = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return batches if loss_is_scaled(self, num_items_in_batch) else 1
 
     def _remember(self, terms: Mapping[str, float]) -> None:
         for name, value in terms.items():
             term = name.partition("_")[0]
-            # A term that found no sample is no measurement of 0; the counts tell of it.
+            # A term without samples is not a measurement of 0; its counts are still logged.
             if terms[f"{term}_used"] or name.endswith(("_used", "_skipped", "_rows")):
                 total, times = self._scr_sums.get(name, (0.0, 0))
                 self._scr_sums[name] = (total + value, times + 1)

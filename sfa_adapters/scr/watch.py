@@ -1,4 +1,4 @@
-"""`Watch`: what SCR needs to know about a host, and what it keeps of one forward."""
+"""`Watch`: the layers of a host that SCR reads, and what is kept of one forward."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["Seen", "Watch"]
 
 # The name of the feature, for `sfa_adapters.hooks`.
 SCR = "scr"
-TILES_BEHIND = "image_newline"  # the parameter of hosts that put the whole page in front of its tiles
+TILES_BEHIND = "image_newline"  # the parameter of hosts that put the whole page before its tiles
 
 
 @dataclass(eq=False)
 class Seen:
-    """What one forward left.
+    """What is kept of one forward.
 
     Attributes:
         calls: The attention computation of each chosen layer.
@@ -41,7 +41,7 @@ class Seen:
     towers: list[tuple[Tensor, tuple[int, int]]] = field(default_factory=list)
 
     def record_input(self, given: TowerInput) -> None:
-        """The tower is called with images."""
+        """Keeps the images of a call of the tower."""
         if isinstance(given.images, Tensor) and given.grid is not None:
             self.towers.append((given.images.detach(), given.grid))
 
@@ -61,14 +61,14 @@ class Seen:
 
 
 class Watch:
-    """A host under watch. Arguments and errors are those of `SCRLoss`.
+    """Records attention and images of one forward of a host. Arguments and errors are those of `SCRLoss`.
 
     Attributes:
-        host: The module that has the image token in its configuration.
+        host: The module whose configuration names the image token.
         image_token: Its id.
         vision: Paths of the layers that the entropy term reads.
         language: Paths of the layers that the grounding term reads.
-        page_first: Whether the tokens of a whole page stand in front of those of its tiles, not behind them.
+        page_first: Whether the tokens of a whole page are before those of its tiles, not after them.
     """
 
     def __init__(self, model: nn.Module, config: SCRConfig) -> None:
@@ -84,7 +84,7 @@ class Watch:
         self.vision, self.language = (), ()
         if config.entropy:
             assert self.tower is not None
-            if self.tower.backbone.grid_of_input is None:
+            if self.tower.backbone.joined != "batch":
                 raise ObservationError(
                     f"A {self.tower.backbone.name} tower has no fixed grid of patches, so dense patches cannot be told "
                     "from others: set entropy=0."
@@ -119,14 +119,14 @@ class Watch:
             seen.calls[call.layer] = call
 
         with ExitStack() as stack:
-            if self.tower is not None and self.tower.backbone.grid_of_input is not None:
+            if self.tower is not None and self.tower.backbone.joined == "batch":
                 tower, backbone = self.tower.tower, self.tower.backbone
                 stack.enter_context(watching_input(tower, backbone, SCR, seen.record_input, seen))
             if self.vision or self.language:
                 stack.enter_context(observe(self.model, keep, modules=[*self.vision, *self.language]))
             yield seen
 
-    # -- facts about the host -----------------------------------------------------------------------------------------
+    # -- the host -----------------------------------------------------------------------------------------------------
 
     @property
     def tower_prefix(self) -> int:
@@ -135,11 +135,15 @@ class Watch:
 
     @property
     def kept_prefix(self) -> int:
-        """How many of them become image tokens."""
+        """How many prefix tokens of the tower become image tokens."""
         return self.tower_prefix if getattr(self._config, "vision_feature_select_strategy", "") == "full" else 0
 
     def token_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of image tokens that `grid` patches become (InternVL: 4 patches to a token)."""
+        """Rows and columns of image tokens (InternVL: one for 2x2 patches).
+
+        Args:
+            grid: Rows and columns of patches.
+        """
         spec = find_spec(self.host)
         if spec is not None and spec.image_tokens is not None:
             side = spec.image_tokens.side(self._config)
@@ -175,7 +179,7 @@ def _host(model: nn.Module) -> tuple[Any, int]:
             return module, token
     raise InjectionError(
         f"{type(model).__name__} has no image_token_id in its configuration. SCR needs a vision-language model of "
-        "transformers whose image tokens stand in input_ids."
+        "transformers whose image tokens are in input_ids."
     )
 
 

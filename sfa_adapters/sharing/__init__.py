@@ -1,21 +1,24 @@
-"""Sharing: the model card, the hub, and a standalone folder with the bias baked in."""
+"""Sharing of adapters: the model card, upload to the hub, and a standalone export with the bias as buffers."""
 
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.sharing.card import model_card
 from sfa_adapters.sharing.export import BakedExport, export_baked
-from sfa_adapters.sharing.facts import RunFacts, describe_hardware, read_facts, write_facts
 from sfa_adapters.sharing.hub import Shared, fetch, push_to_hub, share, write_card
+from sfa_adapters.sharing.run_metadata import RunMetadata, describe_hardware, read_run_metadata, write_run_metadata
 
 __all__ = [
     "BakedExport",
-    "RunFacts",
+    "RunMetadata",
     "Shared",
     "describe_hardware",
     "export_baked",
     "fetch",
     "model_card",
     "push_to_hub",
-    "read_facts",
+    "read_run_metadata",
     "share",
     "write_card",
-    "write_facts",
+    "write_run_metadata",
 ]
+
+know_old_names(__name__)  # `RunFacts`, `read_facts`, `write_facts`

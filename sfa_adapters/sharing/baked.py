@@ -35,12 +35,12 @@ FORMAT = 1
 BUFFER = "sfa_bias"
 HOOKS = "_sfa_baked_hooks"
 RECORD = "_sfa_baked"
-# What adds a mask of numbers to the scores. Others take a mask for padding, or drop it in silence.
+# Attention implementations that add a mask to the scores. Others use it as a padding mask, or ignore it silently.
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 class BakedBiasError(ValueError):
-    """The bias does not fit: another image size, another model, an attention that drops masks, a newer file."""
+    """The bias does not fit the image size, the model, its attention implementation, or the file is newer."""
 
 
 def load_baked(folder: str | Path, **options: Any) -> Any:
@@ -116,7 +116,7 @@ def _read_bias(file: Any, number: int, record: dict[str, Any]) -> Tensor:
 def expand_tables(
     rows: Tensor, columns: Tensor, blocks: Tensor, row_of_token: Tensor, column_of_token: Tensor, on_page: Tensor
 ) -> Tensor:
-    """The matrix that tables stand for.
+    """Expands the tables of a layer to its bias matrix.
 
     Args:
         rows: Bias between rows, logits, `[heads, R, R]`.
@@ -138,7 +138,7 @@ def expand_tables(
 
 
 def attach_bias(attention: nn.Module, bias: Tensor, mask_argument: str, name: str) -> None:
-    """Gives an attention module its bias, as a buffer that is not saved with the model.
+    """Attaches a bias to an attention module, as a buffer that is not saved with the model.
 
     Args:
         attention: The module.
@@ -158,14 +158,14 @@ def attach_bias(attention: nn.Module, bias: Tensor, mask_argument: str, name: st
 
 
 def detach_bias(attention: nn.Module) -> None:
-    """Takes the bias out again."""
+    """Removes the bias from an attention module."""
     attention.__dict__.pop(HOOKS).remove()
     attention.__dict__.pop(RECORD)
     delattr(attention, BUFFER)
 
 
 def _add_bias(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an attention module."""
+    """Forward pre-hook of an attention module: adds the bias to its mask argument."""
     argument, position, name = attention.__dict__[RECORD]
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
     if implementation not in IMPLEMENTATIONS:
@@ -193,7 +193,7 @@ def _merge(bias: Tensor, given: Tensor | None) -> Tensor:
 
 
 def _check_grid(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the tower: two grids of other sides can have as many tokens."""
+    """Forward pre-hook of the tower: checks the grid, because two different grids can have equally many tokens."""
     record = tower.__dict__[RECORD]
     pixels = args[0] if args else kwargs.get("pixel_values")
     if not isinstance(pixels, Tensor):

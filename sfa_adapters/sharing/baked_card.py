@@ -1,4 +1,4 @@
-"""The card of an exported folder: how to load it, and what it cannot do."""
+"""The model card of an exported folder: how to load it, and its limits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["baked_card"]
 
 
 def baked_card(record: Mapping[str, Any], sizes: str) -> str:
-    """The card of an exported folder.
+    """The model card of an exported folder, as text.
 
     Args:
-        record: What `sfa_bias.json` holds.
+        record: Content of `sfa_bias.json`.
         sizes: Layers and sizes in words.
     """
     base = hub_id(record["base_model"])

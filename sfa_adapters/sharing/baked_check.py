@@ -1,4 +1,4 @@
-"""Whether the baked tower gives what the adapted one gives, on the model itself and before anything is written."""
+"""Compares the features of the baked tower with those of the adapted one, before an export writes anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["difference_of"]
 
 Layers = Sequence[tuple[str, nn.Module, SFALayer]]
 
-# How far the baked tower may be from the adapted one, of the largest feature: rounding, and nothing more.
+# Largest difference between the two towers, relative to the largest feature: rounding only.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
 
@@ -32,13 +32,19 @@ def difference_of(
 ) -> float:
     """Largest difference of the features of a random image between the adapted tower and the baked one.
 
+    Args:
+        located: The tower.
+        layers: Name, attention module and SFA layer of each layer with a bias.
+        factors: Bias of each of these layers.
+        size: Height and width of the image, in pixels.
+
     Raises:
         BiasNotAppliedError: It is more than rounding.
     """
     tower: Any = located.tower
     like = next(tower.parameters())
     channels = int(getattr(tower.config, "num_channels", 3))
-    # Drawn by a generator of its own: an export must not move the random numbers of a training that goes on.
+    # With a separate generator: an export must not change the random numbers of a running training.
     image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     with torch.no_grad(), _evaluating(tower):
         adapted = tower(pixel_values=image).last_hidden_state
@@ -67,13 +73,15 @@ def _evaluating(tower: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _baked(layers: Layers, factors: Sequence[BiasFactors], dtype: torch.dtype) -> Iterator[None]:
-    """The adapters off, and their bias as buffers, as the loader does it."""
+    """Switches the adapters off and attaches their bias as buffers, as the loader does."""
     states = [(layer, layer._disable_adapters) for _, _, layer in layers]
     attached: list[nn.Module] = []
     try:
         for (name, attention, layer), bias in zip(layers, factors, strict=True):
             layer._disable_adapters = True
-            baked.attach_bias(attention, bias.dense()[0].to(dtype), layer.state.backbone.mask_argument, name)
+            baked.attach_bias(
+                attention, bias.dense()[0].to(dtype), layer.state.backbone.argument_of(attention).name, name
+            )
             attached.append(attention)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Loads any base model of transformers and puts an SFA adapter on it, for exports of adapters without a recipe."""
+"""Loads any base model of transformers with an SFA adapter, for exports of adapters without a recipe."""
 
 from __future__ import annotations
 

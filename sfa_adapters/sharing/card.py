@@ -1,4 +1,4 @@
-"""The model card of a trained adapter, from what the run wrote down; nothing in it is a guess."""
+"""The model card of a trained adapter, only from what the run recorded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from huggingface_hub import ModelCard
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.sharing.facts import RunFacts, read_facts
 from sfa_adapters.sharing.metadata import card_metadata, hub_id, plain_name
+from sfa_adapters.sharing.run_metadata import RunMetadata, read_run_metadata
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
 
 __all__ = ["MARK", "model_card"]
 
-# A card without it was written by somebody, and is left alone.
+# A card without it was written by hand, and is left alone.
 MARK = "<!-- written by sfa-adapters; remove this line to keep your changes -->"
 UNKNOWN = "not recorded"
 FILES = {
@@ -29,15 +29,15 @@ FILES = {
 
 
 def model_card(
-    folder: str | Path, *, facts: RunFacts | None = None, licence: str | None = None, repo_id: str | None = None
+    folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> ModelCard:
-    """The card of what `save_trained` wrote.
+    """The model card of what `save_trained` wrote.
 
     Args:
         folder: The trained adapter: `recipe.json`, `adapter_config.json` and weights.
-        facts: Command, hardware, scores; by default those of `run.json` in the folder.
+        metadata: Command, hardware, scores; by default those of `run.json` in the folder.
         licence: As the hub names it.
-        repo_id: Where it will be, for the lines that load it.
+        repo_id: Name of its repository, for the lines that load it.
 
     Returns:
         Metadata and text.
@@ -47,20 +47,20 @@ def model_card(
     """
     folder = Path(folder)
     recipe, record = saved_recipe(folder), _json(folder / RECORD)
-    facts = read_facts(folder) if facts is None else facts
+    metadata = read_run_metadata(folder) if metadata is None else metadata
     sizes = {
         label: sum(prod(shape[1:]) for shape in record["tensors"][file].values())
         for file, label in FILES.items()
         if file in record["tensors"]
     }
     sfa = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
-    data = card_metadata(recipe, facts, licence)
+    data = card_metadata(recipe, metadata, licence)
     parts = [
         _opening(recipe, sfa),
         _loading(recipe, sizes, repo_id),
         _adapter(recipe, sfa, sizes),
-        _training(recipe, facts, record["versions"]),
-        _results(recipe, facts),
+        _training(recipe, metadata, record["versions"]),
+        _results(recipe, metadata),
         _limits(recipe),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n")
@@ -134,7 +134,7 @@ def _adapter(recipe: Recipe, sfa: Mapping[str, Any] | None, sizes: Mapping[str, 
     return "## What it is\n\n" + _table(rows)
 
 
-def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> str:
+def _training(recipe: Recipe, metadata: RunMetadata, versions: Mapping[str, str]) -> str:
     length = f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs:g} epochs"
     trained_on = f"{recipe.train_split} split" + (f", at most {recipe.limit:,} questions" if recipe.limit else "")
     rates = {
@@ -152,33 +152,33 @@ def _training(recipe: Recipe, facts: RunFacts, versions: Mapping[str, str]) -> s
     losses = {"entropy": recipe.scr_entropy, "grounding": recipe.scr_grounding, "stability": recipe.scr_stability}
     rows = [
         ("data", f"{_data(recipe)}, {trained_on}"),
-        ("questions trained on", UNKNOWN if facts.examples is None else f"{facts.examples:,}"),
-        ("left out (broken images, ...)", UNKNOWN if facts.skipped is None else f"{facts.skipped:,}"),
+        ("questions trained on", UNKNOWN if metadata.examples is None else f"{metadata.examples:,}"),
+        ("left out (broken images, ...)", UNKNOWN if metadata.skipped is None else f"{metadata.skipped:,}"),
         ("tuned parts of the base", ", ".join(name for name, frozen in trained if not frozen) or "none"),
-        ("length", length + (f"; {facts.steps:,} steps were made" if facts.steps is not None else "")),
+        ("length", length + (f"; {metadata.steps:,} steps were made" if metadata.steps is not None else "")),
         ("questions per step", str(recipe.batch_size)),
         ("learning rates", ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate is not None)),
         ("SCR terms", ", ".join(f"{name} {weight:g}" for name, weight in losses.items() if weight) or "none"),
         ("precision and plan", f"{recipe.dtype}, {recipe.plan}"),
         ("seed", str(recipe.seed)),
-        ("hardware", facts.hardware or UNKNOWN),
-        ("processes", str(facts.processes or UNKNOWN)),
-        ("training time", UNKNOWN if facts.seconds is None else _duration(facts.seconds)),
-        ("largest SFA scalars at the end", _scalars(recipe, facts)),
-        ("training loss at the end", UNKNOWN if facts.loss is None else f"{facts.loss:.4g}"),
-        ("command", f"`{facts.command}`" if facts.command else UNKNOWN),
+        ("hardware", metadata.hardware or UNKNOWN),
+        ("processes", str(metadata.processes or UNKNOWN)),
+        ("training time", UNKNOWN if metadata.seconds is None else _duration(metadata.seconds)),
+        ("largest SFA scalars at the end", _scalars(recipe, metadata)),
+        ("training loss at the end", UNKNOWN if metadata.loss is None else f"{metadata.loss:.4g}"),
+        ("command", f"`{metadata.command}`" if metadata.command else UNKNOWN),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return "## How it was trained\n\n" + _table(rows) + f"\n\nAll settings: `{RECORD}`."
 
 
-def _scalars(recipe: Recipe, facts: RunFacts) -> str:
-    """Below about 1 logit a bias hardly acts, so a reader of scores wants to know."""
+def _scalars(recipe: Recipe, metadata: RunMetadata) -> str:
+    """The largest scalars, in words: below about 1 logit a bias hardly acts, which explains its scores."""
     if not recipe.sfa:
         return "no SFA"
-    if not facts.scalars:
+    if not metadata.scalars:
         return UNKNOWN
-    return ", ".join(f"{term} {size:.2g}" for term, size in facts.scalars.items()) + " logits"
+    return ", ".join(f"{term} {size:.2g}" for term, size in metadata.scalars.items()) + " logits"
 
 
 def _start(recipe: Recipe) -> str:
@@ -194,11 +194,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _results(recipe: Recipe, facts: RunFacts) -> str:
-    if not facts.scores:
+def _results(recipe: Recipe, metadata: RunMetadata) -> str:
+    if not metadata.scores:
         return "## Results\n\nIt was not evaluated."
     blocks = ["## Results"]
-    for table in facts.scores:
+    for table in metadata.scores:
         data = plain_name(str(table.get("data") or recipe.data))
         host = f" ({table['host']})" if table.get("host") else ""
         lines = [f"{data}, {table.get('split') or recipe.eval_split} split, metric `{table['metric']}`{host}:", ""]
@@ -228,7 +228,7 @@ def _limits(recipe: Recipe) -> str:
         "into weights, and servers that bring their own attention (vLLM, SGLang) do not apply it.",
         "It was trained on the data named above; nothing is known about other pages, languages and questions.",
         "Answers can be wrong or made up. Check numbers against the page.",
-        "Licences of the base model and of the data go on to hold.",
+        "The licences of the base model and of the data still apply.",
     ]
     if recipe.plan == "nf4":
         lines.append(

@@ -1,8 +1,8 @@
-"""`export_baked`: a model with its structural bias as buffers, in a folder that loads without this library.
+"""`export_baked`: writes a model with its structural bias as buffers, to a folder that loads without this library.
 
-The bias adds to attention scores, so no change of weights can hold it. What is written instead is the whole model
-under its ordinary names (tuned parts and LoRA put in), the bias of each layer, and one file of code that adds it to the
-mask argument of the attention modules (`sfa_adapters.sharing.baked`, on torch and transformers alone).
+The bias adds to attention scores, so it cannot be merged into weights. The folder has the whole model under its
+ordinary names (tuned parts and LoRA merged), the bias of each layer, and one file of code that adds it to the mask
+argument of the attention modules (`sfa_adapters.sharing.baked`, on torch and transformers alone).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sfa_adapters.bias import BiasFactors, bias_factors
 from sfa_adapters.compat import plain_model
 from sfa_adapters.errors import InjectionError, RecipeError
-from sfa_adapters.heads.metadata import pruned_facts
+from sfa_adapters.heads.metadata import pruned_metadata
 from sfa_adapters.hooks import features_of
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
@@ -45,10 +45,10 @@ Form = Literal["dense", "tables"]
 
 @dataclass(frozen=True)
 class BakedExport:
-    """What `export_baked` wrote.
+    """Sizes and exactness of an export.
 
     Attributes:
-        folder: Where.
+        folder: Its folder.
         form: `dense` matrices, or `tables`.
         layers: Attention layers with a bias.
         heads: Heads of each.
@@ -90,15 +90,15 @@ def export_baked(
     revision: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> BakedExport:
-    """Writes a model with SFA as a folder that needs torch and transformers only; the model stays as it is.
+    """Writes a model with SFA to a folder that needs torch and transformers only; the model stays as it is.
 
     Before anything is written, the tower's features of a random image are compared with and without the library.
 
     Args:
         host: A `Host`, or a model of transformers with SFA: a whole one or a bare tower.
-        folder: Where to; must not exist, or be empty. It is written under another name and renamed at the end.
-        form: `dense` writes the matrices, `[heads, tokens, tokens]` per layer; `tables` what they are made of, some
-            hundred times smaller, and they are expanded when it is loaded.
+        folder: The new folder; must not exist, or be empty. It is written under another name and renamed at the end.
+        form: `dense` writes the matrices, `[heads, tokens, tokens]` per layer; `tables` writes the tables of rows,
+            columns and blocks, some hundred times smaller, which are expanded when the model is loaded.
         dtype: Of the weights and of the matrices; that of the model by default. In 16 bits the tables stay fp32.
         processor: Written beside the model; that of the `Host` by default.
         base_model: Hub id of the base, for the card; that of the recipe by default.
@@ -106,7 +106,7 @@ def export_baked(
         max_shard_size: As for `save_pretrained`.
 
     Returns:
-        Sizes, and how exact it is.
+        Sizes, and the difference of features.
 
     Raises:
         RecipeError: The tower, the weights or the folder cannot be used; says why.
@@ -137,7 +137,7 @@ def export_baked(
         "patch_size": list(patch),
         "prefix_tokens": prefix,
         "heads": layers[0][2].num_heads,
-        "mask_argument": located.backbone.mask_argument,
+        "mask_argument": located.backbone.argument_of(layers[0][1]).name,
         "layers": [{"module": name, "class": type(attention).__name__} for name, attention, _ in layers],
         "base_model": base_model,
         "base_revision": revision,
@@ -174,7 +174,7 @@ def export_baked(
 
 @contextmanager
 def _own_config(model: Any) -> Iterator[Any]:
-    """A copy in the place of the model's configuration, which `save_pretrained` writes into."""
+    """Replaces the model's configuration by a copy, because `save_pretrained` changes it."""
     original = model.config
     model.config = copy.deepcopy(original)
     try:
@@ -184,7 +184,7 @@ def _own_config(model: Any) -> Iterator[Any]:
 
 
 def _unwrap(model: Any) -> Any:
-    """The model under a `PeftModel`; its layers are changed in place."""
+    """The model inside a `PeftModel`, whose layers PEFT has changed in place."""
     return plain_model(model)
 
 
@@ -197,20 +197,27 @@ def _check(model: nn.Module) -> tuple[FoundTower, list[tuple[str, nn.Module, SFA
         raise InjectionError("No SFA adapter of the model is active; switch on the one to bake.")
     located = find_tower(model)
     where = located.name or type(model).__name__
-    if pruned_facts(model) is not None:
+    if pruned_metadata(model) is not None:
         raise RecipeError(
             f"{type(model).__name__} lost attention heads: from_pretrained could not load the folder, since its layers "
             "have shapes of their own. Use save_pruned, and save_sfa beside it."
         )
-    if "adat" in features_of(model):
+    features = features_of(model)
+    for feature, title in (("dymu", "DyMU"), ("fastv", "FastV")):
+        if feature in features:
+            raise RecipeError(
+                f"{title} (inject_{feature}) drops tokens by hooks of this library, so the exported model would run on "
+                f"all of them and answer otherwise. Call eject_{feature}(model) first."
+            )
+    if "adat" in features:
         raise RecipeError(
             "Adaptive tokens choose their patches anew for each page, so there is no one bias to bake. Export a model "
             "without them (adat off, eject_adat), or share the adapter."
         )
-    if located.backbone.segment_layouts is not None:
+    if located.backbone.joined != "batch" or located.backbone.geometry(located.tower).grid is None:
         raise RecipeError(
-            f"{where} is a {located.backbone.name} tower: it takes pages of any size and cuts each into windows of its "
-            "own, so there is no one bias to bake. Share the adapter instead."
+            f"{where} is a {located.backbone.name} tower: it takes pages of any size, so there is no one bias to bake. "
+            "Share the adapter instead."
         )
     if located.backbone.wrap_attention is not None or not isinstance(model, PreTrainedModel):
         raise RecipeError(

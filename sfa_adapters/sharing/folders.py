@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, and what may be in one that is shared."""
+"""Folders that are written whole or not at all, and the files that may be shared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfa_adapters.files import MANIFEST, draft_folder, what_is_missing
 __all__ = ["CARD", "SHARED_FILES", "adapter_files", "file_errors", "new_folder", "result_files"]
 
 CARD = "README.md"
-# All that a trained adapter consists of. Anything else in its folder is not ours to publish.
+# The files of a trained adapter. Anything else in its folder is not published.
 SHARED_FILES = (
     CARD,
     "adapter_config.json",
@@ -38,7 +38,10 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Gives a folder to write into, which gets its name when the block ends without an error.
+    """Gives a temporary folder, which gets its name when the block ends without an error.
+
+    Args:
+        folder: The new folder.
 
     Raises:
         RecipeError: The folder is there and not empty, cannot be written, or the disk is full.
@@ -56,14 +59,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turns what the system says about a file or a disk into one line.
+    """Turns system errors about a file or a disk into an error of one line.
+
+    Args:
+        path: The file, for the message.
 
     Raises:
         RecipeError: Writing failed.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in words of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk without an errno
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         advice = "The disk is full; make room" if full else getattr(error, "strerror", None) or str(error)
@@ -80,7 +86,7 @@ def adapter_files(folder: str | Path) -> dict[str, Path]:
         Name in the repository and file.
 
     Raises:
-        RecipeError: The folder holds no adapter, or a pickle, a file that is none of ours, a link, a broken file.
+        RecipeError: The folder holds no adapter, or it holds a pickle, a foreign file, a link or a broken file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,10 +118,10 @@ def adapter_files(folder: str | Path) -> dict[str, Path]:
 
 
 def _check_content(name: str, path: Path) -> None:
-    """A file is what its ending says.
+    """Checks that a file can be read as what its ending says.
 
     Raises:
-        RecipeError: It is not.
+        RecipeError: It cannot.
     """
     try:
         if name.endswith(".safetensors"):
@@ -128,7 +134,13 @@ def _check_content(name: str, path: Path) -> None:
 
 
 def result_files(folder: str | Path) -> dict[str, Path]:
-    """Tables, predictions and pictures of a run, by their name in the repository: those at the top of its folder.
+    """Tables, predictions and pictures of a run, those at the top of its folder.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        Name in the repository and file.
 
     Raises:
         RecipeError: There are none.

@@ -1,4 +1,4 @@
-"""`share`, `push_to_hub`, `fetch`: a trained adapter on the Hugging Face hub, and back."""
+"""`share`, `push_to_hub`, `fetch`: upload of a trained adapter to the Hugging Face hub, and download."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.files import write_whole
 from sfa_adapters.sharing.card import MARK, model_card
-from sfa_adapters.sharing.facts import RunFacts
 from sfa_adapters.sharing.folders import CARD, SHARED_FILES, adapter_files, file_errors, result_files
+from sfa_adapters.sharing.run_metadata import RunMetadata
 
 __all__ = ["Shared", "fetch", "push_to_hub", "share", "write_card"]
 
@@ -22,14 +22,14 @@ TEXTS = (".json", ".jsonl", ".md", ".csv", ".yaml")
 
 @dataclass(frozen=True)
 class Shared:
-    """What was sent, or would be.
+    """What was sent to the hub, or would be in a dry run.
 
     Attributes:
         repo_id: `user/name`, or None where only the card was written.
         files: Size in bytes by name in the repository.
         sent: False for a dry run.
         url: Of the commit, where one was made.
-        warnings: What to look at: files that name folders of this machine, a card that was left as it is.
+        warnings: Files that name folders of this machine, and a card that was left as it is.
     """
 
     repo_id: str | None
@@ -44,19 +44,19 @@ def share(
     repo_id: str | None = None,
     *,
     results: str | Path | None = None,
-    facts: RunFacts | None = None,
+    metadata: RunMetadata | None = None,
     licence: str | None = None,
     private: bool | None = None,
     dry_run: bool = False,
     api: Any = None,
 ) -> Shared:
-    """Writes the model card of a trained adapter and sends both to the hub.
+    """Writes the model card of a trained adapter and sends adapter and card to the hub.
 
     Args:
         folder: What `save_trained` wrote.
         repo_id: `user/name`; None writes the card and checks the folder, and sends nothing.
         results: Folder of the run, whose tables, predictions and pictures are sent too, under `results/`.
-        facts: For the card; by default those of `run.json` in the folder.
+        metadata: For the card; by default those of `run.json` in the folder.
         licence: Licence of the adapter as the hub names it, e.g. `apache-2.0`.
         private: Whether a new repository is private; the account's own choice by default.
         dry_run: Check everything, send nothing.
@@ -69,7 +69,7 @@ def share(
         RecipeError: The folder holds something that is not to be shared, the name is wrong, or the hub refuses.
     """
     adapter_files(folder)  # before the card: nothing is written into a folder that is no adapter
-    kept = write_card(folder, facts=facts, licence=licence, repo_id=repo_id)
+    kept = write_card(folder, metadata=metadata, licence=licence, repo_id=repo_id)
     if repo_id is None:
         files = adapter_files(folder)
         sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -79,9 +79,15 @@ def share(
 
 
 def write_card(
-    folder: str | Path, *, facts: RunFacts | None = None, licence: str | None = None, repo_id: str | None = None
+    folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> tuple[str, ...]:
-    """Writes `README.md` beside the adapter; one that somebody wrote by hand stays.
+    """Writes `README.md` beside the adapter; one that was written by hand stays.
+
+    Args:
+        folder: Folder of the trained adapter.
+        metadata: For the card; by default that of `run.json` in the folder.
+        licence: As the hub names it.
+        repo_id: Name of its repository, for the lines that load it.
 
     Returns:
         A warning where it stays.
@@ -92,7 +98,7 @@ def write_card(
     path = Path(folder) / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return (f"{CARD} was not written by this library and stays as it is.",)
-    card = str(model_card(folder, facts=facts, licence=licence, repo_id=repo_id))
+    card = str(model_card(folder, metadata=metadata, licence=licence, repo_id=repo_id))
     with file_errors(path):
         write_whole(path, card)
     return ()
@@ -151,7 +157,7 @@ def push_to_hub(
 
 
 def fetch(repo_id: str, revision: str | None = None, *, download: Callable[..., str] | None = None) -> Path:
-    """Gets a shared adapter from the hub: its safetensors and JSON files, nothing else that may be there.
+    """Downloads a shared adapter from the hub: its safetensors and JSON files, and no others.
 
     Args:
         repo_id: `user/name`.
@@ -187,10 +193,10 @@ def _check_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """One line for what goes wrong on the way to the hub.
+    """Turns errors of the hub and the network into an error of one line with advice.
 
     Raises:
-        RecipeError: With the advice that fits.
+        RecipeError: A request failed.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -209,7 +215,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _private_paths(files: Mapping[str, Path]) -> tuple[str, ...]:
-    """Text files that name folders of this machine; they are sent as they are, so the user should know."""
+    """A warning about text files that name folders of this machine, because they are sent as they are."""
     home = str(Path.home())
     marks = {json.dumps(str(folder))[1:-1] for folder in (Path.cwd(), home) if len(Path(folder).parts) > 1}
     named = []

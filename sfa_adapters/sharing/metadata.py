@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the hub itself reads."""
+"""The metadata of a model card, which the hub reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.sharing.facts import RunFacts
+from sfa_adapters.sharing.run_metadata import RunMetadata
 
 __all__ = ["card_metadata", "hub_id", "plain_name"]
 
@@ -32,16 +32,16 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def card_metadata(recipe: Recipe, facts: RunFacts, licence: str | None) -> ModelCardData:
-    """Base model, data, tags, and the scores as a `model-index`.
+def card_metadata(recipe: Recipe, metadata: RunMetadata, licence: str | None) -> ModelCardData:
+    """Metadata of a card: base model, data, tags, and the scores as a `model-index`.
 
     Args:
-        recipe: Of the run.
-        facts: Its scores.
+        recipe: Recipe of the run.
+        metadata: Record of the run; its scores are used.
         licence: As the hub names it.
     """
     base, data = hub_id(recipe.model), hub_id(recipe.data)
-    results = _eval_results(recipe, facts)
+    results = _eval_results(recipe, metadata)
     optional: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter" if base else None}
     optional |= {"datasets": [data] if data else None, "license": licence}
     if results:
@@ -54,9 +54,9 @@ def card_metadata(recipe: Recipe, facts: RunFacts, licence: str | None) -> Model
     )
 
 
-def _eval_results(recipe: Recipe, facts: RunFacts) -> list[EvalResult]:
+def _eval_results(recipe: Recipe, metadata: RunMetadata) -> list[EvalResult]:
     results = []
-    for table in facts.scores:
+    for table in metadata.scores:
         if table.get("host"):  # of another host, for comparison
             continue
         data = str(table.get("data") or recipe.data)
@@ -83,5 +83,5 @@ def _eval_results(recipe: Recipe, facts: RunFacts) -> list[EvalResult]:
 
 
 def plain_name(name: str) -> str:
-    """Without the folders of the machine that it was trained on."""
+    """A name without the folders of the machine, the last part of a path."""
     return Path(name).name or name

@@ -1,4 +1,4 @@
-"""The weights of a host as a model without adapters has them: SFA left out, LoRA added in."""
+"""The weights of a host under the names of the model without adapters: SFA left out, LoRA merged."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def floating_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.
 
     Args:
         model: A model in 16 or 32 bits.
-        dtype: The wish of the caller; by default what all weights have.
+        dtype: Requested dtype; by default that of all weights.
 
     Raises:
-        RecipeError: Weights are in 4 or 8 bits, or have several dtypes and no wish was given.
+        RecipeError: Weights are in 4 or 8 bits, or have several dtypes and none was requested.
     """
     parameters = {name: p for name, p in model.named_parameters() if ".sfa_" not in name and "lora_" not in name}
     packed = [name for name, p in parameters.items() if not p.is_floating_point() or hasattr(p, "quant_state")]
@@ -50,7 +50,8 @@ def plain_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         dtype: Of floating-point tensors.
 
     Raises:
-        RecipeError: A LoRA of a kind that is more than a sum of matrices (DoRA, with a bias of its own, ...).
+        RecipeError: A LoRA is of a kind that is more than a sum of matrices (DoRA, with a bias, ...), or adds to one of
+            several tied weights.
     """
     parts = {name: module for name, module in model.named_modules() if _is_adapter(module)}
     owners: dict[int, list[str]] = {}
@@ -82,7 +83,7 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def _plain_name(key: str, parts: dict[str, nn.Module]) -> str | None:
-    """The key without adapters, None for a tensor that belongs to an adapter."""
+    """The key in a model without adapters; None for a tensor of an adapter."""
     for name, module in parts.items():
         if not key.startswith(f"{name}."):
             continue

@@ -1,4 +1,4 @@
-"""The contract suites that towers and whole models must pass, for packages that bring their own.
+"""Contract test suites for vision towers and whole models, for packages that bring their own.
 
 Towers: docs/adding_a_backbone.md. Whole models, `sfa_adapters.testing.hosts`: docs/adding_a_host.md.
 
@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     message = "sfa_adapters.testing holds suites for pytest, which is not installed. Run: pip install pytest"
     raise ModuleNotFoundError(message, name="pytest") from error
 
-# Failed asserts then show their values here as they do in a test file.
+# So that failed asserts in these modules show their values, as in a test file.
 for _part in (
     "compare",
     "reference",

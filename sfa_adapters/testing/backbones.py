@@ -13,15 +13,15 @@ __all__ = ["BackboneContract", "backbone_contract"]
 
 
 class BackboneContract(BiasContract, AdapterContract, TrainingContract, CheckpointingContract):
-    """Everything that a vision tower promises. `backbone_contract` makes a class of it that pytest collects."""
+    """All checks of a vision tower. `backbone_contract` makes a class of it that pytest collects."""
 
 
 def backbone_contract(*towers: str | TowerCase) -> type[BackboneContract]:
     """The contract suite over some small towers.
 
     Args:
-        *towers: Names of registered backbones, whose records say where their small towers stand
-            (`Backbone.small_towers`), or small towers themselves. By default those of every registered backbone.
+        *towers: Names of registered backbones, whose records name their small towers (`Backbone.small_towers`), or
+            small towers. By default those of every registered backbone.
 
     Returns:
         A class to assign to a name that pytest collects.

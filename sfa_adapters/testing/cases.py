@@ -1,4 +1,4 @@
-"""`TowerCase`: one small tower with its inputs, as the contract suite wants it, and what helps to write one."""
+"""`TowerCase`: a small tower with its inputs for the contract suite, and helpers to write one."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ Place = tuple[float, float] | None  # row and column of a token, None for a pref
 
 
 def read_hidden(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Features of each image, `[tokens, width]`, of a tower that gives a tensor or an output with `last_hidden_state`.
+    """Features of each image, of a tower whose output is a tensor or has a `last_hidden_state`.
 
-    A tensor `[tokens, width]` is one image, `[batch, tokens, width]` are several.
+    Args:
+        model: The tower.
+        inputs: Keyword arguments of its forward.
+
+    Returns:
+        `[tokens, width]` for each image. An output `[tokens, width]` is one image, `[batch, tokens, width]` several.
     """
     output: Any = model(**inputs)
     states = output if isinstance(output, Tensor) else output.last_hidden_state
@@ -39,13 +44,21 @@ def read_hidden(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def split_batch(inputs: Inputs) -> list[Inputs]:
-    """Cuts inputs along the first dimension of their tensors into inputs of one image each; the rest is kept."""
+    """Cuts inputs along the first dimension of their tensors into inputs of one image each; other values stay.
+
+    Args:
+        inputs: Keyword arguments of a tower's forward.
+    """
     batch = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
     return [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()} for i in range(batch)]
 
 
 def turn_images(inputs: Inputs) -> Inputs:
-    """Exchanges height and width of every `[batch, channels, height, width]` tensor."""
+    """Exchanges height and width of every `[batch, channels, height, width]` tensor.
+
+    Args:
+        inputs: Keyword arguments of a tower's forward.
+    """
     return {
         name: value.transpose(-1, -2).contiguous() if isinstance(value, Tensor) and value.ndim == 4 else value
         for name, value in inputs.items()
@@ -54,7 +67,7 @@ def turn_images(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCase:
-    """One small tower under test. What it says is compared with what the library reads from the tower.
+    """One small tower under test. Its numbers are compared with what the library reads from the tower.
 
     Attributes:
         name: Its name in test ids.
@@ -64,7 +77,7 @@ class TowerCase:
             a tower that takes one at a time.
         layers: How many attention layers it has.
         heads: Heads of each.
-        grid: Rows and columns of patches at its own image size, None where any size goes.
+        grid: Rows and columns of patches at its default image size, None where it takes any size.
         prefix: Leading tokens without a place (CLS, registers).
         grids: Rows and columns of each image (and of each frame) of some inputs, in order. By default `grid`.
         places: For towers whose attention does not see the tokens of an image row by row: place of each token, from
@@ -73,6 +86,8 @@ class TowerCase:
         split: Cuts such inputs into inputs of one image each.
         resized: Inputs of another, non-square image size, or None where the tower takes one size only.
         turn: Exchanges rows and columns in inputs. By default `turn_images` where there are resized inputs.
+        padded_length: For towers that pad each image to one length: that length, from inputs. By default the tokens of
+            the largest image.
         real_tokens: For towers that pad: which tokens of the attention's input are real, `[batch, tokens]`, bool.
         eager: Moves a tower from fused to eager attention, or None where it has only one of them.
         eager_takes_bias: Whether its eager attention takes the bias.
@@ -84,6 +99,9 @@ class TowerCase:
         compiles: What `torch.compile(fullgraph=True)` is tried on: "no", "one layer" (tracing takes seconds a layer)
             or "every layer" with a bias.
         library: Where the tower comes from, e.g. "timm". The suite does not read it.
+        runs: What of the contract runs by default: "everything", its part about the bias ("bias"), or nothing of it
+            ("nightly"). Members of a large family differ little, so that one of them is enough for each change; a
+            nightly job runs all of it on all of them.
     """
 
     name: str
@@ -100,6 +118,7 @@ class TowerCase:
     split: Callable[[Inputs], list[Inputs]] = split_batch
     resized: Callable[[int], Inputs] | None = None
     turn: Callable[[Inputs], Inputs] | None = None
+    padded_length: Callable[[Inputs], int] | None = None
     real_tokens: Callable[[Inputs], Tensor] | None = None
     eager: Callable[[nn.Module], None] | None = None
     eager_takes_bias: bool = True
@@ -108,6 +127,7 @@ class TowerCase:
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"
     library: str = ""
+    runs: Literal["everything", "bias", "nightly"] = "everything"
 
     def __post_init__(self) -> None:
         if self.grids is None and (self.grid is None or self.resized is not None):
@@ -117,18 +137,22 @@ class TowerCase:
             )
 
     def fresh(self) -> tuple[nn.Module, Inputs]:
-        """A tower and the inputs that most tests use."""
+        """A new tower and its inputs from seed 0."""
         return self.build(), self.inputs(0)
 
     def grids_of(self, inputs: Inputs) -> list[Grid]:
-        """Rows and columns of each image of some inputs; one pair where all images share it."""
+        """Rows and columns of each image of some inputs; one pair where all images share it.
+
+        Args:
+            inputs: The inputs.
+        """
         if self.grids is not None:
             return list(self.grids(inputs))
         assert self.grid is not None
         return [self.grid]
 
     def oblong(self) -> tuple[Inputs, Inputs] | None:
-        """Non-square images, and the same with rows and columns exchanged, if the tower takes both."""
+        """Inputs with non-square images, and the same with rows and columns exchanged; None if the tower takes none."""
         inputs = self.inputs(0) if self.resized is None else self.resized(0)
         turn = turn_images if self.turn is None and self.resized is not None else self.turn
         if turn is None or all(rows == columns for rows, columns in self.grids_of(inputs)):
@@ -140,13 +164,19 @@ class TowerCase:
 
 
 def lively(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A tower with the same weights each time, of a size at which attention is far from uniform.
+    """Gives a tower the same random weights each time, so large that attention is far from uniform.
 
-    With the small weights that libraries start from, a tiny tower is nearly linear, and no bias would be seen.
+    With the small initial weights of libraries, a tiny tower is nearly linear, and a bias would have no effect.
+
+    Args:
+        build: Makes the tower.
+
+    Returns:
+        Makes the tower with these weights, in eval mode.
     """
 
     def make() -> nn.Module:
-        torch.manual_seed(7)  # for good: what a test draws next is then the same every time, too
+        torch.manual_seed(7)  # not restored: what a test draws next is then the same every time, too
         tower = build()
         with torch.no_grad():
             for parameter in tower.parameters():
@@ -167,6 +197,9 @@ def images(height: int, width: int, name: str = "pixel_values", **others: Any) -
         width: In pixels.
         name: The argument that takes the images, `[2, 3, height, width]`.
         **others: Further arguments of the tower's forward.
+
+    Returns:
+        Makes the inputs from a seed.
     """
 
     def make(seed: int) -> Inputs:

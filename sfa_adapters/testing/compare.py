@@ -1,4 +1,4 @@
-"""What contract checks are made of: comparisons, gradients, and snapshots of a model."""
+"""Helpers of the contract checks: comparisons, gradients, and snapshots of a model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = [
     "structural",
 ]
 
-STRONG = {"init_std": 0.7}  # scalars of a size at which every term moves the attention
+STRONG = {"init_std": 0.7}  # so large that every term changes the attention
 
 
 def strong_config(**options: Any) -> SFAConfig:
-    """A configuration whose scalars move the attention from the start."""
+    """A configuration whose initial scalars change the attention clearly."""
     return SFAConfig(**{**STRONG, **options})
 
 
@@ -56,7 +56,7 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 
 def assert_close(first: Tensor, second: Tensor, tolerance: float = 1e-5, what: str = "outputs") -> None:
-    """Within `tolerance` of the largest entry (or of 1)."""
+    """Checks that two tensors differ by at most `tolerance` times the largest entry (at least 1)."""
     assert first.shape == second.shape
     scale = max(1.0, second.abs().max().item())
     largest = difference(first, second)
@@ -78,7 +78,7 @@ def gradients(case: TowerCase, model: nn.Module, inputs: Inputs) -> dict[str, Te
 
 
 def assert_same_gradients(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Same parameters, and gradients within `tolerance` of the largest one of each parameter's own kind."""
+    """Checks that the same parameters have gradients, which differ by at most `tolerance` times their largest entry."""
     assert set(first) == set(second)
     assert first, "no parameter got a gradient"
     for name in first:
@@ -102,7 +102,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Exchanges the backend of every adapter."""
+    """Sets the backend of every adapter."""
     for _, _, layer in injected_layers(model):
         for config in layer.configs.values():
             config.backend = backend

@@ -1,4 +1,4 @@
-"""The contract of every tower, part two: adapters are saved, loaded, named, switched, copied, and live beside LoRA."""
+"""The contract of every tower, part two: adapters are saved, loaded, switched, copied, and work beside LoRA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["AdapterContract"]
 
 
 class AdapterContract(Suite):
-    """Adapters of a tower as files, under names, in copies, and beside other methods."""
+    """Checks of adapters: saving and loading, several by name, copies, and other methods beside them."""
 
     @pytest.mark.parametrize("writer", ["sfa", "peft"])
     @pytest.mark.parametrize("reader", ["sfa", "peft"])
@@ -131,11 +131,11 @@ class AdapterContract(Suite):
         snapshot.assert_unchanged(tower)
         assert torch.equal(compare.read(other, tower, inputs), plain)
 
-    # peft says so on purpose when SFA came first
+    # peft warns about it when SFA was injected first
     @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
     @pytest.mark.parametrize("order", ["lora first", "sfa first"])
     def test_lora_lives_beside_sfa(self, case: TowerCase, order: str) -> None:
-        """LoRA and SFA act and train together, whichever came first, and SFA leaves LoRA as it was."""
+        """LoRA and SFA act and train together in either order, and ejecting SFA leaves LoRA as it was."""
         tower, inputs = case.fresh()
         if order == "lora first":
             model: Any = get_peft_model(tower, lora_of(case, tower))  # pyright: ignore[reportArgumentType]
@@ -176,7 +176,7 @@ class AdapterContract(Suite):
         assert not [name for name, _ in merged.named_parameters() if "lora_" in name]
 
     def test_a_deep_copy_is_independent(self, case: TowerCase) -> None:
-        """A copy has scalars, layouts and hooks of its own."""
+        """A copy has its own scalars, layouts and hooks."""
         tower, inputs = compare.injected(case)
         expected = compare.read(case, tower, inputs)
         twin = copy.deepcopy(tower)

@@ -1,4 +1,4 @@
-"""The contract of every tower, part one: the bias acts, is exact, is alone in what it changes, and leaves no trace."""
+"""The contract of every tower, part one: the bias acts, is exact, changes nothing else, and ejects bit for bit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BACKENDS = pytest.mark.parametrize("backend", ["dense", "folded"])
 
 
 class BiasContract(Suite):
-    """What a tower with SFA computes, against the plain tower and against a slow reference."""
+    """Checks of what a tower with SFA computes, against the plain tower and against a slow reference."""
 
     def test_the_small_tower_is_known_and_the_same_each_time(self, case: TowerCase) -> None:
-        """The record finds it, and two of them have the same weights, which many checks rely on."""
+        """The record finds the tower, and building it twice gives the same weights, which many checks rely on."""
         first, second = case.build(), case.build()
         assert registered_backbones()[case.backbone].is_tower(first), (
             f"{type(first).__module__}.{type(first).__qualname__} fits none of the patterns in Backbone.towers"
@@ -41,7 +41,7 @@ class BiasContract(Suite):
         )
 
     def test_description(self, case: TowerCase) -> None:
-        """What the library reads from the tower is what the case says."""
+        """The library reads from the tower what the case says."""
         tower = case.build()
         before = describe(tower)
         inject_sfa(tower)
@@ -94,7 +94,7 @@ class BiasContract(Suite):
         assert not torch.equal(biased, plain)
 
     def test_base_state_dict_keeps_its_keys_and_tensors(self, case: TowerCase) -> None:
-        """Injection adds keys and changes none; what trains of the tower stays."""
+        """Injection adds keys and changes none; `requires_grad` of the tower stays."""
         tower = case.build()
         before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
         trainable = {name: p.requires_grad for name, p in tower.named_parameters()}
@@ -153,7 +153,7 @@ class BiasContract(Suite):
         check_every_layer(case, case.resized(0), backend)
 
     def test_batch_of_different_images_is_the_same_as_one_at_a_time(self, case: TowerCase) -> None:
-        """No image gets anything from its neighbours in the batch."""
+        """The result for an image does not depend on the others in its batch."""
         tower, inputs = compare.injected(case)
         with torch.no_grad():
             together = case.hidden(tower, inputs)
@@ -198,13 +198,13 @@ def check_every_layer(case: TowerCase, inputs: Inputs, backend: Literal["dense",
     for name, _, layer in layers:
         assert name in calls, f"{name} did not run"
         expected, output = _reference(case, plain.get_submodule(name), layer, calls[name], inputs), calls[name][2]
-        if real is not None:  # nobody reads what becomes of padding
+        if real is not None:  # outputs at padding are not used
             output, expected = output[real], expected[real]
         compare.assert_close(output, expected, what=name)
 
 
 def _record(calls: dict[str, Call], name: str, module: nn.Module) -> list[Any]:
-    """Hooks that keep what a module is given in front of the bias, and what it gives."""
+    """Hooks that record the arguments of a module before the bias is added, and its output."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

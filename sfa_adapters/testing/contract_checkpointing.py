@@ -1,4 +1,4 @@
-"""The contract of every tower, part four: checkpointing trains frozen towers, and each image keeps its layout."""
+"""The contract of every tower, part four: checkpointing of frozen towers, and of images with different layouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CheckpointingContract(Suite):
     @OWN_CHECKPOINTING
     @reentrant_or_not
     def test_a_frozen_tower_trains_its_scalars(self, case: TowerCase, reentrant: bool) -> None:
-        """Checkpointing sees no input that needs gradients in a frozen tower; the scalars train all the same."""
+        """In a frozen tower no input of a checkpoint requires gradients; the scalars train all the same."""
         assert case.checkpointing is not None
         tower, inputs = compare.injected(case)
         compare.freeze_base(tower.train())
@@ -45,7 +45,7 @@ class CheckpointingContract(Suite):
 
     @OWN_CHECKPOINTING
     def test_scalars_of_the_last_layer_alone_train_under_reentrant_checkpointing(self, case: TowerCase) -> None:
-        """The same where nothing in front of the last layer trains."""
+        """The same where nothing before the last layer trains."""
         assert case.checkpointing is not None
         tower, inputs = compare.injected(case, layers_to_transform=[-1])
         compare.freeze_base(tower.train())
@@ -56,7 +56,7 @@ class CheckpointingContract(Suite):
 
     @OWN_CHECKPOINTING
     def test_ejected_tower_under_reentrant_checkpointing_is_as_it_was(self, case: TowerCase) -> None:
-        """What makes a frozen tower train is gone with the last adapter."""
+        """The hooks that let a frozen tower train are removed with the last adapter."""
         assert case.checkpointing is not None
         tower, inputs = case.fresh()
         case.checkpointing(tower.train(), True)
@@ -73,7 +73,7 @@ class CheckpointingContract(Suite):
     @reentrant_or_not
     @ORDERS
     def test_two_grids_of_one_token_count(self, case: TowerCase, reentrant: bool, order: tuple[int, int]) -> None:
-        """Two forwards are under way, with as many tokens on different grids; backward runs in either order."""
+        """Two forwards with equally many tokens on different grids; their backward passes run in either order."""
         tower, _ = compare.injected(case)
         check_two_forwards(case, tower, own_checkpointing(case, tower, reentrant), order)
 
@@ -121,7 +121,7 @@ class CheckpointingContract(Suite):
         """The checkpoint saves a tensor that no layer has seen."""
         tower, _ = compare.injected(case)
         if any("." not in name for name, _, _ in injected_layers(tower)):
-            pytest.skip("the attention of this tower stands in no layer")
+            pytest.skip("the attention of this tower is in no layer")
 
         def switch_on() -> None:
             for name, _, _ in injected_layers(tower):
@@ -137,14 +137,14 @@ class CheckpointingContract(Suite):
 
 
 def own_checkpointing(case: TowerCase, tower: nn.Module, reentrant: bool) -> Callable[[], None]:
-    """Switches the tower's own checkpointing on when it is called."""
+    """A function that switches on the tower's own checkpointing."""
     assert case.checkpointing is not None
     switch = case.checkpointing
     return lambda: switch(tower, reentrant)
 
 
 def gradients_after(losses: list[Tensor], tower: nn.Module, order: tuple[int, int]) -> list[dict[str, Tensor]]:
-    """Gradients of each of two losses, whose backward passes run in an order."""
+    """Gradients of each of two losses, whose backward passes run in the given order."""
     results: list[dict[str, Tensor]] = [{}, {}]
     for number in order:
         tower.zero_grad(set_to_none=True)
@@ -156,7 +156,7 @@ def gradients_after(losses: list[Tensor], tower: nn.Module, order: tuple[int, in
 def check_two_forwards(
     case: TowerCase, tower: nn.Module, switch_on: Callable[[], None], order: tuple[int, int]
 ) -> None:
-    """Two forwards of equal token count, then both backward passes: gradients as of each alone, not checkpointed."""
+    """Runs two forwards of equal token count, then both backward passes, and compares with each alone."""
     pair = case.oblong()
     assert pair is not None
     tower.train()

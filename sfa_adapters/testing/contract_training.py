@@ -1,4 +1,4 @@
-"""The contract of every tower, part three: checkpointing, compilation, autocast, and caches that never go stale."""
+"""The contract of every tower, part three: checkpointing, compilation, autocast, and cached masks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OWN_CHECKPOINTING = needs("checkpointing (TowerCase.checkpointing)", lambda case
 
 
 class TrainingContract(Suite):
-    """A tower with SFA trains as the plain one does."""
+    """Checks of training: gradients, compilation, precision, and cached masks."""
 
     @OWN_CHECKPOINTING
     @reentrant_or_not
     def test_checkpointing_gives_the_same_gradients(self, case: TowerCase, reentrant: bool) -> None:
-        """The tower's own checkpointing, of either kind."""
+        """The tower's own checkpointing, reentrant or not, changes no gradient."""
         tower, inputs = compare.injected(case)
         assert case.checkpointing is not None
         case.checkpointing(tower.train(), None)
@@ -71,7 +71,7 @@ class TrainingContract(Suite):
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
     def test_inference_then_training(self, case: TowerCase, mode: Any) -> None:
-        """What a forward without gradients keeps is no obstacle to training, and no step is missed."""
+        """A cache of a forward without gradients does not disturb training, and each step reaches the next forward."""
         tower, inputs = compare.injected(case)
         expected = compare.gradients(case, tower, inputs)
         with mode():
@@ -116,7 +116,7 @@ class TrainingContract(Suite):
 
     @needs("inputs of another size (TowerCase.resized)", lambda case: case.resized is not None)
     def test_sizes_may_alternate(self, case: TowerCase) -> None:
-        """Layouts of two sizes do not get into each other's way."""
+        """Cached layouts of two sizes are not mixed up."""
         assert case.resized is not None
         tower, inputs = compare.injected(case)
         other = case.resized(0)

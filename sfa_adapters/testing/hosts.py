@@ -1,4 +1,4 @@
-"""The contract of a vision-language model: what its record (`VLMSpec`) promises, tried on a small real model.
+"""The contract suite of vision-language models: checks a record (`VLMSpec`) on a small real model.
 
 Derive a class, name the record, and pytest runs all of it:
 
@@ -7,7 +7,7 @@ Derive a class, name the record, and pytest runs all of it:
     class TestMine(VLMContract):
         family = "mine"
 
-Each part works, or the record refuses it and the user reads the reason.
+Each feature works, or the record refuses it and the error gives its reason.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class VLMContract(RecordContract):
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
-    def test_sfa_acts_and_goes_without_a_trace(self, model: Any, plain: Any, inputs: dict[str, Any]) -> None:
-        """Scalars that are not 0 change the logits; ejected, they are those of the model that never had any."""
+    def test_sfa_acts_and_ejects_bit_for_bit(self, model: Any, plain: Any, inputs: dict[str, Any]) -> None:
+        """Scalars that are not 0 change the logits; after ejecting, the logits are those of a model without SFA."""
         for _, _, layer in injected_layers(model):
             for parameter in layer.parameters():
                 nn.init.constant_(parameter, 0.7)
@@ -97,7 +97,7 @@ class VLMContract(RecordContract):
     def test_training_moves_what_it_should_and_resumes_bit_for_bit(
         self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Two steps at once, or one, a checkpoint, and another one: the same weights; nothing frozen moves."""
+        """Two steps, or one, a checkpoint and another step, give the same weights; nothing frozen changes."""
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # curves would take most of the time
         quiet = Console(file=io.StringIO())
         states = []
@@ -108,7 +108,7 @@ class VLMContract(RecordContract):
             trains = {name for name, p in host.model.named_parameters() if p.requires_grad}
             collator = Collator(host.processor, host.spec, recipe)
             if resume:
-                _stop_behind(1, tmp_path / "run0", tmp_path / "run1")
+                _stopped_after(1, tmp_path / "run0", tmp_path / "run1")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SFAWarning)  # two steps cannot move a scalar far
                 train(host, _Rows(), collator, folder=tmp_path / f"run{number}", resume=resume, console=quiet)
@@ -129,7 +129,7 @@ class VLMContract(RecordContract):
     # -- looking, reducing, pruning -----------------------------------------------------------------------------------
 
     def test_attention_can_be_observed(self, spec: VLMSpec, model: Any, inputs: dict[str, Any]) -> None:
-        """In the tower and in the language model."""
+        """`observe` sees the attention of the tower and of the language model."""
         places = spec.places(model)
         for modules, place in (("vision", places.tower), ("language", places.language_model)):
             calls: list[str] = []
@@ -139,7 +139,7 @@ class VLMContract(RecordContract):
             assert all(name.startswith(f"{place}.") for name in calls)
 
     def test_fastv(self, spec: VLMSpec, model: Any, inputs: dict[str, Any]) -> None:
-        """Drops image tokens, and goes without a trace."""
+        """FastV drops image tokens; after ejecting, the logits are as before."""
         config = FastVConfig(layer=1, ratio=0.75)
         if not self.allowed(spec, "fastv", lambda: inject_fastv(model, config)):
             return
@@ -150,7 +150,7 @@ class VLMContract(RecordContract):
         assert torch.equal(logits_of(eject_fastv(model), inputs), before)
 
     def test_dymu(self, spec: VLMSpec, model: Any, inputs: dict[str, Any]) -> None:
-        """Merges tokens in the tower, shortens the prompt, and goes without a trace."""
+        """DyMU merges tokens in the tower and shortens the prompt; after ejecting, the logits are as before."""
         config = DyMUConfig(thresholds=0.2)
         if spec.image_tokens is None or not self.allowed(spec, "dymu", lambda: inject_dymu(model, config)):
             with pytest.raises(SFAError):
@@ -163,7 +163,7 @@ class VLMContract(RecordContract):
         assert torch.equal(logits_of(eject_dymu(model), inputs), before)
 
     def test_adat(self, spec: VLMSpec, model: Any, inputs: dict[str, Any]) -> None:
-        """Exchanges the tokens of the tower, and goes without a trace."""
+        """Adaptive tokens change the logits; after ejecting, the logits are as before."""
         policy = PatchPolicy(budget=0.6)
         if not self.allowed(spec, "adat", lambda: inject_adat(model, policy)):
             return
@@ -173,7 +173,7 @@ class VLMContract(RecordContract):
         assert torch.equal(logits_of(eject_adat(model), inputs), before)
 
     def test_heads(self, spec: VLMSpec, plain: Any, inputs: dict[str, Any]) -> None:
-        """Scored on a prompt, planned and removed."""
+        """Heads are scored on a prompt, planned and pruned."""
         prompt = {name: value for name, value in inputs.items() if name != "labels"}
         if not self.allowed(spec, "heads", lambda: calibrate_heads(plain, [prompt], progress=False)):
             return
@@ -197,6 +197,6 @@ def _fewest_keys(model: Any, inputs: dict[str, Any]) -> int:
     return min(keys)
 
 
-def _stop_behind(step: int, run: Path, stopped: Path) -> None:
-    """The folder of a run as it was when it was stopped behind a step."""
+def _stopped_after(step: int, run: Path, stopped: Path) -> None:
+    """Copies the folder of a run as it was after a step."""
     shutil.copytree(run / f"checkpoint-{step}", stopped / f"checkpoint-{step}")

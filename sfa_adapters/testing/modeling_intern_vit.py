@@ -1,4 +1,4 @@
-"""A small stand-in for the modelling file that comes with InternViT checkpoints, which the hub serves as remote code.
+"""A small imitation of the modelling file of InternViT checkpoints, which the hub serves as remote code.
 
 Written from the interface alone (names, shapes, order of operations), so that the backbone for that file is tested
 without a download. Classes are found by `*.modeling_intern_vit.<Class>`, hence the name of this file.
@@ -139,7 +139,7 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    """As the original, it checkpoints its layers reentrantly whenever it trains, unless somebody switches that off.
+    """The layers; as in the original, they are checkpointed reentrantly in training unless that is switched off.
 
     (The original leaves `use_reentrant` out, which means True, with a warning of torch.)
     """

@@ -1,7 +1,7 @@
 """Slow, obvious references: phi pair by pair from its formula, and attention in float64 inside the plain tower.
 
 The reference of an attention layer is the layer of a tower without SFA, run on the same hidden states, with the softmax
-of q.k replaced: `SlowAttention` stands in for `scaled_dot_product_attention`, or for the softmax of an eager
+of q.k replaced: `SlowAttention` takes the place of `scaled_dot_product_attention`, or of the softmax of an eager
 implementation. So the module itself projects, normalises and rotates, and whatever it does with the result (an output
 projection of any name, a norm, a gate) happens in the reference as well.
 """
@@ -44,7 +44,20 @@ def phi_by_pairs(
     block: Tensor,
     block_grid: tuple[int, int] = (4, 4),
 ) -> Tensor:
-    """The formula of the method, for tokens of one cell each; `[heads, tokens, tokens]`, float64."""
+    """Phi by its formula, pair by pair, for tokens of one patch each.
+
+    Args:
+        places: Row and column of each token; None for prefix tokens.
+        grid: Rows and columns of patches.
+        row: `[heads]`.
+        col: `[heads]`.
+        dist: `[heads]`.
+        block: `[heads, blocks]`.
+        block_grid: Rows and columns of blocks.
+
+    Returns:
+        `[heads, tokens, tokens]`, float64, logits.
+    """
     reach = max(grid[0] - 1 + grid[1] - 1, 1)
 
     def block_id(place: tuple[float, float]) -> int:
@@ -69,12 +82,12 @@ def phi_by_pairs(
 
 
 def regular_places(grid: Grid, prefix: int) -> list[Place]:
-    """Places of the tokens of an image, row by row behind the prefix."""
+    """Places of the tokens of an image, row by row after the prefix."""
     return [None] * prefix + [(float(r), float(c)) for r in range(grid[0]) for c in range(grid[1])]
 
 
 def layer_phi(layer: SFALayer, places: list[Place], grid: Grid) -> Tensor:
-    """Phi of one injected layer, from its own scalars."""
+    """Phi of one injected layer, from its scalars, `[heads, tokens, tokens]`."""
     scalars: list[Any] = [dict(getattr(layer, name).items())["default"] for name in layer.adapter_layer_names]
     return phi_by_pairs(places, grid, *scalars)
 
@@ -88,10 +101,11 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, phi: Tensor, al
 
 
 class SlowAttention(TorchFunctionMode):
-    """Adds one phi after the other to the attention computations that run inside, in float64 and step by step.
+    """Context in which attention is computed in float64, step by step, with one given phi after the other added.
 
     Args:
-        phis: One `[heads, tokens, tokens]` per computation, in order.
+        phis: One `[heads, tokens, tokens]` per computation, in order; `[images, heads, tokens, tokens]` where images
+            of a batch differ.
     """
 
     def __init__(self, phis: Sequence[Tensor]) -> None:
@@ -102,7 +116,7 @@ class SlowAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answers SDPA and softmax; everything else runs as it is."""
+        """Replaces SDPA and softmax; everything else runs as it is."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
@@ -144,9 +158,9 @@ class SlowAttention(TorchFunctionMode):
             f"the attention ran {self.calls} computations, and there are {len(self.phis)} segments"
         )
         phi = self.phis[self.calls - 1]
-        assert states.shape[-3:-1] == phi.shape[:2], (
+        assert states.shape[-3:-1] == phi.shape[-3:-1], (
             f"the attention has {tuple(states.shape)} [.., heads, tokens, width or tokens]; by its inputs there are "
-            f"{phi.shape[0]} heads and {phi.shape[1]} tokens"
+            f"{phi.shape[-3]} heads and {phi.shape[-2]} tokens"
         )
         return phi
 
@@ -164,7 +178,9 @@ def phis_of_call(
         inputs: The inputs of the tower.
     """
     grids = case.grids_of(inputs)
-    if backbone.segment_layouts is None:
+    if backbone.joined in ("padded", "packed"):
+        return [_joined_phi(case, backbone.joined == "packed", layer, call, inputs)]
+    if backbone.joined == "batch":
         places = regular_places(grids[0], case.prefix) if case.places is None else case.places(inputs, call)
         return [layer_phi(layer, places, grids[0])]
     if case.places is None:
@@ -182,6 +198,27 @@ def phis_of_call(
         image = next(number for number, end in enumerate(ends) if start < end)
         phis.append(layer_phi(layer, places[start:stop], grids[image]))
     return phis
+
+
+def _joined_phi(case: TowerCase, packed: bool, layer: SFALayer, call: Mapping[str, Any], inputs: Inputs) -> Tensor:
+    """Phi of all images of one computation: block-diagonal `[heads, all, all]`, or `[images, heads, tokens, tokens]`.
+
+    Zero between images and at padding, which the tower's own mask hides.
+    """
+    grids = case.grids_of(inputs)
+    counts = [case.prefix + rows * columns for rows, columns in grids]
+    if case.places is None:
+        places = [place for grid in grids for place in regular_places(grid, case.prefix)]
+    else:
+        places = case.places(inputs, call)
+    assert len(places) == sum(counts), f"{len(places)} places for images of {counts} tokens"
+    ends = list(itertools.accumulate(counts))
+    parts = [places[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    phis = [layer_phi(layer, part, grid) for part, grid in zip(parts, grids, strict=True)]
+    if packed:
+        return torch.stack([torch.block_diag(*(phi[head] for phi in phis)) for head in range(len(phis[0]))])
+    length = case.padded_length(inputs) if case.padded_length is not None else max(counts)
+    return torch.stack([F.pad(phi, (0, length - phi.shape[-1]) * 2) for phi in phis])
 
 
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The small towers of all registered backbones: built-in ones and those of installed packages alike."""
+"""The small towers of all registered backbones, built-in ones and those of installed packages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
@@ -15,7 +15,7 @@ __all__ = ["NoTower", "small_towers", "towers_or_reasons"]
 
 @dataclass(frozen=True)
 class NoTower:
-    """A registered backbone that the suite has no tower for.
+    """A registered backbone without a small tower for the suite.
 
     Attributes:
         name: Of the backbone.
@@ -31,24 +31,29 @@ class NoTower:
         return self.name
 
 
-def small_towers(*backbones: str) -> tuple[TowerCase, ...]:
+def small_towers(*backbones: str, runs: Sequence[str] = ("everything",)) -> tuple[TowerCase, ...]:
     """The small towers that records name in `Backbone.small_towers`.
 
     Args:
         *backbones: Names of registered backbones; all by default.
+        runs: Which of them, by `TowerCase.runs`.
 
     Raises:
         ContractError: No backbone has that name, or it names no small towers, or those need a library that is missing.
     """
-    entries = towers_or_reasons(*backbones)
+    entries = towers_or_reasons(*backbones, runs=runs)
     for entry in entries:
         if isinstance(entry, NoTower):
             raise ContractError(entry.reason)
     return tuple(entry for entry in entries if isinstance(entry, TowerCase))
 
 
-def towers_or_reasons(*backbones: str) -> list[TowerCase | NoTower]:
+def towers_or_reasons(*backbones: str, runs: Sequence[str] = ("everything",)) -> list[TowerCase | NoTower]:
     """As `small_towers`, but a backbone without a small tower is an entry that says why.
+
+    Args:
+        *backbones: Names of registered backbones; all by default.
+        runs: Which of the small towers, by `TowerCase.runs`. A backbone that has only others has no entry.
 
     Raises:
         ContractError: No backbone has that name, or what its record names is no sequence of its `TowerCase`s.
@@ -59,7 +64,7 @@ def towers_or_reasons(*backbones: str) -> list[TowerCase | NoTower]:
         raise ContractError(f"No backbone is named {unknown[0]!r}; registered: {', '.join(sorted(records))}.")
     entries: list[TowerCase | NoTower] = []
     for name in backbones or sorted(records):
-        entries.extend(_of_record(records[name]))
+        entries.extend(e for e in _of_record(records[name]) if isinstance(e, NoTower) or e.runs in runs)
     return entries
 
 
@@ -68,14 +73,14 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
     if place is None:
         text = (
             f"Backbone {record.name!r} names no small tower to test: write a sequence of "
-            'sfa_adapters.testing.TowerCase and say where it stands, small_towers="module:NAME" '
+            'sfa_adapters.testing.TowerCase and name it in the record, small_towers="module:NAME" '
             "(see docs/adding_a_backbone.md)."
         )
         return [NoTower(record.name, text)]
     try:
         cases = resolve_name(place)
     except ModuleNotFoundError as error:
-        # A library that is not installed is one thing; a module of one's own that is not there is a mistake.
+        # A library may not be installed; that the module itself is missing is a mistake in the record.
         library = (error.name or "").partition(".")[0]
         if library in ("", place.partition(":")[0].partition(".")[0]):
             raise ContractError(

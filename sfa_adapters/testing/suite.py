@@ -1,4 +1,4 @@
-"""`Suite`: a class of tests that runs over the small towers which a subclass names."""
+"""`Suite`: a class of tests that runs on the small towers that a subclass names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ reentrant_or_not = pytest.mark.parametrize("reentrant", [True, False], ids=["ree
 
 
 def needs(reason: str, holds: Need) -> Callable[[Test], Test]:
-    """Runs a test only for small towers of some kind; a class that has none of them shows a skipped test that says why.
+    """Runs a test only for small towers of some kind; where there are none, a skipped test says why.
 
     Args:
         reason: What the tower must have.
-        holds: Whether it has.
+        holds: Whether a tower has it.
     """
 
     def mark(test: Test) -> Test:
@@ -44,7 +44,7 @@ class Suite:
     cases: ClassVar[Sequence[TowerCase | NoTower]] = ()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Pytest asks here which cases a test runs on."""
+        """Hook of pytest: parametrizes a test with the cases that it runs on."""
         if "case" not in metafunc.fixturenames:
             return
         wanted: list[tuple[str, Need]] = getattr(metafunc.function, "needs", [])

@@ -1,4 +1,4 @@
-"""What `pytest --pyargs sfa_adapters.testing` runs of whole models: the contract of every record that is installed."""
+"""The contract suite over all installed records of whole models, for `pytest --pyargs sfa_adapters.testing`."""
 
 import pytest
 
@@ -18,5 +18,5 @@ globals().update(HOST_CLASSES)
 
 @pytest.mark.parametrize("name", sorted(registered_vlms()))
 def test_every_record_has_a_small_model(name: str) -> None:
-    """A record without one is not tested, which must not go unseen."""
+    """A record without one would not be tested."""
     assert registered_vlms()[name].nano is not None, f"Write {name}'s nano: a small model with its processor."

@@ -1,6 +1,6 @@
 """A small tower of Qwen2.5-VL: a flat sequence of patches of images of different sizes, cut into windows.
 
-Its record says which place each token has. Here the places are read back from the rotary embedding that the tower hands
+Its record gives the place of each token. Here the places are read back from the rotary embedding that the tower passes
 to its attention, so that the two cannot be wrong in the same way.
 """
 

@@ -1,4 +1,4 @@
-"""Small towers of the InternViT that comes with its checkpoints; a stand-in for that file is beside this one."""
+"""Small towers of remote-code InternViT, built from `modeling_intern_vit.py`, which imitates that code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a recipe in the words of `transformers.TrainingArguments`."""
+"""`TrainingArguments` of transformers from the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ BROUGHT = {"tensorboard": " pip install 'sfa-adapters[recipes]' brings it."}
 
 
 def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> TrainingArguments:
-    """Makes the arguments of the Trainer.
+    """The arguments of the Trainer for a recipe.
 
     Args:
         recipe: The recipe.
         folder: Folder of the run.
         steps: Optimizer steps, for `max_steps`.
-        host: The host; says whether it lies on a CPU.
+        host: The host, for its device.
 
     Raises:
-        RecipeError: `batch_size` does not divide, or the logger cannot be used.
+        RecipeError: `batch_size` is not a multiple of `micro_batch` x processes, or the logger cannot be used.
     """
     require_logger(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> 
         logging_nan_inf_filter=False,  # NaN stops the run
         report_to=[] if recipe.log == "none" else [recipe.log],
         run_name=recipe.name,
-        disable_tqdm=True,  # the bar is our own
+        disable_tqdm=True,  # `ProgressBar` is shown instead
         dataloader_num_workers=recipe.num_workers,
         dataloader_pin_memory=host.device.type != "cpu",
         remove_unused_columns=False,
@@ -69,7 +69,10 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> 
 
 
 def require_logger(recipe: Recipe) -> None:
-    """Checks that what `recipe.log` names can be used, as transformers does: its callback is built.
+    """Checks that the logger `recipe.log` can be used, by building its callback as transformers does.
+
+    Args:
+        recipe: The recipe.
 
     Raises:
         RecipeError: It cannot; says what is missing.
@@ -78,7 +81,7 @@ def require_logger(recipe: Recipe) -> None:
         return
     try:
         INTEGRATION_TO_CALLBACK[recipe.log]()
-    except Exception as error:  # missing packages and missing accounts: each logger raises what it likes
+    except Exception as error:  # for missing packages and accounts each logger raises another class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RecipeError(
             f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{BROUGHT.get(recipe.log, '')} log=none keeps "

@@ -1,4 +1,4 @@
-"""What accompanies a run: the progress bar, signals that stop it, and the curves that it leaves."""
+"""Callbacks of a run: the progress bar, and signals that stop it after a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Interrupted(SystemExit):
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, lets the step end, saves a checkpoint and stops; a second Ctrl-C stops at once.
 
-    A context: outside of it, signals do what they did before. It acts only in the main thread of a program.
+    A context manager: outside of it, signals have their former handlers. It acts only in the main thread.
 
     Args:
         agree: Gives the largest of a number over all processes, so that all stop at the same step.
-        tell: Gets a line when a signal comes.
+        report: Gets a line of text when a signal arrives.
     """
 
-    def __init__(self, agree: Callable[[int], int], tell: Callable[[str], None]) -> None:
-        self.agree, self.tell = agree, tell
+    def __init__(self, agree: Callable[[int], int], report: Callable[[str], None]) -> None:
+        self.agree, self.report = agree, report
         self.received = 0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
@@ -62,26 +62,30 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.received = number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.tell(f"{name}: this step is finished and a checkpoint saved. Ctrl-C again stops without one.")
+        self.report(f"{name}: this step is finished and a checkpoint saved. Ctrl-C again stops without one.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks all processes, and has the Trainer save and stop."""
+        """Agrees with all processes, and lets the Trainer save and stop."""
         self.received = self.agree(self.received)
         if self.received:
             control.should_save = control.should_training_stop = True
 
 
 def ignore_signals(worker: int) -> None:
-    """For the processes that load data: what stops a run goes to all processes, and these must outlive the step."""
+    """Makes a process that loads data ignore SIGINT and SIGTERM, because it must outlive the last step.
+
+    Args:
+        worker: Number of the process, unused.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, learning rate and norm of the gradients; a line per log where there is no terminal.
+    """A progress bar with loss, learning rate and gradient norm; a line per log where there is no terminal.
 
     Args:
-        console: Where to.
+        console: Where it is shown.
     """
 
     def __init__(self, console: Console) -> None:
@@ -129,7 +133,7 @@ class ProgressBar(TrainerCallback):
             )
 
     def stop(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -1,8 +1,8 @@
-"""What was trained, saved and loaded under our own names, and never more than that.
+"""Saves and loads the trained tensors of a host, strictly.
 
-The stock resume of native vision-language models restores nothing: `save_pretrained` writes keys in the layout of the
-hub, `Trainer` loads them with `strict=False` into modules of other names. Here keys are the names of the parameters,
-and a key too many, a key too few, another shape or another host is an error.
+`Trainer` restores nothing for native vision-language models: `save_pretrained` writes keys in the layout of the hub,
+and `Trainer` loads them with `strict=False` into modules of other names. Here keys are the names of the parameters, and
+an unexpected key, a missing key, another shape or another host is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SFA_FILE, TUNED_FILE, LORA_FILE = WEIGHTS_NAME, "tuned.safetensors", f"lora/{WEI
 def trained_tensors(host: Host) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters that a checkpoint holds: for each of its files, by key.
 
-    SFA and LoRA are there whole; of the base model, what trains (`requires_grad`).
+    All of SFA and LoRA, and those of the base model that train (`requires_grad`).
 
     Args:
         host: A prepared host.
@@ -57,15 +57,15 @@ def trained_tensors(host: Host) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def save_trained(host: Host, folder: str | Path) -> Path:
-    """Writes what was trained: the folder is there whole or, where anything goes wrong, as it was before.
+    """Writes the trained tensors; on an error the folder stays as it was.
 
     Files: `adapter_config.json` and `adapter_model.safetensors` (SFA, as `save_sfa` writes them), `tuned.safetensors`
-    (what else of the base model trains), `lora/` (the LoRA of the language model, in the form of PEFT), `recipe.json`.
-    Call it in every process: sharded tensors are gathered, and only the first process writes.
+    (tensors of the base model that train), `lora/` (the LoRA of the language model, in the form of PEFT),
+    `recipe.json`. Call it in every process: sharded tensors are gathered, and only the first process writes.
 
     Args:
         host: The host in training, or a trained one.
-        folder: Where to; what is there is replaced.
+        folder: The folder to write; an existing one is replaced.
 
     Returns:
         The folder.
@@ -83,11 +83,11 @@ def save_trained(host: Host, folder: str | Path) -> Path:
 
 
 def write_trained(host: Host, folder: Path, write: bool = True) -> None:
-    """As `save_trained`, into a folder that the caller keeps whole.
+    """Writes the files of `save_trained` into a folder, without the guarantee that it is whole.
 
     Args:
         host: The host.
-        folder: Where to.
+        folder: The folder.
         write: Whether this process writes, or only takes part in gathering.
     """
     files = _gathered(host)
@@ -115,9 +115,9 @@ def load_trained(host: Host, folder: str | Path, resume: bool = False) -> None:
     gets them rounded, one that trains must have that of the checkpoint.
 
     Args:
-        host: The host; nothing about it changes if anything does not fit.
+        host: The host; it stays as it is if anything does not fit.
         folder: A checkpoint or the result of a run.
-        resume: Training goes on: what trains here must be what trained there.
+        resume: Whether training goes on, which needs the same trainable tensors.
 
     Raises:
         RecipeError: The folder is not whole, or of another host, or a key, shape or dtype does not fit.
@@ -127,7 +127,7 @@ def load_trained(host: Host, folder: str | Path, resume: bool = False) -> None:
     check_host(host, record, folder)
     listed: Mapping[str, Mapping[str, Any]] = record["tensors"]
     tensors_of_host = trained_tensors(host)
-    if not resume:  # what the run trained, whether it is to train here or not
+    if not resume:  # what the run trained, whether it trains here or not
         everything = dict(host.model.named_parameters())
         tensors_of_host[TUNED_FILE] = {key: everything[key] for key in listed.get(TUNED_FILE, ()) if key in everything}
     pairs: list[tuple[nn.Parameter, Tensor]] = []
@@ -187,7 +187,7 @@ def _lora_config(model: nn.Module) -> LoraConfig:
 
 
 def _take_warmup(model: nn.Module, folder: Path) -> None:
-    """How far the axial start has grown belongs to the values; checkpoints of before say nothing of it."""
+    """Takes over how far the ramp of the axial start has got; older checkpoints do not have it."""
     saved = folder / "adapter_config.json"
     done = json.loads(saved.read_text(encoding="utf-8")).get("init_warmup_done", 0) if saved.is_file() else 0
     for _, _, layer in injected_layers(model):

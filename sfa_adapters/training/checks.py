@@ -1,4 +1,4 @@
-"""What is checked while a run trains: labels, gradients, NaN. All of it stops the run and says what was found."""
+"""Checks while a run trains: labels, gradients, NaN. A failed check stops the run and says why."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def check_labels(batch: Mapping[str, Any], image_token: int | None, ids: Sequenc
     """Checks that the loss is on the answers and on nothing else.
 
     Args:
-        batch: What the collator made, with `input_ids` and `labels` `[B, L]`.
-        image_token: Token that stands for a part of an image.
-        ids: The rows, for the error.
+        batch: A batch of the collator, with `input_ids` and `labels` `[B, L]`.
+        image_token: Placeholder id of an image token; None where there is none.
+        ids: Ids of the rows, for the error.
 
     Raises:
         TrainingError: A row has no answer token, or a token of the prompt, the image or the padding has a label.
@@ -88,11 +88,11 @@ class GradientCheck:
         """Runs the check.
 
         Args:
-            step: Number of the optimizer step that is to come, from 1.
-            scaled: Gradients are scaled up (float16) and may overflow now and then; that step is left out then.
+            step: Number of the coming optimizer step, from 1.
+            scaled: Whether gradients are scaled up (float16) and may overflow now and then; such a step is skipped.
 
         Raises:
-            TrainingError: A gradient is missing, zero, NaN or infinite; names the tensors and what it may come from.
+            TrainingError: A gradient is missing, zero, NaN or infinite; names the tensors and possible reasons.
         """
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
@@ -149,19 +149,22 @@ class GradientCheck:
         return f"Why it may be: {listed}. Freeze them, or repair what cuts them off."
 
 
-def save_batch(folder: Path, batch: Mapping[str, Any], ids: Sequence[str], **facts: Any) -> Path:
-    """Writes the tensors of a batch and the names of its rows, to look at what went wrong.
+def save_batch(folder: Path, batch: Mapping[str, Any], ids: Sequence[str], **details: Any) -> Path:
+    """Writes the tensors of a batch and the ids of its rows, for a look at what went wrong.
 
     Args:
-        folder: Where to.
+        folder: The folder to write.
         batch: The batch.
-        ids: Its rows.
-        facts: What else `rows.json` is to say.
+        ids: Ids of its rows.
+        details: Further entries of `rows.json`.
+
+    Returns:
+        The folder.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
     with whole_folder(folder) as partial:
         save_file(tensors, partial / "batch.safetensors", metadata={"format": "pt"})
-        text = json.dumps({"rows": list(ids), **facts}, indent=1, ensure_ascii=False)
+        text = json.dumps({"rows": list(ids), **details}, indent=1, ensure_ascii=False)
         (partial / "rows.json").write_text(text + "\n", encoding="utf-8")
     return folder
 

@@ -1,4 +1,4 @@
-"""The curves of a run, as numbers and as a picture."""
+"""The training curves of a run, as CSV and as a figure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def write_log(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
     Args:
         history: `trainer.state.log_history`.
-        path: Where to.
+        path: The file to write.
+
+    Returns:
+        The file.
     """
     lines = _lines(history)
     others = sorted({name for line in lines for name in line} - set(FIRST))
@@ -37,11 +40,11 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str =
 
     Args:
         history: `trainer.state.log_history`.
-        path: Where to; the ending chooses the format.
-        title: Stands above the picture.
+        path: The file to write; its ending chooses the format.
+        title: Title of the figure.
 
     Returns:
-        The path; None where nothing was logged.
+        The file; None where nothing was logged.
     """
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ __all__ = ["EpochOrder", "Repeated", "accumulation", "build_optimizer", "paramet
 
 
 def parameter_groups(host: Host) -> list[dict[str, Any]]:
-    """What trains, by part of the host, with the learning rate of the part.
+    """The parameters that train, grouped by part of the host, with the learning rate of the part.
 
     Matrices get the weight decay; vectors (norms, biases) and structural scalars do not.
 
@@ -64,17 +64,28 @@ def parameter_groups(host: Host) -> list[dict[str, Any]]:
 
 
 def build_optimizer(host: Host) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; fused where all parameters are on GPUs, which needs no temporary copies."""
+    """AdamW over `parameter_groups`; fused where all parameters are on GPUs, which needs no temporary copies.
+
+    Args:
+        host: A prepared host.
+
+    Raises:
+        RecipeError: Nothing trains.
+    """
     groups = parameter_groups(host)
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused or None)
 
 
 def accumulation(recipe: Recipe, processes: int) -> int:
-    """Forwards of one process that make one optimizer step: `batch_size / (micro_batch * processes)`.
+    """Gradient accumulation steps: `batch_size / (micro_batch * processes)`.
+
+    Args:
+        recipe: The recipe.
+        processes: Number of processes.
 
     Raises:
-        RecipeError: It does not divide.
+        RecipeError: That is not a whole number.
     """
     together = recipe.micro_batch * processes
     if recipe.batch_size % together:
@@ -86,7 +97,7 @@ def accumulation(recipe: Recipe, processes: int) -> int:
 
 
 def total_steps(recipe: Recipe, rows: int | None) -> int:
-    """Optimizer steps of a run: whole batches only, the rest of a pass comes in the next one in another order.
+    """Optimizer steps of a run; each epoch has whole batches only.
 
     Args:
         recipe: The recipe.
@@ -97,7 +108,7 @@ def total_steps(recipe: Recipe, rows: int | None) -> int:
     """
     if rows is None:
         if recipe.max_steps is None:
-            raise RecipeError("max_steps=None must be a number with streaming=true: a stream does not tell its length.")
+            raise RecipeError("max_steps=None must be a number with streaming=true: a stream has no known length.")
         return recipe.max_steps
     if rows < recipe.batch_size:
         raise RecipeError(
@@ -107,10 +118,10 @@ def total_steps(recipe: Recipe, rows: int | None) -> int:
 
 
 class EpochOrder(Sampler[int]):
-    """All rows in a random order that only the seed and the epoch decide, cut to whole batches.
+    """All rows in a random order that depends on seed and epoch only, cut to whole batches.
 
     Args:
-        rows: What is drawn from.
+        rows: The training rows.
         batch_size: Rows of one optimizer step, over all processes.
         seed: Of the order.
     """
@@ -119,7 +130,7 @@ class EpochOrder(Sampler[int]):
         self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which pass comes next."""
+        """Sets the number of the next epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -131,7 +142,7 @@ class EpochOrder(Sampler[int]):
 
 
 class Repeated(IterableDataset[Any]):
-    """A stream that begins anew at its end, as the next epoch; so a run on it may be longer than one pass.
+    """A stream that starts over at its end, as the next epoch, so that a run may be longer than one pass.
 
     Args:
         rows: The stream.

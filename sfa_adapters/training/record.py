@@ -1,4 +1,4 @@
-"""`recipe.json`: what a checkpoint says about itself: recipe, host, tensors, and versions it was made with."""
+"""`recipe.json`: the record in a checkpoint: recipe, host, tensors, and versions of the packages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ def model_class(model: nn.Module) -> str:
 
 
 def signature(model: nn.Module) -> str:
-    """A hash of the base model's class, and of the names and shapes of its weights as they are without adapters."""
+    """A hash of the base model's class, and of the names and shapes of its weights without adapters.
+
+    Args:
+        model: The model, with adapters or without.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     record: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         if ".sfa." not in f".{name}" and "lora_" not in name:
@@ -60,7 +67,12 @@ def signature(model: nn.Module) -> str:
 
 
 def record_of(host: Host, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """What is written about a host and the files of its checkpoint."""
+    """The content of `recipe.json`.
+
+    Args:
+        host: The host.
+        files: Tensors of each file of the checkpoint, by key.
+    """
     return {
         "format": FORMAT,
         "host": {
@@ -78,7 +90,10 @@ def record_of(host: Host, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Reads what `record_of` gave.
+    """Reads the record of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
 
     Raises:
         RecipeError: The folder is not whole, or of a newer version.
@@ -103,10 +118,15 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_host(host: Host, record: Mapping[str, Any], folder: Path) -> None:
-    """Checks that a checkpoint is of this host.
+    """Checks that a checkpoint belongs to this host.
+
+    Args:
+        host: The host.
+        record: From `read_record`.
+        folder: The checkpoint, for the error.
 
     Raises:
-        RecipeError: It is of another one; names both.
+        RecipeError: It belongs to another one; names both.
     """
     saved = record["host"]
     here = {

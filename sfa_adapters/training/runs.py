@@ -1,4 +1,4 @@
-"""The checkpoints in the folder of a run: which can be resumed, by which recipe, and how many are kept."""
+"""The checkpoints in the folder of a run: which one is resumed, and how many are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["checkpoint_to_resume", "checkpoints_of", "keep_newest"]
 
 NAME = re.compile(r"checkpoint-(\d+)")
 NEEDED = (RECORD, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-# What may change between the two parts of a run without changing what is learned.
+# Settings that may change when a run is resumed, because they do not change what is learned.
 FREE = {
     "name", "output", "save_steps", "save_total_limit", "logging_steps", "log", "num_workers",
     "eval_split", "eval_limit", "eval_batch", "max_new_tokens",
@@ -31,13 +31,13 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool | str) -> Path | None:
-    """Finds where a run goes on.
+    """Finds the checkpoint from which a run goes on.
 
     Args:
         recipe: The recipe of the run.
         folder: Its folder.
-        resume: True: the newest whole checkpoint. "auto": likewise, or from the start where there is none. A path: that
-            one. False: from the start.
+        resume: True: the newest whole checkpoint. "auto": the same, or from the start where there is none. A path:
+            that checkpoint. False: from the start.
 
     Returns:
         The checkpoint, or None to start.
@@ -77,7 +77,12 @@ def checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool | str) -> Pa
 
 
 def keep_newest(folder: Path, limit: int) -> None:
-    """Deletes the oldest checkpoints but `limit`."""
+    """Deletes all checkpoints but the newest ones.
+
+    Args:
+        folder: Folder of the run.
+        limit: How many are kept.
+    """
     for path in checkpoints_of(folder)[:-limit]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -89,7 +94,7 @@ def _require_whole(folder: Path) -> None:
     if missing:
         raise RecipeError(
             f"{folder} cannot be resumed: {', '.join(missing)} missing. Weights alone are no checkpoint of a run; take "
-            "another one, or start anew."
+            "another one, or start over."
         )
 
 

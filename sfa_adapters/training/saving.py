@@ -1,4 +1,4 @@
-"""`SavingMixin`: checkpoints of a Trainer that hold what trains, appear whole or not at all, and load strictly."""
+"""`SavingMixin`: checkpoints of a Trainer that hold what trains, are written whole or not at all, and load strictly."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = ["SavingMixin"]
 
 
 class SavingMixin(_Trainer):
-    """What a `Trainer` writes at a save step, and how it goes on from there.
+    """Makes a `Trainer` write the checkpoints of `save_trained`, and resume from them.
 
-    `Trainer` writes into a folder beside the checkpoints, which is renamed when it is complete, so that a kill or a
-    full disk leaves the checkpoint before.
+    `Trainer` writes into a folder beside the checkpoints, which is renamed when it is complete, so that after a kill or
+    with a full disk the previous checkpoint is there.
     """
 
     host: Host
@@ -49,21 +49,25 @@ class SavingMixin(_Trainer):
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
 
-    if TYPE_CHECKING:  # what the Trainer that this is mixed into has
+    if TYPE_CHECKING:  # methods of the Trainer that this is mixed into
 
         def largest(self, number: int) -> int:
             """The largest of a number over all processes."""
             ...
 
         def all_skipped(self) -> list[Skipped]:
-            """The rows that were passed over so far, in all processes."""
+            """The rows that were skipped so far, in all processes."""
             ...
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
 
     def go_on(self, checkpoint: Path | None) -> None:
-        """Trains from a checkpoint or from the beginning; a run that had all its steps gets none more."""
+        """Trains from a checkpoint or from the beginning; a finished run gets no further steps.
+
+        Args:
+            checkpoint: The checkpoint, or None.
+        """
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if state.global_step >= self.args.max_steps:
@@ -109,7 +113,7 @@ class SavingMixin(_Trainer):
             raise problem or TrainingError(f"{name} could not be written by another process. {advice}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what was trained, as `save_trained`."""
+        """Writes the trained tensors, as `save_trained`."""
         if _internal_call:
             assert output_dir is not None
             write_trained(self.host, Path(output_dir), write=self.args.should_save)

@@ -1,4 +1,4 @@
-"""The state of an optimizer whose parameters are sharded (FSDP2), as one whole on the CPU, and back."""
+"""Gathers and restores the state of an optimizer whose parameters are sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """Puts a gathered state back; call it in every process, with the state in each.
+    """Restores a gathered state; call it in every process, with the state in each.
 
     Args:
         model: The sharded model.
         optimizer: Its optimizer, bare or wrapped by accelerate.
-        state: What `optimizer_state` gave to the first process.
+        state: What `optimizer_state` returned in the first process.
     """
     set_optimizer_state_dict(model, _bare(optimizer), state, options=StateDictOptions(full_state_dict=True))
 

@@ -1,4 +1,4 @@
-"""`train`: from a prepared host and rows to a trained one, with everything that a run leaves in its folder."""
+"""`train`: trains a prepared host on rows, and writes checkpoints, log and curves into the folder of the run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FINAL = "final"  # the trained tensors in the folder of a run
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
         folder: The folder of the run: checkpoints, `log.csv`, `training.png`, `skipped.jsonl`.
@@ -44,7 +44,7 @@ class TrainResult:
         steps: Optimizer steps of the whole run.
         loss: Mean loss since the last log but one, nats per answer token; NaN where nothing was logged.
         seconds: Wall-clock time of this part of the run.
-        skipped: Rows that were passed over, each once.
+        skipped: Rows that were skipped, each once.
         history: The log.
         scalars: The largest scalar of each term at the end (`largest_scalars`), in logits; empty without SFA.
     """
@@ -69,7 +69,7 @@ def train(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Trains a host as its recipe says. Call it in every process.
+    """Trains a host with the settings of its recipe. Call it in every process.
 
     Args:
         host: A prepared host.
@@ -78,16 +78,16 @@ def train(
         folder: Folder of the run; `recipe.folder` by default.
         resume: True goes on from the newest whole checkpoint in the folder, a path from that one; "auto" starts from
             the beginning where there is none.
-        console: Where the table, the bar and the list of skipped rows go; the terminal by default.
+        console: Shows the table, the bar and the list of skipped rows; the terminal by default.
         callbacks: More callbacks for the Trainer.
 
     Returns:
-        What the run leaves; the host holds the trained weights and is in eval mode.
+        The result; the host holds the trained weights and is in eval mode.
 
     Raises:
         RecipeError: A setting, the folder or the checkpoint cannot be used.
         TrainingError: Training stopped; says why, and which checkpoint is left.
-        Interrupted: Ctrl-C or SIGTERM came (an exit with code 130 or 143); a checkpoint was saved.
+        Interrupted: Ctrl-C or SIGTERM arrived (exit code 130 or 143); a checkpoint was saved.
     """
     recipe = host.recipe
     folder = Path(recipe.folder if folder is None else folder)
@@ -128,7 +128,7 @@ def train(
             _write_curves(trainer.state.log_history, folder, recipe.name, console)
     skipped = tuple(trainer.all_skipped())
     if trainer.args.should_save:
-        _tell_skipped(skipped, folder, console)
+        _report_skipped(skipped, folder, console)
     if stop.received:
         step = trainer.state.global_step
         console.print(f"Stopped after step {step} of {steps}; checkpoint-{step} is in {folder}. Go on with --resume.")
@@ -154,10 +154,10 @@ def train(
 
 
 def _turn_off_cache(model: Any) -> list[tuple[Any, Any]]:
-    """Keys and values for `generate` are of no use here; `Trainer` tells the host so, but not its decoder.
+    """Sets `use_cache=False` for host and decoder, as training needs no cache; `Trainer` does it for the host only.
 
     Returns:
-        The configurations and what they said before.
+        The configurations and their former values.
     """
     configs = [config for config in (model.config, model.config.get_text_config()) if hasattr(config, "use_cache")]
     before = [(config, config.use_cache) for config in configs]
@@ -167,7 +167,7 @@ def _turn_off_cache(model: Any) -> list[tuple[Any, Any]]:
 
 
 def _restore_forward(model: Any, forward: Any) -> None:
-    """Takes away the autocast that accelerate leaves around the forward, and only that."""
+    """Removes the autocast that accelerate leaves around the forward, and only that."""
     for name, before in (("forward", forward), ("_original_forward", None)):
         if before is None:
             vars(model).pop(name, None)
@@ -185,7 +185,7 @@ def _write_curves(history: list[dict[str, Any]], folder: Path, name: str, consol
         console.print(f"log.csv and training.png could not be written: {error}.")
 
 
-def _tell_skipped(skipped: Sequence[Skipped], folder: Path, console: Console) -> None:
+def _report_skipped(skipped: Sequence[Skipped], folder: Path, console: Console) -> None:
     lines = (json.dumps({"id": one.id, "reason": one.reason}, ensure_ascii=False) for one in skipped)
     (folder / "skipped.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if skipped:

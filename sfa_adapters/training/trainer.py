@@ -1,4 +1,4 @@
-"""`SFATrainer`: the loop of `transformers.Trainer`, with checks, and checkpoints that can be trusted."""
+"""`SFATrainer`: `transformers.Trainer` with checks of labels and gradients, and strict checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import Trainer
 from sfa_adapters.data.datasets import Skipped
 from sfa_adapters.errors import TrainingError
 from sfa_adapters.hosts.load import Host
-from sfa_adapters.moved import old_names
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.trainer import SFATrainerMixin
 from sfa_adapters.training.callbacks import ignore_signals
@@ -28,16 +28,16 @@ from sfa_adapters.vlm.parts import still_image_id
 
 __all__ = ["SFATrainer"]
 
-__getattr__ = old_names(__name__)
-FOR_US = ("row_ids", "skipped")  # what a collator tells the Trainer; the model never gets it
+know_old_names(__name__)
+FOR_US = ("row_ids", "skipped")  # entries of a batch for the Trainer; the model never gets them
 
 
 class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     """`transformers.Trainer` for a prepared host.
 
-    What differs: learning rates by part, and a look at how large the structural scalars become; whole batches in an
-    order that seed and epoch decide; checks of labels and gradients; NaN stops the run; checkpoints hold what trains,
-    appear whole or not at all, and load strictly.
+    What differs: learning rates by part, and a check of how large the structural scalars become; whole batches in an
+    order that depends on seed and epoch; checks of labels and gradients; NaN stops the run; checkpoints hold what
+    trains, are written whole or not at all, and load strictly.
 
     Args:
         host: The host.
@@ -80,7 +80,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
         return EpochOrder(rows, self.host.recipe.batch_size, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As `Trainer.get_train_dataloader`; signals that stop the run leave worker processes alone."""
+        """As `Trainer.get_train_dataloader`; worker processes ignore signals that stop the run."""
         loader = super().get_train_dataloader()
         seed = loader.worker_init_fn
         loader.worker_init_fn = _Both(seed, ignore_signals)
@@ -152,10 +152,10 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
             raise problem or TrainingError("Another process found labels that are not on the answers alone.")
 
     def _with_batch(self, error: TrainingError) -> TrainingError:
-        """Saves the batch that is to blame, and says where."""
+        """Saves the batch that caused an error, and adds its folder to the error."""
         name = f"failed_batch_step{self.state.global_step + 1}_process{self.args.process_index}"
-        facts = {"step": self.state.global_step + 1, "error": str(error)}
-        folder = save_batch(self.folder / name, self._batch, self._ids, **facts)
+        details = {"step": self.state.global_step + 1, "error": str(error)}
+        folder = save_batch(self.folder / name, self._batch, self._ids, **details)
         rows = f" ({', '.join(map(str, self._ids[:4]))})" if self._ids else ""
         return TrainingError(f"{error} The batch{rows} is in {folder}.")
 
@@ -168,7 +168,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
         return int(number_here)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; beside the loss stand the learning rates of all parts."""
+        """As `Trainer.log`; adds the learning rates of all parts."""
         if "loss" in logs and self.optimizer is not None:
             groups = [group for group in self.optimizer.param_groups if "(" not in group["name"]]
             first = self.optimizer.param_groups[0]
@@ -177,7 +177,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
     def all_skipped(self) -> list[Skipped]:
-        """The rows that were passed over so far, in all processes."""
+        """The rows that were skipped so far, in all processes."""
         reasons: list[tuple[str, str]] = sorted(self.skipped.items())
         if self.args.world_size > 1:
             reasons = sorted(dict(gather_object(reasons)).items())
@@ -185,7 +185,7 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
 
 
 class _Both:
-    """Two functions for a new worker process; can be pickled."""
+    """Two functions for a new worker process, as one that can be pickled."""
 
     def __init__(self, first: Callable[[int], None] | None, second: Callable[[int], None]) -> None:
         self.first, self.second = first, second
@@ -198,7 +198,7 @@ class _Both:
 
 @contextmanager
 def _trainable_although_quantized(model: Any) -> Iterator[None]:
-    """Trainer takes 4-bit models only where it knows of adapters on them; what trains here is not in 4-bit."""
+    """Lets Trainer accept a 4-bit model without adapters of PEFT, as what trains here is not in 4-bit."""
     if not getattr(model, "is_quantized", False):
         yield
         return

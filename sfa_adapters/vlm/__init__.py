@@ -1,1 +1,1 @@
-"""What the library knows about whole vision-language models: one record each, and how their parts are found."""
+"""Whole vision-language models (hosts): one record for each kind, and functions that find the parts of a live one."""

@@ -1,4 +1,4 @@
-"""`Page`: an image as a host's processor gets it, and how boxes of the given image lie in it."""
+"""`Page`: an image as a host's processor gets it, and the places of boxes of the given image in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Page:
     Attributes:
         image: uint8 `[H, W, 3]`.
         given: Width and height of the image that was given.
-        inner: Width and height that it takes in `image`; the rest is padding.
+        inner: Width and height of the given image in `image`; the rest is padding.
         offset: (left, top) of its corner there.
     """
 
@@ -35,7 +35,12 @@ class Page:
         return cls(image, size, size)
 
     def place(self, box: Box, source: tuple[int, int] | None = None) -> Box:
-        """A box (left, top, right, bottom) of the given image, or of one of size `source`, in pixels of `image`."""
+        """A box of the given image in pixels of `image`.
+
+        Args:
+            box: (left, top, right, bottom), in pixels of the given image.
+            source: Width and height of the image that the box is given for; by default those of the given image.
+        """
         width, height = self.given if source is None else source
         across, down = self.inner[0] / width, self.inner[1] / height
         x, y = self.offset
@@ -43,11 +48,11 @@ class Page:
 
 
 def padded_to_square(image: np.ndarray, mean: Sequence[float]) -> Page:
-    """The page in the middle of a square of the mean colour.
+    """The image in the middle of a square of the mean colour.
 
     Args:
         image: uint8 `[H, W, 3]`.
-        mean: What images are normalised with, by channel, in [0, 1].
+        mean: Mean that images are normalised with, by channel, in [0, 1].
     """
     height, width = image.shape[:2]
     side = max(height, width)

@@ -1,6 +1,6 @@
-"""The parts of a live vision-language model that everybody asks for: found here, once.
+"""Finds the parts of a live vision-language model that several packages need.
 
-The model inside PEFT, its language model, its image tokens, and what its forward takes.
+The model inside PEFT, its language model, its image token ids, and the arguments of its forward.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Decoder:
     """The language model of a host.
 
     Attributes:
-        module: It; its forward takes `inputs_embeds` and a cache.
+        module: The language model; its forward takes `inputs_embeds` and a cache.
         layers: Its decoder layers in order of execution.
         outer: The modules around it, outermost first; some of them see the ids of a prompt, labels or pixels.
         host: The model of transformers, without wrappers of PEFT.
@@ -52,6 +52,9 @@ def find_decoder(model: nn.Module) -> Decoder:
 
     Args:
         model: A host of transformers, also inside a `PeftModel`.
+
+    Returns:
+        The language model and what is around it.
 
     Raises:
         InjectionError: There is none with a list of decoder layers.
@@ -95,17 +98,17 @@ def image_token_ids(model: nn.Module) -> tuple[int, ...]:
 
 
 def still_image_id(config: Any) -> int | None:
-    """The placeholder of a still image that a configuration names; None where it names none.
+    """The placeholder id of a still image that a configuration names; None where it names none.
 
     Args:
-        config: Of a host.
+        config: Configuration of a host.
     """
     values = (getattr(config, name, None) for name in STILL_NAMES)
     return next((value for value in values if isinstance(value, int)), None)
 
 
 def image_token_side(config: Any, grid: tuple[int, int]) -> int:
-    """Patches along one side of an image token, for hosts without a record: read from the names that hosts use.
+    """Patches along one side of an image token, from the usual fields of a configuration; for hosts without a record.
 
     Args:
         config: Of the host.
@@ -120,5 +123,5 @@ def image_token_side(config: Any, grid: tuple[int, int]) -> int:
 
 
 def forward_names(model: nn.Module) -> frozenset[str]:
-    """Names of what the forward of a model takes, wrappers of PEFT aside."""
+    """Names of the arguments of a model's forward, wrappers of PEFT aside."""
     return frozenset(inspect.signature(plain_model(model).forward).parameters)

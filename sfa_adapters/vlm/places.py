@@ -21,12 +21,12 @@ Part = Literal["sfa", "lora", "vision", "projector", "llm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a model keeps its parts; all names are full module names.
+    """Where the parts of a model are; all names are full module names.
 
     Attributes:
-        model_class: Its class.
+        model_class: Class name of the model.
         tower: The vision tower.
-        projector: What stands between tower and language model; may lie inside the tower, or be a parameter.
+        projector: The modules between tower and language model; one may lie inside the tower, or be a parameter.
         language_model: The language model without its head.
         lm_head: The head.
         layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
@@ -72,7 +72,7 @@ class Places:
 
 
 def read_places(model: nn.Module, known: Mapping[str, Any]) -> Places:
-    """Reads the places of a model, on any device; what a record names is checked instead.
+    """Finds the parts of a model, on any device; those that a record names are checked instead.
 
     Args:
         model: A vision-language model of transformers with a head.

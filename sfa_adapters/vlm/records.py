@@ -36,7 +36,7 @@ def register_vlm(spec: VLMSpec) -> VLMSpec:
         The same record.
 
     Raises:
-        RecipeError: Its name is taken, or it refuses something that nobody asks about.
+        RecipeError: Its name is taken, or it refuses a feature that does not exist.
     """
     if spec.name in _SPECS:
         raise RecipeError(f"A host named {spec.name!r} is registered already; choose another name.")
@@ -64,6 +64,9 @@ def _entry_points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 def vlm_spec(name: str) -> VLMSpec:
     """The record of a name.
+
+    Args:
+        name: The name, as `family` of a recipe.
 
     Raises:
         RecipeError: There is none; names those that there are.
@@ -93,12 +96,12 @@ def find_spec(model: nn.Module) -> VLMSpec | None:
 
 
 def check_allowed(model: nn.Module, feature: Feature, error: type[Exception] = RecipeError) -> None:
-    """Stops where the record of a model refuses something; a model without a record is let through.
+    """Raises where the record of a model refuses a feature; a model without a record passes.
 
     Args:
         model: As for `find_spec`.
-        feature: What is about to be done.
-        error: What to raise.
+        feature: The feature.
+        error: Class of the error.
 
     Raises:
         Exception: Of the given kind, with the reason of the record.

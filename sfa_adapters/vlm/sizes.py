@@ -1,7 +1,7 @@
-"""How many tokens images become, how wide layers are, and what a layer keeps for its backward pass.
+"""`MemoryRules`: how a record predicts token counts, widths of layers, and the bytes that a layer keeps for backward.
 
-`MemoryRules` is what a record says about it. The functions here are the layers and projectors that several hosts
-share; a record takes one of them or brings its own. All of them count in bytes.
+The functions here are for layers and projectors that several hosts share; a record takes one of them or brings its own.
+They count bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT_TOKENS = 96
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one question.
+    """Token counts of one question with its image.
 
     Attributes:
         pixels: Pixels that the tower gets, over all tiles.
@@ -79,7 +79,7 @@ class Precision:
 
     Attributes:
         stream: Of the residual stream.
-        compute: Of what linear layers give.
+        compute: Of the outputs of linear layers.
         trains: Whether weights of the part train.
         mixed: Whether its weights are float32 and are cast for every product (autocast).
     """
@@ -90,13 +90,23 @@ class Precision:
     mixed: bool
 
     def product_inputs(self, width: int, products: int) -> int:
-        """What linear layers keep of an input that `products` of them share; autocast casts it for each."""
+        """Bytes per token that linear layers keep of an input; autocast casts it for each.
+
+        Args:
+            width: Width of the input.
+            products: How many linear layers share it.
+        """
         if not self.trains:
             return 0
         return self.compute * width * (products if self.mixed else 1)
 
     def rms_norm(self, width: int, groups: int = 1) -> int:
-        """What an RMS norm keeps beside its input: a float32 copy, the root, and the result for a trained weight."""
+        """Bytes per token that an RMS norm keeps beside its input: a float32 copy, the root, and the normalised input.
+
+        Args:
+            width: Width of the input.
+            groups: Roots per token.
+        """
         copy = 0 if self.stream == FLOAT else FLOAT * width
         return copy + FLOAT * groups + (self.stream * width if self.trains else 0)
 
@@ -109,17 +119,17 @@ ProjectorBytes = Callable[[Precision, Precision, Any], int]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRules:
-    """What memory is counted from, for one host. All functions get the configuration of the host.
+    """Functions from which the memory of one host is predicted. All of them get its configuration.
 
     Attributes:
         lengths: Tokens of one question, from the configuration and the most tiles or pixels of an image.
-        tower: Sizes of the tower's layers, as many as the host reads, without a structural bias.
-        layer: What one of them keeps.
-        projector: What the projector keeps.
+        tower: Widths and number of the tower's layers that the host reads, without a structural bias.
+        layer: Bytes per token that one of them keeps beside its input.
+        projector: Bytes per image token that the projector keeps.
         prefix_tokens: Leading tokens of a tower with a fixed grid, which widen its folded queries.
         fixed_grid: Whether the tower has a grid of patches, so that a bias is folded into its queries.
-        output_read: Whether the projector reads the output of the last layer itself, not that of a norm behind it.
-        norm_in_front: Whether a norm stands in front of the tower's layers.
+        output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
+        norm_in_front: Whether there is a norm before the tower's layers.
     """
 
     lengths: Callable[[Any, int], Lengths]
@@ -133,11 +143,11 @@ class MemoryRules:
 
 
 def read_layers(config: Any, layers: int) -> int:
-    """How many layers of a tower `vision_feature_layer` lets a host read; all where it says nothing.
+    """How many layers of a tower a host reads, by its `vision_feature_layer`; all where there is none.
 
     Args:
-        config: Of the host.
-        layers: That the tower has.
+        config: Configuration of the host.
+        layers: Layers of the tower.
     """
     entry = getattr(config, "vision_feature_layer", -1)
     entries = entry if isinstance(entry, list | tuple) else [entry]
@@ -145,7 +155,7 @@ def read_layers(config: Any, layers: int) -> int:
 
 
 def vit_widths(config: Any) -> Widths:
-    """Sizes of InternViT, SigLIP and CLIP."""
+    """Widths of InternViT, SigLIP and CLIP, from the configuration of a host."""
     vision = config.vision_config
     heads, width = vision.num_attention_heads, vision.hidden_size
     layers = read_layers(config, vision.num_hidden_layers)
@@ -153,7 +163,7 @@ def vit_widths(config: Any) -> Widths:
 
 
 def vit_layer(sizes: Widths, part: Precision, config: Any, sfa: bool) -> int:
-    """A layer of InternViT, SigLIP and CLIP: two layer norms, attention, and an MLP with one activation."""
+    """Bytes per token of a layer of InternViT, SigLIP and CLIP: two norms, attention, an MLP with one activation."""
     width, inner, compute = sizes.width, sizes.inner, part.compute
     kept = 4 * FLOAT + part.stream * width  # means and roots of two layer norms, and what the second one saw
     kept += 4 * sizes.heads * sizes.folded * compute + FLOAT * sizes.heads  # q, k, v, the output, log-sum-exp
@@ -164,6 +174,6 @@ def vit_layer(sizes: Widths, part: Precision, config: Any, sfa: bool) -> int:
 
 
 def mlp_projector(part: Precision, tower: Precision, config: Any) -> int:
-    """Two linear layers with an activation between them, one token for each patch."""
+    """Bytes per image token of two linear layers with an activation between them, one token for each patch."""
     width, wide = config.vision_config.hidden_size, config.text_config.hidden_size
     return part.product_inputs(width, 1) + part.compute * wide * (1 + part.trains)

@@ -1,7 +1,7 @@
 """`VLMSpec`: what the library must know about one kind of vision-language model, in one record.
 
-Where its parts are, what its processor is told, which image tokens the patches become, and what cannot be done with
-it, with the reason. What can be read from a live model is read; a record names it where that would go wrong.
+Where its parts are, the options of its processor, which image tokens the patches become, and which features it refuses,
+with the reason. What can be read from a live model is read; a record names it where reading it would go wrong.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def _unchanged(image: np.ndarray, processor: Any, limit: int) -> Page:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """What is done to images before a host's own processor gets them, and what that processor is told.
+    """How images are prepared for a host's processor, and the options of that processor.
 
     Attributes:
-        setting: The setting of a recipe that limits an image: the most tiles it is cut into, the most pixels it has,
-            or None where every image becomes one picture of the same size.
+        setting: The setting of a recipe that limits an image: the most tiles that it is cut into, its most pixels, or
+            None where every image becomes one picture of the same size.
         options: Options of the image processor, from it and the limit. May raise a `RecipeError`.
         page: The image that the processor gets, from uint8 `[H, W, 3]`, the image processor and the limit.
     """
@@ -60,9 +60,9 @@ class ImageTokens:
     """How the tokens of the tower become image tokens of the language model.
 
     Attributes:
-        kind: "patches": one of each. "packed_tiles": one of each, tiles `[B, tiles, 3, H, W]` packed into a page by the
-            host's `pack_image_features`, with newline tokens. "pixel_shuffle": one of `side` x `side` neighbours,
-            channels joined. "merged_groups": the same, in a tower that works on one sequence and permutes it by windows.
+        kind: "patches": one image token per patch. "packed_tiles": the same, with tiles `[B, tiles, 3, H, W]` packed into
+            a page by the host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x `side`
+            patches, with joined channels. "merged_groups": the same, in a tower that permutes one sequence by windows.
         side: Patches along one side of an image token, from the configuration.
     """
 
@@ -72,28 +72,30 @@ class ImageTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class VLMSpec:
-    """One kind of vision-language model. All places are full module names; those left out are read from the model.
+    """The record of one kind of vision-language model.
+
+    All parts are full module names; those left out are read from the model.
 
     Attributes:
         name: Unique name, `family` in recipes and in what is saved.
-        title: As people call it, for messages.
-        model_type: What the configuration of such a checkpoint says.
+        title: Its name in messages.
+        model_type: `model_type` in the configuration of such a checkpoint.
         model_class: Its class in `transformers`, which `AutoModelForImageTextToText` builds.
         classes: Patterns over `module.Class`, as in `fnmatch`, of the model and of the core inside that joins tower
             and language model.
         tower: The vision tower.
-        projector: What stands between tower and language model; may lie inside the tower, or be a parameter.
+        projector: The modules between tower and language model; one may lie inside the tower, or be a parameter.
         language_model: The language model without its head.
         lm_head: The head.
         layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
         unread: Children of the tower that the host never reads, because it takes the hidden states before them. A
             parameter there gets no gradient, so it must not train.
-        images: What is done to images; None where nobody has written it, so that only adapters can be used.
-        image_tokens: What patches become; None where it is not known.
-        memory: What memory is counted from; None where it is not known.
+        images: How images are prepared; None where that is not written, so that only adapters can be used.
+        image_tokens: How patches become image tokens; None where it is not known.
+        memory: Rules to predict memory; None where they are not known.
         nano: Builds a small model of this kind with its processor, for `--nano` and the contract suite.
         nano_settings: Settings of a recipe on it that differ from those of the other small models.
-        refuses: What cannot be done with this kind -> why, and what to do instead.
+        refuses: Features that do not work with this kind of model -> why, and what to do instead.
     """
 
     name: str
@@ -120,10 +122,10 @@ class VLMSpec:
         return self.name
 
     def refusal(self, feature: Feature) -> str | None:
-        """Why something cannot be done with this kind of model, in one line; None where it can.
+        """Why a feature does not work with this kind of model, in one line; None where it does.
 
         Args:
-            feature: What.
+            feature: The feature.
         """
         reason = self.refuses.get(feature)
         if reason is None and feature == "train" and self.images is None:
@@ -135,20 +137,23 @@ class VLMSpec:
         return None if reason is None else f"{self.title}: {reason}"
 
     def require(self, feature: Feature) -> None:
-        """Stops where something cannot be done.
+        """Raises where a feature does not work with this kind of model.
+
+        Args:
+            feature: The feature.
 
         Raises:
-            RecipeError: With the reason of the record.
+            RecipeError: It does not; gives the reason of the record.
         """
         reason = self.refusal(feature)
         if reason is not None:
             raise RecipeError(reason)
 
     def places(self, model: nn.Module) -> Places:
-        """Where the parts of a model of this kind are, checked against it.
+        """Finds the parts of a model of this kind, and checks those that the record names.
 
         Args:
-            model: It, built or on the meta device, with adapters or without.
+            model: The model, on any device, with adapters or without.
 
         Raises:
             RecipeError: It is of another class, a part is missing, or a parameter lies in no part.

@@ -33,11 +33,11 @@ def test_parameters_and_shape():
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (100, 33), (448, 336)])
 def test_any_size_is_padded_to_whole_cells_with_its_border(estimator, height, width):
     images = torch.rand(2, 3, height, width)
-    found = estimator(images)
-    assert found.shape == (2, -(-height // 16), -(-width // 16))
-    assert bool(((found >= 0) & (found <= 1)).all())
+    density = estimator(images)
+    assert density.shape == (2, -(-height // 16), -(-width // 16))
+    assert bool(((density >= 0) & (density <= 1)).all())
     pad = (0, -width % 16, 0, -height % 16)
-    torch.testing.assert_close(found, estimator(torch.nn.functional.pad(images, pad, mode="replicate")))
+    torch.testing.assert_close(density, estimator(torch.nn.functional.pad(images, pad, mode="replicate")))
 
 
 def test_a_batch_is_its_images(estimator):
@@ -78,8 +78,8 @@ def test_blank_pages_are_blank(estimator, value):
 
 
 def test_blank_scans_are_blank(estimator):
-    found = _see(estimator, *(render_page("blank", seed, "test").image for seed in range(8)))
-    assert found.mean(axis=(1, 2)).max() < 0.02
+    densities = _see(estimator, *(render_page("blank", seed, "test").image for seed in range(8)))
+    assert densities.mean(axis=(1, 2)).max() < 0.02
 
 
 @pytest.mark.parametrize("sigma", [3, 10, 30])
@@ -95,16 +95,16 @@ def test_photographs_are_not_text(estimator):
 
 
 def test_grids_and_hatching_are_not_text(estimator):
-    found = _see(estimator, *(render_page("lines", seed, "test").image for seed in range(12)))
-    assert (found > TEXT).mean() < 0.03
+    densities = _see(estimator, *(render_page("lines", seed, "test").image for seed in range(12)))
+    assert (densities > TEXT).mean() < 0.03
 
 
 @pytest.mark.parametrize("x_height", [6, 8, 12, 20])
 def test_text_is_found_down_to_six_pixels(estimator, x_height):
     pages = [text_page(x_height, seed) for seed in range(3)]
-    for page, found in zip(pages, _see(estimator, *(p.image for p in pages)), strict=True):
+    for page, page_density in zip(pages, _see(estimator, *(p.image for p in pages)), strict=True):
         centre = ((page.boxes[:, :2] + page.boxes[:, 2:]) / 32).astype(int).clip(0, 27)
-        assert (found[centre[:, 1], centre[:, 0]] > TEXT).mean() > 0.95
+        assert (page_density[centre[:, 1], centre[:, 0]] > TEXT).mean() > 0.95
 
 
 @pytest.mark.parametrize("kind", ["text", "table", "chart", "mixed"])

@@ -1,4 +1,4 @@
-"""Blank merge groups of Qwen2.5-VL: dropped whole, with nothing else moved."""
+"""`drop_blank_groups` of Qwen2.5-VL: merge groups are dropped whole, and all other tokens keep their positions."""
 
 from __future__ import annotations
 

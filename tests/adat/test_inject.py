@@ -92,16 +92,16 @@ def packed_input(tower: nn.Module, inputs: dict[str, Any]) -> Tensor:
 @adaptive_tower
 def test_one_level_of_the_towers_own_patch_gives_its_own_embedding_bit_for_bit(case: TowerCase) -> None:
     tower, inputs = case.fresh()
-    plain, own = read(case, tower, inputs), packed_input(tower, inputs)
+    plain, uniform = read(case, tower, inputs), packed_input(tower, inputs)
     patch = patch_of(tower)
     inject_adat(tower, PatchPolicy(levels=[(0.0, patch)], scorer="uniform", cell=2 * patch))
     packed = packed_input(tower, inputs)[0]
     plans = latest_plans(tower)
-    for image, (tokens, plan) in enumerate(zip(packed.split(own.shape[1]), plans, strict=True)):
+    for image, (tokens, plan) in enumerate(zip(packed.split(uniform.shape[1]), plans, strict=True)):
         place, token, weight = plan.grid_pairs()
         assert torch.equal(weight, torch.ones_like(weight))
-        assert torch.equal(tokens[: case.prefix], own[image, : case.prefix])
-        assert torch.equal(tokens[case.prefix :][token], own[image, case.prefix :][place])
+        assert torch.equal(tokens[: case.prefix], uniform[image, : case.prefix])
+        assert torch.equal(tokens[case.prefix :][token], uniform[image, case.prefix :][place])
     # In the encoder only the order of summation differs.
     assert_close(read(case, tower, inputs), plain)
 
@@ -170,7 +170,7 @@ def test_a_batch_is_its_images_one_at_a_time_and_keeps_their_order(case: TowerCa
 @adaptive_tower
 @pytest.mark.parametrize("sfa_first", [True, False], ids=["sfa_first", "adat_first"])
 def test_sfa_follows_the_tokens_and_every_backend_agrees_with_eager(case: TowerCase, sfa_first: bool) -> None:
-    found: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
+    results: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
     for backend in ("dense", "folded", "auto", "eager"):
         tower, inputs = case.fresh()
         if backend == "eager":
@@ -182,13 +182,13 @@ def test_sfa_follows_the_tokens_and_every_backend_agrees_with_eager(case: TowerC
             inject_adat(inject_sfa(tower, config), policy)
         else:
             inject_sfa(inject_adat(tower, policy), config)
-        found[backend] = (read(case, tower, inputs), gradients(case, tower, inputs))
+        results[backend] = (read(case, tower, inputs), gradients(case, tower, inputs))
     plain, inputs = with_tokens(case)
-    assert difference(read(case, plain, inputs), found["dense"][0]) > 1e-3, "the bias must act"
+    assert difference(read(case, plain, inputs), results["dense"][0]) > 1e-3, "the bias must act"
     for backend in ("folded", "auto", "eager"):
-        assert_close(found[backend][0], found["dense"][0], what=backend)
-        assert_same_gradients(found[backend][1], found["dense"][1])
-    assert all(name in found["dense"][1] for name in structural(tower))
+        assert_close(results[backend][0], results["dense"][0], what=backend)
+        assert_same_gradients(results[backend][1], results["dense"][1])
+    assert all(name in results["dense"][1] for name in structural(tower))
 
 
 @one_of_each
@@ -236,32 +236,55 @@ def test_sfa_and_adat_are_ejected_in_any_order(case: TowerCase, first: str) -> N
     assert torch.equal(read(case, tower, inputs), before)
 
 
+def test_ejected_the_bias_no_longer_expects_packed_images() -> None:
+    """A forward run layer by layer is still under way when adaptive tokens go; its packed tokens fit no grid now."""
+    case = next(c for c in CASES if c.name == "siglip")
+    tower: Any
+    tower, inputs = case.fresh()
+    inject_adat(inject_sfa(tower, strong_config()), mixed(14))
+    between: list[Tensor] = []
+
+    def stop(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        between.append(args[0])
+        raise InterruptedError
+
+    handle = tower.encoder.layers[1].register_forward_pre_hook(stop)
+    states = tower.embeddings(inputs["pixel_values"])
+    with pytest.raises(InterruptedError):
+        tower.encoder(inputs_embeds=states)
+    handle.remove()
+    assert len(between[0]) == 1, "all images in one sequence"
+    eject_adat(tower)
+    with pytest.raises(LayoutError, match=f"got {between[0].shape[1]} tokens.*outside of a call of the tower"):
+        tower.encoder.layers[1](between[0], None)
+
+
 @adaptive_tower
 def test_the_residual_starts_at_zero_and_learns(case: TowerCase) -> None:
     plain, inputs = with_tokens(case)
     tower, _ = with_tokens(case, residual=True)
     assert torch.equal(read(case, tower, inputs), read(case, plain, inputs))
-    found = gradients(case, tower, inputs)
-    assert found["adat_residual.out.weight"].abs().max() > 0
+    grads = gradients(case, tower, inputs)
+    assert grads["adat_residual.out.weight"].abs().max() > 0
     with torch.no_grad():
         tower.get_parameter("adat_residual.out.weight").normal_()
     assert difference(read(case, tower, inputs), read(case, plain, inputs)) > 1e-4
     flat = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], 9.0)}  # no large patch anywhere
-    assert set(gradients(case, tower, flat)) == set(found), "DDP needs a gradient for every parameter in every step"
+    assert set(gradients(case, tower, flat)) == set(grads), "DDP needs a gradient for every parameter in every step"
 
 
 @one_of_each
 def test_every_parameter_learns_as_it_does_through_eager_attention_and_checkpointing(case: TowerCase) -> None:
     tower, inputs = with_tokens(case)
     tower.train()
-    found = gradients(case, tower, inputs)
-    assert set(found) >= {n for n, p in tower.named_parameters() if "head" not in n and "post_layernorm" not in n}
+    grads = gradients(case, tower, inputs)
+    assert set(grads) >= {n for n, p in tower.named_parameters() if "head" not in n and "post_layernorm" not in n}
     for reentrant in (False, True):
         other, _ = with_tokens(case)
         other.train()
         set_checkpointing(case, other, reentrant)
         again = {**inputs, "pixel_values": inputs["pixel_values"].clone().requires_grad_()}
-        assert_same_gradients(gradients(case, other, again), found)
+        assert_same_gradients(gradients(case, other, again), grads)
 
 
 @adaptive_tower
@@ -321,10 +344,10 @@ def test_other_image_sizes_and_cells_that_do_not_divide_them(case: TowerCase) ->
     assert case.resized is not None
     inputs = case.resized(0)  # 3x5 patches: the last cells are half padding
     with torch.no_grad():
-        found = torch.stack(case.hidden(tower, inputs))
+        states = torch.stack(case.hidden(tower, inputs))
     height, width = (side // patch_of(tower) for side in inputs["pixel_values"].shape[-2:])
-    assert found.shape[1] == case.prefix + height * width
-    assert torch.isfinite(found).all()
+    assert states.shape[1] == case.prefix + height * width
+    assert torch.isfinite(states).all()
     uniform, _ = case.fresh()
     plain = read(case, uniform, inputs)
     inject_adat(uniform, PatchPolicy(levels=[(0.0, patch_of(uniform))], scorer="uniform", cell=2 * patch_of(uniform)))

@@ -1,4 +1,4 @@
-"""Pseudo labels: what is text and what only looks busy, on a scale that does not depend on the page."""
+"""Density pseudo labels: text against other busy texture, on a scale that does not depend on the page."""
 
 import sys
 
@@ -63,19 +63,19 @@ def test_text_in_a_table_with_rules_is_found():
     bare = density_labels(page)
     for k in range(32, SIZE - 64, 64):
         cv2.putText(page, "48", (k + 4, k + 22), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    found = density_labels(page)
+    density = density_labels(page)
     for k in range(32, SIZE - 64, 64):
-        assert found[k // 16 : k // 16 + 2, k // 16 : k // 16 + 2].max() > TEXT
+        assert density[k // 16 : k // 16 + 2, k // 16 : k // 16 + 2].max() > TEXT
     assert (bare > TEXT).mean() < 0.02
 
 
 @pytest.mark.parametrize("x_height", [6, 8, 12, 20])
 def test_text_is_found_down_to_six_pixels(x_height):
     page = text_page(x_height, seed=x_height)
-    found, true = density_labels(page.image), box_density(page.boxes, (SIZE, SIZE))
+    density, true = density_labels(page.image), box_density(page.boxes, (SIZE, SIZE))
     centre = ((page.boxes[:, :2] + page.boxes[:, 2:]) / 32).astype(int).clip(0, 27)
-    assert (found[centre[:, 1], centre[:, 0]] > TEXT).mean() > 0.9
-    assert _correlation(found, true) > 0.8
+    assert (density[centre[:, 1], centre[:, 0]] > TEXT).mean() > 0.9
+    assert _correlation(density, true) > 0.8
 
 
 def test_light_text_on_dark_paper_is_the_same_text():
@@ -88,8 +88,8 @@ def test_edges_agree_with_the_printed_boxes(kind):
     pairs = [
         (density_labels(p.image), box_density(p.boxes, (SIZE, SIZE))) for p in (render_page(kind, s) for s in range(8))
     ]
-    found, true = (np.stack(part) for part in zip(*pairs, strict=True))
-    assert _correlation(found, true) > 0.7
+    density, true = (np.stack(part) for part in zip(*pairs, strict=True))
+    assert _correlation(density, true) > 0.7
 
 
 def test_the_scale_does_not_depend_on_the_rest_of_the_page():
@@ -104,11 +104,11 @@ def test_the_scale_does_not_depend_on_the_rest_of_the_page():
 @settings(max_examples=30, deadline=None)
 def test_any_page_and_any_grid(rows, columns, height, width):
     picture = np.random.default_rng(height).integers(0, 256, (height, width), dtype=np.uint8)
-    found = density_labels(picture, (rows, columns))
-    assert found.shape == (rows, columns)
-    assert found.dtype == np.float32
-    assert found.min() >= 0
-    assert found.max() <= 1
+    density = density_labels(picture, (rows, columns))
+    assert density.shape == (rows, columns)
+    assert density.dtype == np.float32
+    assert density.min() >= 0
+    assert density.max() <= 1
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def test_one_more_box_never_lowers_a_density(boxes, more):
 
 
 def test_a_box_far_from_a_cell_does_not_touch_it():
-    found = box_density(np.array([[32, 32, 48, 48]]), (160, 160), (10, 10))
-    assert found[2, 2] > 0.8
-    assert found[:1].max() == found[5:].max() == 0
+    density = box_density(np.array([[32, 32, 48, 48]]), (160, 160), (10, 10))
+    assert density[2, 2] > 0.8
+    assert density[:1].max() == density[5:].max() == 0
 
 
 @pytest.mark.parametrize("boxes", [np.zeros((2, 3)), np.array([[0, 0, np.nan, 1]])])
@@ -173,8 +173,8 @@ def test_boxes_of_the_engine_become_densities(monkeypatch):
         boxes: np.ndarray | None = np.array([[[32, 30], [60, 32], [60, 48], [32, 46]]])
 
     monkeypatch.setattr(labels, "_ocr_engine", lambda: lambda image, **options: Found())
-    found = density_labels(_white(), source="ocr")
-    np.testing.assert_array_equal(found, box_density(np.array([[32, 30, 60, 48]]), (SIZE, SIZE)))
-    assert found[2, 2] > 0.8
+    density = density_labels(_white(), source="ocr")
+    np.testing.assert_array_equal(density, box_density(np.array([[32, 30, 60, 48]]), (SIZE, SIZE)))
+    assert density[2, 2] > 0.8
     Found.boxes = None
     assert density_labels(_white(), source="ocr").max() == 0

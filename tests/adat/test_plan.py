@@ -180,9 +180,9 @@ def test_calibrated_thresholds_meet_the_mean_ratio(
 
     least, most = mean_ratio(2.0), mean_ratio(-2.0)
     ratio = least + share * (most - least)
-    found = policy.calibrate(pages, sizes, patch, ratio)
-    assert found.budget is None
-    plans = [found.plan(density, size, patch) for density, size in zip(pages, sizes, strict=True)]
+    calibrated = policy.calibrate(pages, sizes, patch, ratio)
+    assert calibrated.budget is None
+    plans = [calibrated.plan(density, size, patch) for density, size in zip(pages, sizes, strict=True)]
     reached = sum(plan.ratio for plan in plans) / len(plans)
     best = max(r for r in (least, *map(mean_ratio, candidate_shifts(policy, pages))) if r <= ratio + 1e-9)
     assert reached == pytest.approx(best)
@@ -196,8 +196,8 @@ def test_rounding_of_a_threshold_moves_no_cell(seed: int) -> None:
     policy = PatchPolicy([(0.7, 7), (0.45, 10), (0.3, 14), (0.0, 28)])
     for ratio in torch.linspace(0.25, 4, 20).tolist():
         expected = replace(policy, budget=ratio).plan(density, size, 14)
-        found = policy.calibrate([density], [size], 14, ratio).plan(density, size, 14)
-        assert torch.equal(found.boxes, expected.boxes)  # levels that cannot be reached are gone
+        plan = policy.calibrate([density], [size], 14, ratio).plan(density, size, 14)
+        assert torch.equal(plan.boxes, expected.boxes)  # levels that cannot be reached are gone
 
 
 def test_neighbouring_densities_are_told_apart() -> None:
@@ -212,8 +212,8 @@ def test_calibrated_thresholds_hold_on_other_pages() -> None:
     torch.manual_seed(0)
     policy = PatchPolicy()
     pages = [torch.rand(8, 8) ** 2 for _ in range(64)]
-    found = policy.calibrate(pages[:32], [(224, 224)] * 32, 14, 0.5)
-    ratios = [found.plan(page, (224, 224), 14).ratio for page in pages[32:]]
+    calibrated = policy.calibrate(pages[:32], [(224, 224)] * 32, 14, 0.5)
+    ratios = [calibrated.plan(page, (224, 224), 14).ratio for page in pages[32:]]
     assert sum(ratios) / 32 == pytest.approx(0.5, abs=0.05)
     assert len({*ratios}) > 10  # dense pages get more
 
@@ -250,10 +250,12 @@ def test_grid_pairs_share_patches_by_area(case: Case) -> None:
         tokens, pixels = np.unique(owner[top : top + step, left : left + step], return_counts=True)
         for token, count in zip(tokens.tolist(), pixels.tolist(), strict=True):
             expected[patch, token] = count / step**2
-    found = dict(zip(zip(*(t.tolist() for t in plan.grid_pairs()[:2]), strict=True), plan.grid_pairs()[2], strict=True))
-    assert found.keys() == expected.keys()
+    weights = dict(
+        zip(zip(*(t.tolist() for t in plan.grid_pairs()[:2]), strict=True), plan.grid_pairs()[2], strict=True)
+    )
+    assert weights.keys() == expected.keys()
     for key, weight in expected.items():
-        assert float(found[key]) == pytest.approx(weight, rel=1e-6)
+        assert float(weights[key]) == pytest.approx(weight, rel=1e-6)
     total = torch.zeros(plan.uniform_tokens).index_add_(0, plan.grid_pairs()[0], plan.grid_pairs()[2])
     torch.testing.assert_close(total, torch.ones_like(total))
 
@@ -361,7 +363,7 @@ def test_uniform_picks_the_own_patch(patch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"levels": []}, "levels is empty"),
         ({"levels": [(0.3, 8), (0.7, 14), (0.0, 32)]}, r"levels\[1\]=\(0.7, 14\): densities must descend.* 0.3"),
@@ -384,13 +386,13 @@ def test_uniform_picks_the_own_patch(patch: int) -> None:
         ({"reduce": "min"}, "reduce='min'"),
     ],
 )
-def test_wrong_policies_are_named(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_wrong_policies_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         PatchPolicy(**options)
 
 
 @pytest.mark.parametrize(
-    ("density", "size", "patch", "told"),
+    ("density", "size", "patch", "message"),
     [
         (torch.zeros(4, 4), (56, 56), 14, r"density \(4, 4\).*\(2, 2\) cells of 28 px"),
         (torch.zeros(1, 2, 2), (56, 56), 14, r"density \(1, 2, 2\)"),
@@ -403,8 +405,8 @@ def test_wrong_policies_are_named(options: dict[str, Any], told: str) -> None:
         (torch.zeros(2, 2), (56, 56), 0, "patch=0"),
     ],
 )
-def test_wrong_pages_are_named(density: Tensor, size: tuple[int, int], patch: int, told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_wrong_pages_are_named(density: Tensor, size: tuple[int, int], patch: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         PatchPolicy().plan(density, size, patch)
 
 

@@ -1,4 +1,4 @@
-"""Scores of cells: print is dense for every scorer but the entropy rule, blank and noisy paper is not."""
+"""Density scorers: printed text scores high with all of them but the entropy rule, blank and noisy paper low."""
 
 from typing import Any
 
@@ -62,13 +62,13 @@ def test_entropy_takes_all_clean_print_for_blank_paper(size: int) -> None:
 def test_entropy_is_that_of_the_histogram() -> None:
     torch.manual_seed(0)
     image = torch.rand(2, 3, 64, 96)
-    found = entropy_bits(image)
+    entropies = entropy_bits(image)
     gray = (image * torch.tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(1) * 255
     for b, row, column in ((0, 0, 0), (1, 1, 2)):
         window = gray[b, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].flatten().double().numpy()
         share = np.histogram(window, 512, (0, 255))[0] / 1024
         wanted = -(share[share > 0] * np.log2(share[share > 0])).sum()
-        assert found[b, row, column].item() == pytest.approx(wanted, abs=0.01)
+        assert entropies[b, row, column].item() == pytest.approx(wanted, abs=0.01)
     over = entropy_bits(torch.zeros(1, 3, 40, 70))[0]  # never coarse over the border
     assert over.tolist() == [[0, 0, ENTROPY_BITS], [ENTROPY_BITS] * 3]
 
@@ -166,7 +166,7 @@ def test_a_lone_digit_makes_its_cell_dense() -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "message"),
     [
         (torch.full((1, 2, 2), float("nan")), "NaN counts"),
         (torch.full((1, 2, 2), 1.5), "from 1.5 to 1.5"),
@@ -176,13 +176,13 @@ def test_a_lone_digit_makes_its_cell_dense() -> None:
         (torch.zeros(1, 0, 2), r"\(1, 0, 2\)"),
     ],
 )
-def test_wrong_maps_are_named(returned: Tensor, told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_wrong_maps_are_named(returned: Tensor, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         score(torch.rand(1, 3, 28, 28), lambda _: returned, 14)
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         (torch.rand(3, 28, 28), r"\(3, 28, 28\)"),
         (torch.rand(1, 4, 28, 28), r"\(1, 4, 28, 28\)"),
@@ -192,8 +192,8 @@ def test_wrong_maps_are_named(returned: Tensor, told: str) -> None:
         (torch.full((1, 3, 28, 28), float("nan")), "nan"),
     ],
 )
-def test_wrong_images_are_named(images: Tensor, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_wrong_images_are_named(images: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         score(images, "reconstruction", 14)
 
 

@@ -1,4 +1,4 @@
-"""Text dominance: the identities, equality with dense maps of real hosts, and what is no text, no image, no query."""
+"""`modality_dominance`: its identities, equality with dense maps of real hosts, and tokens of neither kind."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def dense_masses(model: Any, inputs: dict[str, Any], queries: str, tokens: int, 
                 prompt = [
                     [s[k][b, :, 0, : ids.shape[1]].mean(0) for s in steps[: n - 1]] for b, n in enumerate(lengths)
                 ]
-                rows.append([torch.stack(own) for own in prompt])
+                rows.append([torch.stack(step) for step in prompt])
     model.set_attn_implementation("sdpa")
     return np.array([
-        [[float(own[b][:, kind[b]].sum(-1).mean()) for kind in kinds] for own in rows] for b in range(len(ids))
+        [[float(step[b][:, kind[b]].sum(-1).mean()) for kind in kinds] for step in rows] for b in range(len(ids))
     ])  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_it_equals_dense_maps_of_real_hosts(name: str, queries: Any) -> None:
 
 
 def padded(inputs: dict[str, Any], row: int, cut: int) -> dict[str, Any]:
-    """The same batch with `cut` tokens less in front of one prompt, padded on the left."""
+    """The same batch with the first `cut` tokens of one prompt replaced by padding on the left."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     ids[row, :cut], mask[row, :cut] = 0, 0
     return {**inputs, "input_ids": ids, "attention_mask": mask}
@@ -118,8 +118,12 @@ def padded(inputs: dict[str, Any], row: int, cut: int) -> dict[str, Any]:
 def one(inputs: dict[str, Any], row: int) -> dict[str, Any]:
     """One prompt of a batch without its padding."""
     seen = inputs["attention_mask"][row] == 1
-    own = {k: v[row : row + 1] for k, v in inputs.items() if isinstance(v, Tensor)}
-    return {**own, "input_ids": own["input_ids"][:, seen], "attention_mask": own["attention_mask"][:, seen]}
+    inputs_of_row = {k: v[row : row + 1] for k, v in inputs.items() if isinstance(v, Tensor)}
+    return {
+        **inputs_of_row,
+        "input_ids": inputs_of_row["input_ids"][:, seen],
+        "attention_mask": inputs_of_row["attention_mask"][:, seen],
+    }
 
 
 @pytest.mark.parametrize("queries", ["generated", "text"])
@@ -294,14 +298,14 @@ def test_exports_and_figure(tmp_path: Path) -> None:
         assert row["mdi_low"] <= row["mdi"] * (1 + 1e-9)
         assert row["mdi"] <= row["mdi_high"] * (1 + 1e-9)
         assert row["text_mass"] + row["image_mass"] < 1  # what was generated before is in neither
-    told = json.loads(report.to_json())
-    assert told["table"] == json.loads(json.dumps(rows))
-    assert told["options"]["queries"] == "generated"
-    assert told["options"]["stages"] == {"early": [0, 1], "middle": [0, 1], "late": [0, 1]}
+    exported = json.loads(report.to_json())
+    assert exported["table"] == json.loads(json.dumps(rows))
+    assert exported["options"]["queries"] == "generated"
+    assert exported["options"]["stages"] == {"early": [0, 1], "middle": [0, 1], "late": [0, 1]}
     with report.to_csv(tmp_path / "dominance.csv").open(encoding="utf-8") as file:
         assert [float(row["mdi"]) for row in csv.DictReader(file)] == [row["mdi"] for row in rows]
-    found = texts(report.figure())
-    assert min(float(t.get_fontsize()) for t in found) >= 15
-    words = " ".join(t.get_text() for t in found)
+    labels = texts(report.figure())
+    assert min(float(t.get_fontsize()) for t in labels) >= 15
+    words = " ".join(t.get_text() for t in labels)
     for word in ("MDI", "AEI", "ratio, log scale", "early\nlayers 0, 1", "n = 4", "95% interval"):
         assert word in words

@@ -1,4 +1,4 @@
-"""Entropy by region: equal to dense maps, averaged per image first, drawn in pairs, and nothing dropped in silence."""
+"""`attention_entropy` by region: equal to dense maps, averaged per image first, resampled in pairs, no silent gaps."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def test_images_are_scored_as_they_were_before_normalisation() -> None:
     below = left.T.flip(0)
     wanted = attention_entropy(tower, [pages()[:2]], [left, below])
     # 0.9 of white and 0.1 of black only where mean and deviation are undone.
-    found = attention_entropy(tower, [pages()[:2]], scorer=bright, threshold=(0.1, 0.9))
-    np.testing.assert_array_equal(found.nats, wanted.nats)
-    assert found.options()["regions"] == "bright"
+    report = attention_entropy(tower, [pages()[:2]], scorer=bright, threshold=(0.1, 0.9))
+    np.testing.assert_array_equal(report.nats, wanted.nats)
+    assert report.options()["regions"] == "bright"
     shifted = attention_entropy(
         tower, [pages()[:2]], scorer=bright, image_mean=(0.6,) * 3, image_std=(0.4,) * 3, threshold=0.5
     )
@@ -169,9 +169,9 @@ def test_dense_and_sparse_of_an_image_are_drawn_together(images: int, ratio: flo
     sparse = np.random.default_rng(seed).uniform(0.5, 5, (images, 2, 3))
     report = report_of(np.stack((ratio * sparse, sparse), 1))
     for layer in (None, 0, 1):
-        found = report.ratio(layer)
+        interval = report.ratio(layer)
         # However much images differ, the ratio is the same in every draw.
-        np.testing.assert_allclose([found.value, found.low, found.high], ratio, rtol=1e-9)
+        np.testing.assert_allclose([interval.value, interval.low, interval.high], ratio, rtol=1e-9)
     assert report.difference().low <= report.difference().value <= report.difference().high
 
 
@@ -213,18 +213,18 @@ def texts(figure: Any) -> list[Text]:
 def test_exports_and_figures(tmp_path: Path) -> None:
     nats = np.random.default_rng(0).uniform(1, 5, (6, 2, 9, 4))
     report = report_of(nats)
-    told = json.loads(report.to_json())
-    assert told["table"] == json.loads(json.dumps(report.table()))
-    assert told["options"]["dense_share_of_patches"] == 0.5
+    exported = json.loads(report.to_json())
+    assert exported["table"] == json.loads(json.dumps(report.table()))
+    assert exported["options"]["dense_share_of_patches"] == 0.5
     with report.to_csv(tmp_path / "entropy.csv").open(encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(report.table())
     assert float(read[0]["ratio"]) == report.table()[0]["ratio"]
     figures = [report.figure(), compare_entropy({"before": report, "after": report_of(nats * 1.1)})]
     for figure in figures:
-        found = texts(figure)
-        assert min(float(t.get_fontsize()) for t in found) >= 15
-        words = {t.get_text() for t in found}
+        labels = texts(figure)
+        assert min(float(t.get_fontsize()) for t in labels) >= 15
+        words = {t.get_text() for t in labels}
         assert {"layer", "entropy, nats", "dense text", "sparse"} <= words
     assert {"before", "after", "ratio before", "ratio after"} <= {t.get_text() for t in texts(figures[1])}
     with pytest.raises(DataError, match="at least one report"):
@@ -252,10 +252,10 @@ def test_a_nano_host_and_the_density_estimator() -> None:
     normalised = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
         3, 1, 1
     )
-    found = attention_entropy(host.model, [normalised])
-    assert found.options()["regions"] == "density"
-    assert found.patches.sum() == 144
-    assert 0 < found.patches[0, 0] < 144
+    report = attention_entropy(host.model, [normalised])
+    assert report.options()["regions"] == "density"
+    assert report.patches.sum() == 144
+    assert 0 < report.patches[0, 0] < 144
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -21,12 +21,12 @@ from sfa_adapters.recipes.analyze.predictions import read_predictions
 PRINTED = ("Tea", "1,234", "Coffee", "25%", "-7")
 
 
-def _report(said, true, printed=PRINTED, **options):
-    return hallucination_report([said], [true], printed=[printed], **options)
+def _report(answer, true, printed=PRINTED, **options):
+    return hallucination_report([answer], [true], printed=[printed], **options)
 
 
 @pytest.mark.parametrize(
-    ("said", "true", "kind"),
+    ("answer", "true", "kind"),
     [
         ("1234", "1234", "correct"),
         ("9999", ["3", "9,999", "9999"], "correct"),  # any of the answers, printed or not
@@ -48,8 +48,8 @@ def _report(said, true, printed=PRINTED, **options):
         ("1 235", "7", "fabricated"),
     ],
 )
-def test_classes(said, true, kind):
-    report = _report(said, true)
+def test_classes(answer, true, kind):
+    report = _report(answer, true)
     assert [j.kind for j in report.judged] == [kind]
     assert report.counts[kind] == 1
     assert sum(report.counts.values()) == 1
@@ -153,8 +153,8 @@ def test_ocr_reads_a_chart_with_upright_labels():
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = np.asarray(canvas.buffer_rgba())[..., :3]
-    said, true = ["2068", "1961", "315.4", "316", "671.2"], ["935", "935", "935", "935", "671.2"]
-    report = hallucination_report(said, true, images=[image] * 5)
+    answers, true = ["2068", "1961", "315.4", "316", "671.2"], ["935", "935", "935", "935", "671.2"]
+    report = hallucination_report(answers, true, images=[image] * 5)
     assert [j.kind for j in report.judged] == ["misread", "misread", "misread", "fabricated", "correct"]
     assert ocr.ocr_texts(np.full((64, 64, 3), 255, np.uint8)) == ()
 
@@ -164,8 +164,8 @@ def test_ocr_reads_a_chart_with_upright_labels():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(["1234", "25", "26", "Tea", "1,234", "-7"]), min_size=1, max_size=30))
-def test_shares_add_up_to_one_and_lie_in_their_intervals(said):
-    report = hallucination_report(said, ["1234"] * len(said), printed=[PRINTED] * len(said))
+def test_shares_add_up_to_one_and_lie_in_their_intervals(answers):
+    report = hallucination_report(answers, ["1234"] * len(answers), printed=[PRINTED] * len(answers))
     shares = report.shares
     assert sum(s.value for s in shares.values()) == pytest.approx(1)
     rows = {row["quantity"]: row for row in report.table()}
@@ -177,8 +177,8 @@ def test_shares_add_up_to_one_and_lie_in_their_intervals(said):
 
 
 def _example():
-    said, true = ["1234", "25", "1,310", "Tea", "1200", "1"], ["1234", "1234", "1234", "Coffee", "1234", ""]
-    return hallucination_report(said, true, printed=[PRINTED] * 6)
+    answers, true = ["1234", "25", "1,310", "Tea", "1200", "1"], ["1234", "1234", "1234", "Coffee", "1234", ""]
+    return hallucination_report(answers, true, printed=[PRINTED] * 6)
 
 
 def test_variants():
@@ -194,16 +194,16 @@ def test_exports(tmp_path):
         rows = list(csv.DictReader(file))
     assert [r["quantity"] for r in rows] == [r["quantity"] for r in report.table()]
     assert float(rows[0]["share"]) == report.shares["correct"].value == 0.4
-    told = json.loads(report.to_json())
-    assert told["table"][0]["count"] == 2
-    assert told["table"][-1]["low"] is None
-    assert told["judged"][2] == {"index": 2, "kind": "fabricated", "unprinted": ["1310"], "strict": False}
-    assert told["skipped"] == [{"index": 5, "reason": "no true answer", "detail": ""}]
+    exported = json.loads(report.to_json())
+    assert exported["table"][0]["count"] == 2
+    assert exported["table"][-1]["low"] is None
+    assert exported["judged"][2] == {"index": 2, "kind": "fabricated", "unprinted": ["1310"], "strict": False}
+    assert exported["skipped"] == [{"index": 5, "reason": "no true answer", "detail": ""}]
 
 
 def test_json_stays_valid_without_numbers_and_with_endless_ones():
-    told = json.loads(_report("Tea", "Coffee").to_json(), parse_constant=pytest.fail)
-    assert [row["share"] for row in told["table"] if row["of"] == 0] == [None, None]
+    exported = json.loads(_report("Tea", "Coffee").to_json(), parse_constant=pytest.fail)
+    assert [row["share"] for row in exported["table"] if row["of"] == 0] == [None, None]
     endless = _report("1" * 400, "3")
     assert math.isinf(endless.judged[0].unprinted[0])
     json.loads(endless.to_json(), parse_constant=pytest.fail)
@@ -266,12 +266,12 @@ def test_json_lines_and_csv_say_the_same(tmp_path):
         '"a, \u2028b",7,,"[""7"", ""8""]"\n,[],,\n',
         encoding="utf-8",
     )
-    said = read_predictions(tmp_path / "said.jsonl")
-    assert said == read_predictions(tmp_path / "said.csv")
-    assert said.predictions == ("12.0", "a, \u2028b", "")
-    assert said.answers == (("12", "twelve"), ("7",), ())
-    assert said.images == (tmp_path / "a.png", None, None)
-    assert said.printed == ((), ("7", "8"), ())
+    predictions = read_predictions(tmp_path / "said.jsonl")
+    assert predictions == read_predictions(tmp_path / "said.csv")
+    assert predictions.predictions == ("12.0", "a, \u2028b", "")
+    assert predictions.answers == (("12", "twelve"), ("7",), ())
+    assert predictions.images == (tmp_path / "a.png", None, None)
+    assert predictions.printed == ((), ("7", "8"), ())
 
 
 def test_a_csv_cell_may_begin_with_a_bracket(tmp_path):

@@ -1,4 +1,4 @@
-"""Maps over the page: rows and rollout equal to dense ones, at the right place of the page, in figures one can read."""
+"""Attention maps and rollout: equal to dense maps, at the right place of the page, in readable figures."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_a_patch_looks_where_its_row_of_the_dense_map_says(case: TowerCase) -> N
     tower, inputs = case.fresh()
     whole = dense_maps(tower, inputs)
     token = case.prefix + 2 * 4 + 1  # row 2, column 1
-    found = attention_map(tower, inputs, patch=(2, 1), index=1)
+    attention = attention_map(tower, inputs, patch=(2, 1), index=1)
     wanted = whole[:, 1, :, token].mean((0, 1))
-    np.testing.assert_allclose(found.values.ravel(), wanted[case.prefix :], atol=1e-6)
-    assert found.elsewhere == pytest.approx(float(wanted[: case.prefix].sum()), abs=1e-6)
+    np.testing.assert_allclose(attention.values.ravel(), wanted[case.prefix :], atol=1e-6)
+    assert attention.elsewhere == pytest.approx(float(wanted[: case.prefix].sum()), abs=1e-6)
     one = attention_map(tower, inputs["pixel_values"], patch=(2, 1), layers=[0, 2], heads=3)
     np.testing.assert_allclose(one.values.ravel(), whole[[0, 2], 0, 3, token].mean(0)[case.prefix :], atol=1e-6)
     adapted = attention_map(inject_sfa(tower, strong_config()), inputs, patch=(2, 1), index=1)
-    assert np.abs(adapted.values - found.values).max() > 0.01
+    assert np.abs(adapted.values - attention.values).max() > 0.01
 
 
 @hf_towers
@@ -64,9 +64,9 @@ def test_rollout_equals_the_product_of_dense_maps(case: TowerCase, residual: flo
     for layer in whole[:, 1]:
         product = (residual * torch.eye(len(layer)) + (1 - residual) * layer) @ product
     token = case.prefix + 3
-    found = attention_rollout(tower, inputs, patch=(0, 3), residual=residual, index=1)
-    np.testing.assert_allclose(found.values.ravel(), product[token, case.prefix :], atol=1e-6)
-    assert found.elsewhere == pytest.approx(float(product[token, : case.prefix].sum()), abs=1e-6)
+    rollout = attention_rollout(tower, inputs, patch=(0, 3), residual=residual, index=1)
+    np.testing.assert_allclose(rollout.values.ravel(), product[token, case.prefix :], atol=1e-6)
+    assert rollout.elsewhere == pytest.approx(float(product[token, : case.prefix].sum()), abs=1e-6)
     everywhere = attention_rollout(tower, inputs, residual=residual, index=1)
     wanted = product[case.prefix :, case.prefix :].mean(0)
     np.testing.assert_allclose(everywhere.values.ravel(), wanted, atol=1e-6)
@@ -97,11 +97,11 @@ def test_an_answer_token_looks_where_the_row_that_predicts_it_says(name: str, gr
     places = inputs["input_ids"][1] == IMAGE
     for token in (0, 3):
         rows = torch.stack([layer[1, :, -1, : len(places)] for layer in out.attentions[token]])  # [layers, H, keys]
-        found = attention_map(model, inputs, answer_token=token, index=1)
-        assert found.values.shape == grid
-        np.testing.assert_allclose(found.values.ravel(), rows.mean((0, 1))[places], atol=1e-5)
-        assert found.elsewhere == pytest.approx(1 - float(rows.mean((0, 1))[places].sum()), abs=1e-5)
-        assert found.how["token_id"] == int(out.sequences[1, len(places) + token])
+        attention = attention_map(model, inputs, answer_token=token, index=1)
+        assert attention.values.shape == grid
+        np.testing.assert_allclose(attention.values.ravel(), rows.mean((0, 1))[places], atol=1e-5)
+        assert attention.elsewhere == pytest.approx(1 - float(rows.mean((0, 1))[places].sum()), abs=1e-5)
+        assert attention.how["token_id"] == int(out.sequences[1, len(places) + token])
     head = attention_map(model, inputs, answer_token=0, layers=1, heads=2, index=1)
     np.testing.assert_allclose(head.values.ravel(), out.attentions[0][1][1, 2, -1, : len(places)][places], atol=1e-5)
 
@@ -127,32 +127,32 @@ def texts(figure: Any) -> list[Text]:
 
 
 def test_exports_and_figures(tmp_path: Path) -> None:
-    found = simple()
-    rows = found.table()
+    attention = simple()
+    rows = attention.table()
     assert rows[6] == {"row": 1, "column": 2, "attention": pytest.approx(0.06)}
-    assert sum(row["attention"] for row in rows) + found.elsewhere == pytest.approx(1)
-    assert json.loads(found.to_json())["options"]["grid"] == [3, 4]
-    with found.to_csv(tmp_path / "map.csv").open(encoding="utf-8") as file:
+    assert sum(row["attention"] for row in rows) + attention.elsewhere == pytest.approx(1)
+    assert json.loads(attention.to_json())["options"]["grid"] == [3, 4]
+    with attention.to_csv(tmp_path / "map.csv").open(encoding="utf-8") as file:
         assert [float(row["attention"]) for row in csv.DictReader(file)] == [row["attention"] for row in rows]
     page = np.full((60, 80, 3), 255, np.uint8)
-    figures = [found.figure(page), found.figure(), simple(None).figure(255 - page)]
-    figures.append(plot_maps(page, found, simple(scale=0.5)))
+    figures = [attention.figure(page), attention.figure(), simple(None).figure(255 - page)]
+    figures.append(plot_maps(page, attention, simple(scale=0.5)))
     for figure in figures:
         assert min(float(t.get_fontsize()) for t in texts(figure)) >= 15
     words = {t.get_text() for t in texts(figures[-1])}
     assert {"before", "after", "after - before", "attention on a patch, %", "percentage points"} <= words
     drawn: list[Any] = list(figures[-1].axes)
     heat, change = (drawn[n].images[0] for n in (1, 2))
-    np.testing.assert_allclose(heat.get_array(), 50 * found.values)
+    np.testing.assert_allclose(heat.get_array(), 50 * attention.values)
     assert heat.get_clim() == (0, 11)  # of both maps
-    np.testing.assert_allclose(change.get_array(), -50 * found.values)
+    np.testing.assert_allclose(change.get_array(), -50 * attention.values)
     assert change.get_clim() == (-5.5, 5.5)
     frame = drawn[0].patches[-1]
     assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (40, 20, 20, 20)
     with pytest.raises(DataError, match="Two maps of one query"):
-        plot_maps(page, found, simple((0, 0)))
+        plot_maps(page, attention, simple((0, 0)))
     with pytest.raises(DataError, match="uint8"):
-        found.figure(page.astype(float))
+        attention.figure(page.astype(float))
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

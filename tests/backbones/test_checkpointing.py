@@ -1,4 +1,4 @@
-"""Checkpointing beyond the contract suite: where a graph begins, adaptive tokens, and what must be an error."""
+"""Gradient checkpointing beyond the contract suite: the first trained layer, adaptive tokens, and errors."""
 
 from __future__ import annotations
 

@@ -1,14 +1,18 @@
-"""Every tower that is installed keeps the contract; the last check is about one kind of tower only."""
+"""The contract suite over every installed tower; the last check is about one kind of tower only."""
 
 import pytest
 import torch
 
 from sfa_adapters.errors import BiasNotAppliedError
-from sfa_adapters.testing.test_backbones import TestInstalledTowers, test_every_registered_backbone_has_a_small_tower
+from sfa_adapters.testing.test_backbones import (
+    TestBiasOfFurtherTowers,
+    TestInstalledTowers,
+    test_every_registered_backbone_has_a_small_tower,
+)
 from tests.support import compare
 from tests.support.towers import CASES, TowerCase, set_eager
 
-__all__ = ["TestInstalledTowers", "test_every_registered_backbone_has_a_small_tower"]
+__all__ = ["TestBiasOfFurtherTowers", "TestInstalledTowers", "test_every_registered_backbone_has_a_small_tower"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.eager_takes_bias and case.grid is None], ids=str)

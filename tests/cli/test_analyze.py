@@ -1,4 +1,4 @@
-"""`sfa analyze`: every command leaves its table and picture; mistakes end in one line and exit code 2."""
+"""`sfa analyze`: every command writes its table and figure; mistakes end in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as found:
+    with pytest.raises(SystemExit) as exit_info:
         main(["analyze", *arguments])
-    assert isinstance(found.value.code, int)
-    return found.value.code
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
 
 
 def left(out: Path, name: str) -> None:
@@ -90,7 +90,7 @@ def test_a_host_of_the_user_is_asked_a_question_of_the_user(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["hallucination", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["hallucination", "nowhere.jsonl", "--mode", "x"], "--mode x must be one of reference, strict"),
@@ -108,9 +108,9 @@ def test_a_host_of_the_user_is_asked_a_question_of_the_user(
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments, "--out", str(tmp_path)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sfa: ")
-    assert told in error
+    assert message in error

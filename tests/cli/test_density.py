@@ -1,4 +1,4 @@
-"""`sfa density`: training that can be cut off, maps beside their pages, one line for each mistake."""
+"""`sfa density`: training that can be interrupted, maps beside their pages, one line for each mistake."""
 
 import json
 

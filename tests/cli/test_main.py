@@ -68,13 +68,13 @@ def test_python_m_is_the_same_program() -> None:
 def test_inspect_a_folder_that_holds_only_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     InternVLConfig(architectures=["InternVLForConditionalGeneration"]).save_pretrained(tmp_path)
     code, out, _ = _run(capsys, "inspect", str(tmp_path), "--json")
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert found["model_class"] == "InternVLForConditionalGeneration"
-    assert found["sfa"]["num_parameters"] == 7296
-    assert found["sfa"]["grid"] == [32, 32]
-    assert found["sfa"]["prefix_tokens"] == 1
-    assert [layer["parameters"] for layer in found["layers"]] == [304] * 24
+    assert report["model_class"] == "InternVLForConditionalGeneration"
+    assert report["sfa"]["num_parameters"] == 7296
+    assert report["sfa"]["grid"] == [32, 32]
+    assert report["sfa"]["prefix_tokens"] == 1
+    assert [layer["parameters"] for layer in report["layers"]] == [304] * 24
 
 
 def test_inspect_marks_layers_that_the_host_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,10 +112,10 @@ def test_inspect_a_host_of_a_recipe_without_the_hub(
     for name in ("internvl3_5_8b", "OpenGVLab/InternVL3_5-8B-HF"):
         code, out, _ = _run(capsys, "inspect", name, "--json")
         assert code == 0
-        found = json.loads(out)
-        assert found["model"] == name
-        assert found["model_parameters"] == 8_528_318_464
-        assert found["sfa"]["num_parameters"] == 7296
+        report = json.loads(out)
+        assert report["model"] == name
+        assert report["model_parameters"] == 8_528_318_464
+        assert report["sfa"]["num_parameters"] == 7296
 
 
 @pytest.mark.parametrize("place", ["", "final"])
@@ -129,9 +129,9 @@ def test_inspect_a_run_shows_the_bias_of_its_recipe(
     (tmp_path / "run" / "final" / "recipe.json").write_text(json.dumps(record), encoding="utf-8")
     code, out, _ = _run(capsys, "inspect", str(tmp_path / "run" / place), "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["model_class"] == "LlavaForConditionalGeneration"
-    assert found["sfa"]["num_parameters"] == 2 * 4 * 2  # layers, heads, terms
+    report = json.loads(out)
+    assert report["model_class"] == "LlavaForConditionalGeneration"
+    assert report["sfa"]["num_parameters"] == 2 * 4 * 2  # layers, heads, terms
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_model_without_a_known_tower(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("raised", "said"),
+    ("raised", "message"),
     [
         (errors.OfflineModeIsEnabled("offline"), "could not be reached"),
         (OSError(101, "Network is unreachable"), "could not be reached"),
@@ -216,19 +216,19 @@ def test_a_model_without_a_known_tower(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_a_hub_that_does_not_answer(
-    raised: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    raised: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise raised
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     line = _mistake(capsys, "inspect", "nobody/nothing-of-this-name")
-    assert said in line
+    assert message in line
     assert "nobody/nothing-of-this-name" in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["bogus"], "bogus"),
         (["inspect"], "Missing argument"),
@@ -241,8 +241,8 @@ def test_a_hub_that_does_not_answer(
         (["demo", "--host", "gpt"], "llava_onevision, internvl, llava"),
     ],
 )
-def test_wrong_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in _mistake(capsys, *arguments)
+def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _mistake(capsys, *arguments)
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

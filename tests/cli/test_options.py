@@ -24,7 +24,7 @@ class Soup:
     """What is cooked.
 
     Attributes:
-        pages: Read beforehand.
+        pages: Read in advance.
         base: Water or milk, which is
             richer.
         salt: In grams.
@@ -99,7 +99,7 @@ def test_help_is_the_docstring_with_the_defaults() -> None:
     assert "Between 0 and 1. [default: 0.5]" in shown
     assert "--no-lid" not in shown
     assert help_texts(Soup) == {
-        "pages": "Read beforehand.",
+        "pages": "Read in advance.",
         "base": "Water or milk, which is richer.",
         "salt": "In grams.",
         "herbs": "Any",

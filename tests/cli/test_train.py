@@ -1,4 +1,4 @@
-"""`sfa train`, `sfa plan` and `sfa recipes`: settings from everywhere, one line for a mistake."""
+"""`sfa train`, `sfa plan` and `sfa recipes`: settings from files, flags and `key=value`, one line for a mistake."""
 
 import json
 from pathlib import Path
@@ -32,14 +32,14 @@ def _mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]:
     """What `sfa train` hands to `run`; the run itself is tested elsewhere."""
     calls: list[tuple[Recipe, dict[str, Any]]] = []
     monkeypatch.setattr(run_module, "run", lambda recipe, **options: calls.append((recipe, options)))
     return calls
 
 
-def test_every_flag_sets_its_field(asked: list[Any], capsys: pytest.CaptureFixture[str]):
+def test_every_flag_sets_its_field(runs: list[Any], capsys: pytest.CaptureFixture[str]):
     arguments = (
         "--plan bf16 --freeze-vision --freeze-projector --train-llm --lora-llm 8 --sfa-terms row,col --adat 0.5 "
         "--init axial --init-strength 2 --init-warmup-steps 50 "
@@ -55,34 +55,34 @@ def test_every_flag_sets_its_field(asked: list[Any], capsys: pytest.CaptureFixtu
         llm_lr=3e-4, sfa_lr=0.02, epochs=2.0, max_steps=7, batch_size=16, micro_batch=4, data="my.jsonl", limit=10,
         output="out", seed=5,
     )  # fmt: skip
-    assert asked == [(wanted, {"nano": False, "resume": False})]
+    assert runs == [(wanted, {"nano": False, "resume": False})]
 
 
-def test_without_flags_the_recipe_stays_as_it_is(asked: list[Any], capsys: pytest.CaptureFixture[str]):
+def test_without_flags_the_recipe_stays_as_it_is(runs: list[Any], capsys: pytest.CaptureFixture[str]):
     assert _run(capsys, "train", "InternVL3.5-8B", "--resume")[0] == 0
     assert _run(capsys, "train", INTERNVL, "--no-sfa", "--train-vision", "--resume-from", "runs/x/checkpoint-8")[0] == 0
-    assert asked == [
+    assert runs == [
         (find_recipe(INTERNVL), {"nano": False, "resume": True}),
         (find_recipe(INTERNVL).replace(sfa=False), {"nano": False, "resume": "runs/x/checkpoint-8"}),
     ]
 
 
-def test_file_then_flags_then_key_value(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_file_then_flags_then_key_value(runs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run.yaml").write_text("lr: 1e-3\nseed: 1\nlimit: 1\n")
     options = ("--config", str(tmp_path / "run.yaml"), "--seed", "2", "--limit", "2")
     assert _run(capsys, "train", INTERNVL, *options, "limit=3", "weight-decay=0")[0] == 0
-    assert asked[0][0] == find_recipe(INTERNVL).replace(lr=1e-3, seed=2, limit=3, weight_decay=0.0)
+    assert runs[0][0] == find_recipe(INTERNVL).replace(lr=1e-3, seed=2, limit=3, weight_decay=0.0)
 
 
-def test_what_is_said_wins_over_nano(asked: list[Any], capsys: pytest.CaptureFixture[str]):
+def test_what_is_said_wins_over_nano(runs: list[Any], capsys: pytest.CaptureFixture[str]):
     assert _run(capsys, "train", INTERNVL, "--nano", "--plan", "nf4", "max_steps=3")[0] == 0
     recipe = nano_settings(find_recipe(INTERNVL)).replace(plan="nf4", max_steps=3)
-    assert asked == [(recipe, {"nano": True, "resume": False})]
+    assert runs == [(recipe, {"nano": True, "resume": False})]
     assert nano_settings(recipe) == recipe  # what `run` makes of it
 
 
 def test_dry_run_shows_settings_memory_and_steps_and_writes_nothing(
-    asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -95,11 +95,11 @@ def test_dry_run_shows_settings_memory_and_steps_and_writes_nothing(
     assert "1,234 optimizer steps" in _run(capsys, "train", INTERNVL, "--dry-run", "--max-steps", "1234")[1]
     assert "shows when my.jsonl is read" in _run(capsys, "train", INTERNVL, "--dry-run", "--data", "my.jsonl")[1]
     assert _run(capsys, "train", INTERNVL, "--dry-run", "--nano")[0] == 0
-    assert asked == []
+    assert runs == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_are_one_line(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_one_line(runs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run.yaml").write_text("sfa_term: row\n")
     config = ("--config", str(tmp_path / "run.yaml"))
     assert "Did you mean sfa_terms?" in _mistake(capsys, "train", INTERNVL, *config)
@@ -109,21 +109,21 @@ def test_mistakes_are_one_line(asked: list[Any], tmp_path: Path, capsys: pytest.
     assert "a multiple of micro_batch=5" in _mistake(capsys, "train", INTERNVL, "--micro-batch", "5")
     assert "4-bit weights cannot train" in _mistake(capsys, "train", INTERNVL, "--train-llm")
     assert "Invalid value for '--limit'" in _mistake(capsys, "train", INTERNVL, "--limit", "many")
-    assert asked == []
+    assert runs == []
 
 
 def test_plan_says_whether_it_fits_and_what_saves_it(capsys: pytest.CaptureFixture[str]):
     code, out, err = _run(capsys, "plan", INTERNVL, "--json", "--memory", "40GB", "--tiles", "1")
-    found = json.loads(out)
+    report = json.loads(out)
     assert (code, err) == (0, "")
-    assert found["fits"]
-    assert found["memory"] == 40e9
-    assert len(found["devices"]) == 2
+    assert report["fits"]
+    assert report["memory"] == 40e9
+    assert len(report["devices"]) == 2
     code, out, err = _run(capsys, "plan", INTERNVL, "--json", "--memory", "16GiB", "--gpus", "1", "--batch", "4")
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 2
-    assert (found["fits"], found["memory"], found["micro_batch"]) == (False, 16 * 2**30, 4)
-    assert len(found["devices"]) == 1
+    assert (report["fits"], report["memory"], report["micro_batch"]) == (False, 16 * 2**30, 4)
+    assert len(report["devices"]) == 1
     assert err.startswith("sfa: internvl3_5_8b does not fit with plan=nf4: GPU 0 needs ")
     assert " GB too much. What saves it: " in err
     assert "max_tiles=1 (" in err

@@ -1,4 +1,4 @@
-"""The collator with the real processor of every family: tokens, tiles, labels, evidence, and texts that play tricks."""
+"""The collator with the real processor of every family: tokens, tiles, labels, evidence, texts like control tokens."""
 
 import copy
 import pickle
@@ -277,8 +277,8 @@ def _dark(tile):
 @pytest.mark.parametrize(("source", "tiles"), [(None, 2), (None, 1), ((600, 200), 2), ((600, 200), 1)])
 def test_evidence_boxes_lie_where_the_tower_sees_them(collator, family, source, tiles):
     box = (180, 30, 240, 60)
-    told = box if source is None else tuple(2 * v for v in box)
-    example = _example(image=_marked(100, 300, box), boxes=(told,), page_size=source)
+    page_box = box if source is None else tuple(2 * v for v in box)
+    example = _example(image=_marked(100, 300, box), boxes=(page_box,), page_size=source)
     batch = collator(family, scr_grounding=0.3, max_tiles=tiles)([example])
     page = {"internvl": -1, "llava": 0}.get(family)
     tile = batch["pixel_values"][0, 0] if page is None else batch["pixel_values"][page]  # the one with the whole page

@@ -1,4 +1,4 @@
-"""Rows: every column schema, local files of every kind, what is refused, and what is skipped and told."""
+"""`open_rows`: every column schema, local files of every kind, what is refused, and what is skipped and reported."""
 
 import io
 import json
@@ -158,8 +158,8 @@ def test_docvqa_as_its_challenge_publishes_it(tmp_path, indent):
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "a.png").write_bytes(_png())
     record = {"questionId": 3, "question": "Who?", "image": "documents/a.png", "answers": ["me"]}
-    told = {"dataset_name": "docvqa", "dataset_split": "val", "data": [record]}
-    (tmp_path / "val_v1.0.json").write_text(json.dumps(told, indent=indent))
+    published = {"dataset_name": "docvqa", "dataset_split": "val", "data": [record]}
+    (tmp_path / "val_v1.0.json").write_text(json.dumps(published, indent=indent))
     (row,) = open_rows(tmp_path, "validation")
     assert (row.id, row.answers, Path(row.image).name) == ("3", ("me",), "a.png")
 
@@ -223,12 +223,12 @@ def test_a_missing_column_lists_what_is_there_and_what_is_known(tmp_path):
     _parquet(tmp_path / "test.parquet", [{"picture": _png(), "q": "How many?", "a": "12"}])
     with pytest.raises(DataError, match=r"no column for image, question, answers\. There are: picture, q, a\. Known"):
         open_rows(tmp_path, "test")
-    own = {"image": "picture", "question": "q", "answers": "a"}
-    assert open_rows(tmp_path, "test", columns=own)[0].answers == ("12",)
+    columns = {"image": "picture", "question": "q", "answers": "a"}
+    assert open_rows(tmp_path, "test", columns=columns)[0].answers == ("12",)
     with pytest.raises(DataError, match=r"question \('w'\).*There are: picture, q, a"):
-        open_rows(tmp_path, "test", columns=own | {"question": "w"})
+        open_rows(tmp_path, "test", columns=columns | {"question": "w"})
     with pytest.raises(DataError, match=r"a field 'questions'\. Fields are image, question"):
-        open_rows(tmp_path, "test", columns=own | {"questions": "q"})
+        open_rows(tmp_path, "test", columns=columns | {"questions": "q"})
 
 
 def test_a_named_column_wins_over_a_known_one():
@@ -295,8 +295,8 @@ def test_a_split_is_a_word_of_the_name(tmp_path):
     for name in ("latest.parquet", "contest/a.parquet", "train.parquet", "docs_test-0.parquet", "test/b.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (found,) = find_split(tmp_path, "test")
-    assert [path.relative_to(tmp_path).as_posix() for path in found.files] == ["docs_test-0.parquet", "test/b.parquet"]
+    (split,) = find_split(tmp_path, "test")
+    assert [path.relative_to(tmp_path).as_posix() for path in split.files] == ["docs_test-0.parquet", "test/b.parquet"]
 
 
 def test_one_file_must_say_which_split_it_is(tmp_path):
@@ -358,12 +358,12 @@ def test_what_cannot_be_used_is_replaced_and_told(damaged):
     assert [example["row"].id for example in examples] == [
         f"q{n}" for n in (0, 1, 4, 4, 4, 5, 6, 8, 8, 9, 10, 0)
     ]  # batches keep their size
-    told = {skipped.id: skipped.reason for example in examples for skipped in example["skipped"]}
-    assert list(told) == ["q2", "q3", "row 7", "q11"]
-    assert "row 2: the image is too large" in told["q2"]
-    assert "row 3: the image cannot be read" in told["q3"]
-    assert "row 7: no answer in column 'answer' (found None)" in told["row 7"]
-    assert "1000 x 2 pixels" in told["q11"]
+    reasons = {skipped.id: skipped.reason for example in examples for skipped in example["skipped"]}
+    assert list(reasons) == ["q2", "q3", "row 7", "q11"]
+    assert "row 2: the image is too large" in reasons["q2"]
+    assert "row 3: the image cannot be read" in reasons["q3"]
+    assert "row 7: no answer in column 'answer' (found None)" in reasons["row 7"]
+    assert "1000 x 2 pixels" in reasons["q11"]
     assert [len(example["skipped"]) for example in examples] == [0, 0, 2, 1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 

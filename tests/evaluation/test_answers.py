@@ -1,4 +1,4 @@
-"""Answers of hosts, what they are worth, and the tables: against slow references, and through kills and broken rows."""
+"""Answers, scores and tables: against slow references, after kills, and with broken rows."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def chart_rows(count: int) -> list[Row]:
     ]
 
 
-def said(*pairs: tuple[str, str], **fields: Any) -> list[Prediction]:
-    """Predictions of (said, true)."""
+def predictions_of(*pairs: tuple[str, str], **fields: Any) -> list[Prediction]:
+    """Predictions from pairs of a predicted and a true answer."""
     return [Prediction(i, f"r{i}", f"q{i}?", (true,), text, **fields) for i, (text, true) in enumerate(pairs)]
 
 
@@ -79,7 +79,7 @@ def said(*pairs: tuple[str, str], **fields: Any) -> list[Prediction]:
 
 
 def test_half_a_line_is_dropped_and_the_rest_goes_on(tmp_path: Path) -> None:
-    made = said(("1", "1"), ("2\n\u2028 x", "2"), ("3", "3"))
+    made = predictions_of(("1", "1"), ("2\n\u2028 x", "2"), ("3", "3"))
     file = PredictionFile(tmp_path / "p.jsonl")
     file.start({"weights": "a"})
     file.append(made[:2])
@@ -97,12 +97,12 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     file = PredictionFile(tmp_path / "p.jsonl")
     file.start({"weights": "a", "prompt": "x", "layers": (1, 2)})
     file.start({"weights": "b", "prompt": "x"})  # no answers yet: nothing to mix
-    file.append(said(("1", "1")))
+    file.append(predictions_of(("1", "1")))
     file.start({"weights": "b", "prompt": "x"})
     with pytest.raises(RecipeError, match=r"prompt: 'x' there, 'y' now, weights: 'b' there, 'c' now"):
         file.start({"weights": "c", "prompt": "y"})
     file.settings.unlink()
-    with pytest.raises(RecipeError, match="nobody knows"):
+    with pytest.raises(RecipeError, match="settings are not known"):
         file.start({"weights": "b", "prompt": "x"})
     with pytest.raises(RecipeError, match="must end in"):
         PredictionFile(tmp_path / "p.json")
@@ -111,14 +111,14 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = PredictionFile(tmp_path / "p.jsonl")
     file.start({"weights": "a"})
-    file.append(said(("1", "1")))
+    file.append(predictions_of(("1", "1")))
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(predictions_file.os, "fsync", full)
     with pytest.raises(RecipeError, match="No space left"):
-        file.append(said(("1", "1"), ("2", "2"))[1:])
+        file.append(predictions_of(("1", "1"), ("2", "2"))[1:])
     (tmp_path / "table.md").write_text("old")
     with pytest.raises(RecipeError, match="No space left"):
         predictions_file.write_atomically(tmp_path / "table.md", "new")
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_parts_of_several_processes_become_one_file(tmp_path: Path) -> None:
-    made = said(*((str(i), "1") for i in range(12)))
+    made = predictions_of(*((str(i), "1") for i in range(12)))
     (tmp_path / "p.settings.jsonl").write_text("not a part\n")
     for rank in range(3):
         PredictionFile(tmp_path / "p.jsonl", rank).append(made[rank::3])
@@ -144,15 +144,18 @@ def test_the_file_is_one_for_the_hallucination_report(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(image)
     file = PredictionFile(tmp_path / "out" / "p.jsonl")
     file.start({})
-    made = [replace(said(("12", "12"))[0], printed=("12", "3")), replace(said(("", "5"))[0], index=1, failed="broken")]
+    made = [
+        replace(predictions_of(("12", "12"))[0], printed=("12", "3")),
+        replace(predictions_of(("", "5"))[0], index=1, failed="broken"),
+    ]
     made.append(Prediction(2, "c", "q", (), "7", image=os.path.relpath(image, file.path.parent)))
     file.append(made)
-    found = read_predictions(file.path)
-    assert found.predictions == ("12", "", "7")
-    assert found.answers == (("12",), ("5",), ())
-    assert found.printed == (("12", "3"), (), ())
-    assert found.images[2] is not None
-    assert found.images[2].samefile(image)
+    predictions = read_predictions(file.path)
+    assert predictions.predictions == ("12", "", "7")
+    assert predictions.answers == (("12",), ("5",), ())
+    assert predictions.printed == (("12", "3"), (), ())
+    assert predictions.images[2] is not None
+    assert predictions.images[2].samefile(image)
 
 
 def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_metrics(metric: Any, text: str, answers: tuple[str, ...], split: str, e
 
 def test_failed_rows_are_wrong_and_rows_without_an_answer_in_no_mean() -> None:
     rows = [
-        *said(("1", "1"), ("2", "1"), ("3", "3")),
+        *predictions_of(("1", "1"), ("2", "1"), ("3", "3")),
         Prediction(3, "n", "q", (), "x"),
         Prediction(4, "m", "q", (" ",), "x"),
     ]
@@ -212,8 +215,8 @@ def test_failed_rows_are_wrong_and_rows_without_an_answer_in_no_mean() -> None:
 
 
 def test_the_average_of_the_two_splits() -> None:
-    rows = [replace(p, split="human") for p in said(("1", "1"), ("2", "1"))]
-    rows += [replace(p, split="augmented") for p in said(("1", "1"), ("1", "1"), ("1", "1"), ("0", "1"))]
+    rows = [replace(p, split="human") for p in predictions_of(("1", "1"), ("2", "1"))]
+    rows += [replace(p, split="augmented") for p in predictions_of(("1", "1"), ("1", "1"), ("1", "1"), ("0", "1"))]
     table = score(rows, "exact")
     assert [s.group for s in table.scores] == ["all", "human", "augmented", "average of splits"]
     assert (table["all"].mean.value, table["human"].mean.value) == (pytest.approx(4 / 6), 0.5)
@@ -247,12 +250,12 @@ def test_the_sign_test_of_many_rows() -> None:
 
 
 def test_comparisons_are_paired() -> None:
-    first = said(("1", "1"), ("0", "1"), ("0", "1"), ("1", "1"), ("0", "1"))
-    second = said(("1", "1"), ("1", "1"), ("1", "1"), ("0", "1"), ("0", "1"))
-    found = compare(first, second, "exact")
-    assert (found.of, found.better, found.worse, found.p_value) == (5, 2, 1, 1.0)
-    assert found.difference.value == pytest.approx(0.2)
-    assert found.difference.low <= 0.2 <= found.difference.high
+    first = predictions_of(("1", "1"), ("0", "1"), ("0", "1"), ("1", "1"), ("0", "1"))
+    second = predictions_of(("1", "1"), ("1", "1"), ("1", "1"), ("0", "1"), ("0", "1"))
+    comparison = compare(first, second, "exact")
+    assert (comparison.of, comparison.better, comparison.worse, comparison.p_value) == (5, 2, 1, 1.0)
+    assert comparison.difference.value == pytest.approx(0.2)
+    assert comparison.difference.low <= 0.2 <= comparison.difference.high
     same = compare(first, first, "exact")
     assert (same.difference.low, same.difference.high, same.p_value) == (0.0, 0.0, 1.0)
     for other in (second[:4], [replace(p, answers=("2",)) for p in second], list(reversed(second))):
@@ -275,7 +278,8 @@ def test_the_metric_of_a_dataset() -> None:
 def test_table_1() -> None:
     kinds = ("value", "change", "change", "value")  # a split with the name of a column
     first = [
-        replace(p, split=k) for p, k in zip(said(("1", "1"), ("0", "1"), ("0", "1"), ("1", "1")), kinds, strict=True)
+        replace(p, split=k)
+        for p, k in zip(predictions_of(("1", "1"), ("0", "1"), ("0", "1"), ("1", "1")), kinds, strict=True)
     ]
     second = [replace(p, prediction="1") for p in first]
     table = score_table({"base|line": first, "+SFA": second}, "exact", "T")
@@ -298,7 +302,7 @@ def test_table_1() -> None:
 
 
 def test_table_2_says_what_was_skipped() -> None:
-    first = [*said(("12", "10"), ("7", "10"), ("10", "10")), *said(("1", "10"))]
+    first = [*predictions_of(("12", "10"), ("7", "10"), ("10", "10")), *predictions_of(("1", "10"))]
     first = [replace(p, index=i, id=f"r{i}", printed=("10", "12") if i < 3 else ()) for i, p in enumerate(first)]
     second = [replace(p, prediction="10") for p in first]
     table = hallucination_table({"a": first, "b": second})
@@ -313,7 +317,7 @@ def test_table_2_says_what_was_skipped() -> None:
 
 
 def test_table_3_is_about_all_seeds() -> None:
-    right, wrong = said(("1", "1"), ("1", "1")), said(("1", "1"), ("0", "1"))
+    right, wrong = predictions_of(("1", "1"), ("1", "1")), predictions_of(("1", "1"), ("0", "1"))
     runs = {v.name: [wrong, wrong] for v in term_variants()} | {"all terms": [right, wrong]}
     table = ablation_table(runs, {v.name: v.terms for v in term_variants()}, "exact")
     assert len(table.rows) == 10
@@ -327,7 +331,7 @@ def test_table_3_is_about_all_seeds() -> None:
 
 
 def test_tables_are_written_and_fit_a_terminal(tmp_path: Path) -> None:
-    table = score_table({"a[b]": said(("1", "1")), "c": said(("0", "1"))}, "exact")
+    table = score_table({"a[b]": predictions_of(("1", "1")), "c": predictions_of(("0", "1"))}, "exact")
     assert [p.name for p in table.write(tmp_path / "new", "t")] == ["t.md", "t.json"]
     (shown,) = table.to_terminal(100).renderables
     assert isinstance(shown, RichTable)
@@ -368,9 +372,9 @@ def test_a_batch_answers_as_single_rows_do(family: Family, checkpoints: Callable
 
 def test_answers_are_those_of_the_plain_processor(reader: Host) -> None:
     rows = chart_rows(5)
-    found = answer_rows(reader, rows, progress=False)
+    predictions = answer_rows(reader, rows, progress=False)
     processor: Any = reader.processor
-    for row, prediction in zip(rows, found, strict=True):
+    for row, prediction in zip(rows, predictions, strict=True):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}
         text = processor.apply_chat_template([turn], add_generation_prompt=True)
         inputs = processor(images=[Image.fromarray(row.image)], text=[text], return_tensors="pt")
@@ -378,7 +382,7 @@ def test_answers_are_those_of_the_plain_processor(reader: Host) -> None:
         out = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
         assert prediction.prediction == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
         assert prediction.truncated == (reader.model.generation_config.eos_token_id not in out.tolist())  # pyright: ignore[reportOptionalMemberAccess]
-    assert score(found, "relaxed")["all"].mean.value > 0.3  # this one has learnt to read
+    assert score(predictions, "relaxed")["all"].mean.value > 0.3  # this one has learnt to read
 
 
 def test_sampling_that_comes_with_a_model_is_not_used(reader: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,12 +396,12 @@ def test_sampling_that_comes_with_a_model_is_not_used(reader: Host, monkeypatch:
 def test_a_kill_costs_one_batch(reader: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, out = chart_rows(8), tmp_path / "p.jsonl"
     whole = answer_rows(reader, rows, progress=False)
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def counted(host: Host, batch: dict[str, Any], **options: Any) -> tuple[list[str], list[bool]]:
-        if sum(asked) >= 6 and not out.with_suffix(".again").exists():
+        if sum(batch_sizes) >= 6 and not out.with_suffix(".again").exists():
             raise KeyboardInterrupt
-        asked.append(len(batch["input_ids"]))
+        batch_sizes.append(len(batch["input_ids"]))
         return generate(host, batch, **options)
 
     monkeypatch.setattr("sfa_adapters.evaluation.answers.generate", counted)
@@ -407,9 +411,9 @@ def test_a_kill_costs_one_batch(reader: Host, tmp_path: Path, monkeypatch: pytes
         file.truncate(out.stat().st_size - 5)
     out.with_suffix(".again").touch()
     assert answer_rows(reader, rows, out, progress=False) == whole
-    assert asked == [3, 3, 3]
+    assert batch_sizes == [3, 3, 3]
     assert answer_rows(reader, rows, out, progress=False) == whole
-    assert asked == [3, 3, 3]
+    assert batch_sizes == [3, 3, 3]
     reader.recipe = reader.recipe.replace(eval_batch=4)  # only speed
     assert answer_rows(reader, rows, out, progress=False) == whole
     reader.recipe = reader.recipe.replace(eval_batch=3)
@@ -450,14 +454,14 @@ def test_broken_rows_stay_in_the_list(reader: Host, tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     rows[1] = replace(rows[1], image=tmp_path / "torn.png")
     rows[4] = replace(rows[4], image=np.zeros((0, 4, 3), np.uint8))
-    found = answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False)
-    assert [bool(p.failed) for p in found] == [False, True, True, False, True]
-    assert [found[i] for i in (0, 3)] == [good[i] for i in (0, 3)]
-    assert "record 2: no question" in found[2].failed
-    assert found[1].image is None  # the report would stumble over it
-    table = score(found, "relaxed")
+    predictions = answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False)
+    assert [bool(p.failed) for p in predictions] == [False, True, True, False, True]
+    assert [predictions[i] for i in (0, 3)] == [good[i] for i in (0, 3)]
+    assert "record 2: no question" in predictions[2].failed
+    assert predictions[1].image is None  # the report could not open it
+    table = score(predictions, "relaxed")
     assert (table.rows, table.failed, table["all"].of) == (5, 3, 5)
-    assert answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False) == found
+    assert answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False) == predictions
     assert len(read_predictions(tmp_path / "p.jsonl").predictions) == 5
 
 
@@ -465,10 +469,10 @@ def test_a_row_that_cannot_be_encoded_does_not_take_its_batch_with_it(reader: Ho
     rows = chart_rows(3)
     good = answer_rows(reader, rows, progress=False)
     rows[1] = replace(rows[1], image=np.zeros((1, 30_000, 3), np.uint8))
-    found = answer_rows(reader, rows, progress=False)
-    assert found[0] == good[0]
-    assert found[2] == good[2]
-    assert found[1].failed or found[1].prediction is not None
+    predictions = answer_rows(reader, rows, progress=False)
+    assert predictions[0] == good[0]
+    assert predictions[2] == good[2]
+    assert predictions[1].failed or predictions[1].prediction is not None
 
 
 def test_texts_on_images_are_read_where_they_are_not_known(
@@ -480,9 +484,9 @@ def test_texts_on_images_are_read_where_they_are_not_known(
     plain = answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False)
     assert plain[1].image == "b.png"
     monkeypatch.setattr("sfa_adapters.ocr.ocr_texts", lambda image: (f"{image.shape}",))
-    found = answer_rows(reader, rows, progress=False, ocr=True)
-    assert found[0].printed == rows[0].printed
-    assert found[1].printed == (f"{chart_rows(2)[1].image.shape}",)
+    predictions = answer_rows(reader, rows, progress=False, ocr=True)
+    assert predictions[0].printed == rows[0].printed
+    assert predictions[1].printed == (f"{chart_rows(2)[1].image.shape}",)
     with pytest.raises(RecipeError, match="ocr: False there, True now"):
         answer_rows(reader, rows, tmp_path / "p.jsonl", progress=False, ocr=True)
 
@@ -494,8 +498,8 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         host = open_host(nano_checkpoint("llava", Path(folder) / "host"), **SETTINGS)
-        found = answer_rows(host, chart_rows(5), Path(folder) / "p.jsonl", progress=False)
-        torch.save([p.index for p in found], Path(folder) / f"{rank}.pt")
+        predictions = answer_rows(host, chart_rows(5), Path(folder) / "p.jsonl", progress=False)
+        torch.save([p.index for p in predictions], Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -547,14 +551,14 @@ def test_a_run_a_checkpoint_and_an_adapter(checkpoints: Callable[[Family], Path]
     rows = chart_rows(4)
     wanted = [p.prediction for p in answer_rows(host, rows, progress=False)]
     assert wanted != [p.prediction for p in answer_rows(trained, rows, progress=False)]
-    for found in (
+    for loaded in (
         open_host(tmp_path / "run"),
         open_host(base, tmp_path / "other"),
         open_host(tmp_path / "run" / "final"),
     ):
-        assert fingerprint(found.model) == fingerprint(host.model)
-        assert [p.prediction for p in answer_rows(found, rows, progress=False)] == wanted
-        assert not any(p.requires_grad for p in found.model.parameters())
+        assert fingerprint(loaded.model) == fingerprint(host.model)
+        assert [p.prediction for p in answer_rows(loaded, rows, progress=False)] == wanted
+        assert not any(p.requires_grad for p in loaded.model.parameters())
     alone = open_host(base, tmp_path / "sfa", **SETTINGS)
     names = [name for name, _ in host.model.named_parameters() if host.places.part_of(name) == "sfa"]
     assert names
@@ -585,7 +589,7 @@ BASE = Recipe(name="base", model="m", family="llava")
 
 
 class Runs:
-    """Stands for training: writes answers, remembers recipes, and fails where it is told to."""
+    """A fake of training: writes answers, records recipes, and fails at a given one."""
 
     def __init__(self) -> None:
         self.seen: list[Recipe] = []
@@ -600,7 +604,7 @@ class Runs:
     def untrained(self, recipe: Recipe, nano: bool) -> Path:
         path = Path(recipe.folder) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        PredictionFile(path).append(said(("1" if recipe.sfa else "0", "1"), (str(recipe.seed), "1")))
+        PredictionFile(path).append(predictions_of(("1" if recipe.sfa else "0", "1"), (str(recipe.seed), "1")))
         return path
 
 
@@ -624,8 +628,8 @@ def test_the_rows_of_table_1_are_what_they_say() -> None:
     )
     assert made["+SFA+ADAT"].scr_grounding == 0
     assert made["full"].scr_grounding == 0.03
-    own = BASE.replace(adat=0.7, scr_stability=0.2)
-    made = {v.name: own.replace(**v.changes) for v in part_variants(own)}
+    recipe = BASE.replace(adat=0.7, scr_stability=0.2)
+    made = {v.name: recipe.replace(**v.changes) for v in part_variants(recipe)}
     assert (made["baseline"].adat, made["baseline"].scr_stability) == (None, 0)
     assert (made["full"].adat, made["full"].scr_stability, made["full"].scr_grounding) == (0.7, 0.2, 0)
 
@@ -694,7 +698,7 @@ def test_sfa_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("eval", "internvl3_5_8"), "internvl3_5_8b"),
         (("eval", "llava_1_5_7b", "--metric", "bleu"), "--metric bleu"),
@@ -707,7 +711,7 @@ def test_sfa_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 )
 def test_mistakes_are_one_line(
     arguments: tuple[str, ...],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -715,7 +719,7 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 

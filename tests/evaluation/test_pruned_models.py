@@ -1,4 +1,4 @@
-"""A host that lost heads is asked as it lies in memory, its folder is loaded as what it is, and all records say so."""
+"""Hosts with pruned heads: evaluated as they are in memory, loaded from their folders, named in all records."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sfa_adapters.errors import AdapterMismatchError, DataError, InjectionError,
 from sfa_adapters.evaluation import open_host as module
 from sfa_adapters.evaluation.answers import answer_rows, fingerprint
 from sfa_adapters.evaluation.open_host import open_host, read_head_plan
-from sfa_adapters.evaluation.predictions import facts_of_answers
+from sfa_adapters.evaluation.predictions import metadata_of_answers
 from sfa_adapters.heads import HeadPlan, prune_heads, save_pruned
 from sfa_adapters.heads.kinds import read_geometry
-from sfa_adapters.heads.metadata import PrunedFacts, folder_facts, plan_facts, pruned_facts, pruned_folder
+from sfa_adapters.heads.metadata import PrunedMetadata, folder_metadata, plan_metadata, pruned_folder, pruned_metadata
 from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint, nano_settings
 from sfa_adapters.recipes.run import run
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
-from sfa_adapters.sharing.facts import read_facts
+from sfa_adapters.sharing.run_metadata import read_run_metadata
 from sfa_adapters.training.checkpoints import save_trained
 from tests.support.compare import strong_config
 
@@ -52,9 +52,9 @@ def plan_for(host: Host) -> HeadPlan:
     language, vision = (list(attention_modules(host.model, part)) for part in ("language", "vision"))
     gone: dict[str, tuple[int, ...]] = {path: (2,) if i % 2 else () for i, path in enumerate(language)}
     gone[vision[0]] = (0, 3)
-    found = {path: read_geometry(path, host.model.get_submodule(path)) for path in gone}
-    groups = {path: g.num_kv_heads for path, g in found.items()}
-    assert {path: g.num_heads for path, g in found.items()} == groups
+    geometries = {path: read_geometry(path, host.model.get_submodule(path)) for path in gone}
+    groups = {path: g.num_kv_heads for path, g in geometries.items()}
+    assert {path: g.num_heads for path, g in geometries.items()} == groups
     return HeadPlan(gone, groups, groups, HOW)
 
 
@@ -72,7 +72,7 @@ def plan_file(plan: HeadPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(base: Path, plan: HeadPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user leaves: `save_pruned`, and the processor beside it."""
+    """A folder as a user saves it: `save_pruned`, and the processor beside it."""
     host = open_host(base, **SETTINGS)
     folder = save_pruned(prune_heads(host.model, plan, "absorb"), tmp_path_factory.mktemp("pruned") / "pruned")
     host.processor.save_pretrained(folder)
@@ -102,11 +102,11 @@ def same(first: Host, second: Host) -> None:
 def test_the_object_that_is_asked_is_the_one_pruned_by_hand(
     base: Path, plan: HeadPlan, plan_file: Path, tmp_path: Path
 ) -> None:
-    asked = rows(4)
+    questions = rows(4)
     whole = open_host(base, **SETTINGS)
-    before = [p.prediction for p in answer_rows(whole, asked, tmp_path / "whole.jsonl", progress=False)]
+    before = [p.prediction for p in answer_rows(whole, questions, tmp_path / "whole.jsonl", progress=False)]
     prune_heads(whole.model, plan, "absorb")
-    wanted = [p.prediction for p in answer_rows(whole, asked, progress=False)]
+    wanted = [p.prediction for p in answer_rows(whole, questions, progress=False)]
     assert wanted != before
     for given in (plan, plan_file, str(plan_file), plan_file.parent):
         host = open_host(base, head_plan=given, compensation="absorb", **SETTINGS)
@@ -114,18 +114,18 @@ def test_the_object_that_is_asked_is_the_one_pruned_by_hand(
         assert not any(p.requires_grad for p in host.model.parameters())
         assert not host.model.training
     host = open_host(base, head_plan=plan, compensation="absorb", **SETTINGS)
-    assert [p.prediction for p in answer_rows(host, asked, tmp_path / "cut.jsonl", progress=False)] == wanted
+    assert [p.prediction for p in answer_rows(host, questions, tmp_path / "cut.jsonl", progress=False)] == wanted
     settings = json.loads((tmp_path / "cut.settings.json").read_text())["pruned"]
     heads = sum(plan.num_heads.values())
     assert settings == {
         "kind": "uniform", "method": "s4", "compensation": "absorb", "removed": plan.count, "heads": heads,
-        "rate": plan.count / heads, "plan": plan_facts(plan, "absorb").plan,
+        "rate": plan.count / heads, "plan": plan_metadata(plan, "absorb").plan,
     }  # fmt: skip
     assert "pruned" not in json.loads((tmp_path / "whole.settings.json").read_text())
     for file in ("whole", "cut"):  # neither goes on with answers of the other, nor of other heads
         other = open_host(base, head_plan=plan, **SETTINGS)
         with pytest.raises(RecipeError, match="pruned: "):
-            answer_rows(other, asked, tmp_path / f"{file}.jsonl", progress=False)
+            answer_rows(other, questions, tmp_path / f"{file}.jsonl", progress=False)
 
 
 def test_adapters_are_cut_with_the_host(base: Path, plan: HeadPlan, tmp_path: Path) -> None:
@@ -137,15 +137,15 @@ def test_adapters_are_cut_with_the_host(base: Path, plan: HeadPlan, tmp_path: Pa
     save_trained(host, tmp_path / "run" / "final")
     save_sfa(host.model, tmp_path / "sfa")
     prune_heads(host.model, plan)
-    for found in (
+    for loaded in (
         open_host(tmp_path / "run", head_plan=plan, **SETTINGS),
         open_host(base, tmp_path / "run", head_plan=plan, **SETTINGS),
         open_host(base, tmp_path / "sfa", head_plan=plan, **SETTINGS),
     ):
-        same(found, host)
-    facts = pruned_facts(found.model)
-    assert facts is not None
-    assert facts == plan_facts(plan, "none")
+        same(loaded, host)
+    metadata = pruned_metadata(loaded.model)
+    assert metadata is not None
+    assert metadata == plan_metadata(plan, "none")
 
 
 def test_a_plan_that_did_nothing_is_loud(base: Path, plan: HeadPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_a_plan_that_did_nothing_is_loud(base: Path, plan: HeadPlan, monkeypatch
         open_host(base, head_plan=plan, **SETTINGS)
 
     def half(model: Any, plan: HeadPlan, compensation: Any) -> Any:
-        """Says that it removed what it did not."""
+        """Prunes, and leaves two projections with the wrong number of features."""
         prune_heads(model, plan, compensation)
         path = next(path for path, heads in plan.removed.items() if heads)
         attention = model.get_submodule(path)
@@ -214,12 +214,12 @@ def test_a_folder_of_a_pruned_model_is_loaded_as_what_it_is(
     if dtype == "float32":  # heads of the folder were scaled in float32 and rounded after
         prune_heads(whole.model, plan, "absorb")
         same(host, whole)
-        asked = rows(3)
-        wanted = [p.prediction for p in answer_rows(whole, asked, progress=False)]
-        assert [p.prediction for p in answer_rows(host, asked, progress=False)] == wanted
+        questions = rows(3)
+        wanted = [p.prediction for p in answer_rows(whole, questions, progress=False)]
+        assert [p.prediction for p in answer_rows(host, questions, progress=False)] == wanted
     assert {p.dtype for p in host.model.parameters()} == {getattr(torch, dtype)}
     assert host.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
-    assert pruned_facts(host.model) == folder_facts(pruned) == plan_facts(plan, "absorb")
+    assert pruned_metadata(host.model) == folder_metadata(pruned) == plan_metadata(plan, "absorb")
     parts: list[Any] = [part for part in host.model.modules() if hasattr(part, "config")]
     assert {part.config._attn_implementation for part in parts} == {"sdpa"}
     assert not any(p.requires_grad for p in host.model.parameters())
@@ -274,7 +274,7 @@ def test_a_plan_beside_a_whole_model_makes_it_no_pruned_one(base: Path, plan_fil
     folder = Path(shutil.copytree(base, tmp_path / "copy"))
     shutil.copy(plan_file, folder)
     assert not pruned_folder(folder)
-    assert folder_facts(folder) is None
+    assert folder_metadata(folder) is None
     assert fingerprint(open_host(folder, **SETTINGS).model) == fingerprint(open_host(base, **SETTINGS).model)
 
 
@@ -283,33 +283,33 @@ def test_a_plan_beside_a_whole_model_makes_it_no_pruned_one(base: Path, plan_fil
 
 def test_facts(plan: HeadPlan) -> None:
     path = next(path for path, heads in plan.removed.items() if heads)
-    facts = plan_facts(plan, "absorb")
-    assert str(facts) == (
-        f"{plan.count} of {plan.total} heads removed ({plan.rate:.1%}), plan uniform s4 {facts.plan}, "
+    metadata = plan_metadata(plan, "absorb")
+    assert str(metadata) == (
+        f"{plan.count} of {plan.total} heads removed ({plan.rate:.1%}), plan uniform s4 {metadata.plan}, "
         "compensation absorb"
     )
-    assert facts.label == f"{plan.rate:.1%} of heads removed, absorb"
-    assert PrunedFacts.from_dict(json.loads(json.dumps(facts.to_dict()))) == facts
+    assert metadata.label == f"{plan.rate:.1%} of heads removed, absorb"
+    assert PrunedMetadata.from_dict(json.loads(json.dumps(metadata.to_dict()))) == metadata
     one = HeadPlan({path: (1,)}, {path: 4}, {path: 4})
     other = HeadPlan({path: (2,)}, {path: 4}, {path: 4})
-    assert "plan by hand" in str(plan_facts(one, "none"))
-    assert plan_facts(one, "none").plan != plan_facts(other, "none").plan
+    assert "plan by hand" in str(plan_metadata(one, "none"))
+    assert plan_metadata(one, "none").plan != plan_metadata(other, "none").plan
     more = HeadPlan({path: (1,), "b": ()}, {path: 4, "b": 4}, {path: 4, "b": 4})
-    assert plan_facts(more, "none").plan == plan_facts(one, "none").plan
-    assert (plan_facts(more, "none").rate, plan_facts(one, "none").rate) == (1 / 8, 1 / 4)
-    for wrong in ({"plan": "a"}, {**facts.to_dict(), "more": 1}, []):
-        with pytest.raises(RecipeError, match="no facts"):
-            PrunedFacts.from_dict(wrong)  # pyright: ignore[reportArgumentType]
+    assert plan_metadata(more, "none").plan == plan_metadata(one, "none").plan
+    assert (plan_metadata(more, "none").rate, plan_metadata(one, "none").rate) == (1 / 8, 1 / 4)
+    for wrong in ({"plan": "a"}, {**metadata.to_dict(), "more": 1}, []):
+        with pytest.raises(RecipeError, match="no metadata"):
+            PrunedMetadata.from_dict(wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_answers_without_settings(tmp_path: Path) -> None:
-    assert facts_of_answers(tmp_path / "p.jsonl") is None
+    assert metadata_of_answers(tmp_path / "p.jsonl") is None
     (tmp_path / "p.settings.json").write_text('{"model": "m"}')
-    assert facts_of_answers(tmp_path / "p.jsonl") is None
+    assert metadata_of_answers(tmp_path / "p.jsonl") is None
     for text in ("{", "[]", '{"pruned": {"plan": 1}}'):
         (tmp_path / "p.settings.json").write_text(text)
         with pytest.raises(DataError, match="cannot be read"):
-            facts_of_answers(tmp_path / "p.jsonl")
+            metadata_of_answers(tmp_path / "p.jsonl")
 
 
 def call(*arguments: str) -> int:
@@ -323,29 +323,29 @@ def test_sfa_eval_names_what_was_removed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ask = ("--data", "charts", "--split", "test", "--limit", "3", "--prompt", "{question}", "--dtype", "float32")
-    facts = plan_facts(plan, "absorb")
-    name = f"base ({facts.label})"
+    metadata = plan_metadata(plan, "absorb")
+    name = f"base ({metadata.label})"
     assert call("eval", str(base), *ask, "--head-plan", str(plan_file), "--compensation", "absorb") == 0
-    folder = tmp_path / "sfa-eval" / f"base-charts-test-pruned-{facts.plan}-absorb"
-    found = json.loads((folder / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == [name]
-    assert found["title"].startswith(name)
-    assert f"{name}: {facts}." in found["notes"]
-    assert facts_of_answers(folder / "predictions.jsonl") == facts
+    folder = tmp_path / "sfa-eval" / f"base-charts-test-pruned-{metadata.plan}-absorb"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == [name]
+    assert scores["title"].startswith(name)
+    assert f"{name}: {metadata}." in scores["notes"]
+    assert metadata_of_answers(folder / "predictions.jsonl") == metadata
     # The whole model against it, and the folder of the same heads: the same answers under its own name.
     assert call("eval", str(base), *ask, "--out", "whole", "--against", str(folder / "predictions.jsonl")) == 0
-    found = json.loads((tmp_path / "whole" / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == [f"{folder.name} ({facts.label})", "base"]
-    assert found["notes"][-1] == f"{folder.name} ({facts.label}): {facts}."
+    scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == [f"{folder.name} ({metadata.label})", "base"]
+    assert scores["notes"][-1] == f"{folder.name} ({metadata.label}): {metadata}."
     assert call("eval", str(pruned), *ask, "--out", "cut", "--against", "whole/predictions.jsonl") == 0
-    found = json.loads((tmp_path / "cut" / "scores.json").read_text())
-    assert [row["run"] for row in found["rows"]] == ["whole", f"pruned ({facts.label})"]
+    scores = json.loads((tmp_path / "cut" / "scores.json").read_text())
+    assert [row["run"] for row in scores["rows"]] == ["whole", f"pruned ({metadata.label})"]
     lines = [(path / "predictions.jsonl").read_text() for path in (folder, tmp_path / "cut", tmp_path / "whole")]
     assert lines[0] == lines[1] != lines[2]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--head-plan", "PLAN", "--compensation", "bias"), "evaluate that folder"),
         (("--compensation", "absorb"), "head_plan"),
@@ -354,12 +354,12 @@ def test_sfa_eval_names_what_was_removed(
     ],
 )
 def test_mistakes_are_one_line(
-    options: tuple[str, ...], told: str, base: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], message: str, base: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(plan_file) if option == "PLAN" else option for option in options]
     assert call("eval", str(base), "--data", "charts", *given) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -368,25 +368,26 @@ def test_a_run_on_a_pruned_host_says_so(pruned: Path, plan: HeadPlan, tmp_path: 
     sizes: dict[str, Any] = {"limit": 4, "eval_limit": 2, "batch_size": 2, "micro_batch": 2, "eval_batch": 2}
     recipe = recipe.replace(model=str(pruned), max_steps=1, warmup_steps=0, save_steps=1, **sizes)
     result = run(recipe)
-    facts = plan_facts(plan, "absorb")
+    metadata = plan_metadata(plan, "absorb")
     table = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert facts.label in table["title"]
-    assert f"Of all runs: {facts}." in table["notes"]
-    assert [entry["host"] for entry in read_facts(result.trained).scores] == [facts.label, f"untrained, {facts.label}"]
-    assert all(entry["pruned"] == facts.to_dict() for entry in read_facts(result.trained).scores)
-    assert facts.label in (result.trained / "README.md").read_text()
+    assert metadata.label in table["title"]
+    assert f"Of all runs: {metadata}." in table["notes"]
+    stored = read_run_metadata(result.trained).scores
+    assert [entry["host"] for entry in stored] == [metadata.label, f"untrained, {metadata.label}"]
+    assert all(entry["pruned"] == metadata.to_dict() for entry in stored)
+    assert metadata.label in (result.trained / "README.md").read_text()
     again = open_host(tmp_path / "run")
-    assert pruned_facts(again.model) == facts
-    assert lmms_plugin._facts_of(str(tmp_path / "run"), None, "none") == facts
+    assert pruned_metadata(again.model) == metadata
+    assert lmms_plugin._metadata_of(str(tmp_path / "run"), None, "none") == metadata
     assert json.loads((result.trained / "adapter_config.json").read_text())["tower"]["num_heads"][0] == 2
 
 
 def test_what_the_plug_in_tells_before_loading(base: Path, plan: HeadPlan, plan_file: Path, pruned: Path) -> None:
-    assert lmms_plugin._facts_of(str(base), None, "none") is None
-    assert lmms_plugin._facts_of(str(base), str(plan_file), "residual") == plan_facts(plan, "residual")
-    assert lmms_plugin._facts_of(str(pruned), None, "none") == plan_facts(plan, "absorb")
+    assert lmms_plugin._metadata_of(str(base), None, "none") is None
+    assert lmms_plugin._metadata_of(str(base), str(plan_file), "residual") == plan_metadata(plan, "residual")
+    assert lmms_plugin._metadata_of(str(pruned), None, "none") == plan_metadata(plan, "absorb")
     with pytest.raises(RecipeError, match="evaluate that folder"):
-        lmms_plugin._facts_of(str(base), str(plan_file), "bias")
+        lmms_plugin._metadata_of(str(base), str(plan_file), "bias")
 
 
 # -- lmms-eval itself -------------------------------------------------------------------------------------------------
@@ -434,13 +435,13 @@ def test_lmms_eval_asks_the_pruned_host(
     prune_heads(host.model, plan, "absorb")
     wanted = [p.prediction for p in answer_rows(host, rows(4), progress=False)]
     assert wanted != whole
-    facts = str(plan_facts(plan, "absorb"))
-    for given, expected, told in (
+    metadata = str(plan_metadata(plan, "absorb"))
+    for given, expected, suffix in (
         (f"pretrained={base}", whole, None),
-        (f"pretrained={base},head_plan={plan_file},compensation=absorb", wanted, facts),
-        (f"pretrained={pruned}", wanted, facts),
+        (f"pretrained={base},head_plan={plan_file},compensation=absorb", wanted, metadata),
+        (f"pretrained={pruned}", wanted, metadata),
     ):
-        found: Any = evaluator.simple_evaluate(
+        results: Any = evaluator.simple_evaluate(
             model="sfa_llava_onevision",
             model_args=f"{given},dtype=float32,max_tiles=2,num_workers=0",
             tasks=["sfa_pruned"],
@@ -448,7 +449,7 @@ def test_lmms_eval_asks_the_pruned_host(
             batch_size=2,
             log_samples=True,
         )
-        logged = sorted(found["samples"]["sfa_pruned"], key=lambda sample: sample["doc_id"])
+        logged = sorted(results["samples"]["sfa_pruned"], key=lambda sample: sample["doc_id"])
         assert [sample["filtered_resps"][0] for sample in logged] == expected
-        backend = found["config"]["model_backend"]
-        assert (f"SFALlavaOnevision with {told}" in backend) if told else ("removed" not in backend)
+        backend = results["config"]["model_backend"]
+        assert (f"SFALlavaOnevision with {suffix}" in backend) if suffix else ("removed" not in backend)

@@ -1,4 +1,4 @@
-"""`calibrate_axial`: heads by measured affinity and by gates, against obvious references, on every tower."""
+"""`calibrate_axial`: heads by measured affinity and by gates, against slow references, on every tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfa_adapters import SFAConfig, calibrate_axial, inject_sfa
 from sfa_adapters.adat import PatchPolicy, inject_adat
-from sfa_adapters.backbones.qwen_vit import window_order
+from sfa_adapters.arrangement import Windows
 from sfa_adapters.errors import DataError, InjectionError, LayoutError, ObservationError
 from sfa_adapters.heads.axial_heads import _strongest, _weakest
 from sfa_adapters.heads.axis_affinity import AxisMass, axis_affinity
@@ -35,7 +35,7 @@ def places(case: TowerCase, inputs: Inputs) -> list[list[tuple[int, int] | None]
     if case.name == "qwen2_5":
         sequences: list[list[tuple[int, int] | None]] = []
         for t, h, w in inputs["grid_thw"].tolist():
-            rows, columns = window_order(t, h, w, 2, 2)
+            rows, columns = (axis.repeat(t) for axis in Windows(2, 2).places(h, w))
             sequences.append(list(zip(rows.tolist(), columns.tolist(), strict=True)))
         return sequences
     pixels = inputs["pixel_values"]

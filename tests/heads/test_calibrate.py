@@ -1,4 +1,4 @@
-"""Scores of heads against slow references."""
+"""`calibrate_heads` against slow references."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_gate_is_the_slope_of_the_loss_by_finite_differences() -> None:
             return (states,)
 
         handle = output.register_forward_pre_hook(scale)
-        own = {name: value[row : row + 1] for name, value in batch.items()}
+        sample = {name: value[row : row + 1] for name, value in batch.items()}
         with torch.no_grad():
-            logits = model(**own).logits[0, :-1]
-            found = float(torch.nn.functional.cross_entropy(logits, labels[row, 1:]))
+            logits = model(**sample).logits[0, :-1]
+            loss_of_row = float(torch.nn.functional.cross_entropy(logits, labels[row, 1:]))
         handle.remove()
-        return found
+        return loss_of_row
 
     step = 1e-2  # wide: norms compute in fp32 even in a model of fp64
     expected = []
@@ -129,10 +129,10 @@ def test_lora_and_sfa_that_say_nothing_yet_change_no_score(method: str) -> None:
     expected = calibrated(LLAVA.build(), [LLAVA.inputs()], method)
     lora = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|o_proj)")
     adapted = inject_sfa(peft.get_peft_model(LLAVA.build(), lora), SFAConfig(init_std=0.0))  # pyright: ignore[reportArgumentType]
-    found = calibrated(adapted, [LLAVA.inputs()], method)
-    assert all(name.startswith("base_model.model.") for name in found.values)
-    assert found.num_kv_heads == {f"base_model.model.{name}": 2 for name in expected.values}
-    assert_scores(found, [torch.tensor(v) for v in expected.values.values()], 1e-4)
+    scores = calibrated(adapted, [LLAVA.inputs()], method)
+    assert all(name.startswith("base_model.model.") for name in scores.values)
+    assert scores.num_kv_heads == {f"base_model.model.{name}": 2 for name in expected.values}
+    assert_scores(scores, [torch.tensor(v) for v in expected.values.values()], 1e-4)
 
 
 def test_random_is_reproducible() -> None:
@@ -183,13 +183,13 @@ def test_a_batch_without_room_is_tried_again_and_then_skipped(method: str) -> No
 
 def test_bad_options_and_shared_weights_are_named() -> None:
     model: Any = LLAVA.build()
-    for options, told in (
+    for options, message in (
         ({"method": "best"}, "method='best'"),
         ({"gamma": -1}, "gamma=-1"),
         ({"gamma": float("nan")}, "gamma=nan"),
         ({"modules": "audio"}, "modules='audio'"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             calibrated(model, [LLAVA.inputs()], **options)
     with pytest.raises(DataError, match="labels must be"):
         calibrated(model, [{**LLAVA.inputs(), "labels": torch.zeros(2, 3)}], "gate")

@@ -1,4 +1,4 @@
-"""Scores of heads when prompts of a batch differ, when samples cannot be used, and when memory runs out."""
+"""Head scores when prompts of a batch differ, when samples cannot be used, and when memory runs out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_images(*prompts: dict[str, Any], images: int) -> dict[str, Any]:
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
-    return [torch.tensor(own) for own in values.values()]
+    return [torch.tensor(scores) for scores in values.values()]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -44,13 +44,13 @@ def test_prompts_of_one_batch_have_text_and_image_in_different_places(method: st
     model: Any = LLAVA.build()
     short, long = (OTHER[:1], 16, OTHER[1:3]), (OTHER[3:6], 16, OTHER[6:12])
     together = with_images(prompt(*short, width=25), prompt(*long), images=2)
-    alone = [with_images(prompt(*own), images=2) for own in (short, long)]
+    alone = [with_images(prompt(*parts), images=2) for parts in (short, long)]
     for number, one in enumerate(alone):
         one["pixel_values"] = together["pixel_values"][number : number + 1]
-    found = calibrated(model, [together], method)
-    assert_scores(found, tensors(calibrated(model, alone, method).values), 1e-4)
+    scores = calibrated(model, [together], method)
+    assert_scores(scores, tensors(calibrated(model, alone, method).values), 1e-4)
     if method == "s4":
-        assert_scores(found, eager_s4(model, [together], 0.4))
+        assert_scores(scores, eager_s4(model, [together], 0.4))
 
 
 def test_s4_counts_the_image_tokens_that_a_query_sees() -> None:
@@ -74,8 +74,8 @@ def test_gate_predicts_the_text_behind_the_image_or_the_labels() -> None:
     batch = LLAVA.inputs()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
     labels[:, :2] = -100
-    told = calibrated(model, [{**batch, "labels": labels}], "gate")
-    assert told.values == calibrated(model, [batch], "gate").values
+    labelled = calibrated(model, [{**batch, "labels": labels}], "gate")
+    assert labelled.values == calibrated(model, [batch], "gate").values
     half = labels.clone()
     half[1] = -100
     half[1, 0] = 5  # nothing comes before it that could predict it
@@ -85,7 +85,7 @@ def test_gate_predicts_the_text_behind_the_image_or_the_labels() -> None:
 
 def test_what_a_tower_can_be_asked() -> None:
     scores = calibrated(LLAVA.build(), [LLAVA.inputs()], "gate", modules="vision")
-    assert all(value > 0 for own in scores.values.values() for value in own)
+    assert all(value > 0 for of_layer in scores.values.values() for value in of_layer)
     qwen = BY_NAME["qwen2_5_vl"]
     with pytest.raises(RecipeError, match="one row per prompt"):
         calibrated(qwen.build(), [qwen.inputs()], "gate", modules="vision")

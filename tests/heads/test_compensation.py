@@ -1,4 +1,4 @@
-"""What the heads that stay do for those that go, against slow references."""
+"""How the kept heads make up for the pruned ones, against slow references."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_absorb_scales_the_columns_that_stay_once_with_lora_and_never_query_or_k
     model = with_lora(base)
     whole = deepcopy(model).merge_and_unload().model.layers[0].self_attn
     prune_heads(model, plan_for(base, {FIRST: (1,)}), "absorb")
-    found, columns = model.merge_and_unload().model.layers[0].self_attn, [*range(8), *range(16, 32)]
-    assert_close(found.o_proj.weight, whole.o_proj.weight[:, columns] * (4 / 3), 1e-5)
-    assert_close(found.q_proj.weight, whole.q_proj.weight[columns], 1e-6)
-    assert_close(found.k_proj.weight, whole.k_proj.weight[columns], 1e-6)
+    attention, columns = model.merge_and_unload().model.layers[0].self_attn, [*range(8), *range(16, 32)]
+    assert_close(attention.o_proj.weight, whole.o_proj.weight[:, columns] * (4 / 3), 1e-5)
+    assert_close(attention.q_proj.weight, whole.q_proj.weight[columns], 1e-6)
+    assert_close(attention.k_proj.weight, whole.k_proj.weight[columns], 1e-6)
 
 
 @pytest.mark.parametrize(("family", "kv"), [("llama", 4), ("qwen2", 4), ("qwen2", 2)])

@@ -1,4 +1,4 @@
-"""What arithmetic says that pruned heads are worth, without a clock."""
+"""`expected_speedup`: the speedup that arithmetic predicts for pruned heads; nothing is timed."""
 
 from __future__ import annotations
 

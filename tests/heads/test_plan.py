@@ -1,4 +1,4 @@
-"""Plans of heads: the published counts, what grouped queries allow, and what is refused."""
+"""Head plans: the published counts, what grouped queries allow, and what is refused."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_the_published_plans_come_out() -> None:
 
 
 def test_adaptive_spares_the_first_six_layers() -> None:
-    found = counts(plan_heads(scores_of(32, 32), 0.3, "adaptive"))
-    assert max(found[:6]) < min(found[6:])
-    assert min(found[:6]) > 0
-    assert max(found[6:]) - min(found[6:]) <= 1
+    removed = counts(plan_heads(scores_of(32, 32), 0.3, "adaptive"))
+    assert max(removed[:6]) < min(removed[6:])
+    assert min(removed[:6]) > 0
+    assert max(removed[6:]) - min(removed[6:]) <= 1
 
 
 def test_small_models_have_an_early_layer_and_remainders_go_from_late_ones() -> None:
@@ -130,8 +130,8 @@ def test_every_plan_can_be_carried_out(layers: int, shape: tuple[int, int], rate
     for name in plan.removed:
         kept, size = plan.kept(name), shape[0] // shape[1]
         assert kept, "a layer has a head"
-        own = {group: sum(head // size == group for head in kept) for group in plan.kept_kv(name)}
-        assert set(own.values()) == {len(kept) // len(own)}, "equally many in each group that stays"
+        kept_in_group = {group: sum(head // size == group for head in kept) for group in plan.kept_kv(name)}
+        assert set(kept_in_group.values()) == {len(kept) // len(kept_in_group)}, "equally many in each group that stays"
     if kind == "uniform" and shape[0] == shape[1]:
         assert set(counts(plan)) == {int(rate * shape[0] + 0.5)}
     if kind == "uniform":  # nearer than any other number that the groups allow
@@ -147,9 +147,9 @@ def test_what_groups_forbid_goes_from_the_next_layer_only_where_a_total_is_promi
     scores = scores_of(8, 28, 4)
     assert set(counts(plan_heads(scores, 0.3))) == {8}
     assert set(counts(plan_heads(scores, 0.2))) == {7}  # 6 cannot go: 22 heads are no rectangle of groups
-    found = counts(plan_heads(scores, 0.3, "adaptive"))
-    assert len(set(found[1:])) > 1
-    assert abs(sum(found) - 67) <= 2
+    removed = counts(plan_heads(scores, 0.3, "adaptive"))
+    assert len(set(removed[1:])) > 1
+    assert abs(sum(removed) - 67) <= 2
     values: dict[str, tuple[float, ...]] = {"a": (0.0,) * 8, "b": (0.0,) * 8}
     few = HeadScores(values, {"a": 1, "b": 8}, "flap")
     assert sum(counts(plan_heads(few, 0.8, "global"))) == 12
@@ -163,11 +163,11 @@ def test_a_plan_tells_how_it_was_made_and_does_not_change() -> None:
         "model": {"name": "host", "weights": "12ab"},
     }  # fmt: skip
     removed, heads, groups, how = {"a": [0]}, {"a": 4}, {"a": 4}, {"kind": "own"}
-    own = HeadPlan(removed, heads, groups, how)  # pyright: ignore[reportArgumentType]
+    head_plan = HeadPlan(removed, heads, groups, how)  # pyright: ignore[reportArgumentType]
     removed["a"].append(1)
     heads["a"] = groups["a"] = how["kind"] = 9  # pyright: ignore[reportArgumentType]
-    assert own == HeadPlan({"a": (0,)}, {"a": 4}, {"a": 4}, {"kind": "own"})
-    assert own.rate == 0.25
+    assert head_plan == HeadPlan({"a": (0,)}, {"a": 4}, {"a": 4}, {"kind": "own"})
+    assert head_plan.rate == 0.25
 
 
 def test_whole_groups_go_where_they_are_worth_least() -> None:
@@ -190,7 +190,7 @@ def test_protected_layers_keep_their_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"rate": 0.99}, "would leave layers.0.self_attn without a head"),
         ({"rate": 0.8, "kind": "early_skip"}, "without a head"),
@@ -205,13 +205,13 @@ def test_protected_layers_keep_their_heads() -> None:
         ({"rate": 0.3, "protect": ["*"]}, "no head can go"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told.replace("*", r"\*")):
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message.replace("*", r"\*")):
         plan_heads(scores_of(8, 8), **options)
 
 
 @pytest.mark.parametrize(
-    ("removed", "heads", "groups", "told"),
+    ("removed", "heads", "groups", "message"),
     [
         ((0, 1, 2, 3), 4, 4, "lose all its 4 heads"),
         ((4,), 4, 4, "from 0 to 3"),
@@ -222,8 +222,8 @@ def test_bad_options_are_named(options: dict[str, Any], told: str) -> None:
         ((0,), 4, 0, "at least 1"),
     ],
 )
-def test_a_plan_that_cannot_be_carried_out_is_refused(removed: Any, heads: int, groups: int, told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_a_plan_that_cannot_be_carried_out_is_refused(removed: Any, heads: int, groups: int, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         HeadPlan({"a": removed}, {"a": heads}, {"a": groups})
 
 

@@ -39,11 +39,11 @@ def test_a_pruned_language_model_is_the_zero_gated_one(family: str, kv: int, att
     with gated(model, plan):
         expected = logits_of(model, text_inputs())
         tokens = {cache: greedy(model, cache) for cache in ("dynamic", "static")}
-    assert difference(expected, before) > 0.05, "the heads that go must matter"
+    assert difference(expected, before) > 0.05, "the pruned heads must matter"
     assert prune_heads(model, plan) is model
     assert_close(logits_of(model, text_inputs()), expected, 1e-5)
-    for cache, found in tokens.items():
-        assert torch.equal(greedy(model, cache), found), cache
+    for cache, answer in tokens.items():
+        assert torch.equal(greedy(model, cache), answer), cache
 
 
 @pytest.mark.parametrize("kv", [4, 2, 1])

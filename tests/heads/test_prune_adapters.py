@@ -1,4 +1,4 @@
-"""LoRA and SFA around heads that go: sliced along, saved and loaded onto the pruned model."""
+"""LoRA and SFA around pruned heads: sliced along, saved and loaded onto the pruned model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of hosts that lost heads: those of the gated host with every cache, search, padding and adapter."""
+"""Answers of hosts with pruned heads: those of the gated host with every cache, search, padding and adapter."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_a_host_with_lora_and_sfa_answers_as_the_gated_one(name: str, attention:
     before = logits_of(model, inputs)
     with gated(host, plan):
         logits, expected = logits_of(model, inputs), answers(model, inputs)
-    assert difference(logits, before) > 0.05, "the heads that go must matter"
+    assert difference(logits, before) > 0.05, "the pruned heads must matter"
     prune_heads(model, plan)
     assert_close(logits_of(model, inputs), logits, 1e-5)
-    for way, found in answers(model, inputs).items():
-        assert torch.equal(found, expected[way]), way
+    for way, answer in answers(model, inputs).items():
+        assert torch.equal(answer, expected[way]), way
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
@@ -73,8 +73,8 @@ def test_a_host_answers_the_same_after_save_and_load(name: str, tmp_path: Any) -
     with gated(host, plan):
         expected = answers(host, inputs)
     again = load_pruned(case.build(), save_pruned(prune_heads(host, plan), tmp_path / "pruned"))
-    for way, found in answers(again, inputs).items():
-        assert torch.equal(found, expected[way]), way
+    for way, answer in answers(again, inputs).items():
+        assert torch.equal(answer, expected[way]), way
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -84,5 +84,5 @@ def test_language_models_answer_with_every_cache_and_search(family: str) -> None
     with gated(model, plan):
         expected = answers(model, inputs)
     prune_heads(model, plan)
-    for way, found in answers(model, inputs).items():
-        assert torch.equal(found, expected[way]), way
+    for way, answer in answers(model, inputs).items():
+        assert torch.equal(answer, expected[way]), way

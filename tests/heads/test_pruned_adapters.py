@@ -1,4 +1,4 @@
-"""SFA on towers whose layers lost different numbers of heads: against zero-gated towers, through files, in errors."""
+"""SFA on towers with unequally pruned layers: against zero-gated towers, through files, in errors."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ def test_outputs_and_gradients_are_those_of_the_zero_gated_tower(case: TowerCase
         assert_close(read(case, small, inputs), read(case, whole, inputs))
         expected = gradients(case, whole, inputs)
     assert difference(read(case, small, inputs), bare) > 1e-2
-    found = gradients(case, small, inputs)
-    assert set(structural(small)) <= set(found)
+    grads = gradients(case, small, inputs)
+    assert set(structural(small)) <= set(grads)
     for (path, _, _), left in zip(injected_layers(small), KEPT, strict=True):
         for term in ("row", "col", "dist", "block"):
             name = f"{path}.sfa.sfa_{term}.default"
-            assert found[name].abs().max(dim=-1).values.min() > 0 if term == "block" else found[name].abs().min() > 0
-            assert difference(found[name], expected[name][list(left)]) < 1e-5 * max(
+            assert grads[name].abs().max(dim=-1).values.min() > 0 if term == "block" else grads[name].abs().min() > 0
+            assert difference(grads[name], expected[name][list(left)]) < 1e-5 * max(
                 1.0, float(expected[name].abs().max())
             )
             gone = [head for head in range(4) if head not in left]
@@ -233,7 +233,7 @@ EQUAL, MIXED = ((0, 1, 2), (1, 2, 3), (0, 1, 3)), ((0, 1), (0, 1, 2), (0, 1, 2, 
 
 @pytest.mark.parametrize("load", [load_sfa, PeftModel.from_pretrained], ids=["sfa", "peft"])
 @pytest.mark.parametrize(
-    ("made", "there", "told", "advice"),
+    ("made", "there", "message", "advice"),
     [
         (FOUR, KEPT, "num_heads of layer 0: adapter 4, model 3; 2 of 3 layers differ", FIRST),
         (FOUR, EQUAL, "num_heads: adapter 4, model 3", FIRST),
@@ -244,7 +244,7 @@ EQUAL, MIXED = ((0, 1, 2), (1, 2, 3), (0, 1, 3)), ((0, 1), (0, 1, 2), (0, 1, 2, 
     ],
 )
 def test_an_adapter_of_other_heads_is_refused_with_what_to_do(
-    load: Callable[..., Any], made: Any, there: Any, told: str, advice: str, tmp_path: Path
+    load: Callable[..., Any], made: Any, there: Any, message: str, advice: str, tmp_path: Path
 ) -> None:
     source = SIGLIP.build() if made == FOUR else pruned(SIGLIP, made)
     save_sfa(inject_sfa(source), tmp_path)
@@ -252,7 +252,7 @@ def test_an_adapter_of_other_heads_is_refused_with_what_to_do(
     snapshot = Snapshot(model)
     with pytest.raises(AdapterMismatchError) as raised:
         load(model, tmp_path)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
     assert advice in str(raised.value)
     snapshot.assert_unchanged(model)
 
@@ -297,20 +297,20 @@ def test_what_is_for_whole_towers_only(tmp_path: Path) -> None:
         inject_dymu(eject_sfa(model), DyMUConfig(thresholds=(0.9, 0.9)))
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- descriptions ------------------------------------------------------------------------------------------------------
 
 
 def test_description_of_a_pruned_tower() -> None:
     model = pruned(SIGLIP)
-    told = describe(model)
-    assert (told.num_heads, told.num_parameters, told.layer_parameters) == ((3, 1, 4), 152, (57, 19, 76))
-    assert "3 of 3, 1 to 4 heads, 8 together" in str(told)
-    assert "152 (19 to 76 per layer)" in str(told)
+    info = describe(model)
+    assert (info.num_heads, info.num_parameters, info.layer_parameters) == ((3, 1, 4), 152, (57, 19, 76))
+    assert "3 of 3, 1 to 4 heads, 8 together" in str(info)
+    assert "152 (19 to 76 per layer)" in str(info)
     inject_sfa(model, strong_config(layers_to_transform=[0, 2], terms=["row", "block"]))
-    told = describe(model)
-    assert (told.num_layers, told.layer_parameters) == (2, (51, 0, 68))
-    assert told.num_parameters == sum(p.numel() for p in structural(model).values()) == 119
-    assert "119 (51 to 68 per layer)" in str(told)
+    info = describe(model)
+    assert (info.num_layers, info.layer_parameters) == (2, (51, 0, 68))
+    assert info.num_parameters == sum(p.numel() for p in structural(model).values()) == 119
+    assert "119 (51 to 68 per layer)" in str(info)
     whole = describe(SIGLIP.build())
     assert (whole.num_heads, whole.layer_parameters) == (4, (76, 76, 76))
     assert "4 heads each" in str(whole)
@@ -330,18 +330,18 @@ def test_inspect_tells_what_a_saved_model_has(
     )
     prune_heads(model, plan, compensation, [case.inputs()] if compensation == "bias" else None)
     save_pruned(model, tmp_path / "pruned")
-    (tmp_path / "pruned" / "model.safetensors").unlink()  # only what is told is read
-    found = inspect_model(str(tmp_path / "pruned"))
-    assert found.model_parameters == sum(p.numel() for p in model.parameters())
-    assert found.sfa == describe(model)
-    assert [layer.parameters for layer in found.layers] == [57, 19, 0]
+    (tmp_path / "pruned" / "model.safetensors").unlink()  # only the record is read
+    inspection = inspect_model(str(tmp_path / "pruned"))
+    assert inspection.model_parameters == sum(p.numel() for p in model.parameters())
+    assert inspection.sfa == describe(model)
+    assert [layer.parameters for layer in inspection.layers] == [57, 19, 0]
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", str(tmp_path / "pruned")])
     assert not stopped.value.code
     assert "2 of 3, 1 to 4 heads, 8 together" in capsys.readouterr().out
-    told = json.loads((tmp_path / "pruned" / "head_plan.json").read_text())
-    told["plan"]["layers"]["elsewhere"] = told["plan"]["layers"].pop(language)
-    (tmp_path / "pruned" / "head_plan.json").write_text(json.dumps(told))
+    record = json.loads((tmp_path / "pruned" / "head_plan.json").read_text())
+    record["plan"]["layers"]["elsewhere"] = record["plan"]["layers"].pop(language)
+    (tmp_path / "pruned" / "head_plan.json").write_text(json.dumps(record))
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", str(tmp_path / "pruned")])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""Models that lost heads on disk and back, with LoRA and SFA around them."""
+"""Models with pruned heads, saved and loaded, with LoRA and SFA around them."""
 
 from __future__ import annotations
 

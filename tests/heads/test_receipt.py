@@ -1,4 +1,4 @@
-"""The receipt of pruned heads: what went, and what it is worth in time and bytes."""
+"""`prune_receipt`: what was removed, and what that saves in time and bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sfa_adapters.heads import PruneReceipt, prune_receipt, take_probe
 from sfa_adapters.heads import speed as speed_module
 from sfa_adapters.heads.expected import decode_bytes, flops_of
 from sfa_adapters.heads.prune import prune_heads
-from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed, whole
+from sfa_adapters.heads.snapshot import unpruned
+from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.statistics import Interval
 from tests.support.hosts import HOSTS, logits_of
@@ -57,17 +58,17 @@ def test_the_receipt_tells_what_went() -> None:
     assert receipt.largest_change == pytest.approx(float(change.max()))
     assert receipt.mean_change == pytest.approx(float(change.mean()))
     assert receipt.speed is None
-    told = str(receipt)
-    assert "4 of 8 gone" in told
-    assert "key/value 2 -> 1" in told
-    assert "absorb" in told
+    text = str(receipt)
+    assert "4 of 8 gone" in text
+    assert "key/value 2 -> 1" in text
+    assert "absorb" in text
 
 
 def test_modules_that_lost_the_same_share_a_line() -> None:
     paths = {f"layers.{i}": (32, 22 if i else 32) for i in range(32)}
-    told = str(PruneReceipt((100, 90), paths, paths, (64, 44), 0.5, 0.1, "none")).splitlines()
-    assert told[-2:] == ["  layers.0  32 -> 32", "  layers.1 and 30 more  32 -> 22"]
-    assert max(map(len, told)) <= 80
+    lines = str(PruneReceipt((100, 90), paths, paths, (64, 44), 0.5, 0.1, "none")).splitlines()
+    assert lines[-2:] == ["  layers.0  32 -> 32", "  layers.1 and 30 more  32 -> 22"]
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_receipt_for_nothing_is_an_error() -> None:
@@ -122,16 +123,16 @@ def test_the_receipt_of_a_host_counts_time_and_bytes() -> None:
     q, step = 32 * 8 * 4, decode_bytes(model)
     gone = 2 * 4 * q + 2 * q
     assert speed.expected_decode == pytest.approx((step + gone + speed.cache[0]) / (step + speed.cache[1]))
-    with whole(probe, model):
+    with unpruned(probe, model):
         flops = flops_of(model.eval(), inputs)
         assert decode_bytes(model) == step + gone
     assert speed.expected_prefill == pytest.approx(flops / flops_of(model, inputs))
     assert speed.expected_prefill > 1.03
 
-    told = json.loads(receipt.to_json())
-    assert told["heads"][vision[0]] == [4, 3]
-    assert told["speed"]["prefill_ratio"]["low"] == speed.prefill_ratio.low
-    assert told["speed"]["verdict"] == speed.verdict
+    record = json.loads(receipt.to_json())
+    assert record["heads"][vision[0]] == [4, 3]
+    assert record["speed"]["prefill_ratio"]["low"] == speed.prefill_ratio.low
+    assert record["speed"]["verdict"] == speed.verdict
     lines = str(receipt).splitlines()
     assert len(lines) <= 12
     for word in ("prefill", "decode", "memory", "verdict"):

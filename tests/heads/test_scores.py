@@ -1,4 +1,4 @@
-"""The file of scores: what it knows about its model, and what is refused."""
+"""The file of head scores: what it records about its model, and what is refused."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_files_that_are_no_scores_are_refused(tmp_path: Path) -> None:
         HeadScores.load(path)
     good = json.loads(HeadScores({"a": (0.0, 1.0)}, {"a": 2}, "s4").to_json())
     bad = {**good, "values": {"a": ["x"]}}, {**good, "more": 1}, {k: v for k, v in good.items() if k != "method"}, []
-    for told in bad:
-        path.write_text(json.dumps(told))
+    for record in bad:
+        path.write_text(json.dumps(record))
         with pytest.raises(RecipeError, match="no head scores"):
             HeadScores.load(path)
     for text, match in (

@@ -1,4 +1,4 @@
-"""A pruned model gets its heads back for a while, to the last bit, and loses them again."""
+"""`unpruned` gives a pruned model its heads back for a while, to the last bit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import find_targets, prune_heads, slice_heads
 from sfa_adapters.heads.pruned_files import pruned_of
 from sfa_adapters.heads.slicing import Edits
-from sfa_adapters.heads.snapshot import numbers
-from sfa_adapters.heads.speed import whole
+from sfa_adapters.heads.snapshot import numbers, unpruned
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.tuner import injected_layers
 from tests.support.compare import injected, read, strong_config
@@ -45,30 +44,30 @@ def host(name: str) -> tuple[Any, dict[str, Any]]:
     return case.build(), case.inputs()
 
 
-def facts(model: nn.Module) -> dict[str, Any]:
-    """All that is not a tensor, and which tensors there are."""
-    told: dict[str, Any] = {name: id(p) for name, p in model.named_parameters()}
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that is not a tensor, and the identity of every parameter."""
+    state: dict[str, Any] = {name: id(p) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        told |= {f"{name}.{k}": v for k, v in module.__dict__.items() if isinstance(v, int) and k[0] != "_"}
-        told[f"{name}.names"] = module.__dict__.keys() - {"_dense"}
+        state |= {f"{name}.{k}": v for k, v in module.__dict__.items() if isinstance(v, int) and k[0] != "_"}
+        state[f"{name}.names"] = module.__dict__.keys() - {"_dense"}
     towers = [config.tower for _, _, layer in injected_layers(model) for config in layer.configs.values()]
-    return {**told, "towers": towers}
+    return {**state, "towers": towers}
 
 
 def check_way_back(model: Any, plan: HeadPlan, run: Any, inputs: Any, compensation: Any = "none") -> None:
-    """Inside `whole` all is as before pruning to the last bit, and afterwards as behind it."""
-    probe, before, originals = take_probe(model, inputs), run(), facts(model)
+    """Inside `unpruned` all is as before pruning to the last bit, and afterwards as after pruning."""
+    probe, before, originals = take_probe(model, inputs), run(), state_of(model)
     prune_heads(model, plan, compensation, [inputs] if compensation == "bias" else None)
-    after, state = run(), facts(model)
+    after, state = run(), state_of(model)
     assert not torch.equal(before, after)
     for _ in range(2):
-        with whole(probe, model):
+        with unpruned(probe, model):
             assert torch.equal(run(), before)
-            assert facts(model) == originals
+            assert state_of(model) == originals
             with pytest.raises(InjectionError, match="lost no heads"):
                 pruned_of(model)
         assert torch.equal(run(), after)
-        assert facts(model) == state
+        assert state_of(model) == state
         assert pruned_of(model).plan.count == plan.count
 
 
@@ -116,7 +115,7 @@ def test_an_error_inside_takes_the_heads_again() -> None:
     probe = take_probe(model, PLAIN)
     prune_heads(model, text_plan(model, 2))
     after = logits_of(model, PLAIN)
-    with pytest.raises(ZeroDivisionError), whole(probe, model):
+    with pytest.raises(ZeroDivisionError), unpruned(probe, model):
         _ = 1 / 0
     assert torch.equal(logits_of(model, PLAIN), after)
 
@@ -142,7 +141,7 @@ def test_old_weights_live_as_long_as_the_probe() -> None:
     old, kept = weakref.ref(model.get_submodule(FIRST).q_proj.weight), model.lm_head.weight
     probe = take_probe(model, PLAIN)
     prune_heads(model, text_plan(model, 4))
-    with whole(probe, model):
+    with unpruned(probe, model):
         assert model.get_submodule(FIRST).q_proj.weight is old()
         assert model.lm_head.weight is kept, "only what pruning replaces is there twice"
     gc.collect()

@@ -62,15 +62,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @every_family
 def test_every_name_has_its_part(family: str):
     host = tiny(family, lora_llm=2)
-    found: dict[str, set[str]] = {}
+    names_by_part: dict[str, set[str]] = {}
     for name, _ in host.model.named_parameters():
-        found.setdefault(host.places.part_of(name), set()).add(name)
-    assert set(found) == {"sfa", "lora", "vision", "projector", "llm"}
-    assert found["sfa"] == set(structural(host.model))
-    assert all("language_model" in name for name in found["lora"])
+        names_by_part.setdefault(host.places.part_of(name), set()).add(name)
+    assert set(names_by_part) == {"sfa", "lora", "vision", "projector", "llm"}
+    assert names_by_part["sfa"] == set(structural(host.model))
+    assert all("language_model" in name for name in names_by_part["lora"])
     tower = set(dict(host.model.get_submodule(host.places.tower).named_parameters(prefix=host.places.tower)))
-    assert found["vision"] <= tower
-    assert (found["projector"] <= tower) == (family == "qwen2_5_vl")  # its merger is a child of the tower
+    assert names_by_part["vision"] <= tower
+    assert (names_by_part["projector"] <= tower) == (family == "qwen2_5_vl")  # its merger is a child of the tower
     for name, _ in host.model.named_modules():
         if name in ("", "model"):  # these hold several parts
             with pytest.raises(RecipeError, match="is in no part of"):
@@ -199,16 +199,16 @@ def test_a_host_for_answers(family: str):
 
 @every_family
 def test_checkpointing_changes_no_gradient(family: str):
-    found = []
+    grads = []
     for on in (False, True):
         host = tiny(family, gradient_checkpointing=on, lora_llm=2)
         assert host.model.training
         assert host.model.is_gradient_checkpointing is on
         backward(host)
-        found.append({n: p.grad for n, p in host.model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        grads.append({n: p.grad for n, p in host.model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_checkpointing_keeps_no_graph_of_a_frozen_tower():
@@ -243,8 +243,11 @@ def test_a_folder_that_cannot_be_used(folders: dict[str, Path], tmp_path: Path):
         load_host(recipe("internvl", model=str(tmp_path / "nothing")))
     with pytest.raises(RecipeError, match="is a 'llava' checkpoint; family='internvl' needs 'internvl'"):
         load_host(recipe("internvl", model=str(folders["llava"])))
-    own = {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(own))
+    remote_code = {
+        "model_type": "internvl_chat",
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(remote_code))
     with pytest.raises(RecipeError, match="brings code of its own, which is not run"):
         load_host(recipe("internvl", model=str(tmp_path)))
     config = json.loads((folders["internvl"] / "config.json").read_text())

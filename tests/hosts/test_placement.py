@@ -1,4 +1,4 @@
-"""Device plans: maps that cover a host, both halves of a split, a 4-bit language model, shards."""
+"""Placement: device maps that cover a host, splits over two devices, a 4-bit language model, shards."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def batch(host: Host, train: bool = True) -> dict[str, Tensor]:
         image = np.random.default_rng(number).integers(0, 255, (112, 150, 3), dtype=np.uint8)
         row = Row(id=str(number), image=None, question="What?", answers=("7",))
         examples.append({"row": row, "image": image, "skipped": ()})
-    found = Collator(host.processor, host.spec, host.recipe, train=train)(examples)
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    collated = Collator(host.processor, host.spec, host.recipe, train=train)(examples)
+    return {name: value for name, value in collated.items() if isinstance(value, Tensor)}
 
 
 def step(host: Host) -> tuple[float, dict[str, Tensor]]:
@@ -80,9 +80,9 @@ def generate(host: Host) -> Tensor:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_split_covers_every_full_size_host_exactly_once(name: str):
-    found = RECIPES[name]
-    spec = HOSTS[found.family]
-    model = skeleton(architecture(found), spec)
+    recipe = RECIPES[name]
+    spec = HOSTS[recipe.family]
+    model = skeleton(architecture(recipe), spec)
     places = spec.places(model)
     device_map = split_map(places, 0, 1)
     check_covered(model, device_map)
@@ -154,19 +154,19 @@ def test_a_split_on_a_cpu_is_the_unsplit_host(family: str, folders: dict[str, Pa
 @every_family
 def test_only_the_language_model_is_in_4_bit(family: str, folders: dict[str, Path]):
     host = load_host(recipe(family, folders[family], plan="nf4", dtype="bfloat16", freeze_vision=True, lora_llm=2))
-    found = four_bit_modules(host.model)
-    assert {host.places.part_of(name) for name in found} == {"llm"}
-    assert host.places.lm_head not in found
+    quantized = four_bit_modules(host.model)
+    assert {host.places.part_of(name) for name in quantized} == {"llm"}
+    assert host.places.lm_head not in quantized
     decoder = [n for n, m in host.model.named_modules() if type(m).__name__ == "Linear4bit"]
-    assert {name.removesuffix(".base_layer") for name in decoder} == found
-    assert len(found) == 7 * host.model.config.get_text_config().num_hidden_layers
+    assert {name.removesuffix(".base_layer") for name in decoder} == quantized
+    assert len(quantized) == 7 * host.model.config.get_text_config().num_hidden_layers
     # `prepare_model_for_kbit_training` would have made all of these float32.
     frozen = [p for n, p in host.model.named_parameters() if host.places.part_of(n) in ("vision", "llm")]
     assert {p.dtype for p in frozen} == {torch.bfloat16, torch.uint8}
     rows = list(zip(*(list(column.cells) for column in module_table(host).columns), strict=False))
-    told = {row[0]: row[3] for row in rows if row[4] == "-"}
-    assert told[host.places.tower].startswith("0 of ")
-    assert told[host.places.language_model] == f"{len(found)} of {len(found)}"
+    trained = {row[0]: row[3] for row in rows if row[4] == "-"}
+    assert trained[host.places.tower].startswith("0 of ")
+    assert trained[host.places.language_model] == f"{len(quantized)} of {len(quantized)}"
 
 
 @every_family
@@ -194,7 +194,7 @@ def test_gradients_go_through_4_bit_as_through_the_same_weights_in_full(family: 
 
 
 def test_answers_in_between_leave_training_as_it_was(folders: dict[str, Path]):
-    """bitsandbytes would pack the weights anew for answers on some CPUs, for good, and fails on odd sizes."""
+    """bitsandbytes would repack the weights for generation on some CPUs, permanently, and fails on odd sizes."""
     host = load_host(recipe("internvl", folders["internvl"], plan="nf4"))
     loss, gradients = step(host)
     assert generate(host).shape[0] == 2
@@ -276,9 +276,9 @@ def test_a_sharded_host_gives_the_same_gradients(changes: dict[str, Any]):
     host = prepare(case.build().to(dtype), None, wanted)
     shard(host.model, host.spec, init_device_mesh("cpu", (1,)))
     assert all(isinstance(parameter, DTensor) for parameter in host.model.parameters())
-    found = gradients(host)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    grads = gradients(host)
+    assert grads.keys() == expected.keys()
+    for name, gradient in grads.items():
         whole: Any = gradient
         torch.testing.assert_close(whole.full_tensor(), expected[name], msg=name)
 
@@ -294,9 +294,9 @@ def test_what_cannot_be_sharded(folders: dict[str, Path]):
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_layers_of_the_full_size_hosts_are_wrapped(name: str):
     """accelerate takes the classes from `_no_split_modules` where its configuration names none."""
-    found = RECIPES[name]
-    spec = HOSTS[found.family]
-    model: Any = skeleton(architecture(found), spec)
+    recipe = RECIPES[name]
+    spec = HOSTS[recipe.family]
+    model: Any = skeleton(architecture(recipe), spec)
     layers = {type(module).__name__ for module in model.modules()} & layer_classes(model, spec)
     classes = set(spec.places(model).layer_classes)
     assert layers >= classes

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfa_adapters.errors import RecipeError, TrainingError
@@ -41,9 +41,9 @@ BASE = Recipe(name="base", model="some/host", family="llava", adat=0.5, revision
     ],
 )
 def test_a_value_is_read_by_the_type_of_its_field(override: str, field: str, value: Any):
-    found = getattr(load_recipe(BASE, None, [override]), field)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = getattr(load_recipe(BASE, None, [override]), field)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_a_value_is_read_by_the_type_of_its_field(override: str, field: str, val
 def test_yaml_is_read_by_the_type_of_the_field(tmp_path: Path, text: str, field: str, value: Any):
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
-    found = getattr(load_recipe(BASE, file), field)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = getattr(load_recipe(BASE, file), field)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_a_missing_file_a_folder_and_another_format_are_told(tmp_path: Path):
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("lr: 1e-3\nepochs: 5\nplan: bf16\nfreeze_llm: false\n")
-    found = load_recipe(BASE, file, ["lr=2", "lr=3", "seed=7"])
-    assert found == BASE.replace(lr=3.0, epochs=5.0, plan="bf16", freeze_llm=False, seed=7)
+    recipe = load_recipe(BASE, file, ["lr=2", "lr=3", "seed=7"])
+    assert recipe == BASE.replace(lr=3.0, epochs=5.0, plan="bf16", freeze_llm=False, seed=7)
     assert BASE.lr == 2e-5
 
 
@@ -176,8 +176,9 @@ RECIPES = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(recipe=RECIPES)
+@example(recipe=BASE.replace(prompt="\x85;\u2028\u2029 Kürze ist 답 {question}"))
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe):
     file = write_recipe(recipe, tmp_path_factory.getbasetemp() / "settings" / "recipe.yaml")
     other = Recipe(name="other", model="m", family="internvl", plan="split")

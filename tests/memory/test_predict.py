@@ -1,4 +1,4 @@
-"""The prediction of memory: tokens, weights and activations against what is really there, and its advice."""
+"""Predicted memory: tokens, weights and activations against measured ones, and its advice."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_no_image_becomes_more_tokens_than_predicted(family: str, shape: tuple[i
     example = {"row": Row(id="1", image=None, question="?", answers=("7",)), "image": image, "skipped": ()}
     batch = Collator(host.processor, host.spec, wanted)([example])
     config: Any = host.model.config
-    found = int((batch["input_ids"] == config.image_token_id).sum())
+    tokens = int((batch["input_ids"] == config.image_token_id).sum())
     predicted = lengths_of(wanted, config)
-    assert found <= predicted.image
+    assert tokens <= predicted.image
     if shape == {"llava_onevision": (288, 144), "internvl": (140, 280), "qwen2_5_vl": (140, 140)}.get(family, shape):
-        assert found == predicted.image
+        assert tokens == predicted.image
         assert 3 * predicted.pixels == batch["pixel_values"].numel()
 
 
@@ -105,14 +105,14 @@ def test_weights_are_as_many_bytes_as_the_loaded_host_has(
 ):
     wanted = recipe(family, folders[family], plan=plan, dtype="bfloat16", **changes)
     host = load_host(wanted)
-    found = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    loaded_bytes = sum(p.numel() * p.element_size() for p in host.model.parameters())
     for name in four_bit_modules(host.model):
         weight: Any = host.model.get_submodule(name).weight
         state = weight.quant_state
         scales = (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
-        found += sum(tensor.numel() * tensor.element_size() for tensor in scales)
+        loaded_bytes += sum(tensor.numel() * tensor.element_size() for tensor in scales)
     front, model = weights_of(wanted, count_parameters(wanted, host.model.config))
-    assert front.stored + model.stored == pytest.approx(found, rel=1e-6)
+    assert front.stored + model.stored == pytest.approx(loaded_bytes, rel=1e-6)
     trained = sum(p.numel() for p in host.model.parameters() if p.requires_grad)
     assert front.trained + model.trained == trained
 
@@ -170,19 +170,19 @@ def build(family: str) -> Any:
 def inputs_of(family: str, lengths: Lengths, batch: int) -> dict[str, Any]:
     ids = torch.randint(3, 200, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = IMAGE
-    found: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     if batch > 1:
-        found["attention_mask"][0, -5:] = 0
+        inputs["attention_mask"][0, -5:] = 0
     if family == "qwen2_5_vl":
         side = int(lengths.tower**0.5)
-        found["image_grid_thw"] = torch.tensor([[1, side, side]] * batch)
-        found["mm_token_type_ids"] = (ids == IMAGE).int()
-        return found | {"pixel_values": torch.randn(batch * lengths.tower, 3 * 2 * 14 * 14)}
+        inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * batch)
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        return inputs | {"pixel_values": torch.randn(batch * lengths.tower, 3 * 2 * 14 * 14)}
     tiles = lengths.pixels // SIDE**2
     if family == "llava_onevision":
         sizes = torch.tensor([[SIDE, 2 * SIDE]] * batch)
-        return found | {"pixel_values": torch.randn(batch, tiles, 3, SIDE, SIDE), "image_sizes": sizes}
-    return found | {"pixel_values": torch.randn(batch * tiles, 3, SIDE, SIDE)}
+        return inputs | {"pixel_values": torch.randn(batch, tiles, 3, SIDE, SIDE), "image_sizes": sizes}
+    return inputs | {"pixel_values": torch.randn(batch * tiles, 3, SIDE, SIDE)}
 
 
 class Held:
@@ -214,10 +214,10 @@ def kept_by_autograd(host: Host, inputs: dict[str, Any]) -> int:
         loss = host.model(**inputs, use_cache=False).loss
     gc.collect()
     tensors = [box.tensor for box in held] + [tensor for ref in arguments if (tensor := ref()) is not None]
-    own = {t.untyped_storage().data_ptr() for t in (*host.model.parameters(), *host.model.buffers())}
+    weights = {t.untyped_storage().data_ptr() for t in (*host.model.parameters(), *host.model.buffers())}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert loss.requires_grad
-    return sum(size for address, size in storages.items() if address not in own)
+    return sum(size for address, size in storages.items() if address not in weights)
 
 
 @every_family
@@ -238,9 +238,9 @@ def test_activations_are_what_autograd_keeps(
     model = build(family)
     lengths = lengths_of(wanted, model.config)
     host = prepare(model.to(getattr(torch, dtype)), None, wanted)
-    found = kept_by_autograd(host, inputs_of(family, lengths, batch))
+    kept = kept_by_autograd(host, inputs_of(family, lengths, batch))
     predicted = sum(half.kept(checkpointing) for half in activations_of(wanted, model.config, lengths, batch))
-    assert predicted == pytest.approx(found, rel=0.1), f"{predicted / found - 1:+.1%}"
+    assert predicted == pytest.approx(kept, rel=0.1), f"{predicted / kept - 1:+.1%}"
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -249,8 +249,8 @@ def test_activations_are_what_autograd_keeps(
 def test_published_memory_of_the_split_language_model():
     """15.3 was measured on GPU 1 at batch 4; the bf16 weights alone are 15.26 GiB, so that is what was read."""
     published = find_recipe("internvl3_5_8b_published").replace(plan="split")
-    found = predict_memory(published, architecture(published), batch=4)
-    front, model = found.devices
+    report = predict_memory(published, architecture(published), batch=4)
+    front, model = report.devices
     assert model.weights / GIBI == pytest.approx(15.3, rel=0.005)
     assert model.gradients == model.optimizer == 0
     # GPU 0 was at 8.1 with attention weights kept in every layer; the bias is folded here, and nothing is kept.
@@ -260,19 +260,19 @@ def test_published_memory_of_the_split_language_model():
 def test_published_memory_of_the_4_bit_run():
     """8.3 at batch 1. It had weights, gradients and moments of the tower in bf16; here they are float32."""
     published = find_recipe("internvl3_5_8b_published").replace(plan="nf4")
-    found = predict_memory(published, architecture(published), gpus=1, batch=1).devices[0]
+    device = predict_memory(published, architecture(published), gpus=1, batch=1).devices[0]
     trained = 337_590_400
-    assert (found.gradients, found.optimizer) == (4 * trained, 8 * trained)
-    in_bf16 = found.total - WORKSPACE - trained * (2 + 2 + 4)
+    assert (device.gradients, device.optimizer) == (4 * trained, 8 * trained)
+    in_bf16 = device.total - WORKSPACE - trained * (2 + 2 + 4)
     assert in_bf16 / GIBI == pytest.approx(8.3, rel=0.2)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_recipe_fits_two_cards_of_40_gb(name: str):
-    found = predict_memory(RECIPES[name], architecture(RECIPES[name]))
-    assert found.fits, found.advice
-    assert len(found.devices) == 2
-    assert "are left" in found.advice
+    report = predict_memory(RECIPES[name], architecture(RECIPES[name]))
+    assert report.fits, report.advice
+    assert len(report.devices) == 2
+    assert "are left" in report.advice
 
 
 def test_more_of_anything_needs_more():
@@ -294,39 +294,39 @@ def test_more_of_anything_needs_more():
 def test_advice_that_is_followed_helps(plan: Any):
     config = architecture(INTERNVL)
     wanted = INTERNVL.replace(plan=plan, gradient_checkpointing=False)
-    found = predict_memory(wanted, config, batch=4)
-    assert not found.fits
-    over = (found.peak - found.memory) / 1e9
-    assert f"{over:.1f} GB too much. What saves it: " in found.advice
-    assert found.savings
+    report = predict_memory(wanted, config, batch=4)
+    assert not report.fits
+    over = (report.peak - report.memory) / 1e9
+    assert f"{over:.1f} GB too much. What saves it: " in report.advice
+    assert report.savings
     kinds = {"gradient_checkpointing": lambda _: True, "freeze_vision": lambda _: True, "plan": str, "micro_batch": int}
-    for change, needed in found.savings:
+    for change, needed in report.savings:
         changes: dict[str, Any] = {}
         for setting in change.split(" with "):
             key, _, value = setting.partition("=")
             changes[key] = kinds.get(key, int)(value)
-        assert needed <= found.memory
-        again = predict_memory(found.recipe.replace(**changes), config)
+        assert needed <= report.memory
+        again = predict_memory(report.recipe.replace(**changes), config)
         assert (again.peak, again.fits) == (needed, True)
 
 
 def test_a_host_that_no_setting_saves():
-    found = predict_memory(INTERNVL, architecture(INTERNVL), memory=4e9)
-    assert not found.fits
-    assert found.savings == ()
-    assert "No setting saves it" in found.advice
+    report = predict_memory(INTERNVL, architecture(INTERNVL), memory=4e9)
+    assert not report.fits
+    assert report.savings == ()
+    assert "No setting saves it" in report.advice
 
 
 def test_the_table_and_the_json_say_the_same():
-    found = predict_memory(INTERNVL.replace(plan="split"), architecture(INTERNVL))
-    told = json.loads(json.dumps(found.as_dict()))
-    assert (told["fits"], told["plan"], told["micro_batch"]) == (True, "split", 1)
-    first = told["devices"][0]
+    report = predict_memory(INTERNVL.replace(plan="split"), architecture(INTERNVL))
+    record = json.loads(json.dumps(report.as_dict()))
+    assert (record["fits"], record["plan"], record["micro_batch"]) == (True, "split", 1)
+    first = record["devices"][0]
     parts = ("weights", "gradients", "optimizer", "activations", "workspace")
-    assert first["total"] == sum(first[part] for part in parts) == found.devices[0].total
+    assert first["total"] == sum(first[part] for part in parts) == report.devices[0].total
     console = Console(width=140, record=True)
-    console.print(found.table())
+    console.print(report.table())
     text = console.export_text()
     assert "tower, projector" in text
-    assert f"{found.peak / 1e9:.1f}" in text
-    assert found.advice.split(":")[0] in text
+    assert f"{report.peak / 1e9:.1f}" in text
+    assert report.advice.split(":")[0] in text

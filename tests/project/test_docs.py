@@ -1,4 +1,4 @@
-"""The code in the docs runs: each page from top to bottom, in one namespace."""
+"""The code blocks of each docs page run, from top to bottom in one namespace."""
 
 import re
 import subprocess
@@ -41,9 +41,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": "docs"}
-    for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        line = text[: found.start(1)].count("\n")
-        exec(compile("\n" * line + found[1], str(page), "exec"), namespace)
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
 
 
 def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> None:

@@ -1,4 +1,4 @@
-"""What can only be checked on a CUDA device: flash runs the folded bias and agrees with the matrix."""
+"""Checks that need a CUDA device: the flash kernel runs the folded bias and agrees with the dense matrix."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def test_folded_bias_runs_in_the_flash_kernel() -> None:
     expected = torch.autograd.grad(exact.square().mean(), list(bias.parameters()))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         folded = attend(query, key, value, bias.factors(layout), backend="folded")
-        found = torch.autograd.grad(folded.float().square().mean(), list(bias.parameters()))
+        grads = torch.autograd.grad(folded.float().square().mean(), list(bias.parameters()))
     torch.testing.assert_close(folded.float(), exact, atol=2e-2, rtol=2e-2)
-    for mine, reference in zip(found, expected, strict=True):
+    for mine, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=0.05 * reference.abs().max().item(), rtol=0.1)
 
 

@@ -1,4 +1,4 @@
-"""Imports: light, in the right direction, under one name."""
+"""Imports: cheap, downward only, and each module under one name."""
 
 import subprocess
 import sys

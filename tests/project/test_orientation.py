@@ -1,4 +1,4 @@
-"""The pages that lead through the code name files that are there, and the picture of the floors can be drawn."""
+"""The architecture page and the glossary name files that exist, and the picture of the floors can be drawn."""
 
 import re
 import runpy

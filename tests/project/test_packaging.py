@@ -1,4 +1,4 @@
-"""What the wheel and the metadata say equals what is on the disk."""
+"""The wheel and the package metadata match the files on disk."""
 
 import re
 import tomllib
@@ -17,12 +17,12 @@ MAPPED = {"sfa_adapters.backbones": ROOT / "backbones", "sfa_adapters.recipes": 
 
 
 def _packages_on_disk() -> set[str]:
-    found = set(MAPPED)
+    packages = set(MAPPED)
     for file in (ROOT / "sfa_adapters").rglob("__init__.py"):
-        found.add(".".join(file.parent.relative_to(ROOT).parts))
+        packages.add(".".join(file.parent.relative_to(ROOT).parts))
     for name, folder in MAPPED.items():
-        found |= {".".join((name, *file.parent.relative_to(folder).parts)) for file in folder.rglob("__init__.py")}
-    return found
+        packages |= {".".join((name, *file.parent.relative_to(folder).parts)) for file in folder.rglob("__init__.py")}
+    return packages
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_shipped_weights_are_small() -> None:
 
 def _block(marker: str) -> list[str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^<!-- fresh: {marker} -->\n+```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no block under <!-- fresh: {marker} -->"
-    return found[1].splitlines()
+    block = re.search(rf"^<!-- fresh: {marker} -->\n+```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block, f"README.md has no block under <!-- fresh: {marker} -->"
+    return block[1].splitlines()
 
 
 def test_the_readme_has_the_two_commands() -> None:

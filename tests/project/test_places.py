@@ -1,4 +1,4 @@
-"""Everything is where one looks for it: the test of a module has its name, or stands in the table `COVERED_BY`."""
+"""Each module has a test file of its name, or an entry in `COVERED_BY`."""
 
 from pathlib import Path
 

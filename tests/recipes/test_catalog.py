@@ -1,4 +1,4 @@
-"""The recipes: their hosts at full size, counted without memory, and the nano hosts that stand in for them on a CPU."""
+"""The recipes: hosts at full size, counted without memory, and the nano hosts that replace them on a CPU."""
 
 import importlib
 import json
@@ -130,10 +130,10 @@ def test_rows_that_are_known_beforehand():
 @pytest.mark.parametrize("name", HOST_RECIPES)
 def test_the_memory_in_the_head_of_a_file_is_what_is_predicted(name: str):
     module = importlib.import_module(f"sfa_adapters.recipes.{name}")
-    told = re.search(r"`sfa plan` predicts ([\d.]+) GB", module.__doc__ or "")
-    assert told is not None
+    stated = re.search(r"`sfa plan` predicts ([\d.]+) GB", module.__doc__ or "")
+    assert stated is not None
     recipe = find_recipe(name)
-    assert f"{predict_memory(recipe, architecture(recipe)).peak / 1e9:.1f}" == told[1]
+    assert f"{predict_memory(recipe, architecture(recipe)).peak / 1e9:.1f}" == stated[1]
 
 
 @pytest.mark.parametrize("name", HOST_RECIPES)
@@ -175,9 +175,9 @@ def test_a_folder_loads_as_the_hosts_own_classes(loaded: tuple[Family, Any, Any]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert count(model) < 2_000_000
     want = dict(build_host(family)[0].state_dict())
-    found = model.state_dict()
-    assert found.keys() == want.keys()
-    assert all(torch.equal(found[name], want[name]) for name in want)
+    loaded_state = model.state_dict()
+    assert loaded_state.keys() == want.keys()
+    assert all(torch.equal(loaded_state[name], want[name]) for name in want)
 
 
 def test_any_text_comes_back_from_its_tokens(loaded: tuple[Family, Any, Any]):
@@ -196,8 +196,8 @@ def test_images_of_several_shapes_go_through_processor_model_and_generate(loaded
     rng = np.random.default_rng(0)
     shapes = [(144, 144, 3), (100, 300, 3), (260, 90, 3)]
     images = [Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes]
-    asked = [{"type": "image"}, {"type": "text", "text": "어느 것이 가장 큰가요?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
+    content = [{"type": "image"}, {"type": "text", "text": "어느 것이 가장 큰가요?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert "어느 것이 가장 큰가요?" in text
     batch = processor(images=images, text=[text] * 3, padding=True, padding_side="left", return_tensors="pt")
     tokens = (batch["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
@@ -210,9 +210,9 @@ def test_images_of_several_shapes_go_through_processor_model_and_generate(loaded
     assert tokens == wanted[family]
     with torch.no_grad():
         logits = model(**batch).logits
-        said = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        generated = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert logits.isfinite().all()
-    assert said.shape[0] == 3
+    assert generated.shape[0] == 3
     changed = dict(batch) | {"pixel_values": batch["pixel_values"].flip(-1)}
     with torch.no_grad():
         assert (model(**changed).logits - logits).abs().max() > 1e-4
@@ -252,9 +252,9 @@ def test_a_folder_is_written_once_and_not_mixed_with_others(tmp_path: Path):
 
 
 def test_nano_keeps_what_is_tried_out_and_makes_the_rest_small(tmp_path: Path):
-    asked: dict[str, Any] = {"sfa_terms": ("row",), "adat": 0.5, "scr_entropy": 0.1, "lora_llm": 4, "seed": 3}
-    recipe = nano(find_recipe("internvl3_5_8b").replace(**asked, freeze_vision=True), tmp_path / "host")
-    assert {name: getattr(recipe, name) for name in asked} == asked
+    changes: dict[str, Any] = {"sfa_terms": ("row",), "adat": 0.5, "scr_entropy": 0.1, "lora_llm": 4, "seed": 3}
+    recipe = nano(find_recipe("internvl3_5_8b").replace(**changes, freeze_vision=True), tmp_path / "host")
+    assert {name: getattr(recipe, name) for name in changes} == changes
     assert recipe.freeze_vision
     assert (recipe.plan, recipe.dtype, recipe.data, recipe.folder) == (
         "bf16",

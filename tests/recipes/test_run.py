@@ -1,4 +1,4 @@
-"""A recipe from beginning to end on every family: it trains, is stopped, goes on, is evaluated and can be shared."""
+"""A recipe from beginning to end on every family: it trains, is interrupted, resumes, is evaluated and is shared."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     assert result.baseline is not None
     assert result.scores is not None
     assert f"{100 * result.scores.mean.value:.1f}" in card
-    said, before = read_answers(result.predictions), read_answers(result.baseline)
-    assert [p.id for p in said] == [p.id for p in before]
-    assert len(said) == 6
+    answers, before = read_answers(result.predictions), read_answers(result.baseline)
+    assert [p.id for p in answers] == [p.id for p in before]
+    assert len(answers) == 6
     assert result.scores.rows == 6
-    facts = json.loads((result.trained / "run.json").read_text())
-    assert facts["steps"] == 4
-    assert facts["scores"][0]["rows"] == 6
+    metadata = json.loads((result.trained / "run.json").read_text())
+    assert metadata["steps"] == 4
+    assert metadata["scores"][0]["rows"] == 6
     # What was trained moved, and is what is loaded again.
     host = open_host(result.trained)
     start = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
@@ -103,7 +103,7 @@ def test_a_trained_run_is_not_trained_again_and_is_asked_as_it_was_saved(
 
 
 class Killed(Exception):
-    """Stands for a power cut."""
+    """Simulates a power cut."""
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +127,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "train", real)
     result = run(recipe, nano=True, resume=True, evaluate=False, console=quiet())
     for file in ("adapter_model.safetensors", "tuned.safetensors"):
-        wanted, found = load_file(whole.trained / file), load_file(result.trained / file)
-        assert wanted.keys() == found.keys()
-        assert all(torch.equal(wanted[key], found[key]) for key in wanted), file
+        wanted, resumed = load_file(whole.trained / file), load_file(result.trained / file)
+        assert wanted.keys() == resumed.keys()
+        assert all(torch.equal(wanted[key], resumed[key]) for key in wanted), file
 
 
 def test_wrong_recipes_are_told_before_anything_is_loaded(tmp_path: Path) -> None:

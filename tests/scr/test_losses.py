@@ -95,19 +95,19 @@ EVIDENCE = torch.tensor([[0.0, 2.0, 1.0], [0.5, 0.0, 0.0]])[:, None].expand(2, 3
 
 def dense_grounding(attention: Tensor, kind: str) -> Tensor:
     """The same from whole attention maps `[B, H, Q, K]`, in loops, `[B, R]`."""
-    found = []
+    losses = []
     for sample in range(2):
         for row in ROWS[sample]:
             keys = KEYS[sample][PRESENT[sample]]
-            own = attention[sample, :, row, keys]
-            own = (own / own.sum(-1, keepdim=True)).mean(0)
+            on_image = attention[sample, :, row, keys]
+            on_image = (on_image / on_image.sum(-1, keepdim=True)).mean(0)
             target = EVIDENCE[sample, 0][PRESENT[sample]].double()
-            target = target * (own > 0)
+            target = target * (on_image > 0)
             target = target / target.sum()
             there = target > 0
-            divergence = (target[there] * (target[there] / own[there]).log()).sum()
-            found.append(divergence if kind == "kl" else -own[there].sum().log())
-    return torch.stack(found).view(2, 3)
+            divergence = (target[there] * (target[there] / on_image[there]).log()).sum()
+            losses.append(divergence if kind == "kl" else -on_image[there].sum().log())
+    return torch.stack(losses).view(2, 3)
 
 
 # -- values and gradients against dense attention ---------------------------------------------------------------------
@@ -145,10 +145,10 @@ def test_grounding_and_its_gradients_are_those_of_dense_attention(shape: str, ki
 
 
 def parameter_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert found
-    return found
+    assert grads
+    return grads
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -213,11 +213,11 @@ def test_grounding_moves_a_real_llama_as_dense_eager_attention_does(side: str, i
     model.set_attn_implementation("eager")
     reference = []
     for attention in model(**inputs, output_attentions=True, use_cache=False).attentions:
-        own = attention.transpose(1, 2)[torch.arange(2)[:, None], rows]  # [B, R, H, K]
-        own = own.gather(-1, keys[:, None, None].expand(2, 3, 4, 3))
-        own = (own / own.sum(-1, keepdim=True)).mean(2)
+        on_image = attention.transpose(1, 2)[torch.arange(2)[:, None], rows]  # [B, R, H, K]
+        on_image = on_image.gather(-1, keys[:, None, None].expand(2, 3, 4, 3))
+        on_image = (on_image / on_image.sum(-1, keepdim=True)).mean(2)
         target = evidence / evidence.sum(-1, keepdim=True)
-        reference.append((torch.xlogy(target, target) - target * own.log()).sum(-1))
+        reference.append((torch.xlogy(target, target) - target * on_image.log()).sum(-1))
     torch.stack(reference).mean().backward()
     assert_same(streamed, parameter_gradients(model))
 
@@ -284,11 +284,11 @@ def test_nan_logits_are_an_error_that_names_the_layer() -> None:
 
 def test_narrowed_keeps_the_bias_of_another_sample_out() -> None:
     call = AttentionCall("layer", query=random(2, 4, 6, 3), key=random(2, 4, 6, 3, seed=1), mask=random(2, 1, 6, 6))
-    found = narrowed(call, ROWS, KEYS, PRESENT).logits(slice(None))
+    logits = narrowed(call, ROWS, KEYS, PRESENT).logits(slice(None))
     whole = call.logits(slice(None)).transpose(1, 2)[torch.arange(2)[:, None], ROWS]
     whole = whole.gather(-1, KEYS[:, None, None].expand(2, 3, 4, 3)).transpose(1, 2)
-    assert_close(found.masked_fill(~PRESENT[:, None, None], 0), whole.masked_fill(~PRESENT[:, None, None], 0), 1e-12)
-    assert bool((found[1, ..., 2] == HIDDEN).all())
+    assert_close(logits.masked_fill(~PRESENT[:, None, None], 0), whole.masked_fill(~PRESENT[:, None, None], 0), 1e-12)
+    assert bool((logits[1, ..., 2] == HIDDEN).all())
 
 
 # -- small maths ------------------------------------------------------------------------------------------------------
@@ -300,12 +300,12 @@ numbers = st.lists(st.floats(-20, 20), min_size=4, max_size=4)
 @settings(deadline=None)
 def test_jeffreys_is_half_of_both_divergences(first: list[float], second: list[float]) -> None:
     p, q = torch.tensor([first], dtype=torch.float64), torch.tensor([second], dtype=torch.float64)
-    found = jeffreys(p, q)
-    assert found.item() >= -1e-12
-    assert_close(found, jeffreys(q, p), 1e-12)
+    divergence = jeffreys(p, q)
+    assert divergence.item() >= -1e-12
+    assert_close(divergence, jeffreys(q, p), 1e-12)
     a, b = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     kl = torch.distributions.kl_divergence
-    assert_close(found, (kl(a, b) + kl(b, a)) / 2, 1e-9)
+    assert_close(divergence, (kl(a, b) + kl(b, a)) / 2, 1e-9)
     assert jeffreys(p, p + 3).item() == pytest.approx(0, abs=1e-12)
 
 
@@ -316,8 +316,8 @@ def test_jeffreys_has_the_gradient_of_its_formula() -> None:
 
 @given(st.floats(0, 1))
 def test_the_band_is_free_and_both_extremes_cost(value: float) -> None:
-    found = band_penalty(torch.tensor(value, dtype=torch.float64), (0.25, 0.75)).item()
-    assert found == pytest.approx(max(0.25 - value, value - 0.75, 0) ** 2)
+    penalty = band_penalty(torch.tensor(value, dtype=torch.float64), (0.25, 0.75)).item()
+    assert penalty == pytest.approx(max(0.25 - value, value - 0.75, 0) ** 2)
 
 
 def test_the_mean_counts_samples_not_rows() -> None:
@@ -335,8 +335,8 @@ def test_the_mean_counts_samples_not_rows() -> None:
 
 def test_boxes_become_shares_of_tokens() -> None:
     # A page of 40 x 80 px (height, width) in 2 x 4 tokens of 20 px.
-    found = boxes_to_tokens([(20, 0, 50, 20), (0, 30, 20, 40)], (40, 80), (2, 4))
-    assert found.tolist() == [0, 1, 0.5, 0, 0.5, 0, 0, 0]
+    shares = boxes_to_tokens([(20, 0, 50, 20), (0, 30, 20, 40)], (40, 80), (2, 4))
+    assert shares.tolist() == [0, 1, 0.5, 0, 0.5, 0, 0, 0]
     assert boxes_to_tokens([], (40, 80), (2, 4)).tolist() == [0] * 8
     assert boxes_to_tokens([(-10, -10, 10, 20)], (40, 80), (2, 4))[0] == 0.5  # outside the page
     filled = torch.tensor([[0.0, 0, 20, 20], [float("nan")] * 4])
@@ -353,7 +353,7 @@ def test_a_box_keeps_its_area(x: float, y: float, w: float, h: float, rows: int,
 
 
 @pytest.mark.parametrize(
-    ("boxes", "page", "told"),
+    ("boxes", "page", "message"),
     [
         ([(5, 0, 1, 2)], (10, 10), r"boxes\[0\]=\[5.0, 0.0, 1.0, 2.0\]"),
         ([(0, 0, float("nan"), 2)], (10, 10), r"boxes\[0\]"),
@@ -361,8 +361,8 @@ def test_a_box_keeps_its_area(x: float, y: float, w: float, h: float, rows: int,
         ([(0, 0, 1, 1)], (0, 10), r"page=\(0, 10\)"),
     ],
 )
-def test_boxes_that_are_none_are_named(boxes: Any, page: tuple[int, int], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_boxes_that_are_none_are_named(boxes: Any, page: tuple[int, int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         boxes_to_tokens(boxes, page, (2, 2))
 
 
@@ -382,10 +382,10 @@ def test_the_query_of_an_answer_token_is_the_one_before_it() -> None:
 def test_packed_questions_get_their_own_boxes() -> None:
     labels = torch.tensor([[-100, 7, 8, -100, 9, 9], [-100, -100, 7, -100, -100, -100]])
     boxes = [[[(0, 0, 10, 10)], [(10, 10, 20, 20)]], [[]]]
-    found = packed_evidence(labels, boxes, (20, 20), (2, 2))
-    assert found[0].argmax(-1).tolist() == [0, 0, 0, 0, 3, 3]
-    assert found[0].sum(-1).tolist() == [0, 1, 1, 0, 1, 1]
-    assert not found[1].any()
+    shares = packed_evidence(labels, boxes, (20, 20), (2, 2))
+    assert shares[0].argmax(-1).tolist() == [0, 0, 0, 0, 3, 3]
+    assert shares[0].sum(-1).tolist() == [0, 1, 1, 0, 1, 1]
+    assert not shares[1].any()
     with pytest.raises(DataError, match="Sample 0 has 2 answers, but boxes for 1 questions"):
         packed_evidence(labels, [[[]], [[]]], (20, 20), (2, 2))
 
@@ -404,16 +404,16 @@ def test_rows_are_chosen_among_candidates(flags: list[bool], most: int) -> None:
 def test_image_tokens_of_pages_and_tiles() -> None:
     image = 9
     ids = torch.tensor([[1, 9, 9, 9, 9, 9, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
-    found = image_tokens(ids, image)
-    assert found.places[0].tolist() == [1, 2, 3, 4, 5]
-    assert found.counts.tolist() == [5, 0]
-    newline = found.of_page(4, 0, base_first=True)
+    tokens = image_tokens(ids, image)
+    assert tokens.places[0].tolist() == [1, 2, 3, 4, 5]
+    assert tokens.counts.tolist() == [5, 0]
+    newline = tokens.of_page(4, 0, base_first=True)
     assert newline.places[0].tolist() == [1, 2, 3, 4]
     assert newline.present.tolist() == [[True] * 4, [False] * 4]
-    kept_cls = found.of_page(4, 1, base_first=False)
+    kept_cls = tokens.of_page(4, 1, base_first=False)
     assert kept_cls.places[0].tolist() == [2, 3, 4, 5]
     with pytest.raises(DataError, match="5 image tokens; a page has 4"):
-        found.of_page(4, 0, base_first=False)
+        tokens.of_page(4, 0, base_first=False)
     tiles = image_tokens(torch.full((1, 8), image), image).of_page(4, 0, base_first=False)
     assert tiles.places.tolist() == [[4, 5, 6, 7]]  # InternVL puts the whole page behind its tiles
     with pytest.raises(DataError, match="in pieces"):

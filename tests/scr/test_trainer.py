@@ -1,4 +1,4 @@
-"""SCR on whole models: in one's own loop and in a `transformers.Trainer`."""
+"""SCR on whole models: in a plain training loop and in a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_the_terms_of_a_host(name: str) -> None:
     assert 0 < terms["grounding_mass"] < 1
     assert 0 < terms["entropy_level"] < 1
     penalty.backward()
-    found = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert any("vision" in name for name in found)
-    assert any("language" in name for name in found)
+    names = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any("vision" in name for name in names)
+    assert any("language" in name for name in names)
 
 
 @every_host
@@ -112,9 +112,9 @@ def test_the_level_of_the_entropy_is_that_of_dense_patches(name: str) -> None:
     reader = RowEntropy(normalize=True)
     with torch.no_grad(), observe(model, reader, modules="vision"):
         model(**inputs)
-    found = find_tower(model)
-    layer = found.attentions[found.used_layers - 1][0]
-    patches = reader.results[layer][0][..., found.backbone.geometry(found.tower).prefix_tokens :]
+    located = find_tower(model)
+    layer = located.attentions[located.used_layers - 1][0]
+    patches = reader.results[layer][0][..., located.backbone.geometry(located.tower).prefix_tokens :]
     dense = patches[..., (torch.arange(16) % 4) < 2]
     assert terms["entropy_level"] == pytest.approx(dense.mean().item(), abs=1e-6)
     assert terms["entropy"] == pytest.approx((dense - dense.clamp(0.3, 0.7)).square().mean().item(), abs=1e-6)
@@ -177,9 +177,9 @@ def test_tiles_of_internvl_have_their_page_behind_them() -> None:
     inputs["pixel_values"] = torch.cat((inputs["pixel_values"],) * 2)
     last = torch.zeros(2, 8)
     last[:, 4] = 1
-    found = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, evidence_boxes=[[(0, 0, 28, 28)]] * 2)[1]
+    on_page = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, evidence_boxes=[[(0, 0, 28, 28)]] * 2)[1]
     whole = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, evidence_mask=last)[1]
-    assert found["grounding"] < whole["grounding"]  # of the page alone, its first token has a larger share
+    assert on_page["grounding"] < whole["grounding"]  # of the page alone, its first token has a larger share
     assert penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs)[1]["grounding_used"] == 2
 
 
@@ -263,9 +263,9 @@ def test_packed_questions_have_their_own_evidence() -> None:
 def test_peft_wrappers_are_looked_through() -> None:
     host = BY_NAME["llava"]
     model, inputs = get_peft_model(host.build(), SFAConfig(init_std=0.5)), batch_of(host)  # pyright: ignore[reportArgumentType]
-    found = gradients_of(model, config(), inputs, evidence_boxes=BOXES)
-    assert found
-    assert all(".sfa_" in name for name in found)
+    grads = gradients_of(model, config(), inputs, evidence_boxes=BOXES)
+    assert grads
+    assert all(".sfa_" in name for name in grads)
 
 
 # -- what cannot be measured ------------------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ def test_text_only_samples_are_skipped_by_the_grounding_term() -> None:
     inputs["input_ids"][1] = inputs["input_ids"][1].masked_fill(inputs["input_ids"][1] == 60, 5)
     inputs["pixel_values"] = inputs["pixel_values"][:1]
     for evidence in ({"evidence_boxes": BOXES}, {}):
-        found = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, **evidence)[1]
-        assert (found["grounding_used"], found["grounding_skipped"]) == (1, 1)
+        parts = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, **evidence)[1]
+        assert (parts["grounding_used"], parts["grounding_skipped"]) == (1, 1)
 
 
 def test_evidence_behind_the_attention_mask_is_no_evidence() -> None:
@@ -321,8 +321,8 @@ def test_evidence_behind_the_attention_mask_is_no_evidence() -> None:
     first = int((inputs["input_ids"][0] == 60).nonzero()[0])
     inputs["attention_mask"][0, first] = 0
     mask = (torch.arange(16) == 0).expand(2, -1)
-    found = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, evidence_mask=mask)[1]
-    assert (found["grounding_used"], found["grounding_skipped"], found["grounding_rows"]) == (1, 1, 3)
+    parts = penalty_of(model, config(**{**OFF, "grounding": 1.0}), inputs, evidence_mask=mask)[1]
+    assert (parts["grounding_used"], parts["grounding_skipped"], parts["grounding_rows"]) == (1, 1, 3)
 
 
 def test_nan_weights_are_an_error_of_the_reader() -> None:
@@ -345,14 +345,14 @@ def test_misuse_is_named() -> None:
         assert model(**inputs).logits is not model(**inputs).logits
     with pytest.raises(ObservationError, match="never ran"), scr.watch():
         pass
-    for evidence, told in (
+    for evidence, message in (
         ({"evidence_boxes": BOXES[:1]}, "evidence_boxes has 1 entries for 2 samples"),
         ({"evidence_boxes": [BOXES[0], [(3, 0, 1, 1)]]}, r"Sample 1: boxes\[0\]"),
         ({"evidence_mask": torch.ones(2, 5)}, r"evidence_mask \(2, 5\)"),
         ({"evidence_mask": torch.full((2, 16), -1.0)}, "below 0"),
         ({"evidence_mask": torch.ones(2, 16), "evidence_boxes": BOXES}, "not both"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             penalty_of(model, config(), inputs, **evidence)
     with pytest.raises(DataError, match="'labels'"):
         penalty_of(model, config(), {k: v for k, v in inputs.items() if k != "labels"})
@@ -415,12 +415,12 @@ HOST = BY_NAME["llava_onevision"]
 
 def samples(count: int) -> list[dict[str, Any]]:
     """Single samples; each has boxes."""
-    found = []
+    rows = []
     for seed in range(count):
         batch = batch_of(HOST, seed)
-        own = {name: value[seed % 2] for name, value in batch.items()}
-        found.append({**own, "evidence_boxes": BOXES[seed % 2]})
-    return found
+        sample = {name: value[seed % 2] for name, value in batch.items()}
+        rows.append({**sample, "evidence_boxes": BOXES[seed % 2]})
+    return rows
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, Any]:

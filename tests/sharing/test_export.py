@@ -26,6 +26,7 @@ from sfa_adapters.errors import BiasNotAppliedError, InjectionError, RecipeError
 from sfa_adapters.hosts.load import load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
+from sfa_adapters.reduction import DyMUConfig, FastVConfig, inject_dymu, inject_fastv
 from sfa_adapters.sharing import baked, export, export_baked
 from sfa_adapters.sharing.weights import plain_state_dict
 from sfa_adapters.testing.cases import read_hidden
@@ -151,10 +152,10 @@ def test_bare_towers_with_any_option(tmp_path: Path, name: str, options: Any, fo
     inject_sfa(tower, strong_config(**options))
     export_baked(tower, tmp_path / "out", form=form)
     with torch.no_grad():
-        found = loaded(tmp_path / "out")(**inputs).last_hidden_state
+        states = loaded(tmp_path / "out")(**inputs).last_hidden_state
         expected = tower(**inputs).last_hidden_state
-    assert_close(found, expected)
-    assert difference(found, torch.stack(read_hidden(case.fresh()[0], inputs))) > 1e-3
+    assert_close(states, expected)
+    assert difference(states, torch.stack(read_hidden(case.fresh()[0], inputs))) > 1e-3
 
 
 def test_two_adapters_add_up_and_tables_are_small(tmp_path: Path) -> None:
@@ -175,14 +176,14 @@ def test_expanded_tables_against_a_loop() -> None:
     row, column = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 0, 1, 0, 1])
     on_page = torch.arange(7) > 0
     blocks[:, :, 0] = 0
-    found = baked.expand_tables(rows, columns, blocks, row, column, on_page)
+    tables = baked.expand_tables(rows, columns, blocks, row, column, on_page)
     for head in range(2):
         for i in range(7):
             for j in range(7):
                 expected = blocks[0, head, i] * blocks[0, head, j]
                 if i and j:
                     expected = expected + rows[head, row[i], row[j]] + columns[head, column[i], column[j]]
-                assert found[head, i, j].item() == pytest.approx(float(expected), abs=1e-6)
+                assert tables[head, i, j].item() == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_sizes_of_the_full_tower() -> None:
@@ -283,7 +284,7 @@ def test_what_has_no_one_bias_is_refused_with_the_reason(tmp_path: Path) -> None
     for _, _, layer in injected_layers(off):
         layer.set_adapter([])
     for model, reason, kind in (
-        (qwen, "windows of its own", RecipeError),
+        (qwen, "pages of any size", RecipeError),
         (inject_sfa(remote), "-HF variant", RecipeError),
         (vit, "not a class of transformers", RecipeError),
         (adaptive, "anew for each page", RecipeError),
@@ -294,6 +295,16 @@ def test_what_has_no_one_bias_is_refused_with_the_reason(tmp_path: Path) -> None
             export_baked(model, tmp_path / "out")
     with pytest.raises(RecipeError, match="form='sparse'"):
         export_baked(small_tower(), tmp_path / "out", form="sparse")  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_drops_tokens_while_a_model_runs_is_refused(tmp_path: Path) -> None:
+    merging = inject_dymu(inject_sfa(small_tower()), DyMUConfig(thresholds=1.0))
+    with pytest.raises(RecipeError, match=r"DyMU \(inject_dymu\).*eject_dymu"):
+        export_baked(merging, tmp_path / "out")
+    pruning = inject_fastv(adapted(BY_NAME["llava"]), FastVConfig(layer=1))
+    with pytest.raises(RecipeError, match=r"FastV \(inject_fastv\).*eject_fastv"):
+        export_baked(pruning, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

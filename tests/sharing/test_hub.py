@@ -1,4 +1,4 @@
-"""The model card and the hub: what is written, what is sent, what is refused. Nothing here reaches a network."""
+"""The model card and the hub: what is written, what is sent, what is refused. Nothing here uses a network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from sfa_adapters.errors import MergeError, RecipeError
 from sfa_adapters.hosts.load import Host, load_host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
-from sfa_adapters.sharing import RunFacts, fetch, model_card, push_to_hub, read_facts, share, write_card, write_facts
+from sfa_adapters.sharing import (
+    RunMetadata,
+    fetch,
+    model_card,
+    push_to_hub,
+    read_run_metadata,
+    share,
+    write_card,
+    write_run_metadata,
+)
 from sfa_adapters.sharing.metadata import hub_id
 from sfa_adapters.training.checkpoints import load_trained, save_trained
 
@@ -31,7 +40,7 @@ SCORES: dict[str, Any] = {
         {"group": "human", "of": 0, "points": 0.0, "mean": float("nan"), "low": float("nan"), "high": float("nan")},
     ],
 }  # fmt: skip
-FACTS = RunFacts(
+METADATA = RunMetadata(
     command="sfa train llava_1_5_7b --limit 40", hardware="2 x NVIDIA A100-SXM4-40GB", processes=2, seconds=3723.4,
     steps=12, examples=384, skipped=2, loss=0.51234, scores=(SCORES,),
 )  # fmt: skip
@@ -64,14 +73,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     base = nano_checkpoint("llava", tmp_path_factory.mktemp("base") / "host")
     settings: dict[str, Any] = {"plan": "bf16", "dtype": "float32", "lora_llm": 2, "revision": "abc123"}
     recipe = Recipe(name="llava_1_5_7b", model=str(base), family="llava", freeze_vision=True, seed=7, **settings)
-    found = load_host(recipe, device="cpu")
-    found.model.eval()
+    loaded = load_host(recipe, device="cpu")
+    loaded.model.eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in found.model.parameters():
+        for parameter in loaded.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return found
+    return loaded
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def run(host: Host, tmp_path: Path) -> Path:
     """The folder of a run, with its adapter in `final`."""
     folder = tmp_path / "run"
     save_trained(host, folder / "final")
-    write_facts(folder / "final", FACTS)
+    write_run_metadata(folder / "final", METADATA)
     for name in ("results.md", "results.json", "predictions.jsonl", "training.png", "host.log", ".hidden.json"):
         (folder / name).write_text("{}")
     (folder / "checkpoint-3").mkdir()
@@ -157,7 +166,7 @@ def test_a_card_of_little_invents_nothing_and_names_no_folder_of_this_machine(ho
 
 def test_other_hosts_are_in_the_text_and_not_in_the_index(run: Path) -> None:
     base = {**SCORES, "host": "untrained"}
-    card = model_card(run / "final", facts=RunFacts(scores=(base, SCORES)))
+    card = model_card(run / "final", metadata=RunMetadata(scores=(base, SCORES)))
     assert "metric `relaxed` (untrained)" in card.text
     assert len(card.data.eval_results or ()) == 1  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -171,7 +180,7 @@ def test_an_adapter_of_sfa_alone_loads_with_peft_too(run: Path) -> None:
 
 def test_a_card_of_somebody_stays(run: Path) -> None:
     write_card(run / "final")
-    write_card(run / "final", facts=RunFacts())  # ours is written anew
+    write_card(run / "final", metadata=RunMetadata())  # ours is overwritten
     assert "not evaluated" in (run / "final" / "README.md").read_text()
     (run / "final" / "README.md").write_text("# mine")
     (warning,) = write_card(run / "final")
@@ -188,17 +197,17 @@ def test_names_of_the_hub(name: str | None, expected: str | None) -> None:
 
 
 def test_facts_of_a_run(tmp_path: Path) -> None:
-    assert read_facts(tmp_path) == RunFacts()
-    write_facts(tmp_path, FACTS)
-    again = read_facts(tmp_path)
-    assert (again.command, again.scores[0]["rows"]) == (FACTS.command, 40)
-    here = RunFacts.here(seconds=1.5)
+    assert read_run_metadata(tmp_path) == RunMetadata()
+    write_run_metadata(tmp_path, METADATA)
+    again = read_run_metadata(tmp_path)
+    assert (again.command, again.scores[0]["rows"]) == (METADATA.command, 40)
+    here = RunMetadata.here(seconds=1.5)
     assert here.command
     assert "CPU" in (here.hardware or "") or torch.cuda.is_available()
     for broken in ("{", '{"speed": 1}', '{"scores": [1]}', "[]"):
         (tmp_path / "run.json").write_text(broken)
         with pytest.raises(RecipeError, match=r"run\.json cannot be read"):
-            read_facts(tmp_path)
+            read_run_metadata(tmp_path)
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -305,9 +314,9 @@ def test_a_card_is_needed_and_a_name(run: Path) -> None:
 
 def test_what_the_hub_says_becomes_one_line(run: Path) -> None:
     # The real client, at an address where nothing listens.
-    with pytest.raises(RecipeError, match="hf auth login") as told:
+    with pytest.raises(RecipeError, match="hf auth login") as raised:
         share(run / "final", "me/charts", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
     refused = OSError("401 Client Error\nmore")
     refused.response = type("Response", (), {"status_code": 403})  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RecipeError, match=r"\(401 Client Error\)\. Your token may not write"):
@@ -318,17 +327,17 @@ def test_what_the_hub_says_becomes_one_line(run: Path) -> None:
 
 def test_there_and_back(run: Path, host: Host, tmp_path: Path) -> None:
     share(run / "final", api=FakeApi())
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def download(repo_id: str, **options: Any) -> str:
         inspect.signature(__import__("huggingface_hub").snapshot_download).bind(repo_id, **options)
-        asked.update(options, repo_id=repo_id)
+        request.update(options, repo_id=repo_id)
         return str(shutil.copytree(run / "final", tmp_path / "cache"))
 
     folder = fetch("me/charts", "v1", download=download)
-    assert asked["repo_id"] == "me/charts"
-    assert asked["revision"] == "v1"
-    assert not any("*" in name or name.endswith((".bin", ".pt", ".py")) for name in asked["allow_patterns"])
+    assert request["repo_id"] == "me/charts"
+    assert request["revision"] == "v1"
+    assert not any("*" in name or name.endswith((".bin", ".pt", ".py")) for name in request["allow_patterns"])
     fresh = load_host(host.recipe, device="cpu", train=False)
     load_trained(fresh, folder)
     for (name, parameter), other in zip(fresh.model.named_parameters(), host.model.parameters(), strict=True):

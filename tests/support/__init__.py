@@ -1,1 +1,1 @@
-"""What several tests share: small models, references, comparisons, programs that tests start."""
+"""Shared parts of tests: small models, references, comparisons, programs that tests start."""

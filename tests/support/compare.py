@@ -1,4 +1,4 @@
-"""What tests compare with: the contract suite's own helpers, and caches of generation."""
+"""Comparisons for tests: the contract suite's own helpers, and one for caches of generation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""DyMU in tests: a slow tower, hosts with prompts of different lengths, and single samples of a batch."""
+"""For tests of DyMU: a slow merging tower, prompts of different lengths, and single samples of a batch."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def padded(host: HostCase, seed: int = 0) -> dict[str, Any]:
 
 def single(inputs: dict[str, Any], number: int, pad: int = PAD) -> dict[str, Any]:
     """One sample of `padded`, without its padding."""
-    found = {}
+    chosen = {}
     for name, value in inputs.items():
         if name == "pixel_values" and value.ndim == 2:  # Qwen: patches of all images
-            found[name] = value.chunk(2)[number]
+            chosen[name] = value.chunk(2)[number]
         else:
-            found[name] = value[number : number + 1]
+            chosen[name] = value[number : number + 1]
         if number == 1 and name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            found[name] = found[name][:, pad:]
-    return found
+            chosen[name] = chosen[name][:, pad:]
+    return chosen
 
 
 def slow_tower(
     tower: nn.Module, pixels: Tensor, thresholds: tuple[float, ...], places: list[Place] | None = None
 ) -> list[Tensor]:
-    """Hidden states behind each layer, on the full grid, of one image; float64 and loops.
+    """Hidden states of one image after each layer, scattered back to the full grid; in float64 with loops.
 
     For CLIP and SigLIP. With `places`, SFA's bias is added: a token has the place of its representative.
     """
     model: Any = tower
-    found = find_tower(tower)
-    prefix = found.backbone.geometry(tower).prefix_tokens
+    located = find_tower(tower)
+    prefix = located.backbone.geometry(tower).prefix_tokens
     states = model.embeddings(pixels)
     states = (model.pre_layrnorm(states) if hasattr(model, "pre_layrnorm") else states)[0].double()
     members = [[i] for i in range(len(states))]  # of each token, its representative first
@@ -71,11 +71,11 @@ def slow_tower(
         keys = key.mean(0)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         scores = scores + torch.tensor([len(m) for m in members]).double().log()
-        own: Any = getattr(layer.self_attn, "sfa", None)
-        if places is not None and isinstance(own, SFALayer):
-            grid = found.backbone.geometry(tower).grid
+        bias: Any = getattr(layer.self_attn, "sfa", None)
+        if places is not None and isinstance(bias, SFALayer):
+            grid = located.backbone.geometry(tower).grid
             assert grid is not None
-            scores = scores + layer_phi(own, [places[m[0]] for m in members], grid)
+            scores = scores + layer_phi(bias, [places[m[0]] for m in members], grid)
         states = states + merge_heads(layer.self_attn, scores.softmax(-1) @ value)
         states = states + layer.mlp(layer.layer_norm2(states.float())).double()
         seen.append((states, members))

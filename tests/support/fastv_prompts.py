@@ -39,10 +39,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt: numbers of text tokens in front of, between and behind its images."""
+    """One prompt: numbers of text tokens before, between and after its images."""
 
     texts: tuple[int, ...]
-    sizes: tuple[int, ...] = ()  # which size each image has, of those of a Qwen host
+    sizes: tuple[int, ...] = ()  # index of the size of each image in `Family.tokens`, for Qwen
     seed: int = 0
 
     @property
@@ -126,7 +126,7 @@ def batched(prompts: Sequence[dict[str, Any]], side: str = "left") -> dict[str, 
             padded = [torch.nn.functional.pad(r, gap, value=fill) for r, gap in zip(rows, gaps, strict=True)]
             out[name] = torch.cat(padded)
     for name in ("pixel_values", "image_grid_thw", "image_sizes"):
-        found = [p[name] for p in prompts if name in p]
-        if found:
-            out[name] = torch.cat(found)
+        tensors = [p[name] for p in prompts if name in p]
+        if tensors:
+            out[name] = torch.cat(tensors)
     return out

@@ -1,4 +1,4 @@
-"""Hosts that are calibrated, for the tests of scores of heads."""
+"""Head scores of small hosts, and S4 from whole attention maps as the slow reference."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def calibrated(model: nn.Module, batches: Any = (), method: Any = "s4", **option
 
 
 def assert_scores(scores: HeadScores, expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    found = torch.tensor(list(scores.values.values()), dtype=torch.float64)
+    values = torch.tensor(list(scores.values.values()), dtype=torch.float64)
     wanted = torch.stack(expected).double()
-    assert found.shape == wanted.shape
-    assert ((found - wanted).abs() <= tolerance * wanted.abs().max()).all(), f"{found}\n{wanted}"
+    assert values.shape == wanted.shape
+    assert ((values - wanted).abs() <= tolerance * wanted.abs().max()).all(), f"{values}\n{wanted}"
 
 
 def eager_s4(model: Any, batches: list[dict[str, Any]], gamma: float) -> list[torch.Tensor]:
-    """From whole attention matrices, one sample and one row after the other."""
+    """S4 scores of each layer from whole attention maps, one sample and one row at a time."""
     model.set_attn_implementation("eager")
     samples: list[torch.Tensor] = []
     for batch in batches:
@@ -39,13 +39,15 @@ def eager_s4(model: Any, batches: list[dict[str, Any]], gamma: float) -> list[to
             real = batch["attention_mask"][row]
             text = [p for p in range(image[0], len(ids)) if ids[p] != IMAGE and real[p]]
             rows = [[a[row][:, q, [k for k in image if k <= q]] for q in text] for a in layers]
-            found = [torch.stack([p.var(-1, correction=0) + gamma * p.mean(-1) for p in own]).mean(0) for own in rows]
-            samples.append(torch.stack(found))
+            of_layers = [
+                torch.stack([p.var(-1, correction=0) + gamma * p.mean(-1) for p in layer]).mean(0) for layer in rows
+            ]
+            samples.append(torch.stack(of_layers))
     return list(torch.stack(samples).mean(0))
 
 
 def padded(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """Padding on the left, as for `generate`."""
+    """A batch with padding on the left, as `generate` needs it."""
     pad = torch.zeros(len(batch["input_ids"]), count, dtype=torch.long)
     ids = torch.cat((pad, batch["input_ids"]), 1)
     return {**batch, "input_ids": ids, "attention_mask": torch.cat((pad, batch["attention_mask"]), 1)}

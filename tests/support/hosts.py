@@ -75,7 +75,7 @@ def tiles(seed: int) -> dict[str, Any]:
 
 
 def padded_tiles(seed: int) -> dict[str, Any]:
-    """The second image fills 42x28 pixels of its canvas."""
+    """Padded images: the second one fills 42x28 pixels of its canvas."""
     mask = torch.ones(2, 1, 56, 56, dtype=torch.bool)
     mask[1, :, 42:], mask[1, :, :, 28:] = False, False
     return {**pixels(2, 1, 3, 56, 56)(seed), "pixel_attention_mask": mask}

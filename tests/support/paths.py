@@ -1,4 +1,4 @@
-"""Where the clone is: tests that read its files, or start programs in it, do not count folders upward themselves."""
+"""The root of the clone, for tests that read its files or start programs in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small models that lose heads, plans for them, and the reference: the whole model with gates of zero."""
+"""Small models, plans to prune them, and the reference: the unpruned model with zero gates on the pruned heads."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def text_inputs(padded: bool = True) -> dict[str, Tensor]:
 
 
 def plan_for(model: nn.Module, gone: Mapping[str, tuple[int, ...]]) -> HeadPlan:
-    found = {path: read_geometry(path, model.get_submodule(path)) for path in gone}
-    return HeadPlan(gone, {p: g.num_heads for p, g in found.items()}, {p: g.num_kv_heads for p, g in found.items()})
+    geometries = {path: read_geometry(path, model.get_submodule(path)) for path in gone}
+    return HeadPlan(
+        gone, {p: g.num_heads for p, g in geometries.items()}, {p: g.num_kv_heads for p, g in geometries.items()}
+    )
 
 
 def text_plan(model: nn.Module, kv: int) -> HeadPlan:
@@ -59,7 +61,7 @@ def greedy(model: Any, cache: str, inputs: dict[str, Any] | None = None) -> Tens
 
 @contextmanager
 def gated(model: nn.Module, plan: HeadPlan) -> Iterator[None]:
-    """The reference: the whole model, with zeros where the removed heads' output goes into the output projection."""
+    """The reference: the unpruned model, with the output of the pruned heads zeroed before the output projection."""
     handles = []
     for path, heads in plan.removed.items():
         module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Projections of towers that the tests take apart, in float64; the other references are the contract suite's."""
+"""Attention of CLIP and SigLIP in float64, in parts; the other references are the contract suite's."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def project(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_heads(module: Any, out: Tensor) -> Tensor:
-    """The output projection."""
+    """Merges the heads and applies the output projection; `[..., tokens, width]`."""
     return _linear(module.out_proj, out.transpose(-3, -2).flatten(-2))

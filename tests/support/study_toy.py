@@ -1,4 +1,4 @@
-"""A study without a model, for processes that are to start quickly."""
+"""A study without a model, so that the processes of tests start quickly."""
 
 from __future__ import annotations
 

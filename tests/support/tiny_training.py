@@ -1,4 +1,4 @@
-"""A tiny host in training: rows whose answer is the brightness of the page, and a program that is killed in tests."""
+"""Training of a tiny host: rows whose answer is the brightness of the page, and a program that tests kill."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def sample(family: str, number: int) -> dict[str, Any]:
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """Rows by number. One in five stands in for a broken one before it."""
+    """Rows by number; every fifth one reports that a broken row was skipped before it."""
 
     def __init__(self, count: int = 9, family: str = "llava") -> None:
         self.count, self.family = count, family
@@ -82,7 +82,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 class Stream(IterableDataset[dict[str, Any]]):
-    """The same rows as they come."""
+    """The same rows as a stream."""
 
     def __init__(self, count: int) -> None:
         self.rows = Rows(count)
@@ -92,7 +92,7 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pads on the right, as `Collator`."""
+    """Makes a batch padded on the right, as `Collator` does."""
     blank = {"input_ids": 0, "labels": -100}
     batch: dict[str, Any] = {
         name: nn.utils.rnn.pad_sequence([e[name] for e in examples], batch_first=True, padding_value=fill)
@@ -109,7 +109,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(folder: Path, given: Recipe | None = None, rows: Any = None, **options: Any) -> tuple[Host, TrainResult]:
-    """Trains a tiny host without a word."""
+    """Trains a tiny host without console output."""
     given = given or recipe()
     host = tiny_host(given)
     rows = Rows(family=given.family) if rows is None else rows
@@ -118,19 +118,19 @@ def run(folder: Path, given: Recipe | None = None, rows: Any = None, **options: 
 
 
 def trained(host: Host) -> dict[str, Tensor]:
-    """What trains, copied."""
+    """Copies of the parameters that are trained."""
     return {name: p.detach().clone() for name, p in host.model.named_parameters() if p.requires_grad}
 
 
 def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Asserts that two state dicts are equal bit for bit."""
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} differ, e.g. {different[:3]}"
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step."""
+    """Calls a function at the end of one step."""
 
     def __init__(self, step: int, act: Any) -> None:
         self.step, self.act = step, act
@@ -141,7 +141,7 @@ class At(TrainerCallback):
 
 
 def main(folder: str, how: str, step: str) -> None:
-    """A program that trains, from its latest checkpoint on, and sends its process group a signal at a step."""
+    """A program that trains from its latest checkpoint, and sends its process group a signal at a step."""
     torch.set_num_threads(1)
     numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
     given = recipe(num_workers=1)

@@ -1,4 +1,4 @@
-"""A small tower says enough, or an error says what is missing."""
+"""`TowerCase`: defaults, helpers for inputs, and the errors for what is missing."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The slow reference is right by itself: against attention that is written out, and wrong inputs are seen."""
+"""The slow reference: against attention that is written out, and errors for wrong inputs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where small towers are found, and what is said where there are none."""
+"""Where the suite finds small towers, and its errors where there are none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
             towers=(),
             attentions=(),
             geometry=geometry,
-            grid_of_input=lambda *_: None,
+            layouts=lambda *_: None,
             small_towers=small_towers,
         )
         register_backbone(record)

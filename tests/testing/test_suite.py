@@ -1,4 +1,4 @@
-"""A test of the suite runs on the towers that fit it, and says why where there are none."""
+"""A contract test runs on the towers that fit it, and is skipped with a reason where there are none."""
 
 import pytest
 
@@ -19,7 +19,7 @@ class Contract(Suite):
 
 
 class Asked:
-    """Stands in for pytest's `Metafunc`."""
+    """A fake of pytest's `Metafunc`."""
 
     def __init__(self, test: str) -> None:
         self.function = getattr(Contract, test)
@@ -32,11 +32,11 @@ class Asked:
 
 
 def cases_of(test: str, *cases: TowerCase | NoTower) -> list:
-    asked = Asked(test)
+    metafunc = Asked(test)
     contract = Contract()
     contract.__class__ = type("Contract", (Contract,), {"cases": cases})
-    contract.pytest_generate_tests(asked)  # pyright: ignore[reportArgumentType]
-    return asked.cases
+    contract.pytest_generate_tests(metafunc)  # pyright: ignore[reportArgumentType]
+    return metafunc.cases
 
 
 def test_each_test_gets_the_towers_that_fit() -> None:

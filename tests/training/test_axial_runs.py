@@ -1,4 +1,4 @@
-"""The axial start, the rate of the scalars and how large they became, in runs of recipes."""
+"""Runs of recipes with the axial start: the rate of the scalars, and how large they became."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfa_adapters.rates import DEFAULT_SFA_LR, largest_scalars
 from sfa_adapters.recipes.catalog import find_recipe
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig
 from sfa_adapters.sharing.card import model_card
-from sfa_adapters.sharing.facts import RunFacts, read_facts, write_facts
+from sfa_adapters.sharing.run_metadata import RunMetadata, read_run_metadata, write_run_metadata
 from sfa_adapters.training.checkpoints import load_trained, saved_recipe
 from sfa_adapters.tuner import injected_layers
 from tests.support.tiny_training import assert_equal, recipe, run, tiny_host, trained
@@ -83,10 +83,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
 
 def test_the_card_and_records_of_before(tmp_path: Path) -> None:
     _, result = run(tmp_path, recipe(**AXIAL, sfa_lr=0.02, max_steps=1, warmup_steps=0))
-    write_facts(result.trained, RunFacts(scalars=dict(result.scalars)))
-    facts = read_facts(result.trained)
-    assert facts.scalars == result.scalars
-    card = str(model_card(result.trained, facts=facts))
+    write_run_metadata(result.trained, RunMetadata(scalars=dict(result.scalars)))
+    metadata = read_run_metadata(result.trained)
+    assert metadata.scalars == result.scalars
+    card = str(model_card(result.trained, metadata=metadata))
     assert "| start | axial, 2 logits, from 0 over 5 steps |" in card
     assert "| largest SFA scalars at the end | row " in card
 

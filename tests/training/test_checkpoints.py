@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, what does not fit, and what a full disk or a kill leaves."""
+"""Checkpoints: their contents, what does not fit, and what is left after a full disk or a kill."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def test_the_adapters_are_what_save_sfa_and_peft_know(tmp_path: Path) -> None:
     base = BY_NAME["llava"].build()
     load_sfa(base, folder)
     with_lora: Any = PeftModel.from_pretrained(BY_NAME["llava"].build(), folder / "lora")  # pyright: ignore[reportArgumentType]
-    own = {name: p for name, p in host.model.named_parameters() if "lora_" in name}
+    lora = {name: p for name, p in host.model.named_parameters() if "lora_" in name}
     loaded = {name: p for name, p in with_lora.base_model.model.named_parameters() if "lora_" in name}
-    assert_equal({n: p.detach() for n, p in loaded.items()}, {n: p.detach() for n, p in own.items()})
+    assert_equal({n: p.detach() for n, p in loaded.items()}, {n: p.detach() for n, p in lora.items()})
     tuned = load_file(folder / "tuned.safetensors")
     trains = {name for name in trained(host) if host.places.part_of(name) in ("vision", "projector")}
     assert set(tuned) == trains
@@ -125,7 +125,7 @@ NAME = "model.multi_modal_projector.linear_1.bias"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda f: edit(f / "tuned.safetensors", lambda t: t.pop(NAME)), r"tuned.* recipe.json: 1 missing"),
         (lambda f: edit(f / "tuned.safetensors", lambda t: t.update(x=t[NAME] + 1)), "1 too many, e.g. x"),
@@ -139,13 +139,13 @@ NAME = "model.multi_modal_projector.linear_1.bias"
         (lambda f: rewrite(f / RECORD, tensors={}), "does not fit the host"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_and_changes_nothing(change: Any, told: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named_and_changes_nothing(change: Any, message: str, tmp_path: Path) -> None:
     folder = save_trained(moved(), tmp_path / "saved")
     (folder / files.MANIFEST).unlink()  # so that it is the content that is checked
     change(folder)
     host = tiny_host()
     before = everything(host)
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         load_trained(host, folder)
     assert_equal(everything(host), before)
 
@@ -157,12 +157,12 @@ def test_a_checkpoint_of_another_host_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"of another host: LlavaFor.*this one is InternVLFor"):
         load_trained(other, folder)
     assert_equal(everything(other), before)
-    for changes, told in (
+    for changes, message in (
         ({"sfa_terms": ("row",)}, "does not fit the host"),
         ({"lora_llm": 2}, "does not fit the host: 28 missing"),
         ({"sfa": False}, "does not fit the host: 8 too many"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             load_trained(tiny_host(recipe(**changes)), folder)
     with pytest.raises(RecipeError, match="does not fit the host"):
         load_trained(tiny_host(recipe(freeze_vision=True)), folder, resume=True)
@@ -224,12 +224,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
         "optimizer": "torch.save",
         "rename": "sfa_adapters.files._flush",
     }[place]
-    with pytest.raises(TrainingError) as found:
+    with pytest.raises(TrainingError) as raised:
         run(tmp_path, callbacks=[At(3, lambda: monkeypatch.setattr(target, full))])
-    told = str(found.value)
-    assert "checkpoint-4 could not be written" in told
-    assert "the disk is full" in told
-    assert "The last good checkpoint is checkpoint-2" in told
+    message = str(raised.value)
+    assert "checkpoint-4 could not be written" in message
+    assert "the disk is full" in message
+    assert "The last good checkpoint is checkpoint-2" in message
     assert sorted(path.name for path in tmp_path.glob("*check*")) == ["checkpoint-2"]
     assert not (tmp_path / ".partial").exists()
     monkeypatch.undo()
@@ -313,12 +313,12 @@ def test_the_newest_whole_checkpoint_is_taken(copied: Path, tmp_path: Path) -> N
 def test_a_run_goes_on_as_it_began(copied: Path) -> None:
     for changes in ({"num_workers": 2}, {"logging_steps": 5}, {"save_total_limit": 1}, {"output": "elsewhere"}):
         assert checkpoint_to_resume(recipe(**{**SAME, **changes}), copied, True)
-    for changes, told in (
+    for changes, message in (
         ({"lr": 2e-3, "seed": 3}, "lr was 0.001, is 0.002, seed was 0, is 3"),
         ({"epochs": 4.0}, "epochs was 3.0, is 4.0"),
         ({"family": "internvl"}, "of another host: llava"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             checkpoint_to_resume(recipe(**{**SAME, **changes}), copied, True)
 
 

@@ -83,7 +83,7 @@ def restart(folder: Path) -> dict[str, Any]:
 
 
 def one_signal(folder: Path) -> dict[str, Any]:
-    """Only the second process is asked to stop."""
+    """Only the second process gets the signal to stop."""
 
     def term() -> None:
         if dist.get_rank() == 1:
@@ -104,7 +104,7 @@ def nan(folder: Path) -> dict[str, Any]:
             row = super().__getitem__(number)
             return {**row, "pixel_values": row["pixel_values"] * math.nan} if number == 3 else row
 
-    return {"told": said(lambda: run(folder / "nan", PLAIN, Poisoned()))}
+    return {"message": message_of(lambda: run(folder / "nan", PLAIN, Poisoned()))}
 
 
 def full_disk(folder: Path) -> dict[str, Any]:
@@ -118,16 +118,16 @@ def full_disk(folder: Path) -> dict[str, Any]:
 
     checkpoints.save_file = full
     try:
-        return {"told": said(lambda: run(folder / "full", PLAIN))}
+        return {"message": message_of(lambda: run(folder / "full", PLAIN))}
     finally:
         checkpoints.save_file = before
 
 
 def divide(folder: Path) -> dict[str, Any]:
-    return {"told": said(lambda: run(folder / "divide", PLAIN.replace(batch_size=3)))}
+    return {"message": message_of(lambda: run(folder / "divide", PLAIN.replace(batch_size=3)))}
 
 
-def said(act: Any) -> str:
+def message_of(act: Any) -> str:
     try:
         act()
     except (TrainingError, RecipeError) as error:
@@ -161,8 +161,8 @@ def sharded(folder: Path) -> dict[str, Any]:
     second = build_optimizer(again)
     load_trained(again, folder / "sharded", resume=True)
     load_optimizer(again.model, second, torch.load(folder / "sharded_optimizer.pt", weights_only=True))
-    for one, own in ((host, optimizer), (again, second)):
-        step_of(one, own, batch_of(rank, 2 + rank))
+    for one, optimizer_of_one in ((host, optimizer), (again, second)):
+        step_of(one, optimizer_of_one, batch_of(rank, 2 + rank))
     ends = [{n: p.full_tensor() for n, p in trained(one).items()} for one in (host, again)]  # pyright: ignore[reportAttributeAccessIssue]
     return {"losses": losses, "sfa": sorted(kinds), "waiting": sorted(check.waiting), "ends": ends}
 
@@ -174,8 +174,8 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for work in WORK:
-        found = work(Path(folder))
-        torch.save(found, Path(folder) / f"{work.__name__}-{dist.get_rank()}.pt")
+        result = work(Path(folder))
+        torch.save(result, Path(folder) / f"{work.__name__}-{dist.get_rank()}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
@@ -202,15 +202,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What both processes found."""
+def results_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The results of both processes."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_two_processes_are_one_with_the_same_batch(folder: Path, tmp_path: Path) -> None:
     host, result = train_plainly(tmp_path)
     expected, losses = trained(host), [line["loss"] for line in result.history if "loss" in line]
-    first, second = found(folder, "ddp")
+    first, second = results_of(folder, "ddp")
     assert_equal(first["weights"], second["weights"])
     assert first["losses"] == second["losses"]
     assert first["losses"] == pytest.approx(losses, rel=1e-5)
@@ -221,13 +221,13 @@ def test_two_processes_are_one_with_the_same_batch(folder: Path, tmp_path: Path)
 
 
 def test_skipped_rows_are_counted_over_both_processes(folder: Path) -> None:
-    assert [one["skipped"] for one in found(folder, "ddp")] == [["broken1", "broken6"]] * 2
+    assert [one["skipped"] for one in results_of(folder, "ddp")] == [["broken1", "broken6"]] * 2
     lines = (folder / "ddp" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["broken1", "broken6"]
 
 
 def test_a_restart_of_two_processes_is_bit_for_bit(folder: Path) -> None:
-    first, second = found(folder, "restart")
+    first, second = results_of(folder, "restart")
     assert_equal(first["whole"], first["parts"])
     assert_equal(first["parts"], second["parts"])
     names = {path.name for path in (folder / "restart" / "checkpoint-3").iterdir()}
@@ -235,25 +235,25 @@ def test_a_restart_of_two_processes_is_bit_for_bit(folder: Path) -> None:
 
 
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(folder: Path) -> None:
-    assert [one["code"] for one in found(folder, "one_signal")] == [143, 143]
+    assert [one["code"] for one in results_of(folder, "one_signal")] == [143, 143]
     assert [path.name for path in (folder / "signal").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_what_goes_wrong_in_one_process_stops_both(folder: Path) -> None:
-    told = [one["told"] for one in found(folder, "nan")]
-    here = [text for text in told if "the loss is nan" in text]
+    messages = [one["message"] for one in results_of(folder, "nan")]
+    here = [text for text in messages if "the loss is nan" in text]
     assert len(here) == 1
     assert "row3" in here[0]
-    assert [text for text in told if "the loss of another process" in text]
+    assert [text for text in messages if "the loss of another process" in text]
     assert len(list((folder / "nan").glob("failed_batch*"))) == 1
-    first, second = (one["told"] for one in found(folder, "full_disk"))
+    first, second = (one["message"] for one in results_of(folder, "full_disk"))
     assert "the disk is full" in first
     assert "could not be written by another process" in second
 
 
 def test_a_batch_that_does_not_divide_is_refused_everywhere(folder: Path) -> None:
-    told = [one["told"] for one in found(folder, "divide")]
-    assert all("batch_size=3 must be a multiple of micro_batch x processes = 1 x 2 = 2" in text for text in told)
+    messages = [one["message"] for one in results_of(folder, "divide")]
+    assert all("batch_size=3 must be a multiple of micro_batch x processes = 1 x 2 = 2" in text for text in messages)
 
 
 def test_a_sharded_host_trains_as_a_whole_one(folder: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_sharded_host_trains_as_a_whole_one(folder: Path) -> None:
     optimizer = build_optimizer(host)
     # Answers have two tokens each, so that the mean over a batch is that over its halves.
     losses = [step_of(host, optimizer, batch_of(n, 4 + n, 2 + n, 6 + n)) for n in range(STEPS)]
-    first, second = found(folder, "sharded")
+    first, second = results_of(folder, "sharded")
     together = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-5)
     saved = {}
@@ -281,7 +281,7 @@ def test_a_sharded_host_trains_as_a_whole_one(folder: Path) -> None:
 
 
 def test_a_sharded_run_goes_on_from_what_was_saved(folder: Path) -> None:
-    for process in found(folder, "sharded"):
+    for process in results_of(folder, "sharded"):
         assert_equal(*process["ends"])
 
 

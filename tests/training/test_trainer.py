@@ -1,4 +1,4 @@
-"""The engine: a run, its checks, its restarts and what it leaves."""
+"""`SFATrainer`: a run, its checks, its restarts and its files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FAMILIES = ("llava", "llava_onevision", "internvl")
 
 
 class Stopped(Exception):
-    """Ends a run without a word, as a crash does."""
+    """Ends a run without any cleanup, as a crash does."""
 
 
 def stop() -> None:
@@ -55,7 +55,7 @@ def stop() -> None:
 def state_of(folder: Path, step: int) -> dict[str, Any]:
     """The optimizer's state in a checkpoint, flat."""
     saved = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
-    return {f"{number}.{name}": value for number, own in saved["state"].items() for name, value in own.items()}
+    return {f"{number}.{name}": value for number, state in saved["state"].items() for name, value in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def test_a_run_leaves_its_curves_and_the_rows_that_were_skipped(whole_run: tuple
     assert len(lines) == 1 + 6
     with Image.open(folder / "training.png") as picture:
         assert picture.size[0] > 1000
-    told = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    assert told == [{"id": f"broken{number}", "reason": "cut off"} for number in (1, 6)]
-    assert [(one.id, one.reason) for one in result.skipped] == [(one["id"], one["reason"]) for one in told]
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [{"id": f"broken{number}", "reason": "cut off"} for number in (1, 6)]
+    assert [(one.id, one.reason) for one in result.skipped] == [(one["id"], one["reason"]) for one in skipped]
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert not list(folder.rglob("*.bin"))
 
@@ -237,14 +237,14 @@ def test_nan_stops_with_the_batch_saved_and_no_weight_changed(tmp_path: Path) ->
             return {**row, "pixel_values": row["pixel_values"] * math.nan} if number == 3 else row
 
     given = recipe(save_steps=1)
-    with pytest.raises(TrainingError, match=r"the loss is nan.*failed_batch_step\d_process0") as found:
+    with pytest.raises(TrainingError, match=r"the loss is nan.*failed_batch_step\d_process0") as raised:
         run(tmp_path, given, Poisoned())
     folder = next(tmp_path.glob("failed_batch*"))
-    told = json.loads((folder / "rows.json").read_text())
-    assert "row3" in told["rows"]
-    assert "row3" in str(found.value)
+    record = json.loads((folder / "rows.json").read_text())
+    assert "row3" in record["rows"]
+    assert "row3" in str(raised.value)
     batch = load_file(folder / "batch.safetensors")
-    assert bool(batch["pixel_values"][told["rows"].index("row3")].isnan().all())
+    assert bool(batch["pixel_values"][record["rows"].index("row3")].isnan().all())
     assert set(batch) == {"input_ids", "labels", "attention_mask", "pixel_values"}
     for checkpoint in tmp_path.glob("checkpoint-*"):
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(checkpoint / "tuned.safetensors").values())
@@ -316,7 +316,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda b: b["labels"][1].fill_(-100), r"row 'row1' has no answer token"),
         (lambda b: b["labels"].copy_(b["input_ids"]), "labels on image tokens"),
@@ -327,11 +327,11 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     ],
     ids=["no answer", "image", "padding", "others", "prompt", "no end"],
 )
-def test_labels_must_be_on_the_answer_alone(change: Any, told: str) -> None:
+def test_labels_must_be_on_the_answer_alone(change: Any, message: str) -> None:
     batch = collate([Rows()[0], Rows()[1]])
     check_labels(batch, 60, batch["row_ids"])
     change(batch)
-    with pytest.raises(TrainingError, match=told):
+    with pytest.raises(TrainingError, match=message):
         check_labels(batch, 60, batch["row_ids"])
 
 

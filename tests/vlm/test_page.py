@@ -1,4 +1,4 @@
-"""Pages: boxes follow the image into what the processor gets."""
+"""Evidence boxes follow a page into the image that the processor makes of it."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Parts of live models: PEFT aside, the language model, image tokens."""
+"""Parts of live models: without PEFT wrappers, the language model, image tokens."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the parts of a model are: read from it, or named by the record and checked."""
+"""Places of the parts of a model: read from it, or named by the record and checked."""
 
 from dataclasses import replace
 from functools import cache

@@ -25,7 +25,7 @@ OURS = {"internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl"}
 
 
 @pytest.fixture
-def own() -> Iterator[dict[str, VLMSpec]]:
+def registered() -> Iterator[dict[str, VLMSpec]]:
     """The table of records, put back afterwards."""
     registered_vlms()
     before = dict(records._SPECS)
@@ -47,7 +47,7 @@ def test_the_records_of_the_library_are_found() -> None:
         HOSTS["llava_next"]
 
 
-def test_a_name_that_is_not_there_and_one_that_is(own: dict[str, VLMSpec]) -> None:
+def test_a_name_that_is_not_there_and_one_that_is(registered: dict[str, VLMSpec]) -> None:
     with pytest.raises(RecipeError, match=r"family='lava' is not registered; there are .*llava_next.*adding_a_host"):
         vlm_spec("lava")
     with pytest.raises(RecipeError, match="A host named 'llava' is registered already"):
@@ -74,11 +74,11 @@ class Mine(nn.Module):
         self.core = core
 
 
-def test_a_class_around_a_known_core_has_its_record_unless_it_has_one(own: dict[str, VLMSpec]) -> None:
+def test_a_class_around_a_known_core_has_its_record_unless_it_has_one(registered: dict[str, VLMSpec]) -> None:
     model = Mine(next(case for case in CASES if case.name == "llava").build().get_submodule("model"))
     assert find_spec(model) is vlm_spec("llava")
-    own["mine"] = _spec(classes=("*.Mine",))
-    assert find_spec(model) is own["mine"]
+    registered["mine"] = _spec(classes=("*.Mine",))
+    assert find_spec(model) is registered["mine"]
 
 
 def test_a_model_of_another_class_is_refused_and_a_sharded_one_is_not() -> None:
@@ -107,7 +107,7 @@ def test_a_record_passes_on_all_places_that_it_names() -> None:
 
 
 def test_a_package_whose_module_fails_fails_again_and_works_when_it_is_mended(
-    own: dict[str, VLMSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: dict[str, VLMSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     information = tmp_path / "their_host-1.0.dist-info"
     information.mkdir()
@@ -139,8 +139,8 @@ def test_a_model_without_a_record() -> None:
     assert find_spec(nn.Linear(2, 2)) is None
 
 
-def test_what_a_record_refuses_the_user_reads(own: dict[str, VLMSpec]) -> None:
-    own["llava"] = replace(own["llava"], refuses={"fastv": "its layers look back. Use DyMU."})
+def test_what_a_record_refuses_the_user_reads(registered: dict[str, VLMSpec]) -> None:
+    registered["llava"] = replace(registered["llava"], refuses={"fastv": "its layers look back. Use DyMU."})
     model = next(case for case in CASES if case.name == "llava").build()
     before = dict(model.__dict__)
     with pytest.raises(InjectionError, match=r"^LLaVA-1\.5: its layers look back\. Use DyMU\.$"):

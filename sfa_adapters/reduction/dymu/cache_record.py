@@ -1,4 +1,4 @@
-"""What is left of a prompt in front of a language model, and what its cache holds then.
+"""Which tokens of a prompt reach the language model after merging, and what its cache then holds.
 
 Shape letters: B samples, L tokens of a prompt, P tokens of it that are left, S cache slots, C columns of the full text.
 """
@@ -22,10 +22,10 @@ class KeptOfPrompt:
     """Which tokens of a prompt are left.
 
     Attributes:
-        index: Their places in the prompt, ascending, int64 `[B, P]`. Samples of which fewer are left begin with places
+        index: Their places in the prompt, ascending, int64 `[B, P]`. Samples with fewer tokens left begin with places
             that are not `live`.
-        live: `[B, P]`.
-        owner: Which of the P each token of the prompt is part of, int64 `[B, L]`.
+        live: False for places that only fill up a shorter sample, bool `[B, P]`.
+        owner: Which of the P tokens each token of the prompt is part of, int64 `[B, L]`.
     """
 
     index: Tensor
@@ -35,11 +35,11 @@ class KeptOfPrompt:
 
 @dataclass(frozen=True, eq=False)
 class CacheRecord:
-    """What a cache holds.
+    """Which tokens the slots of a cache stand for.
 
     Attributes:
         mask: 1 for slots that may be attended to, `[B, S]`.
-        full_mask: 1 for columns of the full text that are no padding, `[B, C]`.
+        full_mask: 1 for columns of the full text that are not padding, `[B, C]`.
         owner: Slot of each column, int64 `[B, C]`.
         rotation: Cosine and sine of every column, `[B, C, d]`, kept for virtual unmerging only.
     """
@@ -50,17 +50,24 @@ class CacheRecord:
     rotation: tuple[Tensor, Tensor] | None = None
 
     def without(self, slots: int) -> CacheRecord:
-        """Without its last tokens; those were generated, and merged with nothing."""
+        """The record without the last tokens, which were generated and never merged.
+
+        Args:
+            slots: How many tokens to remove.
+        """
         if not slots:
             return self
         turned = None if self.rotation is None else (self.rotation[0][:, :-slots], self.rotation[1][:, :-slots])
         return CacheRecord(self.mask[:, :-slots], self.full_mask[:, :-slots], self.owner[:, :-slots], turned)
 
     def of_batch(self, batch: int) -> CacheRecord:
-        """The same where each sample was repeated.
+        """The record with each sample repeated, as beam search does.
+
+        Args:
+            batch: Samples of the new batch.
 
         Raises:
-            LayoutError: The batch is no multiple of the one that filled the cache.
+            LayoutError: The batch is not a multiple of the one that filled the cache.
         """
         size = len(self.mask)
         if size == batch:
@@ -73,17 +80,17 @@ class CacheRecord:
 
 
 def choose_kept(image: Tensor, keys: ImageKeys) -> KeptOfPrompt | None:
-    """Which tokens of a batch of prompts are left when merged image tokens are one each.
+    """Which tokens of a batch of prompts are left when image tokens that were merged become one.
 
     Args:
         image: Which tokens of the prompts are image tokens, bool `[B, L]`.
-        keys: What became of them, in the order in which they stand.
+        keys: Their keys after merging, in order.
 
     Returns:
-        None where all are left.
+        The tokens that are left, or None where all of them are.
 
     Raises:
-        LayoutError: The prompts have another number of image tokens than the tower gave.
+        LayoutError: The number of image tokens in the prompts is not that of the tower.
     """
     batch, length = image.shape
     place = image.flatten().nonzero()[:, 0]
@@ -102,14 +109,14 @@ def choose_kept(image: Tensor, keys: ImageKeys) -> KeptOfPrompt | None:
     left = int(counts.max())
     if bool(keep.all()):
         return None
-    # Dropped tokens first, the others behind in their order; the last P of all are the same for every sample.
+    # Dropped tokens first, then the others in their order; every sample takes its last P.
     index = keep.long().argsort(dim=1, stable=True)[:, length - left :]
     slot = torch.zeros_like(column).scatter(1, index, torch.arange(left, device=image.device).expand(batch, -1))
     return KeptOfPrompt(index, keep.gather(1, index), slot.gather(1, into))
 
 
 def _repeated(image: Tensor, keys: ImageKeys, wanted: int) -> ImageKeys:
-    """The keys of samples that `generate` has repeated for beams, each so many times in a row."""
+    """The keys of samples that `generate` has repeated for beams, the copies of a sample in a row."""
     repeats = wanted // max(len(keys.key), 1)
     if repeats < 2 or wanted != repeats * len(keys.key) or len(image) % repeats:
         return keys
@@ -123,7 +130,7 @@ def _repeated(image: Tensor, keys: ImageKeys, wanted: int) -> ImageKeys:
 
 
 def chosen_rows(mask: Tensor, kept: KeptOfPrompt) -> Tensor:
-    """Rows and columns of `[1 or B, heads, L, L]` for the tokens that are left, `[B, heads, P, P]`."""
+    """Rows and columns of a mask `[1 or B, heads, L, L]` for the tokens that are left, `[B, heads, P, P]`."""
     index, left = kept.index, kept.index.shape[1]
     mask = mask.expand(len(index), -1, -1, -1)
     heads, length = mask.shape[1:3]
@@ -134,7 +141,7 @@ def chosen_rows(mask: Tensor, kept: KeptOfPrompt) -> Tensor:
 
 
 def visible_tokens(mask: Any, batch: int, length: int, device: torch.device, prefill: bool) -> Tensor:
-    """Which of the new tokens are no padding, int64 `[B, length]`."""
+    """Which of the new tokens are not padding, int64 `[B, length]`."""
     if isinstance(mask, dict):
         mask = next((value for value in mask.values() if value is not None), None)
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -150,6 +157,7 @@ def visible_tokens(mask: Any, batch: int, length: int, device: torch.device, pre
 def grown(
     before: CacheRecord | None, short: Tensor, full: Tensor, new: Tensor, rotation: tuple[Tensor, Tensor] | None
 ) -> CacheRecord:
+    """The record of a cache after a prompt or a decoding step is added to it."""
     if before is None:
         return CacheRecord(short, full, new, rotation)
     turned = rotation

@@ -1,8 +1,8 @@
-"""Thresholds from images: for every place between two layers, the largest one that gives so many merges per image.
+"""Calibrates merge thresholds on images: at each place between two layers, the largest that merges enough tokens.
 
 As DyMU does (arXiv 2504.17040, section 3.1): the similarities of all images of a batch are sorted together, so that
-images with much to merge give more and others less; the threshold of a place is the mean over the batches; and places
-come one after the other, each on tokens that have merged at those in front of it.
+images with many similar tokens merge more and others less; the threshold of a place is the mean over the batches; and
+places are calibrated one after the other, each on tokens that have merged at the earlier ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def threshold_of(score: Tensor, merges: int) -> float:
 
     Args:
         score: Similarities, `[P]`.
-        merges: How many; 0 gives 1, which merges nothing. More than there are gives 0.
+        merges: How many; 0 gives the threshold 1, which merges nothing. More than P gives 0.
 
     Returns:
         At least 0: tokens whose keys point apart are not alike, whatever the budget.
@@ -43,7 +43,7 @@ def threshold_of(score: Tensor, merges: int) -> float:
 
 @dataclass(eq=False)
 class _Means:
-    """Running means of thresholds, one per place; a `Calibrator`."""
+    """Running means of thresholds, one per place; the `Calibrator` of `calibrate_dymu`."""
 
     keep: float
     merges: tuple[float, ...] | None
@@ -72,17 +72,18 @@ def calibrate_dymu(
     merges: float | Sequence[float] | None = None,
     config: DyMUConfig | None = None,
 ) -> DyMUConfig:
-    """Finds thresholds on images.
+    """Finds merge thresholds on images.
 
-    Use images of the kind that the model will see: on others the same thresholds leave other numbers of tokens.
+    Use images of the kind that the model will see: on other images the same thresholds leave other numbers of tokens.
 
     Args:
         model: A tower, or a vision-language model with one; it is left as it was. Only the tower runs.
         batches: Batches of images as the processor of the model makes them: `pixel_values`, or mappings with it (and
             `image_grid_thw` for Qwen2.5-VL). Images of one batch share its merges, so make them large: 64 and more.
         keep: Share of the tokens that should be left on average, with as many merges at every place.
-        merges: Merges per image at every place instead, one number or one per place; groups count as one.
-        config: Where the other options come from.
+        merges: Merges per image at every place instead, one number or one per place; a group that merges whole counts
+            as one.
+        config: Gives the other options.
 
     Returns:
         The options with calibrated thresholds, for `inject_dymu` and `save_dymu`.
@@ -125,7 +126,11 @@ def _per_place(merges: float | Sequence[float], places: int) -> tuple[float, ...
 
 
 def see_images(tower: Any, batch: Tensor | Mapping[str, Any]) -> None:
-    """Runs the tower on the images of a batch."""
+    """Runs the tower on the images of a batch.
+
+    Raises:
+        DataError: The batch has no images.
+    """
     inputs: dict[str, Any] = {"pixel_values": batch} if isinstance(batch, Tensor) else dict(batch)
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or not len(pixels):

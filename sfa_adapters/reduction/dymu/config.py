@@ -1,4 +1,4 @@
-"""`DyMUConfig`: thresholds and options of DyMU, and the two files in which they stand beside an adapter."""
+"""`DyMUConfig`: thresholds and options of DyMU, and the two files that hold them beside an adapter."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["DyMUConfig", "load_dymu", "save_dymu"]
 
 Language = Literal["logical_rope", "vtu", "off"]
 WEIGHTS_NAME, CONFIG_NAME = "dymu.safetensors", "dymu_config.json"
-# Where nothing was calibrated: merges near copies only (blank paper, flat colour).
+# Used where nothing was calibrated: it merges near copies only (blank paper, flat colour).
 UNCALIBRATED = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class DyMUConfig:
-    """How tokens merge.
+    """Options of DyMU: which tokens merge, and what the language model does with them.
 
     Attributes:
-        thresholds: Cosine similarity of keys above which two tokens merge: one number for every place between two
+        thresholds: Cosine similarity of keys above which two tokens merge: one number for all places between two
             layers, or one per place, of which there is one less than layers that the host reads. 1 merges nothing.
-        language: What the language model does: "logical_rope" drops the image tokens that were merged, and each one
-            left keeps the position id of its representative; "vtu" computes attention as the full sequence would have
-            it (exact, needs sdpa), with a cache as short as the merged sequence; "off" leaves it as it is.
-        side: Tokens along one side of what merges whole; None for what the host needs: 2 where it makes one token
-            of 2x2, else 1.
-        tower: What a saved configuration says about the tower that it was calibrated for.
+        language: What the language model does: "logical_rope" drops the image tokens that were merged into others, and
+            each one left keeps the position id of its representative; "vtu" computes attention as the full sequence
+            would have it (exact, needs sdpa), with a cache as short as the merged sequence; "off" leaves it as it is.
+        side: Tokens along one side of a group that merges whole; None for what the host needs: 2 where it makes one
+            token of 2x2, else 1.
+        tower: Signature of the tower that the thresholds were calibrated for, see `tower_signature`.
 
     Raises:
         RecipeError: A field cannot be used.
@@ -60,6 +60,9 @@ class DyMUConfig:
     def per_place(self, places: int) -> tuple[float, ...]:
         """One threshold per place.
 
+        Args:
+            places: Number of places between two layers at which tokens can merge.
+
         Raises:
             InjectionError: There are more or fewer thresholds than places.
         """
@@ -77,7 +80,7 @@ def save_dymu(config: DyMUConfig, folder: str | Path) -> Path:
     """Writes thresholds and options beside an adapter: `dymu.safetensors` and `dymu_config.json`.
 
     Args:
-        config: From `calibrate_dymu`, or one's own.
+        config: From `calibrate_dymu`, or written by hand.
         folder: Made if it is not there; other files in it stay.
 
     Returns:
@@ -124,5 +127,5 @@ def load_dymu(folder: str | Path) -> DyMUConfig:
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise WeightsError(f"{folder}: the saved thresholds cannot be read ({error}). Calibrate anew.") from error
+        raise WeightsError(f"{folder}: the saved thresholds cannot be read ({error}). Calibrate again.") from error
     return replace(config, thresholds=values[0] if single else tuple(values))

@@ -1,12 +1,12 @@
 """The hooks with which DyMU merges tokens inside a vision tower. No forward is changed.
 
-In front of layer i >= 1 tokens merge by the keys of layer i - 1: between the layers, where ToMe and DyMU merge inside
-each layer, between its attention and its MLP. So no residual connection has to be taken apart, and nothing merges
-behind the last layer that the host reads.
+Before layer i >= 1 tokens merge by the keys of layer i - 1: between the layers, whereas ToMe and DyMU merge inside each
+layer, between its attention and its MLP. So no residual connection has to be taken apart, and nothing merges after the
+last layer that the host reads.
 
-Hooks: (1) the tower's input tells its grid (`TowerState.record_input`); (2) a projection hands over its keys; (3) each
-layer merges in front of itself; (4) its attention gets sizes through its mask argument; (5) behind the layers, and
-behind the tower for recorded hidden states, tokens are scattered back onto the regular grid. They find their state in
+Hooks: (1) the tower's input gives its grid (`TowerState.record_input`); (2) the output of a projection gives the keys;
+(3) tokens merge before each layer; (4) its attention gets sizes through its mask argument; (5) after the layers, and
+after the tower for recorded hidden states, tokens are scattered back to the regular grid. They find their state in
 the module, so that copies of a model have their own.
 """
 
@@ -45,11 +45,16 @@ def keys_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     state.keys = keys
 
 
-# -- 3: in front of a layer -------------------------------------------------------------------------------------------
+# -- 3: before a layer ------------------------------------------------------------------------------------------------
 
 
 def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a layer: tokens merge, and what goes with them follows."""
+    """Forward pre-hook of a layer: merges tokens, and shortens the arguments that go with them.
+
+    Raises:
+        InjectionError: The layer runs under gradient checkpointing.
+        LayoutError: It runs outside its tower.
+    """
     state: TowerState = state_of(layer, DYMU)
     number, attention = attachment_of(layer, DYMU).place
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
@@ -76,7 +81,11 @@ def layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def attention_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an attention layer: merged tokens are attended to in proportion to their size."""
+    """Forward pre-hook of an attention layer: merged tokens are attended to in proportion to their size.
+
+    Raises:
+        InjectionError: The layer got a mask that does not fit merged tokens.
+    """
     state: TowerState = state_of(attention, DYMU)
     tokens = state.tokens
     if tokens is None or tokens.merged is None:
@@ -101,7 +110,7 @@ def attention_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of an attention layer.
+    """Forward hook of an attention layer: checks that its mask was used.
 
     Raises:
         BiasNotAppliedError: The attention implementation dropped the mask, or another hook exchanged it.
@@ -114,11 +123,11 @@ def attended_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> N
         )
 
 
-# -- 5: behind the layers ---------------------------------------------------------------------------------------------
+# -- 5: after the layers ----------------------------------------------------------------------------------------------
 
 
 def scatter_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the module whose output is the sequence."""
+    """Forward hook of the module whose output is the token sequence: every token of the grid gets a state again."""
     tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
@@ -131,7 +140,7 @@ def scatter_back_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> 
 
 
 def merger_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of Qwen's merger: it sees the whole sequence again."""
+    """Forward pre-hook of Qwen's patch merger: it gets the whole sequence again."""
     tokens = state_of(module, DYMU).tokens
     if tokens is None or tokens.merged is None:
         return None
@@ -139,7 +148,7 @@ def merger_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def tower_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the tower: recorded hidden states leave it as they would without merging."""
+    """Forward hook of the tower: recorded hidden states have the shape that they have without merging."""
     state: TowerState = state_of(tower, DYMU)
     tokens = state.tokens
     if (sfa := state_of(tower, "sfa")) is not None and not state.flat:

@@ -1,9 +1,9 @@
-"""Which token of the tower each image token of the language model is: the same host code, asked with numbers.
+"""Which token of the tower each image token of the language model comes from.
 
 A host drops CLS, makes one token of four, or packs the tiles of an image with newline tokens in between. DyMU needs to
-know which image tokens came out equal because they were merged. Hosts that pack tiles are asked to pack coordinates
-beside the features, so that cutting, resizing and newlines are their own: the packing method of that one model is
-watched, because no module runs there that could have a hook.
+know which image tokens are equal because they were merged. For hosts that pack tiles, their own packing method is run
+once more, on coordinates in place of features, so that cutting, resizing and newlines agree: the method of that one
+model is watched, because no module runs there that could have a hook.
 
 Shape letters: I pictures that the tower saw (tiles, too), P tokens of a picture, F image tokens of all prompts.
 """
@@ -30,12 +30,12 @@ PACK = "pack_image_features"  # the method of the hosts that pack tiles
 
 @dataclass(frozen=True, eq=False)
 class ImageKeys:
-    """What became of each image token.
+    """Which image tokens were merged into one.
 
     Attributes:
         key: Equal for tokens that were merged into one, `[F]`, int64 from 0.
-        is_represented: True for those that represent what they are part of, bool `[F]`.
-        count: Keys are below this.
+        is_represented: True for the representative of each merged token, bool `[F]`.
+        count: One more than the largest possible key.
     """
 
     key: Tensor
@@ -45,7 +45,7 @@ class ImageKeys:
 
 @dataclass(frozen=True, eq=False)
 class HostTokens:
-    """A host whose image tokens are understood.
+    """The modules of a host whose image tokens DyMU can shorten, and how it makes them.
 
     Attributes:
         core: The module that holds tower, projector and language model.
@@ -64,13 +64,13 @@ class HostTokens:
     feature_layers: tuple[int, ...]
 
     def picture_keys(self, state: TowerState) -> ImageKeys | None:
-        """What became of the image tokens of the pictures that the tower has just seen; None where nothing merged.
+        """Keys of the image tokens of the pictures that the tower has just seen; None where nothing merged.
 
         Args:
-            state: Of the tower.
+            state: State of the tower.
 
         Returns:
-            Keys `[F]`; for hosts that pack, `[I, P]`, to be packed yet.
+            Keys `[F]`; for hosts that pack tiles `[I, P]`, still to be packed.
         """
         tokens = state.tokens
         if tokens is None or not tokens.history:
@@ -100,7 +100,7 @@ class HostTokens:
         return getattr(config, "vision_feature_select_strategy", "full")
 
     def _with_prefix(self, keys: ImageKeys, prefix: int) -> ImageKeys:
-        """Prefix tokens stand for themselves; the strategy "default" drops the first token, whatever it is."""
+        """Adds keys of prefix tokens, which never merge; the strategy "default" drops the first token of all."""
         images = len(keys.key)
         prefix_keys = torch.arange(images * prefix, device=keys.key.device).view(images, prefix) + keys.count
         drop = 1 if self._strategy == "default" else 0
@@ -113,12 +113,12 @@ def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> Hos
     """The host around a tower; None for a bare tower.
 
     Args:
-        model: What holds the tower.
+        model: A model that holds the tower.
         located: The tower.
-        strict: Whether a host of another kind is an error; else None.
+        strict: Whether a host of another kind is an error; if not, the result is None.
 
     Raises:
-        InjectionError: It is of a kind whose image tokens are not understood.
+        InjectionError: It is a host whose image tokens DyMU cannot shorten.
     """
     if not located.name:
         return None
@@ -146,16 +146,19 @@ def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> Hos
 
 
 def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:
-    """Lets the host pack coordinates of tokens the way it packs features.
+    """Packs the keys of tokens the way the host packs features, by running its method on their coordinates.
 
     Args:
         core: The host's core.
-        keys: Those of pictures, `[I, P]`.
-        method: Its packing method.
-        called: What it is called with, the core among it.
+        keys: Keys of pictures, `[I, P]`.
+        method: The packing method of the core.
+        called: Its arguments by name, the core included.
 
     Returns:
-        Those of the packed image tokens, `[F]`.
+        Keys of the packed image tokens, `[F]`.
+
+    Raises:
+        LayoutError: The tower saw other tokens than the host packs.
     """
     config, home = core.config, sys.modules[type(core).__module__]
     tiles = [len(part) for part in called["image_features"]]
@@ -196,7 +199,7 @@ def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any])
 
 
 def _of_adaptive_tokens(tower: nn.Module, merged: Any, side: int) -> ImageKeys:
-    """Patches that lie in the same tokens came out equal: those of one large token, and those of merged ones."""
+    """Equal keys for patches in the same adaptive token, or in adaptive tokens that were merged."""
     adat = features_of(tower)["adat"]
     token_keys, first, start = [], 0, 0
     for plan in adat.plans:

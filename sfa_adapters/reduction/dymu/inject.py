@@ -1,7 +1,7 @@
-"""`inject_dymu` and `eject_dymu`: similar tokens of a tower merge, and the language model sees only what is left.
+"""`inject_dymu` and `eject_dymu`: merge similar tokens of a tower, and give the language model only what is left.
 
 DyMU (arXiv 2504.17040): the number of tokens follows the image, because tokens merge above a threshold of similarity.
-Thresholds come from `calibrate_dymu`; `save_dymu` puts them beside an adapter.
+Thresholds come from `calibrate_dymu`; `save_dymu` writes them beside an adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from sfa_adapters.attention_contract import head_count
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.hooks import attach, detach_all, features_of, watch_method
 from sfa_adapters.mask_argument import attach_to_attention
@@ -35,6 +36,7 @@ from sfa_adapters.reduction.dymu.logical_rope import (
 )
 from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
 from sfa_adapters.reduction.dymu.vtu import check_language_model, rotary_hook, rotated_hook
+from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.records import check_allowed
@@ -47,20 +49,21 @@ Model = TypeVar("Model", bound=nn.Module)
 def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
     """Merges similar tokens inside the vision tower of a model, in place, and shortens what the language model sees.
 
-    Prompts, processors and `generate` stay as they are: the prompt has as many image tokens as ever, and those that
-    were merged are taken out in front of the language model. Works with SFA and with ADAT, in any order (on Qwen2.5-VL
-    `inject_sfa` comes first).
+    Prompts, processors and `generate` stay as they are: the prompt has as many image tokens as before, and those that
+    were merged into others are taken out before the language model. Works with SFA and with ADAT, in any order (on
+    Qwen2.5-VL `inject_sfa` comes first).
 
     Args:
         model: A tower, or a vision-language model with one.
-        config: Thresholds and what the language model does.
+        config: Options; `DyMUConfig()` by default, whose thresholds are not calibrated.
 
     Returns:
         The same model.
 
     Raises:
         NoMatchingBackboneError: No tower was found.
-        InjectionError: The tower or the host is of a kind that cannot merge, merges already, or an option does not fit.
+        InjectionError: The tower or the host is of a kind that cannot merge, merges already, or an option does not fit
+            it or the FastV that is injected.
         AdapterMismatchError: The thresholds were calibrated for another tower.
         UnsupportedAttentionError: `language="vtu"` and the language model's attention cannot carry it.
 
@@ -79,6 +82,8 @@ def inject_dymu(model: Model, config: DyMUConfig | None = None) -> Model:
         if state.language.vtu:
             check_language_model(host.language_model)
         fastv = features_of(host.language_model).get("fastv")
+        if fastv is not None and fastv.config.selector == "density":
+            raise InjectionError(DENSITY_BESIDE_DYMU)
         if fastv is not None and fastv.at_input:
             raise InjectionError("FastV with prune_at='input' works on what DyMU leaves: call inject_dymu first.")
     try:
@@ -95,7 +100,7 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     """Checks everything that can be wrong with the tower, without touching it."""
     tower, backbone = located.tower, located.backbone
     where = located.name or type(tower).__name__
-    flat = backbone.segment_layouts is not None
+    flat = backbone.joined == "segments"
     if backbone.patches is None and not flat:
         raise InjectionError(
             f"{where} is a {backbone.name} tower, in which tokens cannot merge: it has masks or attention of its own. "
@@ -111,7 +116,7 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     side = needed if config.side is None else config.side
     if side < needed:
         raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")
-    heads = {int(getattr(module, "num_heads", 0)) for _, module in located.attentions}
+    heads = {head_count(module, tower) for _, module in located.attentions}
     if len(heads) != 1:
         raise InjectionError(
             f"The layers of {where} have {sorted(heads)} heads: tokens merge by heads of equal number."
@@ -134,7 +139,11 @@ def _first_read(located: FoundTower, host: HostTokens | None) -> int:
 
 
 def tower_signature(model: nn.Module) -> dict[str, Any]:
-    """What a saved configuration says about the tower that it is for."""
+    """What a saved configuration says of the tower that it is for: kind, layers, and places between layers.
+
+    Args:
+        model: A tower, or a model with one.
+    """
     located = find_tower(model)
     places = _places(located, find_host(model, located, strict=False))
     return {"backbone": located.backbone.name, "num_layers": len(located.attentions), "places": places}
@@ -147,20 +156,20 @@ def _hook_tower(located: FoundTower, state: TowerState) -> None:
         local = path[len(located.name) + 1 :] if located.name else path
         layer = tower.get_submodule(local.rpartition(".")[0])
         attach(layer, DYMU, state, pre=layer_hook, place=(number, attention))
-        attach_to_attention(attention, DYMU, state, backbone.mask_argument, attention_hook, attended_hook)
+        attach_to_attention(attention, DYMU, state, backbone.argument_of(attention).name, attention_hook, attended_hook)
         keys, kind = _keys_module(attention)
         attach(keys, DYMU, state, post=keys_hook, place=(number, kind))
     if state.flat:
         attach(tower.get_submodule("merger"), DYMU, state, pre=merger_hook)
     else:
         assert backbone.patches is not None
-        # In front of ADAT's hooks, which expect the tokens that they made.
+        # Before ADAT's hooks, which expect the tokens that they made.
         attach(tower.get_submodule(backbone.patches.tokens_out), DYMU, state, post=scatter_back_hook, prepend=True)
     attach(tower, DYMU, state, post=tower_hook, prepend=True)
 
 
 def _keys_module(attention: nn.Module) -> tuple[nn.Module, str]:
-    """The module that computes keys last: behind a norm of keys, if there is one."""
+    """The last module that computes keys: the norm of keys, if there is one."""
     norm = getattr(attention, "k_norm", None)
     if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
         return norm, "keys"
@@ -186,10 +195,13 @@ def _hook_language(state: TowerState) -> None:
 
 
 def dymu_state(model: nn.Module) -> TowerState:
-    """The state of the tower that merges.
+    """The state of DyMU in a model.
+
+    Args:
+        model: A model with DyMU.
 
     Raises:
-        InjectionError: There is none.
+        InjectionError: The model merges no tokens.
     """
     state: TowerState | None = features_of(model).get(DYMU)
     if state is None:
@@ -198,7 +210,7 @@ def dymu_state(model: nn.Module) -> TowerState:
 
 
 def eject_dymu(model: Model) -> Model:
-    """Takes merging out again; the model is as it was, bit for bit.
+    """Removes DyMU; the model is as it was, bit for bit.
 
     Args:
         model: What `inject_dymu` was called on.
@@ -220,7 +232,7 @@ class TokenCounts:
 
     Attributes:
         before: Tokens of each image without merging, prefix tokens not counted.
-        after: Tokens of each image behind the last merge.
+        after: Tokens of each image after the last merge.
         layers: Tokens of all images in each layer.
     """
 
@@ -231,6 +243,9 @@ class TokenCounts:
 
 def token_counts(model: nn.Module) -> TokenCounts:
     """How many tokens the images of the latest forward had in the tower.
+
+    Args:
+        model: A model with DyMU.
 
     Raises:
         InjectionError: The model merges no tokens, or has not seen an image yet.

@@ -1,11 +1,11 @@
 """The language model sees merged tokens only: each one keeps the position id of its representative.
 
-The prompt stays as long as the processor made it. In front of the language model the image tokens that were merged into
-others are taken out, with their columns of the mask and their position ids; behind it every position of the prompt gets
-the state of the token that it is part of, so that logits, labels and losses have the shape that they always had. All
-layers hold the same tokens, so a cache is simply shorter.
+The prompt stays as long as the processor made it. Before the language model the image tokens that were merged into
+others are taken out, with their columns of the mask and their position ids; after it every position of the prompt gets
+the state of the token that it is part of, so that logits, labels and losses keep their shapes. All layers hold the same
+tokens, so a cache is simply shorter.
 
-What the cache holds travels with it (`CacheRecord`): copies, beams, cropping and later turns find it there.
+The record of what a cache holds is stored on it (`CacheRecord`): copies, beams, cropping and later turns find it there.
 
 Shape letters: B samples, L tokens of a prompt, P tokens of it that are left, S cache slots, C columns of the full text.
 """
@@ -44,23 +44,25 @@ RECORD, PICTURES = "_dymu_record", "_dymu_pictures"
 
 @dataclass(eq=False)
 class Pictures:
-    """What became of the tokens of the pictures of one pass through the tower; goes with the tower's output."""
+    """Which tokens of the pictures of one pass through the tower were merged; stored on the tower's output."""
 
     keys: ImageKeys | None
 
 
 @dataclass(eq=False)
 class LanguageState:
-    """The language model of a host whose tower merges.
+    """State of DyMU in the language model of a host whose tower merges tokens.
 
     Attributes:
         tower: The state of the tower.
         host: The host.
         vtu: Whether attention is computed as the full sequence would have it.
-        inputs: What the core was called with, until its language model runs.
+        inputs: Arguments of the core, until its language model runs.
         pictures: One entry for each pass through the tower since the core was called.
-        kept: Of the forward under way or of the latest one: what was left of a prompt, None where nothing was dropped.
+        kept: Tokens that are left of the prompt of the current or latest forward; None where nothing was dropped.
+        record: What the cache holds after this forward.
         unmerged: What the attention layers need for virtual unmerging, while they run.
+        fed_again: How many of the new tokens the cache holds already.
     """
 
     tower: TowerState
@@ -94,13 +96,13 @@ class LanguageState:
 
 
 def latest_kept(language_model: nn.Module) -> KeptOfPrompt | None:
-    """What DyMU left of the prompt that the language model is running on, for others that work on its tokens.
+    """The tokens that DyMU left of the prompt of the current or latest forward.
 
     Args:
         language_model: The language model of a host.
 
     Returns:
-        None where nothing was dropped, or no DyMU is there.
+        The tokens, or None where nothing was dropped or there is no DyMU.
     """
     state = state_of(language_model, DYMU)
     return None if state is None else state.language.kept
@@ -110,7 +112,7 @@ def latest_kept(language_model: nn.Module) -> KeptOfPrompt | None:
 
 
 def core_hook(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the module that holds tower and language model: notes what it was called with."""
+    """Forward pre-hook of the module that holds tower and language model: notes its arguments."""
     state: LanguageState = state_of(core, DYMU).language
     state.inputs = arguments(core, args, kwargs)
     state.pictures = []
@@ -123,7 +125,7 @@ def pack_watcher(core: nn.Module, method: Callable[..., Any], called: dict[str, 
 
 
 def pictures_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the tower: what became of its tokens goes with its output."""
+    """Forward hook of the tower: stores on its output which tokens were merged."""
     state: LanguageState = state_of(tower, DYMU).language
     pictures = Pictures(state.host.picture_keys(state.tower))
     state.pictures = [*state.pictures[-7:], pictures]
@@ -132,14 +134,16 @@ def pictures_hook(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the language model: takes out what was merged.
+    """Forward pre-hook of the language model: takes out the tokens that were merged into others.
 
     Raises:
         UnknownInterfaceError: A cache is in use under a name that is not known.
+        UnsupportedAttentionError: Virtual unmerging got a mask `[batch, heads, tokens, tokens]`.
+        LayoutError: The number of image tokens in the prompts is not that of the tower.
     """
     state: LanguageState = state_of(module, DYMU).language
     inputs, embeds = state.inputs, kwargs.get("inputs_embeds")
-    if inputs is None or embeds is None:  # it was called by itself, or again inside its own forward
+    if inputs is None or embeds is None:  # it was called without its host, or again inside its own forward
         return None
     state.kept = state.record = state.unmerged = None
     state.fed_again = 0
@@ -177,11 +181,11 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     if state.kept is not None or state.fed_again:
         fastv = features_of(module).get("fastv")
-        if fastv is not None:  # where it prunes further inside, it knows its tokens by what the host was called with
+        if fastv is not None:  # it prunes further inside, and finds image tokens by the arguments of the host
             fastv.keep_noted(state.fed_again, None if state.kept is None else state.kept.index)
     state.record = grown(before, short, visible, every_token, rotation)
     new |= {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": state.record.mask}
-    if square:  # one's own mask: which token sees which
+    if square:  # a mask of the caller: which token sees which
         assert isinstance(mask, Tensor)
         new["attention_mask"] = mask if state.kept is None else chosen_rows(mask, state.kept)
     if kwargs.get("cache_position") is not None:
@@ -194,7 +198,7 @@ def shorten_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the language model: its states for every position of the prompt, and what its cache holds.
+    """Forward hook of the language model: gives every position of the prompt a state, and its cache the record.
 
     Raises:
         UnknownInterfaceError: A cache is returned under a name that is not known.
@@ -206,7 +210,7 @@ def expand_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     states = output[0]
     if state.kept is not None:
         states = keep_states(states, state.kept.owner)
-    if state.fed_again:  # nobody reads these
+    if state.fed_again:  # their states are not read
         states = torch.cat((states[:, :1].expand(-1, state.fed_again, -1), states), 1)
     cache = cache_of_output(output)
     if cache is not None:
@@ -223,7 +227,7 @@ def _record_of(module: nn.Module, cache: Any, batch: int) -> CacheRecord | None:
     if record is None:
         return None
     slots = cache.get_seq_length()
-    if isinstance(slots, int):  # a static cache tells a tensor, and cannot be cropped
+    if isinstance(slots, int):  # of a static cache it is a tensor, and that cannot be cropped
         if slots == 0:
             return None
         pruned = getattr(cache, KEPT, None)
@@ -237,8 +241,8 @@ def _record_of(module: nn.Module, cache: Any, batch: int) -> CacheRecord | None:
 def _fed_again(state: LanguageState, before: CacheRecord, mask: Any, length: int, positions: Any) -> int:
     """How many of the new tokens the cache holds already.
 
-    A later turn of `generate` gives the text behind as many tokens as the cache has slots, and it has fewer slots than
-    it holds tokens.
+    A later turn of `generate` skips as many tokens of the text as the cache has slots, but it has fewer slots than it
+    holds tokens.
     """
     past = before.full_mask.shape[1]
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -246,7 +250,7 @@ def _fed_again(state: LanguageState, before: CacheRecord, mask: Any, length: int
     if length == 1 or positions is None or (positions.ndim == 3 and len(positions) == 3):
         return 0
     text = positions[0] if positions.ndim == 3 else positions
-    if positions.ndim == 3 and len(positions) == 1:  # of Qwen, for text behind an image
+    if positions.ndim == 3 and len(positions) == 1:  # of Qwen, for text after an image
         core: Any = state.host.core
         text = text - core.rope_deltas.to(text.device)
     column = text[0, 0] + (before.full_mask[0] == 0).sum()  # positions do not count padding

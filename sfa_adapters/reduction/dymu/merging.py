@@ -1,14 +1,14 @@
-"""Merging similar tokens: bipartite matching, and the bookkeeping of who was merged into whom. Pure functions.
+"""Merging of similar tokens: bipartite matching, and the record of which was merged into which. Pure functions.
 
 Tokens of even and of odd place are two sides; every even one names the odd one that is most similar to it, and merges
 into it where the similarity is above a threshold (ToMe, arXiv 2210.09461, section 3; by a threshold instead of a fixed
 count: DyMU, arXiv 2504.17040, section 3.1). The odd token *represents* the merged ones: it keeps its place in the
 sequence and its position. So the order of tokens survives, which ToMe's own output order (unmatched first) does not.
 
-A unit is what is merged whole: one token, or the four tokens that a host makes one token of. Units of all images lie
-behind one another.
+A unit merges whole: it is one token, or the four tokens of which a host makes one. The units of all images are
+concatenated.
 
-Shape letters: U units now, U0 units at first, P pairs, D width.
+Shape letters: U current units, U0 initial units, P pairs, D width.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """Which units are left, and what became of the others.
+    """Which units are left, and which of them each initial unit is part of.
 
     Attributes:
-        lengths: Units of each image now.
-        size: How many units at first each one stands for, `[U]`, fp32; the sum never changes.
-        origin: The unit at first that represents each one, `[U]`, int64, ascending.
-        owner: The unit now that each unit at first has become part of, `[U0]`, int64.
+        lengths: Current units of each image.
+        size: How many initial units each current one stands for, `[U]`, fp32; the sum never changes.
+        origin: The initial unit that represents each current one, `[U]`, int64, ascending.
+        owner: The current unit that each initial one is part of, `[U0]`, int64.
     """
 
     lengths: tuple[int, ...]
@@ -61,13 +61,18 @@ class Merged:
 
     @classmethod
     def start(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Merged:
-        """Nothing merged yet."""
+        """The state before any merge.
+
+        Args:
+            lengths: Units of each image.
+            device: Of the result.
+        """
         every_token = torch.arange(sum(lengths), device=device)
         return cls(tuple(lengths), torch.ones(len(every_token), device=device), every_token, every_token)
 
     @property
     def is_represented(self) -> Tensor:
-        """True for the units at first that represent what they have become part of, bool `[U0]`."""
+        """True for the initial units that represent the unit that they are part of, bool `[U0]`."""
         return self.origin[self.owner] == torch.arange(len(self.owner), device=self.owner.device)
 
 
@@ -113,13 +118,13 @@ def merge_above(merged: Merged, pairs: Pairs, threshold: float) -> tuple[Merged,
     """Merges every pair whose similarity is above a threshold.
 
     Args:
-        merged: The units now.
+        merged: The current units.
         pairs: From `pair_scores`, for these units.
         threshold: Cosine similarity; pairs at it stay apart.
 
     Returns:
-        The units that are left, and for each of the units before the number of the one it is part of, `[U]`, int64;
-        None where nothing merges.
+        The units that are left, and for each of the given units the number of the one that it is part of, `[U]`,
+        int64; None where nothing merges.
     """
     every_token = torch.arange(len(merged.size), device=merged.size.device)
     into = every_token.index_copy(0, pairs.source, torch.where(pairs.score > threshold, pairs.target, pairs.source))

@@ -1,9 +1,9 @@
 """Attention in proportion to size: a token that stands for s tokens is attended to like s of them.
 
-softmax(q.k * scale + log s) is what ToMe (arXiv 2210.09461, section 3, "tracking token size") asks for. Written as one
-channel more, q' = [q, 1 / scale] and k' = [k, log s], it is plain scaled-dot-product attention: exact, and open to the
-fused kernels, which take no mask (flash) or are slower with one. SFA's bias folds into further channels in the same
-way. On a CPU the channel costs more than a mask of one row, which is then used instead; both are exact.
+ToMe (arXiv 2210.09461, section 3, "tracking token size") uses softmax(q.k * scale + log s). With one more channel,
+q' = [q, 1 / scale] and k' = [k, log s], this is plain scaled-dot-product attention: exact, and computed by the fused
+kernels, which take no mask (flash) or are slower with one. SFA's bias folds into further channels in the same way. On a
+CPU the channel costs more than a mask of one row, which is then used instead; both are exact.
 
 Shape letters: B batch, H heads, N tokens, D head width, T tokens of all images.
 """
@@ -33,9 +33,9 @@ def add_size_channel(
     Args:
         query: `[B, H, N, D]`.
         key: `[B, H, N, D]`.
-        value: `[B, H, N, D]`; padded to the same width, which fused kernels want.
+        value: `[B, H, N, D]`; padded to the same width, which fused kernels need.
         log_size: Log of the size of each token, `[N]` or `[B, N]`.
-        scale: Factor that the attention puts on q.k.
+        scale: Factor of the attention on q.k.
 
     Returns:
         q, k and v of width D + 1.
@@ -66,7 +66,7 @@ def sized_attention(
         bias: The tables of phi, or None.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
-        backend: `dense` adds a mask, `folded` the channel, `auto` the mask on a CPU and else the channel.
+        backend: `dense` adds a mask, `folded` the channel, `auto` the mask on a CPU and the channel elsewhere.
 
     Returns:
         `[B, H, N, D]`.
@@ -94,8 +94,8 @@ class SizedPackedMask(PackedMask):
         lengths: Tokens of each image.
         log_size: Of all tokens, `[T]`.
         biases: The tables of phi of each image; SFA may set them later.
-        backend: How it is computed.
-        replaced: A mask that this one stands in for, which counts as used when this one is.
+        backend: As for `sized_attention`.
+        replaced: The mask that this one replaces; it counts as used when this one is.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class SizedPackedMask(PackedMask):
         backend: Backend = "auto",
         replaced: Any = None,
     ) -> None:
-        # Never None: who reads attention (`observe`) must read what is computed here, per image and with sizes.
+        # Never None: readers of attention (`observe`) must see what is computed here, per image and with sizes.
         super().__init__(lengths, biases or [], backend)
         self.log_size, self.replaced = log_size, replaced
 

@@ -1,11 +1,11 @@
-"""`TowerTokens`: where the tokens of one forward of a tower stand while they are merged, and how they are laid back.
+"""`TowerTokens`: where the tokens of one forward of a tower are while they merge, and how they are scattered back.
 
-Until the first merge nothing moves. Then all images lie behind one another in one packed sequence, `[1, T, D]`, prefix
-tokens in front of each image, so that images of different counts need no padding. Behind the tower every token of the
-regular grid gets the value of the one that it has become part of.
+Until the first merge nothing moves. Then all images are concatenated to one packed sequence, `[1, T, D]`, each with its
+prefix tokens first, so that images with different counts need no padding. After the tower every token of the regular
+grid gets the value of the one that it is part of.
 
-Shape letters: B images, N tokens of an image at first, T tokens of all images now, T0 at first, U units now, u tokens
-of a unit, D width.
+Shape letters: B images, N initial tokens of an image, T current tokens of all images, T0 initial ones, U current units,
+u tokens of a unit, D width.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ __all__ = ["TowerTokens", "group_order", "packed_rows"]
 
 
 def group_order(height: int, width: int, side: int) -> Tensor:
-    """Numbers of the patches of a grid, group by group: groups row by row, and inside each its patches row by row.
+    """Numbers of the patches of a grid, group by group: groups row by row, patches row by row inside each.
 
     Args:
         height: Patch rows, whole groups.
         width: Patch columns, whole groups.
         side: Patches along one side of a group.
+
+    Returns:
+        int64 `[height * width]`.
     """
     grid = torch.arange(height * width).view(height // side, side, width // side, side)
     return grid.permute(0, 2, 1, 3).flatten()
 
 
 def packed_rows(lengths: Sequence[int], unit: int, prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where tokens stand in a packed sequence.
+    """Rows of the tokens in a packed sequence.
 
     Args:
         lengths: Units of each image.
         unit: u.
         prefix: Prefix tokens of each image.
-        device: Where the result is needed.
+        device: Device of the result.
 
     Returns:
         Rows of the prefix tokens, `[B * prefix]`, and of the units' tokens, `[U, u]`.
@@ -59,18 +62,18 @@ def packed_rows(lengths: Sequence[int], unit: int, prefix: int, device: torch.de
 
 @dataclass(eq=False)
 class TowerTokens:
-    """The tokens of one forward.
+    """The tokens of one forward of a tower.
 
     Attributes:
-        lengths: Units of each image at first.
+        lengths: Initial units of each image.
         unit: u, tokens of a unit.
         prefix: Prefix tokens of each image.
         flat: Whether the tower itself works on one sequence `[T, D]` (Qwen-type).
-        packed: Whether the sequence was packed before (adaptive tokens).
-        order: Order of the patches of one image in which units are whole, or None for the order they have.
-        layouts: Makes the layout of each image at first for a block map, prefix included; None for flat towers.
-        device: Where the tokens are.
-        merged: The units now, None while nothing has merged.
+        packed: Whether the sequence was packed from the start (adaptive tokens).
+        order: Order of the patches of one image that makes units contiguous, or None where they are.
+        layouts: Makes the initial layout of each image for a block map, prefix included; None for flat towers.
+        device: Device of the tokens.
+        merged: The current units, None while nothing has merged.
         history: The units in each layer so far.
     """
 
@@ -89,7 +92,7 @@ class TowerTokens:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def units(self, states: Tensor) -> Tensor:
-        """What stands at the units, `[U, u, D]`, of states as the layers have them now."""
+        """The states of the units, `[U, u, D]`, from states as the layers have them now."""
         if self.merged is None and not self.flat and not self.packed:
             states = states[:, self.prefix :]
             states = states if self.order is None else states[:, self.order]
@@ -99,7 +102,7 @@ class TowerTokens:
 
     @property
     def log_size(self) -> Tensor:
-        """Log of the size of every token now, `[T]`; prefix tokens have size 1."""
+        """Log of the size of every current token, `[T]`; prefix tokens have size 1."""
         assert self.merged is not None
         _, rows = self._rows(self.merged)
         out = torch.zeros(sum(self.token_lengths), device=self.device)
@@ -107,12 +110,12 @@ class TowerTokens:
 
     @property
     def token_lengths(self) -> tuple[int, ...]:
-        """Tokens of each image now."""
+        """Current tokens of each image."""
         lengths = self.lengths if self.merged is None else self.merged.lengths
         return tuple(self.prefix + self.unit * length for length in lengths)
 
     def packing(self) -> Packing:
-        """What SFA needs to follow: tokens keep the places of their representatives."""
+        """The packing for SFA: tokens have the places of their representatives."""
         assert self.merged is not None
         assert self.layouts is not None
         merged, build = self.merged, self.layouts
@@ -124,7 +127,7 @@ class TowerTokens:
         return Packing(self.token_lengths, chosen)
 
     def _origins(self, merged: Merged) -> Tensor:
-        """Number in its own image at first of the representative of every token, `[T]`."""
+        """Initial number, in its own image, of the representative of every token, `[T]`."""
         image = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(merged.lengths)).to(self.device)
         counts = torch.tensor(self.lengths)
         start = (counts.cumsum(0) - counts).to(self.device)
@@ -139,11 +142,11 @@ class TowerTokens:
     # -- merging ------------------------------------------------------------------------------------------------------
 
     def merge(self, states: Tensor, merged: Merged, target: Tensor) -> Tensor:
-        """Merges.
+        """Merges units.
 
         Args:
-            states: As the layers have them now.
-            merged: The units from now on.
+            states: States as the layers have them now.
+            merged: The units after this merge.
             target: Which of them each unit becomes part of, `[U]`.
 
         Returns:
@@ -167,10 +170,10 @@ class TowerTokens:
         lengths = self.lengths if merged is None else merged.lengths
         return packed_rows(lengths, self.unit, self.prefix, self.device)
 
-    # -- laying back --------------------------------------------------------------------------------------------------
+    # -- scattering back ----------------------------------------------------------------------------------------------
 
     def scatter_back(self, states: Tensor, merged: Merged | None) -> Tensor:
-        """States of merged tokens as the tower has them without merging.
+        """Scatters the states of merged tokens back to all tokens that they stand for.
 
         Args:
             states: `[1, T, D]` or `[T, D]`.
@@ -189,22 +192,22 @@ class TowerTokens:
         return out[None] if self.packed else out.view(len(self.lengths), -1, out.shape[-1])
 
     def _back_index(self, merged: Merged) -> Tensor:
-        """Row now of every token at first, `[T0]`."""
+        """Current row of every initial token, `[T0]`."""
         sequence_rows, rows = self._rows(merged)
-        own_first, rows_first = packed_rows(self.lengths, self.unit, self.prefix, self.device)
+        prefix_first, rows_first = packed_rows(self.lengths, self.unit, self.prefix, self.device)
         index = torch.empty(len(sequence_rows) + rows_first.numel(), dtype=torch.long, device=self.device)
-        index[own_first] = sequence_rows
+        index[prefix_first] = sequence_rows
         index[rows_first.flatten()] = rows[merged.owner].flatten()
         if self.order is None:
             return index
         grid = index.view(len(self.lengths), -1)  # all images have one grid
-        laid = grid.clone()
-        laid[:, self.prefix + self.order] = grid[:, self.prefix :]
-        return laid.flatten()
+        regular = grid.clone()
+        regular[:, self.prefix + self.order] = grid[:, self.prefix :]
+        return regular.flatten()
 
 
 def adaptive_lengths(adat: Any, states: Tensor) -> tuple[int, ...] | None:
-    """Lengths of the images of a packed sequence of adaptive tokens, None where it is none."""
+    """Lengths of the images in a packed sequence of adaptive tokens; None where the states are not one."""
     packing = getattr(adat, "packing", None)
     if packing is None or states.shape[:-1] != (1, packing.total):
         return None

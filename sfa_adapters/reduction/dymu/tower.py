@@ -1,6 +1,6 @@
-"""`TowerState`: a vision tower that merges tokens, and what has to follow when it does.
+"""`TowerState`: the state of a vision tower that merges tokens, and the updates that each merge needs.
 
-The hooks in `hooks` call it; how tokens lie is in `tokens`, which of them merge in `merging`.
+The hooks in `hooks` call it; where tokens are is in `tokens`, which of them merge in `merging`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfa_adapters.arrangement import ImageTokens, Listed, TokenArrangement
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
@@ -31,16 +32,22 @@ Calibrator = Callable[[int, Pairs, int], float]
 
 @dataclass(eq=False)
 class TowerState:
-    """One tower that merges.
+    """State of DyMU in one tower.
 
     Attributes:
         tower: The tower.
+        backbone: Its record.
         thresholds: One per place between layers; 1 merges nothing.
-        side: Tokens along one side of what merges whole.
-        feature_layer: The layer whose output the host reads first.
-        tokens: Of the forward under way, or of the latest one.
-        window_index: Flat towers: which group stands at each place of the sequence, `[groups]`.
+        side: Tokens along one side of a group that merges whole.
+        prefix: Prefix tokens of each image.
+        feature_layer: The first layer whose output the host reads.
+        heads: Heads of each attention layer.
+        tokens: Tokens of the current or the latest forward.
+        grid: Rows and columns of patches of the images; None for flat towers.
+        window_index: Flat towers: which group is at each place of the sequence, `[groups]`.
         calibrator: Chooses thresholds while they are calibrated.
+        keys: Keys of the latest attention layer.
+        flat_input: Flat towers: groups of each image, places of their patches, and page grids.
         language: The `LanguageState` of the host's language model, None where merging stays in the tower.
     """
 
@@ -66,7 +73,7 @@ class TowerState:
     @property
     def flat(self) -> bool:
         """Whether the tower works on one sequence of segments."""
-        return self.backbone.segment_layouts is not None
+        return self.backbone.joined == "segments"
 
     def merges_at(self, place: int) -> bool:
         """Whether tokens can merge between layers `place` and `place + 1`."""
@@ -75,7 +82,7 @@ class TowerState:
     # -- the start of a forward ---------------------------------------------------------------------------------------
 
     def record_input(self, given: TowerInput) -> None:
-        """Records the grid of the images that the tower is called with, or how its segments lie."""
+        """Records the grid of the images that the tower is called with, or the places of its segments."""
         self.tokens = self.keys = None
         if not self.flat:
             self.grid = given.grid
@@ -98,7 +105,15 @@ class TowerState:
         }
 
     def begin(self, attention: nn.Module, states: Tensor) -> None:
-        """Notes how the tokens of a forward lie."""
+        """Begins the tokens of a forward, at its first layer.
+
+        Args:
+            attention: The attention module of the first layer.
+            states: Input of that layer, `[B, N, D]`, `[1, T, D]` or `[T, D]`.
+
+        Raises:
+            LayoutError: The grid of the images is not known, or has no whole groups.
+        """
         device, unit = states.device, self.side**2
         sfa = state_of(self.tower, "sfa")
         if self.flat:
@@ -138,7 +153,7 @@ class TowerState:
     # -- merging ------------------------------------------------------------------------------------------------------
 
     def merge(self, place: int, states: Tensor) -> Tensor:
-        """Merges in front of layer `place + 1`; the same tensor where nothing does."""
+        """The states with tokens merged before layer `place + 1`; the same tensor where none merges."""
         tokens, keys, self.keys = self.tokens, self.keys, None
         if tokens is None or keys is None or not self.merges_at(place):
             return states
@@ -155,7 +170,7 @@ class TowerState:
 
 
 def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """For SFA: tokens keep the places of their representatives."""
+    """Gives SFA the packing of the tokens that are left; the arguments of the layer stay."""
     assert state.tokens is not None
     if (sfa := state_of(state.tower, "sfa")) is not None:
         sfa.packing = state.tokens.packing()
@@ -163,7 +178,7 @@ def follow_packed(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Segment bounds and rotations of the tokens that are left; for SFA, their places."""
+    """Segment bounds and rotations of a Qwen-type layer for the tokens that are left; gives SFA their places."""
     tokens, seen = state.tokens, state.flat_input
     assert tokens is not None
     assert tokens.merged is not None
@@ -179,15 +194,9 @@ def follow_flat(state: TowerState, kwargs: dict[str, Any]) -> dict[str, Any]:
         new["max_seqlen"] = int(bounds.diff().max())
     sfa = state_of(state.tower, "sfa")
     if sfa is not None:
-        ends = F.pad(torch.tensor(merged.lengths).cumsum(0) * unit, (1, 0))
-        every_group = torch.arange(len(merged.size))
         places = seen["places"].to(before.device)[merged.origin].flatten(0, 1)
-        given_inputs = {
-            "position_ids": places,
-            "window_index": every_group,
-            "cu_seqlens": ends,
-            "page_grids": seen["pages"],
-        }
-        count, description = state.backbone.describe_input(state.tower, (), given_inputs)  # pyright: ignore[reportOptionalCall]
-        sfa.inputs[count] = description
+        parts = places.split([length * unit for length in merged.lengths])
+        pages = [(int(rows), int(columns)) for rows, columns in seen["pages"]]
+        images = [ImageTokens(page, Listed.of(part)) for page, part in zip(pages, parts, strict=True)]
+        sfa.inputs[len(places)] = TokenArrangement("segments", tuple(images))
     return new

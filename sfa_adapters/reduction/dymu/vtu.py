@@ -1,4 +1,4 @@
-"""Virtual token unmerging: attention as the full sequence would have it, from merged keys and values.
+"""Virtual token unmerging: attention as the full sequence would have it, computed from merged keys and values.
 
 The full sequence has the state of token map(m) at position m. With q1, q2 and k1, k2 the halves that a rotary embedding
 turns and th_m the angles of position m,
@@ -59,7 +59,7 @@ def check_language_model(module: nn.Module) -> None:
 
 
 def _turns_halves(module: nn.Module) -> bool:
-    """Whether the rotary embedding of a language model turns halves, asked of its own code with numbers."""
+    """Whether the rotary embedding of a language model rotates halves; its own code is tried on numbers."""
     home = sys.modules[type(module).__module__]
     rotate_half: Any = getattr(home, "rotate_half", None)
     config: Any = getattr(module, "config", None)
@@ -70,7 +70,7 @@ def _turns_halves(module: nn.Module) -> bool:
 
 
 def full_rotation(module: nn.Module, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of new positions before anything is dropped, `[B, L, d]` each.
+    """Cosines and sines of the new positions, dropped ones included, `[B, L, d]` each.
 
     Args:
         module: The language model.
@@ -88,13 +88,13 @@ def full_rotation(module: nn.Module, embeds: Tensor, positions: Tensor) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Unmerged:
-    """What an attention layer needs to know of the full text.
+    """The full text as an attention layer needs it for virtual unmerging.
 
     Attributes:
         slots: S.
         owner: Cache slot of each column, int64 `[B, C]`.
         full_mask: 1 for columns that are no padding, `[B, C]`.
-        own: Which merged token of this forward each of its positions is part of, int64 `[B, L]`.
+        query_owner: Which merged token of this forward each of its positions is part of, int64 `[B, L]`.
         merged: P.
         rotation: Cosine and sine of every column, `[B, C, d]`.
     """
@@ -102,7 +102,7 @@ class Unmerged:
     slots: int
     owner: Tensor
     full_mask: Tensor
-    own: Tensor
+    query_owner: Tensor
     merged: int
     rotation: tuple[Tensor, Tensor]
 
@@ -139,11 +139,14 @@ def unmerged_logits(query: Tensor, key: Tensor, angles: Tensor, rows: Tensor, co
 
 
 class UnmergedMask(LazyMask):
-    """Stands in for the mask of one attention layer and computes its attention over the full text.
+    """Takes the place of the mask of one attention layer, and computes its attention over the full text.
 
     Args:
-        full: What is known of the text.
-        length: Queries that the layer has.
+        full: The full text.
+        length: Number of queries of the layer.
+
+    Raises:
+        LayoutError: It is not the number of merged tokens.
     """
 
     def __init__(self, full: Unmerged, length: int) -> None:
@@ -176,7 +179,7 @@ class UnmergedMask(LazyMask):
         scale = float(query.shape[-1] ** -0.5) if scale is None else scale
         cos, sin = (part[:, None].to(query.dtype) for part in full.rotation)
         columns = full.owner.shape[1]
-        new = full.own.shape[1]
+        new = full.query_owner.shape[1]
         wide_key = rotate(_take(key, full.owner), cos, sin)
         wide_value = _take(value, full.owner)
         place = torch.arange(columns, device=query.device)
@@ -186,7 +189,7 @@ class UnmergedMask(LazyMask):
             return F.scaled_dot_product_attention(
                 wide_query, wide_key, wide_value, allowed, dropout_p=dropout_p, scale=scale
             )
-        wide_query = rotate(_take(query, full.own), cos[:, :, -new:], sin[:, :, -new:])
+        wide_query = rotate(_take(query, full.query_owner), cos[:, :, -new:], sin[:, :, -new:])
         rows = place[columns - new :, None]
         allowed = (allowed & (place <= rows)) | (place == rows)  # padding sees itself, so that no row is empty
         out = F.scaled_dot_product_attention(
@@ -194,10 +197,10 @@ class UnmergedMask(LazyMask):
         )
         if new == self.length:
             return out
-        into = full.own[:, None, :, None].expand_as(out)
+        into = full.query_owner[:, None, :, None].expand_as(out)
         total = torch.zeros_like(out[:, :, : self.length]).scatter_add(2, into, out)
         count = torch.zeros(len(out), self.length, device=out.device, dtype=out.dtype)
-        count = count.scatter_add(1, full.own, torch.ones_like(full.own, dtype=out.dtype))
+        count = count.scatter_add(1, full.query_owner, torch.ones_like(full.query_owner, dtype=out.dtype))
         return total / count.clamp(min=1)[:, None, :, None]
 
     def tensor(self, like: Tensor | None = None) -> Tensor:
@@ -217,7 +220,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 
 def rotary_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an attention layer of the language model: keys stay unrotated, the mask does the rest."""
+    """Forward pre-hook of an attention layer of the language model: keys stay unrotated, and the mask rotates them."""
     full = state_of(attention, DYMU).language.unmerged
     if full is None:
         return give_mask(attention, DYMU, None, args, kwargs)
@@ -229,7 +232,7 @@ def rotary_hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def rotated_hook(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of an attention layer.
+    """Forward hook of an attention layer: checks that its mask was used.
 
     Raises:
         UnsupportedAttentionError: The attention implementation dropped the mask.

@@ -1,4 +1,4 @@
-"""FastV: image tokens that the first layers of the language model hardly attend to are dropped there."""
+"""FastV: image tokens that the first layers of the language model hardly attend to are dropped after them."""
 
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
 

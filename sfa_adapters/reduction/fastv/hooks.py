@@ -1,9 +1,9 @@
-"""FastV at work: what the hooks of `inject_fastv` do while a host runs.
+"""The state and the hooks of FastV: what happens at each decoder layer while a host runs.
 
-At a prompt, the attention of layer K - 1 is read for the rows that ask (nothing else of it is computed twice), the best
-image tokens are chosen, and in front of layer K and all behind it states, positions and masks of the kept tokens take
-the place of those of all tokens. Behind the last layer the kept states go back to their places, so that logits have
-the shape that they always had. While decoding, layers from K on get masks without the columns that they do not hold.
+At a prompt, the attention of layer K - 1 is read for the query rows (nothing else of it is computed twice), and the
+best image tokens are chosen. From layer K on, states, positions and masks of the kept tokens replace those of all
+tokens. After the last layer the kept states go back to their places, so that logits keep their shape. While decoding,
+layers from K on get masks without the columns that they do not hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FASTV = "fastv"
 
 
 class Scored(Exception):
-    """The scores of a prompt are there."""
+    """Ends the pass over the first layers once the scores of a prompt are read."""
 
 
 @dataclass(eq=False)
@@ -52,12 +52,12 @@ class FastVState:
         ids: Placeholder ids of image tokens.
         layers: How many decoder layers there are.
         statistics: Mean and deviation of the tower's images, for `density`.
-        noted: What the modules around the language model were called with.
-        prompt: The prompt on its way, or the latest one, for gradient checkpointing.
-        kept: What pruned layers hold.
-        images: What the tower was given last, for `density`.
+        noted: Arguments of the modules around the language model.
+        prompt: The current prompt, or the latest one, for gradient checkpointing.
+        kept: Which tokens pruned layers hold.
+        images: The latest images of the tower, for `density`.
         reader: Reads attention while layer K - 1 runs.
-        scoring: Whether a pass for the scores alone is on its way (`prune_at="input"`).
+        scoring: Whether a pass for the scores alone is running (`prune_at="input"`).
         memo: Masks and positions that all pruned layers share.
     """
 
@@ -79,18 +79,18 @@ class FastVState:
 
     @property
     def at_input(self) -> bool:
-        """Whether tokens go before layer 0."""
+        """Whether tokens are dropped before layer 0."""
         return self.config.prune_at == "input"
 
     # -- around the language model ------------------------------------------------------------------------------------
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remembers what tells tokens apart; inner modules know better than outer ones."""
+        """Keeps the arguments that tell image tokens from text; those of inner modules replace those of outer ones."""
         given = arguments(module, args, kwargs)
         self.noted.update({name: given[name] for name in NOTED if given.get(name) is not None})
 
     def forget(self) -> None:
-        """A forward is over; only a backward pass may still need what was chosen."""
+        """Clears what belongs to a forward that ended; a backward pass may still need what was chosen."""
         if self.scoring:
             return
         self.noted = {}
@@ -99,10 +99,10 @@ class FastVState:
             self.memo.clear()
 
     def keep_noted(self, start: int, index: Tensor | None) -> None:
-        """Tokens of the prompt went before they came here, so what tells them apart goes with them (for DyMU).
+        """Shortens the noted arguments to the tokens that DyMU left of a prompt.
 
         Args:
-            start: How many went in front.
+            start: How many tokens at the beginning are gone.
             index: Which of the others stay, int64 `[B, P]`; None for all.
         """
         for name in ("input_ids", "labels", "mm_token_type_ids"):
@@ -116,14 +116,23 @@ class FastVState:
         self.images = tower_images(given)
 
     def pack(self, pack: Callable[[Tensor], Tensor]) -> None:
-        """A host packs the crops of the images that its tower has seen."""
+        """Packs the density map of the images that the tower has seen, as the host packs its features.
+
+        Args:
+            pack: Packs densities of tiles, `[tiles, patches]`, into those of image tokens.
+        """
         if self.images is not None:
             self.images = pack_density(self.images, self.statistics, pack)
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def begin(self, states: Tensor, cache: Any, mask: Any) -> None:
-        """Looks at what comes in: a prompt with images, or tokens behind one.
+        """Begins a forward of the language model: a prompt with images, or tokens that follow one.
+
+        Args:
+            states: Input of the language model, `[B, L, D]`.
+            cache: Its cache, or None.
+            mask: Its attention mask.
 
         Raises:
             PlanError: The places of image tokens are not known, or the cache is of another batch or was cut.
@@ -149,7 +158,7 @@ class FastVState:
             self.prompt = prompt_of(states, image, mask, past, self.noted, self.config.query)
 
     def drops(self, prompt: Prompt) -> bool:
-        """Whether the prompt loses a token. If not, it goes its way as if there were no FastV."""
+        """Whether the prompt loses a token; if not, it runs as without FastV."""
         prompt.read(self.config.budget)
         if prompt.start == 0:
             self.kept = None  # a static cache that was reset
@@ -159,10 +168,13 @@ class FastVState:
         return False
 
     def choose(self, states: Tensor) -> bool:
-        """Chooses the tokens of the prompt that stay; whether any goes.
+        """Chooses the tokens of the prompt that stay.
 
         Args:
-            states: In front of the pruning, `[B, L, D]`.
+            states: Before the pruning, `[B, L, D]`.
+
+        Returns:
+            Whether any token is dropped.
         """
         prompt = self.prompt
         if prompt is None:
@@ -182,7 +194,7 @@ class FastVState:
         return token_density(images, self.prompt.images, most, self.statistics)
 
     def settle(self, cache: Any) -> None:
-        """What pruned layers hold from now on; the cache remembers it."""
+        """Sets which tokens pruned layers hold after this prompt, and stores it on the cache."""
         prompt = self.prompt
         assert prompt is not None
         assert prompt.index is not None
@@ -196,7 +208,7 @@ class FastVState:
         self.remember(cache)
 
     def remember(self, cache: Any) -> None:
-        """Leaves with a cache what its pruned layers hold."""
+        """Stores on a cache which tokens its pruned layers hold."""
         if cache is not None and self.kept is not None:
             setattr(cache, KEPT, self.kept)
         elif cache is not None and hasattr(cache, KEPT):
@@ -205,7 +217,7 @@ class FastVState:
     # -- decoder layers -----------------------------------------------------------------------------------------------
 
     def enter_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In front of a decoder layer.
+        """Pre-hook of a decoder layer: begins a prompt, reads attention, or gives the kept tokens.
 
         Raises:
             UnknownInterfaceError: A cache is in use under a name that is not known.
@@ -237,7 +249,7 @@ class FastVState:
         assert kept is not None
         rows = None if self.prompt is None else self.prompt.index
         if rows is not None:
-            if states.shape[1] != rows.shape[1]:  # the first pruned layer; those behind it get its output
+            if states.shape[1] != rows.shape[1]:  # the first pruned layer; the later ones get its output
                 states = keep_states(states, rows)
             for name, channels in (("position_embeddings", True), ("position_ids", False)):
                 new[name] = self._once(name, new.get(name), lambda v, c=channels: keep_positions(v, rows, c))
@@ -263,7 +275,7 @@ class FastVState:
         return known[1]
 
     def leave_layer(self, number: int, layer: nn.Module, output: Any) -> Any:
-        """Behind a decoder layer, also behind one that failed, whose output is None.
+        """Hook after a decoder layer, also after one that failed, whose output is None.
 
         Raises:
             UnsupportedAttentionError: Scores are needed, and the attention did not show them.
@@ -282,8 +294,8 @@ class FastVState:
         if number < self.layers - 1 or output is None or self.scoring or prompt is None or prompt.index is None:
             return None
         if isinstance(output, tuple):
-            return (prompt.laid_back(output[0]), *output[1:])
-        return prompt.laid_back(output)
+            return (prompt.scattered_back(output[0]), *output[1:])
+        return prompt.scattered_back(output)
 
     def _listen(self) -> None:
         prompt = self.prompt

@@ -1,4 +1,4 @@
-"""`inject_fastv` and `eject_fastv`: fewer image tokens behind the first layers of a language model, in place.
+"""`inject_fastv` and `eject_fastv`: drop image tokens after the first layers of a language model, in place.
 
 FastV (An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764): from layer K on, keep the image tokens that the
 question attends to most in layer K - 1.
@@ -19,6 +19,7 @@ from sfa_adapters.reduction.fastv.hooks import FASTV, FastVState
 from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
 from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
 from sfa_adapters.reduction.fastv.token_density import PACK, density_packer
+from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
@@ -31,21 +32,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class FastVConfig:
-    """Which image tokens go, and where.
+    """Options of FastV: which image tokens are dropped, and before which layer.
 
     Attributes:
-        layer: K: tokens go in front of this layer, counted from 0, and the attention of layer K - 1 decides.
+        layer: K: tokens are dropped before this layer, counted from 0, and the attention of layer K - 1 decides.
         k: Image tokens that each prompt keeps; a prompt that has no more of them keeps all.
-        ratio: Share of a prompt's image tokens that goes, in [0, 1); round(n * (1 - ratio)) of n stay, at least one.
-            0.5 where `k` is not given.
+        ratio: Share of a prompt's image tokens that is dropped, in [0, 1); round(n * (1 - ratio)) of n stay, at least
+            one. 0.5 where `k` is not given.
         query: Whose attention counts: the last token of the question, or the mean of all text tokens.
         selector: By what tokens are chosen, see `sfa_adapters.reduction.fastv.selectors`.
-        prune_at: "layer" prunes in front of layer K. "input" prunes in front of layer 0, so that all layers hold
-            equally many tokens; scores of layer K - 1 then cost a first pass over K layers.
+        prune_at: "layer" prunes before layer K. "input" prunes before layer 0, so that all layers hold equally many
+            tokens; scores of layer K - 1 then cost a first pass over K layers.
         balance: Of `importance+diversity`: 1 counts importance only, 0 diversity only.
         seed: Of `random`.
-        image_mean: What images were normalised with, by channel, for `density`; None asks the tower.
-        image_std: Likewise.
+        image_mean: Mean that images were normalised with, by channel, for `density`; None takes that of the tower.
+        image_std: Standard deviation, by channel, as `image_mean`.
 
     Raises:
         PlanError: A field cannot be used.
@@ -69,7 +70,7 @@ class FastVConfig:
             object.__setattr__(self, "ratio", 0.5)
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise PlanError(
-                f"layer={self.layer!r} must be a whole number from 1 on; prune_at='input' prunes in front of layer 0."
+                f"layer={self.layer!r} must be a whole number from 1 on; prune_at='input' prunes before layer 0."
             )
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise PlanError(f"k={self.k!r} must be a whole number of tokens, at least 1.")
@@ -86,7 +87,11 @@ class FastVConfig:
                 raise PlanError(f"{name}={value} must have one number for each of three channels.")
 
     def budget(self, count: int) -> int:
-        """How many of `count` image tokens of a prompt stay."""
+        """How many of the image tokens of a prompt stay.
+
+        Args:
+            count: Image tokens of the prompt.
+        """
         if self.k is not None:
             return min(self.k, count)
         assert self.ratio is not None
@@ -94,9 +99,9 @@ class FastVConfig:
 
 
 def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
-    """Makes a vision-language model drop image tokens behind its first layers.
+    """Makes a vision-language model drop image tokens after its first layers.
 
-    Hooks beside the model do it: no forward is replaced, every layer keeps its attention kernel. Prompts in a batch may
+    Hooks do it: no forward is replaced, and every layer keeps its attention kernel. Prompts in a batch may
     have images of any number and size, and padding. With SFA, ADAT and LoRA, injected before or after.
 
     Args:
@@ -107,7 +112,8 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
         The same model.
 
     Raises:
-        InjectionError: The model has no language model that this is for, fewer layers, or FastV already.
+        InjectionError: The model has no language model that this works on, too few layers, FastV already, or DyMU that
+            shortens the prompts of `selector="density"`.
         UnsupportedAttentionError: The selector needs attention scores, which flash and flex attention do not show.
 
     Example:
@@ -136,7 +142,7 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
 
 
 def eject_fastv(model: Model) -> Model:
-    """Takes FastV out again; the model is as it was, bit for bit.
+    """Removes FastV; the model is as it was, bit for bit.
 
     Caches that were filled with it hold fewer tokens in some layers and are of no use to the model any more.
 
@@ -158,9 +164,11 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
     name, count = type(decoder.module).__name__, len(decoder.layers)
     if FASTV in features_of(decoder.module):
         raise InjectionError(f"{type(decoder.host).__name__} has FastV already; call eject_fastv(model) first.")
+    if config.selector == "density" and "dymu" in features_of(decoder.module):  # attached there if it shortens prompts
+        raise InjectionError(DENSITY_BESIDE_DYMU)
     if config.layer > count - (config.prune_at == "layer"):
         raise InjectionError(
-            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: nothing is behind the pruning."
+            f"layer={config.layer}, but {name} has {count} layers, 0 to {count - 1}: no layer follows the pruning."
         )
     options: Any = getattr(decoder.module, "config", None)
     kinds = set(getattr(options, "layer_types", None) or ())
@@ -173,7 +181,7 @@ def _check(decoder: Decoder, config: FastVConfig) -> None:
     deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     if deep and (config.prune_at == "input" or config.layer < deep):
         raise InjectionError(
-            f"{type(decoder.host).__name__} adds image features behind each of its first {deep} layers; tokens can go "
+            f"{type(decoder.host).__name__} adds image features after each of its first {deep} layers; tokens can go "
             f"from layer {deep} on: FastVConfig(layer={deep})."
         )
     kind = str(getattr(options, "_attn_implementation", ""))

@@ -1,4 +1,4 @@
-"""A prompt on its way through the language model: which of its tokens are of images, and which of them stay.
+"""`Prompt`: a prompt in the language model, which of its tokens are image tokens, and which of those stay.
 
 Shape letters: B samples, L tokens of a prompt, P of them kept, N image tokens of the sample that has most, R rows.
 """
@@ -21,38 +21,38 @@ from sfa_adapters.reduction.kept_tokens import keep_states, visible_tokens
 
 __all__ = ["NOTED", "Prompt", "placeholders", "prompt_of"]
 
-# What modules around the language model are called with that tells tokens apart.
+# Arguments of the modules around the language model that tell image tokens from text.
 NOTED = ("input_ids", "inputs_embeds", "labels", "logits_to_keep", "position_ids", "mm_token_type_ids")
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt.
+    """The prompts of a batch and the choice of their tokens.
 
     Attributes:
-        image: Which tokens are of images, bool `[B, L]`.
-        valid: Which are no padding, bool `[B, L]`.
+        image: Which tokens are image tokens, bool `[B, L]`.
+        valid: Which are not padding, bool `[B, L]`.
         past: Tokens in the cache before it; on the device where the cache is static.
-        counts: Image tokens and real tokens of each sample, tokens behind the last image of any sample, and `past`
+        counts: Image tokens and real tokens of each sample, tokens after the last image of any sample, and `past`
             where that is on the device.
-        asking: Gives the rows whose attention counts, from the largest number of text tokens.
+        find_rows: Gives the query rows, whose attention counts, from the largest number of text tokens.
         images: Image tokens of each sample.
-        reals: Tokens of each sample that are no padding.
+        reals: Tokens of each sample that are not padding.
         budgets: Image tokens of each sample that stay.
-        behind: Tokens behind the last image or padding of any sample: so many can be taken back.
+        behind: Tokens after the last image or padding of any sample; this many can be removed from the cache again.
         start: `past` as a number.
         importance: How much the question attends to each token, `[B, L]`.
-        states: Of all tokens in front of the pruning; what goes back to the places of the dropped ones.
+        states: Of all tokens before the pruning; those of the dropped ones go back to their places.
         index: Kept tokens, int64 `[B, P]`, ascending; None before they are chosen.
-        live: False for slots that fill a shorter sample up, bool `[B, P]`.
-        all_live: Whether there are none.
+        live: False for slots that fill up a shorter sample, bool `[B, P]`.
+        all_live: Whether no slot is such a one.
     """
 
     image: Tensor
     valid: Tensor
     past: int | Tensor
     counts: Counts
-    asking: Callable[[int], tuple[Tensor, Tensor]]
+    find_rows: Callable[[int], tuple[Tensor, Tensor]]
     images: list[int] = field(default_factory=list)
     reals: list[int] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
@@ -70,7 +70,11 @@ class Prompt:
         return self.image.shape[1]
 
     def read(self, budget: Callable[[int], int]) -> None:
-        """Fetches the counts, once."""
+        """Fetches the counts from the device, once.
+
+        Args:
+            budget: Gives the number of image tokens that stay, from that of a sample.
+        """
         if not self.budgets:
             batch = len(self.image)
             numbers = self.counts.read()
@@ -79,8 +83,8 @@ class Prompt:
             self.budgets = [budget(count) for count in self.images]
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows whose attention counts, and which of them are real, `[B, R]`; `read` comes first."""
-        return self.asking(max(real - image for real, image in zip(self.reals, self.images, strict=True)))
+        """The query rows, int64 `[B, R]`, and which of them are real, bool `[B, R]`; call `read` first."""
+        return self.find_rows(max(real - image for real, image in zip(self.reals, self.images, strict=True)))
 
     @torch.no_grad()
     def choose(
@@ -91,10 +95,10 @@ class Prompt:
         balance: float,
         density: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """Chooses the tokens that stay: all text, and of each sample its budget of image tokens; `read` comes first.
+        """Chooses the tokens that stay: all text, and of each sample its budget of image tokens; call `read` first.
 
         Args:
-            states: In front of the pruning, `[B, L, D]`.
+            states: Before the pruning, `[B, L, D]`.
             selector: By what.
             seed: As in `select`.
             balance: As in `select`.
@@ -124,8 +128,12 @@ class Prompt:
         self.live = stays.gather(1, self.index)
         self.all_live = min(lengths) == longest
 
-    def laid_back(self, states: Tensor) -> Tensor:
-        """The kept states at their places among those that the dropped tokens had when they left, `[B, L, D]`."""
+    def scattered_back(self, states: Tensor) -> Tensor:
+        """The kept states at their places, and at the others the states that the dropped tokens had, `[B, L, D]`.
+
+        Args:
+            states: Of the kept tokens, `[B, P, D]`.
+        """
         assert self.index is not None
         assert self.live is not None
         assert self.states is not None
@@ -140,13 +148,13 @@ def placeholders(noted: Mapping[str, Any], ids: tuple[int, ...], batch: int, len
     """Which tokens of a prompt stand for a part of an image, bool `[B, L]`; None where the language model runs alone.
 
     Args:
-        noted: What the modules around the language model were called with.
+        noted: Arguments of the modules around the language model.
         ids: Placeholder ids.
         batch: B, as the language model sees it.
-        length: L, likewise.
+        length: L, as the language model sees it.
 
     Raises:
-        PlanError: It cannot be told.
+        PlanError: The arguments do not say it.
     """
     tokens, types = noted.get("input_ids"), noted.get("mm_token_type_ids")
     if tokens is not None:
@@ -171,14 +179,14 @@ def placeholders(noted: Mapping[str, Any], ids: tuple[int, ...], batch: int, len
 def prompt_of(
     states: Tensor, image: Tensor, mask: Any, past: int | Tensor, noted: Mapping[str, Any], query: str
 ) -> Prompt:
-    """What is known of a prompt before it runs.
+    """A prompt before it runs, nothing chosen yet.
 
     Args:
-        states: That the language model gets, `[B, L, D]`.
-        image: Which of them are of images.
+        states: Input of the language model, `[B, L, D]`.
+        image: Which of them are image tokens, bool `[B, L]`.
         mask: The attention mask of its first layer.
         past: Tokens in the cache.
-        noted: What the modules around the language model were called with.
+        noted: Arguments of the modules around the language model.
         query: "last" or "mean".
     """
     batch, length = states.shape[:2]
@@ -191,7 +199,7 @@ def prompt_of(
         numbers.append(past.reshape(1).to(states.device))
     labels, logits = noted.get("labels"), noted.get("logits_to_keep")
 
-    def asking(texts: int) -> tuple[Tensor, Tensor]:
+    def find_rows(texts: int) -> tuple[Tensor, Tensor]:
         return query_rows(image, valid, labels, logits, texts if query == "mean" else 0)
 
-    return Prompt(image, valid, past, Counts(torch.cat(numbers)), asking)
+    return Prompt(image, valid, past, Counts(torch.cat(numbers)), find_rows)

@@ -1,6 +1,6 @@
 """`prune_at="input"`: the language model never sees the dropped tokens, so all its layers hold equally many.
 
-Scores still come from layer K - 1: a first pass over the whole prompt runs so far and stops. Then the prompt begins
+Scores still come from layer K - 1: a first pass over the whole prompt runs up to there and stops. Then the prompt runs
 again with the kept tokens only. They keep their position ids, so the cache is shorter than the positions say, and the
 mask and the positions of all that follows are given to the language model here.
 """
@@ -28,7 +28,16 @@ AGAIN = (
 
 
 def enter_decoder(state: FastVState, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In front of the language model: a prompt is pruned, what follows one gets its mask and positions.
+    """Pre-hook of the language model: prunes a prompt, and corrects mask and positions of what follows one.
+
+    Args:
+        state: State of FastV.
+        decoder: The language model.
+        args: Its arguments by position.
+        kwargs: Its arguments by name.
+
+    Returns:
+        The new arguments, or None where they stay.
 
     Raises:
         PlanError: The tokens do not go on where the cache ends.
@@ -60,9 +69,9 @@ def _check_positions(kept: KeptTokens, cache: Any, positions: Any) -> None:
     """`generate` cuts the ids of a whole conversation by the length of the cache, which is too short here."""
     if not isinstance(positions, Tensor) or (positions.ndim == 3 and positions.shape[0] != 4) or not kept.dropped:
         return
-    plain = positions[0] if positions.ndim == 3 else positions  # in front of time, height and width
+    plain = positions[0] if positions.ndim == 3 else positions  # before those of time, height and width
     past = torch.as_tensor(cache.get_seq_length(), device=plain.device)
-    # Padding in front of all samples, if there is any, is missing in every position.
+    # Padding at the beginning of all samples, if there is any, is missing in every position.
     padding = torch.where(kept.live, kept.columns, kept.full).amin().to(plain.device)
     wrong = plain[:, 0].amax() + padding == past
     if any(Counts(wrong.long().reshape(1)).read()):
@@ -70,17 +79,17 @@ def _check_positions(kept: KeptTokens, cache: Any, positions: Any) -> None:
 
 
 def _score(state: FastVState, decoder: nn.Module, given: dict[str, Any]) -> None:
-    """Runs the first layers over the whole prompt, beside any cache."""
+    """Runs the first layers over the whole prompt, without a cache."""
     prompt = state.prompt
     assert prompt is not None
     if not state.drops(prompt):
         return
     length = prompt.image.shape[1]
 
-    def own(mask: Any) -> Any:  # without the room of a static cache
+    def prompt_mask(mask: Any) -> Any:  # without the room of a static cache
         return mask[..., :length] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
 
-    mask = _each(given.get("attention_mask"), own)
+    mask = _each(given.get("attention_mask"), prompt_mask)
     state.scoring = True
     try:
         with torch.no_grad():
@@ -100,7 +109,7 @@ def _kept_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str
     positions, made = given.get("position_ids"), isinstance(given.get("attention_mask"), dict)
     slots = cache.layers[0].max_cache_len if _is_static(cache) else kept.slots
 
-    def own(mask: Any) -> Any:
+    def kept_mask(mask: Any) -> Any:
         if mask is None and not made:  # positions with gaps and no mask would be taken for several packed sequences
             return kept.live.long()
         rows = None if isinstance(mask, Tensor) and mask.ndim == 2 else index
@@ -109,19 +118,19 @@ def _kept_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str
     return {
         "inputs_embeds": keep_states(given["inputs_embeds"], index),
         "position_ids": index if positions is None else keep_positions(positions, index, channels=False),
-        "attention_mask": _each(given.get("attention_mask"), own),
+        "attention_mask": _each(given.get("attention_mask"), kept_mask),
     }
 
 
 def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind: str) -> dict[str, Any]:
-    """Decoding steps, and later turns."""
+    """Mask and positions of decoding steps and of later turns."""
     kept = state.kept
     assert kept is not None
     past, queries, static = cache.get_seq_length(), given["inputs_embeds"].shape[1], _is_static(cache)
     place = torch.arange(queries, device=given["inputs_embeds"].device)
     made = isinstance(given.get("attention_mask"), dict)
 
-    def own(mask: Any) -> Any:
+    def step_mask(mask: Any) -> Any:
         if mask is None:
             if kept.all_live or made:  # masks that were made already: None hides nothing
                 return None
@@ -136,18 +145,18 @@ def _following_inputs(state: FastVState, given: dict[str, Any], cache: Any, kind
             )
         return pruned_mask(mask, kept, None, queries, mask.shape[-1] - kept.dropped, kind)
 
-    new: dict[str, Any] = {"attention_mask": _each(given.get("attention_mask"), own)}
+    new: dict[str, Any] = {"attention_mask": _each(given.get("attention_mask"), step_mask)}
     if "position_ids" not in state.noted:  # else the caller knows better; here they were counted from the cache
         positions = given.get("position_ids")
         new["position_ids"] = (place + past)[None] + kept.dropped if positions is None else positions + kept.dropped
     return new
 
 
-def _static_mask(mask: Tensor, kept: KeptTokens, mask_of_call: Tensor) -> Tensor:
-    """A causal mask over the slots: the one that came was made for columns that have no slot."""
+def _static_mask(mask: Tensor, kept: KeptTokens, query_places: Tensor) -> Tensor:
+    """A causal mask over the slots of a static cache; the given one also has columns that were dropped."""
     slots = mask.shape[-1]
     live = torch.nn.functional.pad(kept.live, (0, slots - kept.slots), value=True).to(mask.device)
-    seen = (torch.arange(slots, device=mask.device) <= mask_of_call.to(mask.device)[:, None]) & live[:, None, None, :]
+    seen = (torch.arange(slots, device=mask.device) <= query_places.to(mask.device)[:, None]) & live[:, None, None, :]
     if mask.dtype == torch.bool:
         return seen
     return torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)

@@ -1,4 +1,4 @@
-"""Who asks about the image, and what it attends to: a few rows of one layer's attention, read at the seam.
+"""The query rows, those of the question about the image, and how much they attend to each token in one layer.
 
 Only these rows are computed, beside the attention that runs anyway in its own kernel: from q, k, scale and mask as
 `scaled_dot_product_attention` gets them, or from the scores that an eager implementation puts into its softmax. So
@@ -26,18 +26,19 @@ BLOCK_BYTES = 2**25  # of logits at a time
 def query_rows(
     image: Tensor, valid: Tensor, labels: Any = None, logits_to_keep: Any = None, texts: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The rows that ask.
+    """The rows of the tokens of the question.
 
-    The question ends in front of the first token that is to be predicted: the first target behind the images where
-    there are labels, the first of the `logits_to_keep` rows (assisted generation puts its candidates behind the
-    prompt), else behind the last token. So teacher forcing chooses as generation does.
+    The question ends before the first token that is to be predicted: the first target after the images where there are
+    labels, the first of the `logits_to_keep` rows (assisted generation appends its candidates to the prompt), else at
+    the last token. So teacher forcing chooses as generation does.
 
     Args:
-        image: Which tokens are of images, bool `[B, L]`.
-        valid: Which are no padding, bool `[B, L]`.
+        image: Which tokens are image tokens, bool `[B, L]`.
+        valid: Which are not padding, bool `[B, L]`.
         labels: Targets `[B, L]`, or None.
         logits_to_keep: As the host was called with it.
-        texts: 0 for the last token of the question; else all text up to there, of which a sample has at most so many.
+        texts: 0 for the last token of the question only; else all text up to there, and the largest number of text
+            tokens of a sample.
 
     Returns:
         Rows int64 `[B, R]`, and which of them are real, bool `[B, R]`.
@@ -52,9 +53,9 @@ def query_rows(
         last = (last - (logits_to_keep - 1)).clamp(min=0)
     if not texts:
         return last[:, None], torch.ones_like(last, dtype=torch.bool)[:, None]
-    asks = valid & ~image & (place <= last[:, None])
-    rows = (~asks).int().argsort(dim=1, stable=True)[:, :texts]
-    return rows, asks.gather(1, rows)
+    queries = valid & ~image & (place <= last[:, None])
+    rows = (~queries).int().argsort(dim=1, stable=True)[:, :texts]
+    return rows, queries.gather(1, rows)
 
 
 def row_attention(call: AttentionCall, rows: Tensor) -> Tensor:
@@ -84,10 +85,10 @@ def row_attention(call: AttentionCall, rows: Tensor) -> Tensor:
 
 
 class AttentionReader:
-    """Reads how much the asking rows attend to each token of a prompt, while one decoder layer runs.
+    """Reads how much the query rows attend to each token of a prompt, while one decoder layer runs.
 
     Args:
-        rows: Asking rows, `[B, R]`.
+        rows: Query rows, int64 `[B, R]`.
         real: Which of them count, bool `[B, R]`.
         past: Tokens in the cache before the prompt.
         length: L.
@@ -97,28 +98,28 @@ class AttentionReader:
 
     def __init__(self, rows: Tensor, real: Tensor, past: int | Tensor, length: int) -> None:
         self.rows, self.real, self.past, self.length = rows, real, past, length
-        self.found: Tensor | None = None
+        self.attention: Tensor | None = None
         self.name, self.groups, self.is_causal = "language model", 1, False
         # What `Seam` reads: a prompt has several queries, so heads are never packed into the query axis.
         self.seam = Seam(self, None, 0)  # pyright: ignore[reportArgumentType]
 
     def open(self) -> None:
-        """Begins to listen."""
+        """Begins to read."""
         self.seam.__enter__()
 
     def close(self) -> Tensor | None:
-        """Ends listening.
+        """Ends reading.
 
         Returns:
             Mean attention over heads and rows to each token of the prompt, `[B, L]`, or None where none was seen.
         """
         self.seam.__exit__(None, None, None)
-        return self.found
+        return self.attention
 
     @torch.no_grad()
     def read(self, call: AttentionCall) -> None:
-        """One attention computation of the layer."""
-        if self.found is not None or call.num_queries != self.length:
+        """Reads one attention computation of the layer."""
+        if self.attention is not None or call.num_queries != self.length:
             return
         with torch.autocast(call.device.type, enabled=False):
             columns = torch.arange(self.length, device=call.device) + self.past
@@ -127,4 +128,4 @@ class AttentionReader:
             for rows, real in zip(self.rows.split(step, 1), self.real.split(step, 1), strict=True):
                 mean = row_attention(call, rows).mean(1).index_select(-1, columns)
                 total = total + (mean * real.to(mean.device)[:, :, None]).sum(1)
-            self.found = total / self.real.sum(1, keepdim=True).clamp(min=1).to(total.device)
+            self.attention = total / self.real.sum(1, keepdim=True).clamp(min=1).to(total.device)

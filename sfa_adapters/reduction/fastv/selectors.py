@@ -1,4 +1,4 @@
-"""Which image tokens are worth keeping: one score per token, the best of each sample stay.
+"""The selectors of FastV: a score for each image token; the tokens of each sample with the highest scores stay.
 
 | selector | keeps | looks at |
 |---|---|---|
@@ -11,7 +11,7 @@
 
 Everything runs on the device of its arguments and never waits for it: no number is read back, no shape depends on a
 value. Every sample is treated by itself, so padding and neighbours in a batch change nothing. Of equal scores the first
-in order stay; cosines are taken in fp64 and compared in fp32, so that what is equal by the formula is equal in the
+in order stay; cosines are computed in fp64 and compared in fp32, so that what is equal by the formula is equal in the
 machine, whatever kernel multiplies.
 
 Shape letters: B samples, N image tokens of the sample that has most, D width of the states.
@@ -44,13 +44,13 @@ class ImageTokens:
     """The image tokens of a batch, each sample's in its own order at the front.
 
     Attributes:
-        real: False behind the last image token of a sample, bool `[B, N]`.
+        real: False after the last image token of a sample, bool `[B, N]`.
         budget: How many stay, int64 `[B]`.
         most: The largest of them.
-        states: Of the language model at the layer in front of which is pruned, `[B, N, D]`.
+        states: Input of the layer before which is pruned, `[B, N, D]`.
         run: Number of the image (the run of image tokens without text in between) of each token, int64 `[B, N]`.
         importance: How much the question attends to each, `[B, N]`, or None where it is not needed.
-        density: Text density at the place of each, `[B, N]`, or None where it is not needed.
+        density: Text density of each, `[B, N]`, or None where it is not needed.
     """
 
     real: Tensor
@@ -63,7 +63,7 @@ class ImageTokens:
 
 
 def needs_attention(selector: str) -> bool:
-    """Whether a selector wants `ImageTokens.importance`."""
+    """Whether a selector needs `ImageTokens.importance`."""
     return selector in ("attention", "importance+diversity")
 
 
@@ -71,7 +71,7 @@ def check_selector(selector: str, balance: float) -> None:
     """Checks the options of a selector.
 
     Raises:
-        PlanError: Names the option and what there is.
+        PlanError: One cannot be used; names it.
     """
     if selector not in get_args(Selector):
         raise PlanError(f"selector={selector!r} must be one of {', '.join(get_args(Selector))}.")
@@ -84,19 +84,20 @@ def select(tokens: ImageTokens, selector: Selector, seed: int = 0, balance: floa
 
     Args:
         tokens: The image tokens.
-        selector: By what.
+        selector: Name of the selector.
         seed: Of `random`.
         balance: Of `importance+diversity`: 1 counts importance only, 0 diversity only.
 
     Returns:
-        bool `[B, N]`, `tokens.budget` of each sample. Of equal scores the first in order stay.
+        True for tokens that stay, `tokens.budget` of each sample, bool `[B, N]`. Of equal scores the first in order
+        stay.
     """
     with torch.no_grad(), torch.autocast(tokens.states.device.type, enabled=False):
         return best(_SCORES[selector](tokens, seed, balance), tokens.real, tokens.budget)
 
 
 def best(scores: Tensor, real: Tensor, budget: Tensor) -> Tensor:
-    """The highest scores of each sample.
+    """The tokens with the highest scores of each sample.
 
     Args:
         scores: `[B, N]`.
@@ -104,7 +105,7 @@ def best(scores: Tensor, real: Tensor, budget: Tensor) -> Tensor:
         budget: How many stay, int64 `[B]`.
 
     Returns:
-        bool `[B, N]`. Of equal scores the first in order stay.
+        True for them, bool `[B, N]`. Of equal scores the first in order stay.
     """
     order = scores.masked_fill(~real, NEVER).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
@@ -121,9 +122,9 @@ def _attention(tokens: ImageTokens, seed: int, balance: float) -> Tensor:
 
 
 def _density(tokens: ImageTokens, seed: int, balance: float) -> Tensor:
-    """Dense places first; where the page says nothing more (blank paper, solid text), an even grid decides."""
+    """Dense places first; among equally dense ones (blank paper, solid text) an even grid decides."""
     assert tokens.density is not None
-    # Densities are compared in 256 steps, so that the noise of an estimator on blank paper is no preference.
+    # Densities are compared in 256 steps, so that the noise of an estimator on blank paper decides nothing.
     return (tokens.density.float() * 256).round() + 0.5 * _downsample(tokens, seed, balance)
 
 
@@ -175,7 +176,7 @@ def _importance_diversity(tokens: ImageTokens, seed: int, balance: float) -> Ten
 
 
 def _greedy(tokens: ImageTokens, first: Tensor, value: Callable[[Tensor], Tensor], alike: Tensor) -> Tensor:
-    """Takes one token after the other; the earlier one is taken, the higher its score."""
+    """Chooses one token after the other; the earlier a token is chosen, the higher its score."""
     out = torch.full_like(first, NEVER)
     free = tokens.real.clone()
     closest = torch.full_like(first, NEVER)

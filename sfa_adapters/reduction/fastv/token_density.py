@@ -1,8 +1,8 @@
-"""Text density at the place of every image token: ADAT's density map, read by the language model's tokens.
+"""Text density at the place of every image token, from ADAT's density map of the images.
 
 The map is estimated from the pixels that the tower was given, and reduced to the grid of tokens that the host makes of
-them: as many as patches, or fewer after a pixel shuffle or a 2x2 merge. A host that packs the crops of an image into
-one run of tokens is asked to pack the map in the same way.
+them: as many as patches, or fewer after a pixel shuffle or a 2x2 merge. Where a host packs the crops of an image into
+one run of tokens, the map is packed by the same method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACK = "pack_image_features"  # the method of LLaVA-NeXT and LLaVA-OneVision
 
 @dataclass(frozen=True, eq=False)
 class TowerImages:
-    """What a tower was given.
+    """The images that a tower was given.
 
     Attributes:
         pixels: Normalised images `[tiles, 3, H, W]`; or patches in merge groups, with their grids (Qwen).
@@ -66,7 +66,10 @@ def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str
     Args:
         core: The host's core.
         method: Its packing method.
-        called: What it is called with, the core among it.
+        called: Its arguments by name, the core included.
+
+    Returns:
+        The function that packs.
     """
 
     def packed(density: Tensor) -> Tensor:
@@ -80,7 +83,13 @@ def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str
 
 @torch.no_grad()
 def pack_density(images: TowerImages, statistics: Statistics | None, pack: Callable[[Tensor], Tensor]) -> TowerImages:
-    """The images with the density at each token of a host that packs its crops."""
+    """The images with the density of each image token, for a host that packs its crops.
+
+    Args:
+        images: The images of the tower.
+        statistics: Mean and deviation that they were normalised with.
+        pack: From `density_packer`.
+    """
     count = images.pixels.shape[-1] // images.patch
     mean, std = _known(statistics)
     density = _map(images.pixels, mean, std, images.pixels.shape[-1] / count, (count, count)).flatten(1)
@@ -91,16 +100,16 @@ def pack_density(images: TowerImages, statistics: Statistics | None, pack: Calla
 def token_density(
     images: TowerImages | None, counts: Sequence[int], most: int, statistics: Statistics | None = None
 ) -> Tensor:
-    """Density at each image token.
+    """Text density at each image token.
 
     Args:
-        images: What the tower was given for these prompts.
+        images: The images that the tower was given for these prompts.
         counts: Image tokens of each sample; samples may be repeated, as beams are.
-        most: Largest of them.
+        most: The largest of these counts.
         statistics: Mean and deviation that the images were normalised with.
 
     Returns:
-        `[B, most]` in [0, 1]; zero behind a sample's last token.
+        `[B, most]` in [0, 1]; zero after a sample's last token.
 
     Raises:
         PlanError: The tower has not seen the images, or their tokens lie on no grid that is known here.
@@ -129,7 +138,7 @@ def token_density(
 
 
 def _of_tiles(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
-    """Tile after tile, row by row."""
+    """Densities of images that are tiles: tile after tile, row by row."""
     tiles, total = len(images.pixels), sum(counts)
     height, width = images.pixels.shape[-2:]
     side = _side(tiles, counts, height // images.patch) if height == width else 0
@@ -156,7 +165,7 @@ def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
 
 
 def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
-    """Merge groups row by row, image after image."""
+    """Densities of images that are patches (Qwen): merge groups row by row, image after image."""
     mean, std = _known(statistics)
     assert images.grids is not None
     merge, patch = images.merge, images.patch

@@ -1,4 +1,4 @@
-"""The study from end to end on a few pages: every arm and quantity is there, and changes are paired."""
+"""The attention study from end to end on a few pages: every arm and quantity is there, and changes are paired."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_every_arm_and_quantity_is_measured(study: Any) -> None:
     for arm in arms:
         assert set(arm.values) == quantities
         assert all(np.isfinite(values).any() for values in arm.values.values())
-    found = {path.name for path in out.iterdir()}
-    assert found == {"study.md", "study.json", "study.csv", "entropy.png", "hallucination.png"}
+    files = {path.name for path in out.iterdir()}
+    assert files == {"study.md", "study.json", "study.csv", "entropy.png", "hallucination.png"}
 
 
 def test_changes_are_paired_with_the_arm_before(study: Any) -> None:
@@ -52,12 +52,14 @@ def test_changes_are_paired_with_the_arm_before(study: Any) -> None:
 
 def test_evidence_lies_under_the_numbers_that_the_answer_rests_on() -> None:
     host, charts = build_nano("llava_onevision"), unseen_charts(2)
-    asked = [questions_for(chart.table)[:6] for chart in charts]
-    batch = encode_packed(host, [c.image for c in charts], [[(q.text, q.answer) for q in own] for own in asked])
-    mask = evidence_mask(batch["labels"], charts, asked)
+    questions = [questions_for(chart.table)[:6] for chart in charts]
+    batch = encode_packed(
+        host, [c.image for c in charts], [[(q.text, q.answer) for q in of_chart] for of_chart in questions]
+    )
+    mask = evidence_mask(batch["labels"], charts, questions)
     assert mask.shape == (*batch["labels"].shape, 144)
     assert torch.equal(mask.any(-1), batch["labels"] != IGNORE)
-    chart, question = charts[0], asked[0][0]
+    chart, question = charts[0], questions[0][0]
     assert question.type == "value"
     ((series, row),) = question.marks
     (box,) = [t.box for t in chart.texts if t.role == "value" and (t.series, t.row) == (series, row)]

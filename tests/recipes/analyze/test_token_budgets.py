@@ -1,4 +1,4 @@
-"""The experiment of `sfa analyze tokens`, in small: every arm runs, spends what it may, and is written down."""
+"""`sfa analyze tokens` on a small scale: every arm runs within its budget and is in the report."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_every_method_stays_within_its_budget(runs: Any) -> None:
-    _, found = runs
-    assert [(run.method, run.budget) for run in found] == [
+    _, measured = runs
+    assert [(run.method, run.budget) for run in measured] == [
         ("uniform", 144), ("ADAT", 36), ("ADAT", 64), ("ADAT", 100), ("ADAT", 144),
         *((method, budget) for method in ("ADAT, none finer", "down-sampling", "random dropping")
           for budget in (36, 64, 100)),
     ]  # fmt: skip
-    for run in found:
+    for run in measured:
         assert 0 < run.tokens <= run.budget
         assert run.method.startswith("ADAT") or run.tokens == run.budget
         assert 0 <= run.accuracy.low <= run.accuracy.value <= run.accuracy.high <= 1
@@ -38,12 +38,12 @@ def test_every_method_stays_within_its_budget(runs: Any) -> None:
 
 
 def test_table_and_pictures_are_left(runs: Any) -> None:
-    out, found = runs
+    out, measured = runs
     assert {path.name for path in out.iterdir()} == {
         "tokens.md", "tokens.json", "efficiency.png", "plan.png", "gallery.png",
     }  # fmt: skip
     stored = json.loads((out / "tokens.json").read_text())
-    assert [run["tokens"] for run in stored["runs"]] == [run.tokens for run in found]
+    assert [run["tokens"] for run in stored["runs"]] == [run.tokens for run in measured]
     assert (out / "tokens.md").read_text().count("| ADAT |") == 4
     assert all((out / name).stat().st_size > 20_000 for name in ("efficiency.png", "plan.png", "gallery.png"))
 
@@ -59,8 +59,8 @@ def test_dropped_patches_are_neither_seen_nor_left_over() -> None:
     with torch.no_grad():
         dropped(pixels)
         kept = hook.kept[0, :, 0]
-        own = tower.embeddings(pixels)[:, kept]
-        expected = tower.encoder(inputs_embeds=own).last_hidden_state
+        embeddings = tower.embeddings(pixels)[:, kept]
+        expected = tower.encoder(inputs_embeds=embeddings).last_hidden_state
     assert torch.allclose(seen[0][0, kept], expected[0], atol=1e-6)
     gone = torch.ones(144, dtype=torch.bool)
     gone[kept] = False

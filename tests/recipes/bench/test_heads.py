@@ -1,4 +1,4 @@
-"""`sfa bench heads`: every arm is pruned, timed and asked as one object, and the files say what was measured."""
+"""`sfa bench heads`: every arm is pruned, timed and evaluated on one object, and the files hold the results."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_every_arm_and_its_files(tmp_path: Path) -> None:
     config = HeadBenchConfig(out=tmp_path, rates=(0.02, 0.3), plans=("uniform", "adaptive"),
                              compensations=("none", "bias"), **FAST)  # fmt: skip
     bench = run_bench_heads(config)
-    told = [(arm.plan, arm.rate, arm.compensation, arm.removed) for arm in bench.arms]
-    assert told == [
+    settings = [(arm.plan, arm.rate, arm.compensation, arm.removed) for arm in bench.arms]
+    assert settings == [
         ("uniform", 0.3, "none", 20),
         ("uniform", 0.3, "bias", 20),
         ("adaptive", 0.02, "none", 1),
@@ -72,11 +72,11 @@ def test_the_answers_are_those_of_a_model_pruned_by_hand(tmp_path: Path) -> None
     whole = evaluate(host, samples)
     scores = calibrate_heads(host.model, chart_batches(host, 4, labelled=True), "gate", progress=False)
     prune_heads(host.model, plan_heads(scores, 0.3, "global"), "absorb")
-    found = evaluate(host, samples)
+    evaluation = evaluate(host, samples)
     assert arm.quality is not None
-    assert arm.quality.accuracy == found.accuracy
-    assert found.answers != whole.answers
-    assert arm.quality.change.value == pytest.approx(found.correct.mean() - whole.correct.mean())
+    assert arm.quality.accuracy == evaluation.accuracy
+    assert evaluation.answers != whole.answers
+    assert arm.quality.change.value == pytest.approx(evaluation.correct.mean() - whole.correct.mean())
 
 
 def test_random_heads_are_drawn_several_times_and_averaged(tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_split_heads_keep_values_and_output(monkeypatch: pytest.MonkeyPatch) -> 
             layer.self_attn.q_proj.weight.data.zero_()
             layer.self_attn.q_proj.bias.data.zero_()
     with torch.no_grad():
-        expected, found = (_text(host)(input_ids=ids).last_hidden_state for host in (old, new))
+        expected, states = (_text(host)(input_ids=ids).last_hidden_state for host in (old, new))
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
     shapes = {name: tuple(t.shape) for name, t in split_heads(state, 4, 32).items() if "layers.0.self_attn" in name}
     assert {s for n, s in shapes.items() if "language_model" in n and n.endswith("weight")} == {(256, 128), (128, 256)}
 
@@ -171,5 +171,5 @@ def test_a_split_head_keeps_the_rotary_pairs_that_turn_as_before() -> None:
 
 
 def test_the_host_with_many_heads_reads_charts() -> None:
-    found = evaluate(load_many_heads(), chart_samples("test", 60))
-    assert found.accuracy.value > 0.35
+    evaluation = evaluate(load_many_heads(), chart_samples("test", 60))
+    assert evaluation.accuracy.value > 0.35

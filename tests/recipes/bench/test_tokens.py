@@ -1,4 +1,4 @@
-"""`sfa bench tokens`: every arm is measured in one run, and the files say what was measured."""
+"""`sfa bench tokens`: every arm is measured in one run, and the files hold the results."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_nano_host_every_arm_and_its_files(tmp_path: Path) -> None:
     with (out / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["selector"] for row in rows] == [arm.selector for arm in arms]
-    told: Any = json.loads((out / "bench.json").read_text())
-    assert told["options"]["layer"] == "2"
-    assert len(told["arms"]) == 5
+    record: Any = json.loads((out / "bench.json").read_text())
+    assert record["options"]["layer"] == "2"
+    assert len(record["arms"]) == 5
     assert (out / "bench.png").stat().st_size > 10_000
 
 
@@ -69,18 +69,18 @@ def test_dominance_is_that_of_the_analysis_and_counts_what_is_left() -> None:
     generation: Any = host.model.generation_config
     generation.eos_token_id = None  # four tokens, so three of them ask
     report = modality_dominance(host.model, [inputs], layers={"all": range(4)}, max_new_tokens=4)
-    found = _dominance(host, sample, None)
-    assert found == pytest.approx(next(row for row in report.table() if row["stage"] == "all")["mdi"], rel=1e-3)
+    dominance = _dominance(host, sample, None)
+    assert dominance == pytest.approx(next(row for row in report.table() if row["stage"] == "all")["mdi"], rel=1e-3)
     setting = FastVConfig(layer=1, ratio=0.9)
     inject_fastv(host.model, setting)
     pruned = _dominance(host, sample, setting)
     eject_fastv(host.model)
     # As much attention for a tenth of the tokens: each one gets more.
-    assert pruned < found
+    assert pruned < dominance
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"keep": (0.5, 1.5)}, "--keep 1.5"),
         ({"keep": ()}, "--keep"),
@@ -94,8 +94,8 @@ def test_dominance_is_that_of_the_analysis_and_counts_what_is_left() -> None:
         ({"model": "x"}, "--question and an image together"),
     ],
 )
-def test_options_that_cannot_be_used(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         BenchConfig(**options)
 
 

@@ -18,7 +18,7 @@ from sfa_adapters.heads.plan import plan_heads
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import save_pruned
 from sfa_adapters.heads.scores import HeadScores
-from sfa_adapters.recipes.calibrate.heads import _tell, run_calibrate_heads
+from sfa_adapters.recipes.calibrate.heads import _print_scores, run_calibrate_heads
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 
@@ -26,10 +26,10 @@ QUESTION = ["--question", "What is the value of WY?"]
 
 
 def run(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as found:
+    with pytest.raises(SystemExit) as exit_info:
         main(["calibrate", "heads", *map(str, arguments)])
-    assert isinstance(found.value.code, int)
-    return found.value.code
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_a_host_of_the_user_is_scored_on_pages_of_the_user(
     out = tmp_path / "out"
     options = ["--model", host, *QUESTION, "--method", method, "--rate", 0.5, "--out", out]
     assert run(page, page, *options) == 0
-    told = capsys.readouterr().out
-    assert f"{method} scores of {0 if method == 'random' else 2} samples are in" in told
-    assert len(re.findall(r"^ +\d .* 2 of 4 ", told, re.MULTILINE)) == 3  # layers
+    output = capsys.readouterr().out
+    assert f"{method} scores of {0 if method == 'random' else 2} samples are in" in output
+    assert len(re.findall(r"^ +\d .* 2 of 4 ", output, re.MULTILINE)) == 3  # layers
     model = AutoModelForImageTextToText.from_pretrained(host)
     scores = HeadScores.load(out / "head_scores.json")
     scores.check(model)
@@ -98,17 +98,17 @@ def test_thirty_two_heads_fit_eighty_columns(
     }
     scores = HeadScores(values, dict.fromkeys(values, 32), "s4", data={"samples": 100})
     plan = plan_heads(scores, 0.3)
-    _tell(scores, plan, tmp_path / "head_scores.json")
-    told = capsys.readouterr().out
-    assert all(word in told for word in ("removed", "which"))
+    _print_scores(scores, plan, tmp_path / "head_scores.json")
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("removed", "which"))
     for removed in plan.removed.values():
         line = f"{len(removed)} of 32 {' '.join(map(str, removed)) or '-'} "
-        assert line in f"{' '.join(told.split())} ", "how many and which, in one line, nothing cut"
-    assert max(map(len, told.splitlines()[:36])) <= 80
+        assert line in f"{' '.join(output.split())} ", "how many and which, in one line, nothing cut"
+    assert max(map(len, output.splitlines()[:36])) <= 80
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--method", "best"], "method='best' must be one of s4, gate, flap, random"),
         (["--gamma", "-1"], "gamma=-1.0"),
@@ -138,7 +138,7 @@ def test_thirty_two_heads_fit_eighty_columns(
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], told: str, tmp_path: Path, page: Path, host: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, page: Path, host: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.png").write_text("no image")
     places = {"PAGE": page, "PAGE/deeper": page / "deeper", "TEXT": tmp_path / "text.png", "HOST": host}
@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(
     assert run(*(given if "--out" in given else [*given, "--out", out])) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sfa: ")
-    assert told in error
+    assert message in error
     assert not out.exists(), "told before anything is measured"
 
 

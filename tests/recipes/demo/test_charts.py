@@ -1,4 +1,4 @@
-"""The demo on charts from end to end, on an untrained host: what it leaves, that it is fair and can be repeated."""
+"""`sfa demo --task charts` on an untrained host: its files, equal conditions for both runs, and reproducibility."""
 
 import copy
 import io

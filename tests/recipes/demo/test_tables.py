@@ -1,4 +1,4 @@
-"""The demo on tables from end to end, on an untrained host: what it leaves, that it is fair, and what it claims."""
+"""`sfa demo` on tables, with an untrained host: its files, equal conditions for all runs, and what it claims."""
 
 import dataclasses
 import io

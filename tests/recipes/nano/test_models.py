@@ -1,4 +1,4 @@
-"""Nano hosts: the genuine classes, what they read, and what is said when their weights are wrong."""
+"""Nano hosts: classes of transformers, generation, training, and the errors for wrong weights."""
 
 import copy
 
@@ -175,9 +175,9 @@ def test_the_shipped_host_reads_charts_it_has_never_seen():
 
 def test_evaluation_counts(monkeypatch, samples):
     host = nano.build_nano("llava_onevision")
-    said = [s.answer for s in samples]
-    said[0] = "99999"
-    monkeypatch.setattr("sfa_adapters.recipes.nano.evaluate.generate_answers", lambda *a, **k: (said, 1.0))
+    answers = [s.answer for s in samples]
+    answers[0] = "99999"
+    monkeypatch.setattr("sfa_adapters.recipes.nano.evaluate.generate_answers", lambda *a, **k: (answers, 1.0))
     result = evaluate(host, samples)
     assert result.correct.tolist() == [False] + [True] * 5
     assert result.by_type()["value"].value == 0.5

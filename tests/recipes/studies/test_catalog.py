@@ -1,4 +1,4 @@
-"""The frame of the studies: settings, resumable results, paired statistics, table, figures, command."""
+"""What all studies share: settings, resumable results, paired statistics, table, figures, command."""
 
 from __future__ import annotations
 
@@ -220,12 +220,12 @@ def test_few_and_many_pictures_are_set_side_by_side(tmp_path: Path) -> None:
     for job in settings.jobs():
         append_row(tmp_path / "rows", job, outcomes[job.budget["pictures"] if job.arm != "none" else 9], "")
     rows = read_rows(tmp_path / "rows")
-    found = {line.arm: line for line in by_pictures(settings, summarize(settings, rows))}
-    assert list(found) == ["none", "good"]  # the placebo has one number of pictures under equal steps
-    assert found["good"].rest == {"steps": 10}
-    assert {count: score.value for count, score in found["good"].scores.items()} == {9: 0.5, 100: 1.0}
-    assert found["good"].fewest == {0.5: 9, 0.55: 100}
-    assert found["none"].fewest == {0.5: 9, 0.55: None}
+    lines = {line.arm: line for line in by_pictures(settings, summarize(settings, rows))}
+    assert list(lines) == ["none", "good"]  # the placebo has one number of pictures under equal steps
+    assert lines["good"].rest == {"steps": 10}
+    assert {count: score.value for count, score in lines["good"].scores.items()} == {9: 0.5, 100: 1.0}
+    assert lines["good"].fewest == {0.5: 9, 0.55: 100}
+    assert lines["none"].fewest == {0.5: 9, 0.55: None}
     write_report(settings, rows, tmp_path / "out")
     page = (tmp_path / "out" / "table.md").read_text()
     assert "| none | 10 steps | 50.0 [" in page

@@ -1,4 +1,4 @@
-"""Pretrained weights out of installed packages: the right file, every tensor once, the same output as elsewhere."""
+"""Pretrained weights from installed packages: the right file, every tensor once, the same output as elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lookup study: its pictures, and the ways to tell places that it compares."""
+"""The lookup study: its pictures, and the position encodings that it compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of a pretrained tower: its pictures, what its arms differ in, and a run from end to end."""
+"""The study of a pretrained tower: its pictures, how its arms differ, and a run from end to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small VLM of real pretrained parts: it builds, speaks, carries SFA, can be trained, and its study runs."""
+"""The small VLM of real pretrained parts: it builds, generates text, takes SFA and trains, and its study runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of the start: each host with each arm, and that known tasks are measured before and after."""
+"""The study of initialisations: each host with each arm, with known tasks measured before and after training."""
 
 from __future__ import annotations
 

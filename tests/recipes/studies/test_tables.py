@@ -1,4 +1,4 @@
-"""Study c, and what it measures: exact match without generating, a placebo that is one, wrong numbers, its settings."""
+"""The study of tables: exact match without generating, its placebo, misread and fabricated numbers, its settings."""
 
 import copy
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The step and the score that studies share."""
+"""The training step and the score that all studies share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: rendered charts, the three column schemas of ChartQA, and named errors for bad rows."""
+"""Rows of chart questions: rendered charts, the three column schemas of ChartQA, and named errors for bad rows."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Real tables, honest splits, and charts whose boxes lie on their numbers."""
+"""Charts of real tables: disjoint splits, and boxes that lie on their numbers."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from sfa_adapters.recipes.synthetic.rendering import augmented_table, render_sha
 
 
 def _one_of_each():
-    found = {}
+    by_kind = {}
     for table in real_tables.load_tables("test"):
         for kind in charts.kinds_for(table):
-            found.setdefault(kind, table)
-    return found
+            by_kind.setdefault(kind, table)
+    return by_kind
 
 
 def test_no_entity_and_no_table_is_in_two_splits():
@@ -138,8 +138,8 @@ def test_a_chart_that_does_not_fit_is_refused():
 
 def test_questions_and_answers():
     table = tables.Table("t", "t", (), "", ("AAA", "BBB", "CCC"), ("",), ((1.5, 3.0, 3.0),), 1, False)
-    found = {q.text: q.answer for q in questions.questions_for(table)}
-    assert found == {
+    answers = {q.text: q.answer for q in questions.questions_for(table)}
+    assert answers == {
         "What is the value of AAA?": "1.5",
         "What is the value of BBB?": "3.0",
         "What is the value of CCC?": "3.0",
@@ -147,10 +147,10 @@ def test_questions_and_answers():
         "What is the difference between AAA and CCC?": "1.5",
     }  # no largest: two marks share it; no difference of equals
     two = tables.Table("t", "t", (), "", ("AAA", "BBB"), ("1950", "1960"), ((1, 2), (4, 3)), 0, False)
-    asked = {q.text: q.answer for q in questions.questions_for(two)}
-    assert asked["Which has the largest value in 1960?"] == "AAA"
-    assert asked["What is the value of BBB in 1950?"] == "2"
-    assert asked["What is the difference between AAA and BBB in 1960?"] == "1"
+    answers_of_two = {q.text: q.answer for q in questions.questions_for(two)}
+    assert answers_of_two["Which has the largest value in 1960?"] == "AAA"
+    assert answers_of_two["What is the value of BBB in 1950?"] == "2"
+    assert answers_of_two["What is the difference between AAA and BBB in 1960?"] == "1"
 
 
 def test_augmented_tables_are_new_and_bounded():

@@ -1,4 +1,4 @@
-"""Rendered pages: the boxes are where the ink is, and a seed is a page."""
+"""Rendered pages: the boxes are where the ink is, and equal seeds give equal pages."""
 
 import numpy as np
 import pytest
@@ -59,14 +59,14 @@ def test_a_turn_takes_the_boxes_along():
         image[top:bottom, left:right] = 0
     moved = 0.0
     for _ in range(12):
-        turned, found = scans.artefacts(rng, image, boxes, (255, 255, 255), 1.0)
+        turned, turned_boxes = scans.artefacts(rng, image, boxes, (255, 255, 255), 1.0)
         ink = turned.min(axis=2) < 60
-        for left, top, right, bottom in found:
+        for left, top, right, bottom in turned_boxes:
             outer = np.zeros_like(ink)
             outer[int(top) - 2 : int(bottom) + 3, int(left) - 2 : int(right) + 3] = True
             ink &= ~outer
         assert ink.mean() < 0.004  # specks only
-        moved = max(moved, float(np.abs(found - boxes).max()))
+        moved = max(moved, float(np.abs(turned_boxes - boxes).max()))
     assert moved > 1
 
 

@@ -93,7 +93,7 @@ def test_a_row_is_the_same_every_time_and_in_every_slice():
 
 def test_all_numbers_of_a_page_are_told():
     rows = rendered_rows("pages", "train", limit=40)
-    titles = [asked.table.title for _, asked in rows.asked]
+    titles = [question.table.title for _, question in rows.questions]
     assert any(any(c.isdigit() for c in title) for title in titles)
     for row, title in zip(rows, titles, strict=True):
         assert {word for word in title.replace(",", " ").split() if word.isdigit()} <= set(row.printed)
@@ -125,14 +125,16 @@ def test_korean_questions_are_about_the_same_marks():
         assert len(set(told_in.rows)) == len(told_in.rows)
         assert told_in.values == table.values
         for question in questions_for(table)[:6]:
-            told = korean_question(question, told_in)
-            assert told.text.endswith(spoken[question.type])
+            korean_form = korean_question(question, told_in)
+            assert korean_form.text.endswith(spoken[question.type])
             names = [told_in.rows[row] for _, row in question.marks]
-            assert question.type == "largest" or all(name in told.text for name in names)
+            assert question.type == "largest" or all(name in korean_form.text for name in names)
             if question.type == "difference":
-                particles.add(told.text[told.text.index(names[0]) :].removeprefix(names[0]).lstrip("년")[0])
+                particles.add(
+                    korean_form.text[korean_form.text.index(names[0]) :].removeprefix(names[0]).lstrip("년")[0]
+                )
             if question.type == "largest":
-                assert told.answer == told_in.rows[table.rows.index(question.answer)]
+                assert korean_form.answer == told_in.rows[table.rows.index(question.answer)]
     assert particles == {"과", "와"}
 
 
@@ -142,12 +144,12 @@ def test_without_a_font_it_says_what_to_install(monkeypatch, tmp_path, font):
     plain = str(Path(font_manager.findfont("DejaVu Sans")))
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     monkeypatch.delenv(fonts.VARIABLE, raising=False)
-    found = [plain, str(tmp_path / "broken.ttf")]
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: found)
+    font_files = [plain, str(tmp_path / "broken.ttf")]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: font_files)
     with pytest.raises(DataError, match=r"fonts-nanum.*fonts-noto-cjk.*SFA_HANGUL_FONT"):
         rendered_rows("charts-ko", "test")
     fonts._of_system.cache_clear()
-    found.append(str(font))
+    font_files.append(str(font))
     assert fonts.hangul_font() == font
     for wrong, reason in ((tmp_path / "gone.ttf", "is not there"), (plain, "cannot write Korean")):
         monkeypatch.setenv(fonts.VARIABLE, str(wrong))

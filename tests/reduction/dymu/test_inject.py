@@ -1,4 +1,4 @@
-"""DyMU on real towers and hosts: against a slow tower, untouched where nothing merges, batches, SFA and ADAT."""
+"""DyMU on real towers and hosts: against a slow tower, exact where nothing merges, in batches, with SFA and ADAT."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def test_a_merging_tower_is_the_slow_one_image_by_image(name: str, sfa: str | No
     if sfa == "after":
         inject_sfa(tower, strong_config())
     with torch.no_grad():
-        found: Any = tower(**inputs, output_hidden_states=True)
+        output: Any = tower(**inputs, output_hidden_states=True)
         places = regular_places((4, 4), case.prefix)
         counts = token_counts(tower).after
         eject_dymu(tower)
         for image in range(2):
             wanted = slow_tower(tower, inputs["pixel_values"][image : image + 1], thresholds, places)
-            for states, behind in zip(found.hidden_states[1:], wanted, strict=True):
+            for states, behind in zip(output.hidden_states[1:], wanted, strict=True):
                 assert_close(states[image].double(), behind, 1e-4)
     assert all(count < 16 for count in counts)
 
@@ -85,14 +85,14 @@ def test_recorded_hidden_states_are_those_of_each_layer() -> None:
     tower, inputs = case.fresh()
     inject_dymu(tower, DyMUConfig(thresholds=(0.3, 0.1)))
     with torch.no_grad():
-        found: Any = tower(**inputs, output_hidden_states=True)
+        output: Any = tower(**inputs, output_hidden_states=True)
         short: Any = inject_dymu(eject_dymu(tower), DyMUConfig(thresholds=(0.3, 1.0)))(
             **inputs, output_hidden_states=True
         )
-    assert [tuple(states.shape) for states in found.hidden_states] == [(2, 17, 32)] * 4
-    assert torch.equal(found.hidden_states[2], short.hidden_states[2])  # in front of the second merge
-    assert_close(found.hidden_states[3], found.last_hidden_state, 0)
-    assert (found.hidden_states[3] - short.hidden_states[3]).abs().max() > 1e-3
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 17, 32)] * 4
+    assert torch.equal(output.hidden_states[2], short.hidden_states[2])  # in front of the second merge
+    assert_close(output.hidden_states[3], output.last_hidden_state, 0)
+    assert (output.hidden_states[3] - short.hidden_states[3]).abs().max() > 1e-3
 
 
 @every_merging_tower
@@ -192,7 +192,7 @@ def test_attention_is_observed_image_by_image_with_sizes() -> None:
     reader = RowEntropy()
     with observe(tower, reader), torch.no_grad():
         tower(**inputs)
-    shapes = [[tuple(t.shape) for t in found] for found in reader.results.values()]
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in reader.results.values()]
     assert shapes == [[(2, 4, 16)], [(1, 4, 8)] * 2, [(1, 4, 4)] * 2]
 
 
@@ -319,9 +319,9 @@ def test_a_grid_without_whole_groups_is_refused() -> None:
 def test_the_threshold_is_the_largest_that_merges_so_many() -> None:
     score = torch.rand(50, generator=torch.Generator().manual_seed(0))
     for merges in (1, 7, 50):
-        found = threshold_of(score, merges)
-        assert int((score > found).sum()) == merges
-        assert int((score > torch.nextafter(torch.tensor(found), torch.tensor(2.0))).sum()) < merges
+        threshold = threshold_of(score, merges)
+        assert int((score > threshold).sum()) == merges
+        assert int((score > torch.nextafter(torch.tensor(threshold), torch.tensor(2.0))).sum()) < merges
     assert threshold_of(score, 0) == 1.0
     assert threshold_of(score, 51) == 0.0
     assert threshold_of(torch.tensor([-0.5, -0.7]), 1) == 0.0
@@ -349,9 +349,9 @@ def test_thresholds_are_means_over_batches_each_on_merged_tokens() -> None:
     tower, _ = case.fresh()
     batches = [case.inputs(seed)["pixel_values"] for seed in range(3)]
     single: list[Any] = [calibrate_dymu(tower, [batch], merges=2.0).thresholds for batch in batches]
-    found: Any = calibrate_dymu(tower, batches, merges=2.0).thresholds
+    thresholds: Any = calibrate_dymu(tower, batches, merges=2.0).thresholds
     for place in range(2):
-        assert found[place] == pytest.approx(sum(values[place] for values in single) / 3)
+        assert thresholds[place] == pytest.approx(sum(values[place] for values in single) / 3)
     inject_dymu(tower, DyMUConfig(thresholds=single[0]))
     with torch.no_grad():
         tower(batches[0])
@@ -394,9 +394,9 @@ def test_thresholds_survive_a_folder_beside_an_adapter(tmp_path: Path) -> None:
 
 def test_the_command_calibrates_the_nano_host_and_a_model_of_the_user(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    told = CliRunner().invoke(app, ["dymu", "--charts", "6", "--batch", "3", "--keep", "0.4", "--out", str(out)])
-    assert told.exit_code == 0, told.output
-    assert "tokens per picture are left" in told.output
+    result = CliRunner().invoke(app, ["dymu", "--charts", "6", "--batch", "3", "--keep", "0.4", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "tokens per picture are left" in result.output
     config = load_dymu(out)
     assert config.tower == {"backbone": "siglip", "num_layers": 4, "places": 3}
     folder = tmp_path / "model"
@@ -404,11 +404,11 @@ def test_the_command_calibrates_the_nano_host_and_a_model_of_the_user(tmp_path: 
     SiglipImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
     page = tmp_path / "page.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(page)
-    found = run_calibrate_dymu(out, [page, page], str(folder), keep=0.5, language="vtu")
-    assert load_dymu(out) == found
-    assert found.language == "vtu"
-    assert found.tower is not None
-    assert found.tower["places"] == 2
+    calibrated = run_calibrate_dymu(out, [page, page], str(folder), keep=0.5, language="vtu")
+    assert load_dymu(out) == calibrated
+    assert calibrated.language == "vtu"
+    assert calibrated.tower is not None
+    assert calibrated.tower["places"] == 2
 
 
 @pytest.mark.parametrize(
@@ -430,8 +430,8 @@ def test_sizes_run_in_the_flash_kernel() -> None:
     log_size = torch.randint(1, 9, (577,), device="cuda").float().log()
     wanted = sized_attention(query.float(), key.float(), value.float(), log_size, backend="dense")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        found = sized_attention(query, key, value, log_size)
+        output = sized_attention(query, key, value, log_size)
         packed = SizedPackedMask((300, 277), log_size).attend(query, key, value, None, 0.0)
-    assert_close(found.float(), wanted, 2e-2)
+    assert_close(output.float(), wanted, 2e-2)
     first = sized_attention(query[:, :, :300], key[:, :, :300], value[:, :, :300], log_size[:300])
     assert_close(packed[:, :, :300].float(), first.float(), 2e-2)

@@ -1,8 +1,9 @@
-"""DyMU in front of language models: what is left of a prompt, position ids, caches, `generate`, and FastV behind."""
+"""DyMU with language models: kept tokens, position ids, caches, `generate`, and FastV after it."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.cache_record import KeptOfPrompt, choose_kept
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.host_tokens import ImageKeys
@@ -25,6 +27,7 @@ from tests.support.hosts import IMAGE, logits_of
 
 every_host = pytest.mark.parametrize("name", NAMES)
 MERGE = DyMUConfig(thresholds=THRESHOLD)
+DENSITY = FastVConfig(layer=1, ratio=0.5, selector="density")
 NEW = 32
 
 
@@ -119,9 +122,9 @@ def test_caches_and_kinds_of_attention_agree(name: str, how: str) -> None:
     if how == "eager":
         model.set_attn_implementation({"text_config": "eager"})
     changed = {"static": {"cache_implementation": "static"}, "no cache": {"use_cache": False}}.get(how, {})
-    found = model.generate(**inputs, **options, **changed)
+    generated = model.generate(**inputs, **options, **changed)
     for row in range(2):
-        assert_same_generation(plain, found, row)
+        assert_same_generation(plain, generated, row)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl", "qwen2_5_vl"])
@@ -159,9 +162,9 @@ def test_several_images_in_a_prompt_and_none() -> None:
     seen = inputs_of_language_model(model, both)
     assert seen["inputs_embeds"].shape[1] == 2 * (6 + 8)
     text = {"input_ids": torch.randint(3, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    found = logits_of(model, text)
+    logits = logits_of(model, text)
     assert inputs_of_language_model(model, text)["kept"] is None
-    assert torch.equal(found, logits_of(eject_dymu(model), text))
+    assert torch.equal(logits, logits_of(eject_dymu(model), text))
 
 
 def test_tiles_are_cut_and_resized_by_the_host_itself() -> None:
@@ -188,9 +191,9 @@ def test_tiles_are_cut_and_resized_by_the_host_itself() -> None:
     kept: KeptOfPrompt = short["kept"]
     assert short["inputs_embeds"].shape[1] < total - 10
     assert_close(keep_states(short["inputs_embeds"], kept.owner), full["inputs_embeds"])
-    found = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **GENERATE)
+    generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **GENERATE)
     with torch.no_grad():
-        assert_close(found.logits[0], model(**inputs).logits[:, -1], 1e-4)
+        assert_close(generated.logits[0], model(**inputs).logits[:, -1], 1e-4)
 
 
 def test_where_the_representative_was_cut_away_the_first_of_the_others_stands_in() -> None:
@@ -217,8 +220,8 @@ def test_a_mask_of_ones_own_loses_rows_and_columns() -> None:
     causal = torch.ones(length, length).tril().bool()
     plain = logits_of(model, inputs)
     for mask in (causal, torch.zeros(length, length).masked_fill(~causal, torch.finfo(torch.float32).min)):
-        found = logits_of(model, {**inputs, "attention_mask": mask[None, None].expand(2, 1, -1, -1)})
-        assert_close(found, plain)
+        logits = logits_of(model, {**inputs, "attention_mask": mask[None, None].expand(2, 1, -1, -1)})
+        assert_close(logits, plain)
     apart = causal.clone()
     apart[-2:, -4:-2] = False
     changed = logits_of(model, {**inputs, "attention_mask": apart[None, None]})
@@ -273,6 +276,33 @@ def test_the_wrong_order_of_the_hybrid_is_an_error() -> None:
     with pytest.raises(InjectionError, match="inject_dymu first"):
         inject_dymu(model, MERGE)
     before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("language", ["logical_rope", "vtu"])
+@pytest.mark.parametrize("fastv_first", [True, False])
+def test_density_beside_merged_image_tokens_is_refused_in_either_order(fastv_first: bool, language: Any) -> None:
+    """Density is known for each patch; image tokens that were merged are no longer one for each of them."""
+    model = BY_NAME["llava"].build()
+    steps = [lambda: inject_fastv(model, DENSITY), lambda: inject_dymu(model, replace(MERGE, language=language))]
+    first, second = steps if fastv_first else reversed(steps)
+    first()
+    before = Snapshot(model)
+    with pytest.raises(InjectionError, match=r"selector='density' needs every image token.*Choose another selector"):
+        second()
+    before.assert_unchanged(model)
+    assert list(features_of(model)) == ["fastv" if fastv_first else "dymu"]
+
+
+@pytest.mark.parametrize("fastv_first", [True, False])
+def test_density_works_beside_merging_in_the_tower_only(fastv_first: bool) -> None:
+    model, inputs = BY_NAME["llava"].build(), BY_NAME["llava"].inputs()
+    tower_only = replace(MERGE, language="off")
+    if fastv_first:
+        inject_dymu(inject_fastv(model, DENSITY), tower_only)
+    else:
+        inject_fastv(inject_dymu(model, tower_only), DENSITY)
+    merged_only = logits_of(inject_dymu(BY_NAME["llava"].build(), tower_only), inputs)
+    assert (logits_of(model, inputs) - merged_only).abs().max() > 1e-4  # FastV dropped tokens
 
 
 def test_padding_is_the_one_that_tests_assume() -> None:

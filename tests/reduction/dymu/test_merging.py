@@ -1,4 +1,4 @@
-"""Merging as pure functions, against a double loop and in random cases; attention in proportion to size."""
+"""Token merging as pure functions, against a double loop and in random cases; attention in proportion to size."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def slow_merge(units: Tensor, threshold: float) -> tuple[list[float], list[int],
     for i in range(0, count, 2):
         best, score = -1, -2.0
         for j in range(1, count, 2):
-            found = torch.nn.functional.cosine_similarity(units[i], units[j], dim=0).item()
-            if found > score:
-                best, score = j, found
+            similarity = torch.nn.functional.cosine_similarity(units[i], units[j], dim=0).item()
+            if similarity > score:
+                best, score = j, similarity
         if score > threshold:
             parts[best] += parts.pop(i)
     left = sorted(parts)
@@ -45,10 +45,10 @@ def slow_merge(units: Tensor, threshold: float) -> tuple[list[float], list[int],
 
 def merge_once(units: Tensor, lengths: list[int], threshold: float) -> tuple[Merged, Tensor]:
     start = Merged.start(lengths)
-    found = merge_above(start, pair_scores(units, lengths), threshold)
-    if found is None:
+    merge = merge_above(start, pair_scores(units, lengths), threshold)
+    if merge is None:
         return start, units
-    merged, target = found
+    merged, target = merge
     return merged, weighted_mean(units, start.size, target, merged.size)
 
 
@@ -75,11 +75,11 @@ def test_merging_again_conserves_size_mean_order_and_ownership(
     units = values = random_units(lengths, seed)
     merged = Merged.start(lengths)
     for threshold in steps:
-        found = merge_above(merged, pair_scores(values, merged.lengths), threshold)
-        if found is None:
+        merge = merge_above(merged, pair_scores(values, merged.lengths), threshold)
+        if merge is None:
             continue
-        values = weighted_mean(values, merged.size, found[1], found[0].size)
-        merged = found[0]
+        values = weighted_mean(values, merged.size, merge[1], merge[0].size)
+        merged = merge[0]
     assert merged.size.sum() == len(units)
     assert_close((values * merged.size[:, None]).sum(0), units.sum(0))
     assert (merged.origin.diff() > 0).all()  # sorted by the place of the representative, and none twice
@@ -114,9 +114,9 @@ def test_twins_stay_apart_at_threshold_one_and_merge_below() -> None:
     pairs = pair_scores(units, [6])
     assert float(pairs.score.max()) <= 1.0
     assert merge_above(Merged.start([6]), pairs, 1.0) is None
-    found = merge_above(Merged.start([6]), pairs, 0.999)
-    assert found is not None
-    assert found[0].lengths == (3,)
+    merge = merge_above(Merged.start([6]), pairs, 0.999)
+    assert merge is not None
+    assert merge[0].lengths == (3,)
 
 
 def test_of_equally_similar_partners_the_first_is_taken() -> None:
@@ -157,8 +157,8 @@ def test_a_token_of_size_s_counts_like_s_copies_of_it(backend: str) -> None:
     query, key, value = qkv(5)
     repeated = [states.repeat_interleave(size, dim=2) for states in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, repeated[0], repeated[1], scale=0.4)
-    found = sized_attention(query, key, value, size.log(), scale=0.4, backend=backend)  # pyright: ignore[reportArgumentType]
-    assert_close(found, wanted)
+    output = sized_attention(query, key, value, size.log(), scale=0.4, backend=backend)  # pyright: ignore[reportArgumentType]
+    assert_close(output, wanted)
     per_image = sized_attention(query, key, value, size.log().expand(2, -1), scale=0.4, backend=backend)  # pyright: ignore[reportArgumentType]
     assert_close(per_image, wanted)
 
@@ -171,17 +171,17 @@ def test_sizes_and_phi_add_up(backend: str) -> None:
     query, key, value = qkv(7)
     log_size = torch.tensor([1.0, 2, 1, 4, 1, 1, 3]).log()
     scores = query @ key.transpose(-1, -2) * 8**-0.5 + bias.dense() + log_size
-    found = sized_attention(query, key, value, log_size, bias, backend=backend)  # pyright: ignore[reportArgumentType]
-    assert_close(found, scores.softmax(-1) @ value)
+    output = sized_attention(query, key, value, log_size, bias, backend=backend)  # pyright: ignore[reportArgumentType]
+    assert_close(output, scores.softmax(-1) @ value)
 
 
 def test_the_packed_mask_is_its_own_matrix() -> None:
     query, key, value = (states[:1] for states in qkv(7))
     log_size = torch.tensor([1.0, 2, 3, 1, 4, 1, 2]).log()
     mask = SizedPackedMask((3, 4), log_size)
-    found = mask.attend(query, key, value, None, 0.0)
+    output = mask.attend(query, key, value, None, 0.0)
     dense = SizedPackedMask((3, 4), log_size).tensor(query)
-    assert_close(found, (query @ key.transpose(-1, -2) * 8**-0.5 + dense).softmax(-1) @ value)
+    assert_close(output, (query @ key.transpose(-1, -2) * 8**-0.5 + dense).softmax(-1) @ value)
     assert mask.used
 
 

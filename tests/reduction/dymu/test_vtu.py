@@ -1,4 +1,4 @@
-"""Virtual unmerging: the formula, the full sequence computed in full, caches and decoding."""
+"""Virtual unmerging: its formula, against the full sequence, with caches and decoding."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_the_formula_is_rotary_attention_of_the_expanded_sequence() -> None:
     angles = torch.arange(7)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).double()
     cos, sin = (torch.cat((part, part), -1)[None, None] for part in (angles.cos(), angles.sin()))
     wide_query, wide_key = (rotate(states[None, :, owner], cos, sin)[0] for states in (query, key))
-    found = unmerged_logits(query, key, angles, owner, owner)
-    assert_close(found, wide_query @ wide_key.transpose(-1, -2), 1e-12)
+    logits = unmerged_logits(query, key, angles, owner, owner)
+    assert_close(logits, wide_query @ wide_key.transpose(-1, -2), 1e-12)
 
 
 def test_attention_is_the_mean_of_the_formulas_rows() -> None:
@@ -39,11 +39,11 @@ def test_attention_is_the_mean_of_the_formulas_rows() -> None:
     angles = torch.arange(7)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).double()
     rotation = tuple(torch.cat((part, part), -1)[None] for part in (angles.cos(), angles.sin()))
     full = Unmerged(4, owner, torch.ones(1, 7), owner, 4, rotation)  # pyright: ignore[reportArgumentType]
-    found = UnmergedMask(full, 4).attend(query, key, value, None, 0.0)
+    output = UnmergedMask(full, 4).attend(query, key, value, None, 0.0)
     logits = unmerged_logits(query[0], key[0], angles, owner[0], owner[0]) * 8**-0.5
     rows = logits.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1) @ value[0][:, owner[0]]
     wanted = torch.stack([rows[:, owner[0] == j].mean(1) for j in range(4)], 1)
-    assert_close(found[0], wanted, 1e-12)
+    assert_close(output[0], wanted, 1e-12)
 
 
 def expanded_logits(model: Any, inputs: dict[str, Any], config: DyMUConfig) -> Tensor:
@@ -99,12 +99,12 @@ def test_vtu_is_the_expanded_full_computation_with_a_merged_cache(name: str) -> 
     before.assert_unchanged(model)
     inject_dymu(model, VTU)
     with torch.no_grad():
-        found = model(**inputs, use_cache=True)
+        output = model(**inputs, use_cache=True)
     kept = latest_kept(model.model.language_model)
     assert kept is not None
     real = inputs["attention_mask"].bool()
-    assert_close(found.logits[real], wanted[real], 1e-5)
-    lengths = {layer.keys.shape[2] for layer in cache_of_output(found).layers}
+    assert_close(output.logits[real], wanted[real], 1e-5)
+    lengths = {layer.keys.shape[2] for layer in cache_of_output(output).layers}
     assert lengths == {kept.index.shape[1]}
     assert kept.index.shape[1] < inputs["input_ids"].shape[1]
 
@@ -115,9 +115,9 @@ def test_decoding_from_the_merged_cache_is_a_full_pass_at_every_step(name: str) 
     model: Any = inject_dymu(host.build(), VTU)
     inputs = padded(host)
     cached = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, **GENERATE)
-    anew = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, use_cache=False, **GENERATE)
+    uncached = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, use_cache=False, **GENERATE)
     static = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, cache_implementation="static", **GENERATE)
-    for one, other, third in zip(cached.logits, anew.logits, static.logits, strict=True):
+    for one, other, third in zip(cached.logits, uncached.logits, static.logits, strict=True):
         assert_close(one, other, 1e-4)
         assert_close(one, third, 1e-4)
     for number in range(2):
@@ -129,12 +129,12 @@ def test_decoding_from_the_merged_cache_is_a_full_pass_at_every_step(name: str) 
 def test_it_differs_from_logical_rope() -> None:
     host = BY_NAME["llava_onevision"]
     inputs = host.inputs()
-    found = []
+    logits = []
     for language in ("vtu", "logical_rope"):
         model = inject_dymu(host.build(), DyMUConfig(thresholds=THRESHOLD, language=language))
         with torch.no_grad():
-            found.append(model(**inputs).logits)
-    assert (found[0] - found[1]).abs().max() > 1e-2
+            logits.append(model(**inputs).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
 def test_eager_attention_is_refused_before_and_after() -> None:

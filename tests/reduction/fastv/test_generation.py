@@ -1,4 +1,4 @@
-"""FastV while generating: batches equal single prompts, whatever the host, the cache and the way of decoding."""
+"""FastV in generation: batches equal single prompts, for every host, cache and way of decoding."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def lengths(cache: Any) -> list[int]:
 
 def generated(model: Any, inputs: dict[str, Any], count: int, **options: Any) -> tuple[Tensor, Tensor, list[int]]:
     """New tokens, the logits of every step, and how many tokens each layer holds."""
-    told = {**GREEDY, "max_new_tokens": count, "return_dict_in_generate": True, "output_logits": True, **options}
-    out = model.generate(**inputs, **told)
+    settings = {**GREEDY, "max_new_tokens": count, "return_dict_in_generate": True, "output_logits": True, **options}
+    out = model.generate(**inputs, **settings)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     return new, torch.stack(out.logits, 1), lengths(cache_of_output(out))
 
@@ -55,12 +55,12 @@ def test_a_padded_batch_is_its_prompts_one_at_a_time(
     options = {"cache_implementation": "static"} if static else {}
     together = generated(model, batched(prompts), 33, **options)
     for row in (0, 1):
-        new, logits, found = generated(model, prompts[row], 33, **options)
+        new, logits, cached = generated(model, prompts[row], 33, **options)
         assert torch.equal(new[0], together[0][row])
         assert_close(together[1][row], logits[0], 1e-4)
         whole = prompts[row]["input_ids"].shape[1] + 32
         less = whole - int((prompts[row]["input_ids"] == IMAGE).sum()) // 2
-        assert found == ([less] * 4 if prune_at == "input" else [whole, whole, less, less])
+        assert cached == ([less] * 4 if prune_at == "input" else [whole, whole, less, less])
 
 
 @every_family
@@ -109,11 +109,11 @@ def test_assisted_generation_is_greedy_generation(prune_at: Any, query: Any) -> 
     expected = model.generate(**inputs, **GREEDY, max_new_tokens=12)
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].shape[1]), with_kwargs=True)
-    found = model.generate(**inputs, **GREEDY, max_new_tokens=12, assistant_model=assistant)
+    assisted = model.generate(**inputs, **GREEDY, max_new_tokens=12, assistant_model=assistant)
     handle.remove()
     assert sizes[0] > inputs["input_ids"].shape[1]
     assert max(sizes[1:]) > 1
-    assert torch.equal(found, expected)
+    assert torch.equal(assisted, expected)
 
 
 @both_places
@@ -128,9 +128,9 @@ def test_behind_dymu_a_padded_batch_is_its_prompts_one_at_a_time(prune_at: Any) 
         new, logits, _ = generated(model, inputs, 6)
         assert torch.equal(new[0], together[0][row])
         assert_close(together[1][row], logits[0], 1e-4)
-    found = generated(model, prompts[1], 2)[2]
-    assert found[0] == (merged[0] if prune_at == "layer" else found[-1])
-    assert found[-1] < merged[-1] < prompts[1]["input_ids"].shape[1]
+    cached = generated(model, prompts[1], 2)[2]
+    assert cached[0] == (merged[0] if prune_at == "layer" else cached[-1])
+    assert cached[-1] < merged[-1] < prompts[1]["input_ids"].shape[1]
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ def test_a_later_turn_prunes_its_own_images(static: bool) -> None:
     whole = {name: torch.cat((first[name], second[name]), 0 if name == "pixel_values" else 1) for name in first}
     cache = new_cache(model, static)
     model(**first, **passing(model, cache))
-    found = model(**{**second, "attention_mask": whole["attention_mask"]}, **passing(model, cache))
+    output = model(**{**second, "attention_mask": whole["attention_mask"]}, **passing(model, cache))
     one = model(**whole, use_cache=True)
     text = (second["input_ids"] != IMAGE)[0]
-    assert_close(found.logits[:, text], one.logits[:, first["input_ids"].shape[1] :][:, text])
+    assert_close(output.logits[:, text], one.logits[:, first["input_ids"].shape[1] :][:, text])
     assert lengths(cache) == lengths(cache_of_output(one))
     token = torch.tensor([[7]])
     followed = model(input_ids=token, **passing(model, cache)).logits
@@ -236,8 +236,8 @@ def test_copies_of_a_cache_and_repeated_ones_go_on(prune_at: Any) -> None:
     repeated.batch_repeat_interleave(3)
     expected = model(input_ids=token, **passing(model, cache)).logits
     assert torch.equal(model(input_ids=token, **passing(model, copied)).logits, expected)
-    found = model(input_ids=token.expand(3, -1), **passing(model, repeated)).logits
-    assert_close(found, expected.expand(3, -1, -1))
+    logits = model(input_ids=token.expand(3, -1), **passing(model, repeated)).logits
+    assert_close(logits, expected.expand(3, -1, -1))
 
 
 @both_places

@@ -1,4 +1,4 @@
-"""FastV against a plain dense reference; bit-exact when nothing goes; named errors for what cannot be pruned."""
+"""FastV against a plain dense reference: bit-exact when nothing is pruned, named errors for what cannot be pruned."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Dense:
         """Whole attention matrix of a layer, `[heads, L, L]`, from an eager copy of it."""
         layer = copy.deepcopy(self.decoder.layers[number])
         layer.self_attn.config._attn_implementation = "eager"
-        found: list[Tensor] = []
-        layer.self_attn.register_forward_hook(lambda m, a, out: found.append(out[1]))
+        weights: list[Tensor] = []
+        layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
         self.call(layer, states, self.positions)
-        return found[0][0]
+        return weights[0][0]
 
     @staticmethod
     def call(layer: Any, states: Tensor, positions: Any) -> Tensor:
@@ -297,9 +297,13 @@ def test_loss_and_gradients_are_those_of_the_answer_alone(checkpointing: bool, p
 
 def test_teacher_forcing_chooses_as_generation_does() -> None:
     model, inputs = inject_fastv(LLAVA.build(), FastVConfig(layer=2)), answered(Ask((3, 12), seed=8), 4)
-    asked = {**inputs, "input_ids": inputs["input_ids"][:, :-4], "attention_mask": inputs["attention_mask"][:, :-4]}
-    del asked["labels"]
-    [expected] = kept_columns(model, asked)
+    prompt_only = {
+        **inputs,
+        "input_ids": inputs["input_ids"][:, :-4],
+        "attention_mask": inputs["attention_mask"][:, :-4],
+    }
+    del prompt_only["labels"]
+    [expected] = kept_columns(model, prompt_only)
     ids = inputs["input_ids"]
     assert kept_columns(model, inputs) == [[*expected, *range(ids.shape[1] - 4, ids.shape[1])]]
 
@@ -393,8 +397,8 @@ def test_a_cache_that_was_cut_into_its_prompt_is_refused() -> None:
         expected = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-3], "attention_mask": None})
         last = int(inputs["input_ids"][0, -4])
         again.crop(-1)
-        found = model(input_ids=torch.tensor([[last]]), **passing(model, again)).logits[0, -1]
-    assert found.shape == expected.logits[0, -1].shape
+        logits = model(input_ids=torch.tensor([[last]]), **passing(model, again)).logits[0, -1]
+    assert logits.shape == expected.logits[0, -1].shape
 
 
 def test_a_static_cache_that_was_reset_serves_the_next_prompt() -> None:
@@ -404,12 +408,12 @@ def test_a_static_cache_that_was_reset_serves_the_next_prompt() -> None:
     with torch.no_grad():
         model(**first, **passing(model, cache))
         cache.reset()
-        found = [model(**second, **passing(model, cache)).logits[:, -1]]
-        found.append(model(input_ids=torch.tensor([[5]]), **passing(model, cache)).logits[:, -1])
+        logits = [model(**second, **passing(model, cache)).logits[:, -1]]
+        logits.append(model(input_ids=torch.tensor([[5]]), **passing(model, cache)).logits[:, -1])
         fresh = model(**second, use_cache=True)
         expected = [fresh.logits[:, -1]]
         expected.append(model(input_ids=torch.tensor([[5]]), **passing(model, cache_of_output(fresh))).logits[:, -1])
-    assert_close(torch.cat(found), torch.cat(expected))
+    assert_close(torch.cat(logits), torch.cat(expected))
 
 
 def test_density_needs_the_images_of_the_prompt() -> None:

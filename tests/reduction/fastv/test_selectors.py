@@ -1,4 +1,4 @@
-"""Selectors: budgets, order, independence of samples, and each rule against a slow obvious one."""
+"""Token selectors: budgets, order, independence of samples, and each rule against a slow reference."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SELECTORS = get_args(Selector)
 
 
 def image_tokens(lengths: list[int], budgets: list[int], seed: int = 0, width: int = 6) -> ImageTokens:
-    """Samples of so many image tokens, in runs of four, each drawn by its own seed."""
+    """Samples with these numbers of image tokens, in runs of four, each drawn by its own seed."""
     most = max(lengths)
     real = torch.arange(most) < torch.tensor(lengths)[:, None]
     rows = []
     for number, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        own = torch.randn(length, width + 2, generator=generator)
-        rows.append(torch.nn.functional.pad(own, (0, 0, 0, most - length)))
+        tokens = torch.randn(length, width + 2, generator=generator)
+        rows.append(torch.nn.functional.pad(tokens, (0, 0, 0, most - length)))
     drawn = torch.stack(rows)
     return ImageTokens(
         real=real,
@@ -238,7 +238,7 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"k": 3, "ratio": 0.5}, "one of them"),
         ({"k": 0}, "k=0"),
@@ -256,8 +256,8 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
         ({"image_mean": (0.5,)}, "image_mean"),
     ],
 )
-def test_settings_that_cannot_be_used(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_settings_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         FastVConfig(**options)
 
 

@@ -1,1 +1,1 @@
-"""Two modules of a package that is not this repository's; a test copies them elsewhere and installs them there."""
+"""Two modules of a third-party package; a test copies them elsewhere and installs them there."""

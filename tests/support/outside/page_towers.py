@@ -1,4 +1,4 @@
-"""Two towers without a batch dimension, `[tokens, width]`, whose projections have names of their own."""
+"""Two towers without a batch dimension, `[tokens, width]`, whose projections have unusual names."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sfa_adapters import Backbone, TokenLayout, register_backbone
+from sfa_adapters import Backbone, register_backbone
+from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.registry import Geometry, image_grid
 
 WIDTH, HEADS, PATCH = 16, 2, 8
@@ -76,13 +77,14 @@ class Pages(nn.Module):
         return tokens
 
 
-def describe_pages(tower: nn.Module, args: Any, kwargs: Any) -> tuple[int, tuple[tuple[int, int], ...]]:
+def pages(tower: nn.Module, args: Any, kwargs: Any) -> list[ImageTokens]:
     sizes = (args[1] if len(args) > 1 else kwargs["sizes"]).tolist()
-    return sum(rows * columns for rows, columns in sizes), tuple((rows, columns) for rows, columns in sizes)
+    return [ImageTokens((rows, columns)) for rows, columns in sizes]
 
 
-def layouts(sizes: Any, bounds: tuple[int, ...], block_map: Tensor) -> list[TokenLayout]:
-    return [TokenLayout.regular(rows, columns, 0, block_map) for rows, columns in sizes]
+def page(tower: nn.Module, args: Any, kwargs: Any) -> ImageTokens | None:
+    grid = image_grid(args[0] if args else kwargs["image"], PATCH)
+    return None if grid is None else ImageTokens(grid)
 
 
 PAGE = register_backbone(
@@ -92,7 +94,7 @@ PAGE = register_backbone(
         attentions=("page_towers.PageAttention",),
         mask_argument="extra_logits",
         geometry=lambda tower: Geometry(grid=(4, 4), prefix_tokens=1),
-        grid_of_input=lambda tower, args, kwargs: image_grid(args[0] if args else kwargs["image"], PATCH),
+        layouts=page,
         small_towers="page_cases:PAGE",
     )
 )
@@ -103,8 +105,8 @@ PAGES = register_backbone(
         attentions=("page_towers.PageAttention",),
         mask_argument="extra_logits",
         geometry=lambda tower: Geometry(grid=None, prefix_tokens=0),
-        describe_input=describe_pages,
-        segment_layouts=layouts,
+        layouts=pages,
+        joined="segments",
         segment_argument="page_ends",
         small_towers="page_cases:PAGES",
     )

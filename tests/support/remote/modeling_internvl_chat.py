@@ -1,4 +1,4 @@
-"""A small stand-in for the host that comes with InternVL checkpoints: what it reads of its tower, and its projector.
+"""A small model with the interface of the remote-code InternVL host: how it reads its tower, and its projector.
 
 Written from the interface alone. There is no language model; `extract_feature` is all that reads the tower.
 """

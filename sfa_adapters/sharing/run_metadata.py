@@ -1,4 +1,4 @@
-"""What a model card says about a run beyond its recipe: the command, the machine, the time, the scores."""
+"""`run.json`: command, machine, time and scores of a run, for its model card."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from typing import Any
 import torch
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.sharing.folders import file_errors
 
-__all__ = ["FACTS", "RunFacts", "describe_hardware", "read_facts", "write_facts"]
+__all__ = ["RUN_FILE", "RunMetadata", "describe_hardware", "read_run_metadata", "write_run_metadata"]
 
-FACTS = "run.json"
+know_old_names(__name__)
+
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What happened, as far as it is known; a field that is None stands in the card as not recorded.
+class RunMetadata:
+    """Record of a run; the card shows a field that is None as not recorded.
 
     Attributes:
         command: The command line.
         hardware: The machine, e.g. `2 x NVIDIA A100-SXM4-40GB`.
-        processes: Of the training.
-        seconds: Of training, wall clock.
-        steps: Optimizer steps that were made.
+        processes: Number of training processes.
+        seconds: Wall-clock time of the training.
+        steps: Number of optimizer steps.
         examples: Questions that were trained on.
         skipped: Questions that were left out, e.g. for a broken image.
         loss: Training loss at the end.
         scores: One mapping per evaluation, as `ScoreTable.to_dict` gives it; `data` and `split` may be added, else
-            those of the recipe count. `host` names what was asked where it is not the trained host, e.g. `untrained`.
+            those of the recipe count. `host` names the model if it is not the trained host, e.g. `untrained`.
         scalars: The largest structural scalar of each term after training, in logits.
     """
 
@@ -53,11 +56,11 @@ class RunFacts:
     scalars: Mapping[str, float] | None = None
 
     @classmethod
-    def here(cls, **known: Any) -> RunFacts:
-        """The facts of this process: its command line, its machine, how many processes take part.
+    def here(cls, **known: Any) -> RunMetadata:
+        """The record of this process: its command line, its machine, the number of processes.
 
         Args:
-            known: Other fields, or these with other values.
+            known: Values of other fields, or other values of these.
         """
         program = Path(sys.argv[0]).name
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -74,30 +77,40 @@ def describe_hardware() -> str:
     return f"CPU ({platform.machine()}, {cores} cores)"
 
 
-def write_facts(folder: str | Path, facts: RunFacts) -> Path:
-    """Writes the facts beside the trained weights, for the card.
+def write_run_metadata(folder: str | Path, metadata: RunMetadata) -> Path:
+    """Writes the record of a run beside the trained weights, for the card.
+
+    Args:
+        folder: Folder of the trained adapter.
+        metadata: The record.
+
+    Returns:
+        The file.
 
     Raises:
         RecipeError: The folder cannot be written.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / RUN_FILE
     with file_errors(path):
-        path.write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def read_facts(folder: str | Path) -> RunFacts:
-    """Reads them; all None where there are none.
+def read_run_metadata(folder: str | Path) -> RunMetadata:
+    """Reads the record of a run; all fields are None where there is none.
+
+    Args:
+        folder: Folder of the trained adapter.
 
     Raises:
-        RecipeError: The file is none of ours.
+        RecipeError: The file cannot be read.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / RUN_FILE
     if not path.is_file():
-        return RunFacts()
+        return RunMetadata()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return RunFacts(**{**record, "scores": tuple(_mappings(record.get("scores", ())))})
+        return RunMetadata(**{**record, "scores": tuple(_mappings(record.get("scores", ())))})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Remove it to make a card without it.") from error
 
