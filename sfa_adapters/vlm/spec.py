@@ -60,9 +60,10 @@ class ImageTokens:
     """How the tokens of the tower become image tokens of the language model.
 
     Attributes:
-        kind: "patches": one image token per patch. "packed_tiles": the same, with tiles `[B, tiles, 3, H, W]` packed into
-            a page by the host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x `side`
-            patches, with joined channels. "merged_groups": the same, in a tower that permutes one sequence by windows.
+        kind: "patches": one image token per patch. "packed_tiles": the same, with tiles `[B, tiles, 3, H, W]` packed
+            into a page by the host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x
+            `side` patches, with joined channels. "merged_groups": the same, in a tower that permutes one sequence by
+            windows.
         side: Patches along one side of an image token, from the configuration.
     """
 
