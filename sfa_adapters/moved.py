@@ -71,6 +71,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         before: _path(new, now or before) for before, _, now in (word.partition(">") for word in words.split())
     }
     for old, new, words in (
+        ("analysis.forward", "eval_mode", "evaluating"),
         ("heads", "heads", "whole>unpruned"),
         ("heads.metadata", "heads.metadata", _PRUNED),
         ("heads.snapshot", "heads.snapshot", "whole>unpruned"),

@@ -204,7 +204,6 @@ COVERED_BY = {
     "state_fit": "test_saved",
     "state_keys": "test_saved",
     "state_record": "test_axial",
-    "statistics": "test_timing",
     "testing/compare": "backbones/test_contract",
     "testing/contract_adapters": "backbones/test_contract",
     "testing/contract_bias": "backbones/test_contract",
