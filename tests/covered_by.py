@@ -87,6 +87,7 @@ COVERED_BY = {
     "ocr": "analysis/test_hallucination",
     "packing": "backbones/test_contract",
     "peft_type": "project/test_imports",
+    "plugins": "vlm/test_records",
     "processor_statistics": "test_normalisation",
     "quantities": "test_numerals",
     "ramp_watch": "test_axial_ramp",
