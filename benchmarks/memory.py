@@ -127,7 +127,6 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     ids[:, 2 : 2 + lengths.image] = config.image_token_id
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     spec = vlm_spec(recipe.family)
-    assert spec.images is not None
     assert spec.image_tokens is not None
     if spec.image_tokens.kind == "merged_groups":
         merge = vision.spatial_merge_size
@@ -138,9 +137,10 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     else:
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         tiles = lengths.pixels // side**2
-        shape = (batch, tiles) if spec.images.batched_tiles else (batch * tiles,)
+        packed = spec.image_tokens.kind == "packed_tiles"
+        shape = (batch, tiles) if packed else (batch * tiles,)
         inputs["pixel_values"] = torch.randn(*shape, 3, side, side)
-        if spec.images.batched_tiles:
+        if packed:
             fitting = [p for p in config.image_grid_pinpoints if p[0] // side * (p[1] // side) == tiles - 1]
             inputs["image_sizes"] = torch.tensor([max(fitting)] * batch)
     return {name: tensor.cuda() for name, tensor in inputs.items()}

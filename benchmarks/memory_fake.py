@@ -83,7 +83,7 @@ def _tower(host: Host, lengths: Lengths, config: Any) -> Callable[[], object]:
             return core.get_image_features(torch.empty(lengths.tower, 3 * 2 * 14 * 14), image_grid_thw=grid)
         side = pair(config.vision_config.image_size)[0]
         pixels = torch.empty(lengths.pixels // side**2, 3, side, side)
-        if host.spec.images is not None and host.spec.images.batched_tiles:
+        if host.spec.image_tokens is not None and host.spec.image_tokens.kind == "packed_tiles":
             return core.get_image_features(pixels[None], image_sizes=[[3 * side, 3 * side]])
         return core.get_image_features(pixels)
 

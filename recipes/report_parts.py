@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from sfa_adapters.statistics import Interval
 
-__all__ = ["hardware", "markdown_table", "metadata_line", "percent", "run_metadata"]
+__all__ = ["hardware", "markdown_table", "metadata_line", "percent", "run_metadata", "terminal_table"]
 
 PACKAGES = ("sfa-adapters", "torch", "transformers", "peft")
 
@@ -31,6 +32,16 @@ def percent(interval: Interval | None) -> str:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    """A table for the terminal: all columns but the first one end at the right, as numbers do."""
+    table = Table(*head, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def hardware() -> str:

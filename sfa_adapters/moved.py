@@ -2,9 +2,10 @@
 
 `MODULES` has the modules that moved. The finder that reads it stands at the end of `sys.meta_path`, behind those that
 find what is there. `NAMES` has what left its module or was renamed; `REPLACED` has what is no more, and what to use
-instead: importing that is an error that says so.
+instead: importing that is an error that says so. `old_keywords` is for arguments of functions.
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,9 +13,12 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MODULES", "NAMES", "REPLACED", "OldMain", "know_old_names", "old_names", "spec_of"]
+__all__ = ["MODULES", "NAMES", "REPLACED", "OldMain", "know_old_names", "old_keywords", "old_names", "spec_of"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Old package, new package, and modules: `old>new`, or one word where the name stayed.
 _MOVED = (
@@ -71,6 +75,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         before: _path(new, now or before) for before, _, now in (word.partition(">") for word in words.split())
     }
     for old, new, words in (
+        ("analysis.forward", "eval_mode", "evaluating"),
         ("heads", "heads", "whole>unpruned"),
         ("heads.metadata", "heads.metadata", _PRUNED),
         ("heads.snapshot", "heads.snapshot", "whole>unpruned"),
@@ -189,6 +194,30 @@ def old_names(module: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return get
+
+
+def old_keywords(**renamed: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator: a function takes keywords by their old names, too, and warns; its signature shows the new ones only.
+
+    Args:
+        **renamed: New name by old name.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old in renamed.keys() & kwargs.keys():
+                new = renamed[old]
+                if new in kwargs:
+                    raise TypeError(f"{function.__name__}() got {new!r}, and {old!r}, which is its old name.")
+                message = f"{function.__name__}({old}=...) is {new}=... now; the old name goes with sfa-adapters 0.2."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class OldMain(ModuleType):

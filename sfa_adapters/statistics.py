@@ -86,16 +86,18 @@ def seeds_bootstrap(values: Sequence[np.ndarray], seed: int = 0, rounds: int = 2
     return Interval(float(np.mean([np.mean(run) for run in values])), float(low), float(high))
 
 
-def sign_test(differences: Sequence[float]) -> float:
-    """Exact two-sided sign test: is one sign more frequent than chance? Zeros are left out.
+def sign_test(better: int, worse: int) -> float:
+    """Exact two-sided sign test: is one direction more frequent than chance?
 
     Args:
-        differences: one per training run.
+        better: Pairs that differ in one direction; pairs without a difference are left out.
+        worse: Pairs that differ in the other.
 
     Returns:
-        The p value; 1 where nothing differs. Five seeds cannot go below 0.0625.
+        The p value; 1 where no pair differs. Five pairs cannot go below 0.0625.
     """
-    signs = [difference > 0 for difference in differences if difference != 0]
-    extreme = max(sum(signs), len(signs) - sum(signs))
-    tail = sum(math.comb(len(signs), count) for count in range(extreme, len(signs) + 1)) / 2 ** len(signs)
-    return min(1.0, 2 * tail) if signs else 1.0
+    pairs, ways, tail = better + worse, 1, 0
+    for count in range(min(better, worse) + 1):
+        tail += ways
+        ways = ways * (pairs - count) // (count + 1)
+    return min(1.0, 2 * tail / 2**pairs)  # whole numbers up to here: exact however many pairs there are

@@ -1,9 +1,16 @@
 """Settings of the whole suite."""
 
+import os
+import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Tests start processes that import torch and transformers: 11 s each with compiled modules, 28 s where a machine
+# forbids to keep them and uv has installed without.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # The models of the tests are tiny: a second thread costs more than it gains, most of all on a busy machine.
 # Run `pytest -n 2` to use two cores.

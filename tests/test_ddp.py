@@ -1,20 +1,17 @@
 """Distributed data parallel over two gloo processes: the gradients are those of one process with the whole batch."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_adapters import SFAConfig, inject_sfa
+from tests.support.processes import run_two
 
-# This module is imported again by every worker, so it brings its own two small models and not the whole zoo.
+# This module is imported by both processes, so it brings its own two small models and not the whole zoo.
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "image_size": 56, "patch_size": 14,
@@ -69,43 +66,22 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     """One process: two steps of each kind on its half of the batch; without unused-parameter search."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        grads = {}
-        for kind in ("tower", "host"):
-            model = DistributedDataParallel(build(kind))
-            for _ in range(2):  # a parameter without a gradient is only noticed in the second step
-                model.zero_grad(set_to_none=True)
-                loss(kind, model, slice(2 * rank, 2 * rank + 2)).backward()
-            grads[kind] = gradients(model)
-        torch.save(grads, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    grads = {}
+    for kind in ("tower", "host"):
+        model = DistributedDataParallel(build(kind))
+        for _ in range(2):  # a parameter without a gradient is only noticed in the second step
+            model.zero_grad(set_to_none=True)
+            loss(kind, model, slice(2 * rank, 2 * rank + 2)).backward()
+        grads[kind] = gradients(model)
+    torch.save(grads, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def gradients_of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context: Any = spawn(work, (port, str(folder)), nprocs=2, join=False)
-        try:
-            for _ in range(60):
-                if context.join(timeout=5):
-                    break
-            else:
-                pytest.fail("the two processes did not finish in five minutes")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.terminate()
+    run_two(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """Old paths of modules: they give the module at its new place, one warning names it, and the table is right."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sfa_adapters import moved
+from sfa_adapters.moved import old_keywords
 from tests.support.paths import ROOT
 
 # All modules that moved.
@@ -160,3 +162,20 @@ def test_the_program_of_an_older_installation_works(capsys: pytest.CaptureFixtur
         main(["--version"])  # pyright: ignore[reportCallIssue]
     assert left.value.code == 0
     assert "sfa-adapters" in capsys.readouterr().out
+
+
+@old_keywords(words="text")
+def repeat(text: str, times: int = 2) -> str:
+    return text * times
+
+
+def test_a_keyword_by_its_old_name_is_the_new_one_and_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"repeat\(words=\.\.\.\) is text=\.\.\. now") as seen:
+        assert repeat(words="a", times=3) == "aaa"  # pyright: ignore[reportCallIssue]
+    assert [warning.filename for warning in seen] == [__file__]
+    assert repeat("a") == repeat(text="a") == "aa"
+    assert list(inspect.signature(repeat).parameters) == ["text", "times"]
+    with pytest.raises(TypeError, match=r"got 'text', and 'words', which is its old name"):
+        repeat(text="a", words="b")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="wards"):
+        repeat(wards="b")  # pyright: ignore[reportCallIssue]

@@ -36,6 +36,6 @@ def test_what_the_user_says_comes_first_and_half_of_it_is_not_enough() -> None:
 
 def test_lists_and_arrays_become_tuples() -> None:
     tower = find_tower(CASES["llava"].build())
-    mean, std = _of(tower, mean=[0.0] * 3, std=np.ones(3))
+    mean, std = _of(tower, mean=np.zeros(3), std=[1.0] * 3)
     assert (mean, std) == ((0.0,) * 3, (1.0,) * 3)
     assert {type(mean), type(std)} == {tuple}

@@ -1,19 +1,19 @@
 """SFA under `fully_shard` over two gloo processes: what `save_sfa` writes is whole."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from sfa_adapters import SFAConfig, inject_sfa, load_sfa, save_sfa
+from tests.support.processes import run_two
 
-# This module is imported again by every worker, so it brings its own small model.
+# This module is imported by both processes, so it brings its own small model.
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
     "patch_size": 14, "vision_use_head": False,
@@ -27,15 +27,8 @@ def build() -> nn.Module:
     return SiglipVisionModel(SiglipVisionConfig(**VISION)).eval()
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    """Shards an injected tower, saves its adapter, and reads a state dict into it."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank: int, folder: str) -> None:
+    """Shards an injected tower, and saves its adapter."""
     model: Any = inject_sfa(build(), SFAConfig(init_std=0.5))
     if rank == 0:
         torch.save([p.detach() for n, p in model.named_parameters() if "sfa_" in n], Path(folder) / "before.pt")
@@ -43,15 +36,10 @@ def work(rank: int, port: int, folder: str) -> None:
     assert all(isinstance(p, DTensor) for n, p in model.named_parameters() if "sfa_" in n)
     save_sfa(model, Path(folder) / "adapter")
     dist.barrier()
-    dist.destroy_process_group()
 
 
-@pytest.mark.timeout(300)
 def test_a_sharded_adapter_is_saved_whole(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (port, str(tmp_path)), nprocs=2)
+    run_two(work, str(tmp_path))
     before = torch.load(tmp_path / "before.pt", weights_only=True)
     again = load_sfa(build(), tmp_path / "adapter")
     after = [p.detach() for n, p in again.named_parameters() if "sfa_" in n]

@@ -40,6 +40,7 @@ from sfa_adapters.recipes.nano.encode import pixel_values
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval, bootstrap, evaluate
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
 from sfa_adapters.recipes.nano.models import PIXELS, NanoHost, load_nano
+from sfa_adapters.recipes.report_parts import percent, terminal_table
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
 from sfa_adapters.recipes.synthetic.charts import Chart
 from sfa_adapters.recipes.synthetic.pages import PageKind, render_page
@@ -211,17 +212,9 @@ def _summary(method: str, budget: int, results: Sequence[tuple[Evaluation, float
 
 
 def _table(runs: Sequence[Run], config: BudgetConfig) -> Table:
-    table = Table("method", "at most", "tokens", "relaxed accuracy %", "ms in the tower")
-    table.title = f"{config.questions} questions, {config.seeds} seed(s), 95% intervals"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for run in runs:
-        table.add_row(run.method, str(run.budget), f"{run.tokens:.0f}", _percent(run.accuracy), f"{run.ms:.1f}")
-    return table
-
-
-def _percent(value: Interval) -> str:
-    return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    head = ("method", "at most", "tokens", "relaxed accuracy %", "ms in the tower")
+    rows = [(run.method, str(run.budget), f"{run.tokens:.0f}", percent(run.accuracy), f"{run.ms:.1f}") for run in runs]
+    return terminal_table(head, rows, f"{config.questions} questions, {config.seeds} seed(s), 95% intervals")
 
 
 def _write(runs: Sequence[Run], config: BudgetConfig, samples: Sequence[ChartSample]) -> None:
@@ -235,7 +228,7 @@ def _write(runs: Sequence[Run], config: BudgetConfig, samples: Sequence[ChartSam
     lines = ["| method | at most | tokens | relaxed accuracy % | by seed | ms |", "|---|---|---|---|---|---|"]
     for run in runs:
         seeds = ", ".join(f"{100 * value:.1f}" for value in run.by_seed)
-        cells = (run.method, run.budget, f"{run.tokens:.0f}", _percent(run.accuracy), seeds, f"{run.ms:.1f}")
+        cells = (run.method, run.budget, f"{run.tokens:.0f}", percent(run.accuracy), seeds, f"{run.ms:.1f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     listed = ", ".join(f"{name} {value}" for name, value in settings.items())
     (config.out / "tokens.md").write_text("\n".join(["# sfa analyze tokens", "", listed, "", *lines]) + "\n")

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Options of `sfa bench tokens`.
+    """Options of `sfa bench tokens`; empty `selectors` mean all of them.
 
     Attributes:
         images: Pages, with --model; charts by default.
@@ -64,7 +64,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadBenchConfig:
-    """Options of `sfa bench heads`.
+    """Options of `sfa bench heads`; empty `plans` and empty `compensations` mean all of them.
 
     Attributes:
         images: Pages, with --model; charts by default.

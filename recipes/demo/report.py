@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.nano.evaluate import Evaluation, Interval
-from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata, terminal_table
 
 __all__ = ["Arm", "Report", "draw_answers", "results_table", "write_results"]
 
@@ -70,12 +70,8 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
 def results_table(report: Report) -> Table:
     """The table for the terminal."""
     count = len(report.arms[0].evaluation.samples)
-    table = Table(*COLUMNS, title=f"{count} questions about charts of tables never trained on, 95% intervals")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in _rows(report):
-        table.add_row(*row)
-    return table
+    title = f"{count} questions about charts of tables never trained on, 95% intervals"
+    return terminal_table(COLUMNS, _rows(report), title)
 
 
 def write_results(report: Report, folder: Path, command: str, settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata
+from sfa_adapters.recipes.report_parts import markdown_table, metadata_line, percent, run_metadata, terminal_table
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["TablesArm", "TablesReport", "effect", "results_table", "write_results"]
@@ -103,12 +103,8 @@ def _rows(report: TablesReport) -> list[tuple[str, ...]]:
 def results_table(report: TablesReport) -> Table:
     """The table for the terminal."""
     count = report.each * len(report.before)
-    table = Table(*COLUMNS, title=f"{count} questions about tables of unseen countries, 95% intervals")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in _rows(report):
-        table.add_row(*row)
-    return table
+    title = f"{count} questions about tables of unseen countries, 95% intervals"
+    return terminal_table(COLUMNS, _rows(report), title)
 
 
 def write_results(report: TablesReport, folder: Path, command: str, settings: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.metrics import RelaxedMode, numbers_in, relaxed_accuracy, unprinted_numbers
 from sfa_adapters.recipes.nano.encode import Picture, encode
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample
@@ -87,17 +88,15 @@ def generate_answers(
         N answers, and the milliseconds per picture that encoding and generation took.
     """
     model = host.model
-    training = model.training
-    model.eval()
     answers: list[str] = []
     began = time.perf_counter()
-    for i in range(0, len(questions), batch_size):
-        batch = encode(host, images[i : i + batch_size], questions[i : i + batch_size])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
-        new = out[:, batch["input_ids"].shape[1] :]
-        answers += host.tokenizer.batch_decode(new, skip_special_tokens=True)
-    model.train(training)
+    with evaluating(model):
+        for i in range(0, len(questions), batch_size):
+            batch = encode(host, images[i : i + batch_size], questions[i : i + batch_size])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore[reportCallIssue]
+            new = out[:, batch["input_ids"].shape[1] :]
+            answers += host.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [a.strip() for a in answers], 1000 * (time.perf_counter() - began) / max(1, len(questions))
 
 

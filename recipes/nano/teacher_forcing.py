@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.recipes.nano.encode import EOS, Picture, encode_packed
 from sfa_adapters.recipes.nano.packing import right_answers
 from sfa_adapters.recipes.synthetic.questions import Question
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["exact_matches"]
 
 
-@torch.no_grad()
 def exact_matches(
     host: NanoHost, images: Sequence[Picture], questions: Sequence[Sequence[Question]], batch_size: int = 16
 ) -> list[np.ndarray]:
@@ -36,15 +35,13 @@ def exact_matches(
     Returns:
         For each picture, 1.0 or 0.0 per question, fp64.
     """
-    training, right = host.model.training, []
-    host.model.eval()
-    for start in range(0, len(images), batch_size):
-        pairs = [
-            [(question.text, question.answer) for question in each] for each in questions[start : start + batch_size]
-        ]
-        batch = encode_packed(host, images[start : start + batch_size], pairs)
-        labels = batch.pop("labels")
-        guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
-        right += right_answers(guesses, labels, EOS)
-    host.model.train(training)
+    right = []
+    with evaluating(host.model):
+        for start in range(0, len(images), batch_size):
+            some = slice(start, start + batch_size)
+            pairs = [[(question.text, question.answer) for question in each] for each in questions[some]]
+            batch = encode_packed(host, images[some], pairs)
+            labels = batch.pop("labels")
+            guesses = host.model(**batch, use_cache=False).logits.argmax(-1)
+            right += right_answers(guesses, labels, EOS)
     return right

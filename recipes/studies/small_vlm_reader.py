@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.recipes.nano.packing import IGNORE, right_answers
 from sfa_adapters.recipes.studies.small_vlm import load_small_vlm
 from sfa_adapters.recipes.studies.small_vlm_batches import Examples, Packer, batches
@@ -84,7 +85,6 @@ class Reader:
         self.model.eval()
         return torch.stack(losses).tolist()
 
-    @torch.no_grad()
     def exact(self, examples: Examples, batch: int = 16) -> np.ndarray:
         """Share of right answers of each picture, by exact match of greedy answers.
 
@@ -92,13 +92,12 @@ class Reader:
             examples: Pictures with questions.
             batch: Pictures per forward.
         """
-        training, right = self.model.training, []
-        self.model.eval()
-        for some in batches(examples, batch):
-            inputs = self.packer(some)
-            labels = inputs.pop("labels")
-            right += right_answers(self._logits(inputs).argmax(-1).cpu(), labels.cpu(), self.packer.end)
-        self.model.train(training)
+        right = []
+        with evaluating(self.model):
+            for some in batches(examples, batch):
+                inputs = self.packer(some)
+                labels = inputs.pop("labels")
+                right += right_answers(self._logits(inputs).argmax(-1).cpu(), labels.cpu(), self.packer.end)
         return np.array([answers.mean() for answers in right])
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -172,6 +172,7 @@ def _line(
     }
     gains = {test: seeds_bootstrap(values) for test, values in pairs.items() if values}
     main = settings.tests[0]
+    means = [float(np.mean(values)) for values in pairs[main]]
     return ArmLine(
         arm=arm,
         budget=budget,
@@ -179,7 +180,7 @@ def _line(
         tests={test: seeds_bootstrap([outcome.tests[test] for outcome in outcomes]) for test in measured},
         gain=gains.get(main),
         gains=gains,
-        sign=sign_test([float(np.mean(values)) for values in pairs[main]]) if both else None,
+        sign=sign_test(sum(mean > 0 for mean in means), sum(mean < 0 for mean in means)) if both else None,
         steps={threshold: _median_step(outcomes, threshold) for threshold in settings.thresholds},
         scalars=_means([outcome.scalars for outcome in outcomes]),
         seconds=statistics.mean(outcome.seconds for outcome in outcomes),

@@ -100,7 +100,7 @@ SPEC = register_vlm(
             "transformers.models.llava_onevision.*.LlavaOnevisionModel",
         ),
         unread=("post_layernorm", "head"),
-        images=ImageRules(setting="max_tiles", options=_options, page=_page, batched_tiles=True),
+        images=ImageRules(setting="max_tiles", options=_options, page=_page),
         image_tokens=ImageTokens(kind="packed_tiles"),
         memory=MemoryRules(
             lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=mlp_projector, output_read=True

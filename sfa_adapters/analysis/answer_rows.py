@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfa_adapters.analysis.forward import Heads, Layers, chosen_layers, evaluating, over_heads, to_device
+from sfa_adapters.analysis.forward import Heads, Layers, chosen_layers, over_heads, to_device
 from sfa_adapters.analysis.prompts import IMAGE, Aligned, TokenKinds, answer_lengths, decoder_layers, prompt_groups
 from sfa_adapters.errors import DataError, NoMatchingBackboneError, ObservationError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import RowProbabilities
 from sfa_adapters.registry import find_tower

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.analysis.dominance_report import DominanceReport
-from sfa_adapters.analysis.forward import evaluating, to_device
+from sfa_adapters.analysis.forward import to_device
 from sfa_adapters.analysis.prompts import (
     IMAGE,
     NEITHER,
@@ -32,6 +32,7 @@ from sfa_adapters.analysis.prompts import (
 )
 from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError, ObservationError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import GroupMass, KeyMass
 from sfa_adapters.vlm.parts import forward_names

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.analysis.entropy_report import EntropyReport
-from sfa_adapters.analysis.forward import Inputs, TowerPass, evaluating, fixed_tower, run_tower, tower_layers
+from sfa_adapters.analysis.forward import Inputs, TowerPass, fixed_tower, run_tower, tower_layers
 from sfa_adapters.analysis.report import Skip, Skips
 from sfa_adapters.errors import DataError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import Modules
 from sfa_adapters.readers import RowEntropy

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.errors import DataError, ObservationError
+from sfa_adapters.moved import know_old_names
 from sfa_adapters.observe import CallReader, Modules, attention_modules, observe
 from sfa_adapters.readers import Reader
 from sfa_adapters.registry import FoundTower, find_tower
@@ -22,13 +22,14 @@ __all__ = [
     "Layers",
     "TowerPass",
     "chosen_layers",
-    "evaluating",
     "fixed_tower",
     "over_heads",
     "run_tower",
     "to_device",
     "tower_layers",
 ]
+
+know_old_names(__name__)  # `evaluating`
 
 # Keyword arguments of the model, or images alone, [..., 3, H, W], as the tower takes them.
 Inputs = Mapping[str, Any] | Tensor
@@ -51,19 +52,6 @@ class TowerPass:
     grid: tuple[int, int]
     prefix: int
     real: Tensor
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context with the model in eval mode, without gradients; afterwards every module has its old mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

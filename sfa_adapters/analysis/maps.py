@@ -23,7 +23,6 @@ from sfa_adapters.analysis.forward import (
     Layers,
     TowerPass,
     chosen_layers,
-    evaluating,
     over_heads,
     run_tower,
     tower_layers,
@@ -31,6 +30,7 @@ from sfa_adapters.analysis.forward import (
 from sfa_adapters.analysis.report import Report, Row, Skips
 from sfa_adapters.attention_call import AttentionCall, row_blocks
 from sfa_adapters.errors import DataError
+from sfa_adapters.eval_mode import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

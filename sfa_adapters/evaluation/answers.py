@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from sfa_adapters.data.collator import Collator
 from sfa_adapters.errors import DataError, RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.evaluation.asked import Asked, Batches, Images, row_at
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile
 from sfa_adapters.heads.metadata import pruned_metadata
@@ -99,13 +100,8 @@ def generate(host: Host, batch: dict[str, Any], **options: Any) -> tuple[list[st
         fixed |= {"temperature": None, "top_p": None, "top_k": None}
     inputs = {name: value.to(host.device) for name, value in batch.items() if isinstance(value, Tensor)}
     model: Any = host.model
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), host.autocast():
-            out = model.generate(**inputs, **{**fixed, **options})
-    finally:
-        model.train(training)
+    with evaluating(model), host.autocast():
+        out = model.generate(**inputs, **{**fixed, **options})
     new = out[:, inputs["input_ids"].shape[1] :]
     ends = torch.tensor(sorted(end_tokens(model)), device=new.device)
     tokenizer: Any = getattr(host.processor, "tokenizer", host.processor)

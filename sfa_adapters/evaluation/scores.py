@@ -11,7 +11,7 @@ import numpy as np
 from sfa_adapters.errors import DataError
 from sfa_adapters.evaluation.predictions import Prediction, same_questions
 from sfa_adapters.metrics import anls, exact_match, ocrbench, relaxed_accuracy, vqa_accuracy
-from sfa_adapters.statistics import Interval, bootstrap
+from sfa_adapters.statistics import Interval, bootstrap, sign_test
 
 __all__ = [
     "Comparison",
@@ -23,7 +23,6 @@ __all__ = [
     "metric_for",
     "row_scores",
     "score",
-    "sign_test",
 ]
 
 Metric = Literal["relaxed", "relaxed_strict", "anls", "vqa", "ocrbench", "exact"]
@@ -259,15 +258,6 @@ def compare_scores(first: np.ndarray, second: np.ndarray, metric: Metric, seed: 
         raise DataError(f"None of the {len(first)} rows has a true answer: there is nothing to compare.")
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     return Comparison(metric, len(change), bootstrap(change, seed), better, worse, sign_test(better, worse))
-
-
-def sign_test(better: int, worse: int) -> float:
-    """Two-sided p-value of the exact sign test: is one direction more frequent than chance? Ties are left out."""
-    n, ways, tail = better + worse, 1, 0
-    for k in range(min(better, worse) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)  # whole numbers up to here: exact however many rows there are
 
 
 def metric_for(data: str, config: str | None = None) -> Metric:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sfa_adapters.attention_contract import head_count
 from sfa_adapters.axial import AXES, LayerHeads
 from sfa_adapters.errors import DataError, InjectionError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.axis_affinity import axis_affinity
 from sfa_adapters.heads.gate_energy import gate_energy
-from sfa_adapters.heads.snapshot import evaluating
 from sfa_adapters.hooks import state_of
 from sfa_adapters.registry import FoundTower, find_tower
 

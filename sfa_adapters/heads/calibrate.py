@@ -21,8 +21,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.analysis.forward import evaluating, to_device
+from sfa_adapters.analysis.forward import to_device
 from sfa_adapters.errors import DataError, RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.flap import FlapScore
 from sfa_adapters.heads.layers import head_layers, model_identity
 from sfa_adapters.heads.measures import GateScore, Measure, S4Score

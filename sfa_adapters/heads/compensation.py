@@ -19,8 +19,9 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from sfa_adapters.analysis.forward import evaluating, to_device
+from sfa_adapters.analysis.forward import to_device
 from sfa_adapters.errors import InjectionError, NoMatchingBackboneError, RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.kinds import HeadGeometry, base_linear
 from sfa_adapters.heads.layers import entering
 from sfa_adapters.heads.slicing import Edits, channels

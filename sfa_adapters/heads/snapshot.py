@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.kinds import attention_kinds
 from sfa_adapters.heads.prune import PRUNED
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.vlm.parts import plain_model
 
-__all__ = ["Probe", "evaluating", "numbers", "output_of", "take_probe", "unpruned"]
+__all__ = ["Probe", "numbers", "output_of", "take_probe", "unpruned"]
 
 know_old_names(__name__)
 
@@ -144,21 +144,6 @@ def _check_same(probe: Probe, now: list[_Part], name: str) -> None:
                     f"{name} was {old.dtype} on {old.device} when the probe was taken and is {new.dtype} on "
                     f"{new.device} now. Move and cast it before the probe."
                 )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, without gradients."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        # Modules that are in eval mode are left alone: eval() would make SFA forget the mask that it keeps.
-        if any(training.values()):
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 def output_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

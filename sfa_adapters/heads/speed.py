@@ -19,8 +19,9 @@ from torch import nn
 
 from sfa_adapters.compat import cache_of_output
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.expected import can_answer, decode_bytes, flops_of
-from sfa_adapters.heads.snapshot import Probe, evaluating, output_of, unpruned
+from sfa_adapters.heads.snapshot import Probe, output_of, unpruned
 from sfa_adapters.statistics import Interval, median_interval
 from sfa_adapters.timing import answer, cache_bytes, call_seconds, peak_of, token_seconds
 

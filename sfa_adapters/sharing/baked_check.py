@@ -11,6 +11,7 @@ from torch import nn
 
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.errors import BiasNotAppliedError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.registry import FoundTower
 from sfa_adapters.sharing import baked
@@ -46,7 +47,7 @@ def difference_of(
     channels = int(getattr(tower.config, "num_channels", 3))
     # With a separate generator: an export must not change the random numbers of a running training.
     image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    with torch.no_grad(), _evaluating(tower):
+    with evaluating(tower):
         adapted = tower(pixel_values=image).last_hidden_state
         with _baked(layers, factors, like.dtype):
             baked_features = tower(pixel_values=image).last_hidden_state
@@ -58,17 +59,6 @@ def difference_of(
             "was written. Something else than SFA acts in its attention layers."
         )
     return difference
-
-
-@contextmanager
-def _evaluating(tower: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in tower.modules()]
-    tower.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

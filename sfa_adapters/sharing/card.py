@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.moved import old_keywords
 from sfa_adapters.sharing.metadata import card_metadata, hub_id, plain_name
 from sfa_adapters.sharing.run_metadata import RunMetadata, read_run_metadata
 from sfa_adapters.training.checkpoints import RECORD, saved_recipe
@@ -28,6 +29,7 @@ FILES = {
 }
 
 
+@old_keywords(facts="metadata")
 def model_card(
     folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> ModelCard:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.files import write_whole
+from sfa_adapters.moved import old_keywords
 from sfa_adapters.sharing.card import MARK, model_card
 from sfa_adapters.sharing.folders import CARD, SHARED_FILES, adapter_files, file_errors, result_files
 from sfa_adapters.sharing.run_metadata import RunMetadata
@@ -39,6 +40,7 @@ class Shared:
     warnings: tuple[str, ...] = ()
 
 
+@old_keywords(facts="metadata")
 def share(
     folder: str | Path,
     repo_id: str | None = None,
@@ -78,6 +80,7 @@ def share(
     return Shared(repo_id, shared.files, shared.sent, shared.url, (*kept, *shared.warnings))
 
 
+@old_keywords(facts="metadata")
 def write_card(
     folder: str | Path, *, metadata: RunMetadata | None = None, licence: str | None = None, repo_id: str | None = None
 ) -> tuple[str, ...]:

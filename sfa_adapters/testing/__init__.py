@@ -19,6 +19,8 @@ for _part in (
     "contract_adapters",
     "contract_training",
     "contract_checkpointing",
+    "host_suite",
+    "contract_records",
     "hosts",
 ):
     pytest.register_assert_rewrite(f"{__name__}.{_part}")

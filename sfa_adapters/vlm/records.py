@@ -7,14 +7,12 @@ add hosts in packages of their own. A module registers its record when it is imp
 from __future__ import annotations
 
 import copyreg
-import sys
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
 from sfa_adapters.class_names import matches
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.plugins import load_entry_points
 from sfa_adapters.vlm.parts import plain_model
 from sfa_adapters.vlm.spec import FEATURES, Feature, VLMSpec
 
@@ -49,17 +47,8 @@ def register_vlm(spec: VLMSpec) -> VLMSpec:
 
 def registered_vlms() -> dict[str, VLMSpec]:
     """All records by name, those of installed packages included."""
-    for entry_point in _entry_points(tuple(sys.path)):
-        if entry_point.name not in _loaded_entry_points:
-            entry_point.load()
-            _loaded_entry_points.add(entry_point.name)
+    load_entry_points(ENTRY_POINT_GROUP, _loaded_entry_points)
     return dict(_SPECS)
-
-
-@cache
-def _entry_points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Read once for each search path: it opens the metadata of every installed package."""
-    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 def vlm_spec(name: str) -> VLMSpec:

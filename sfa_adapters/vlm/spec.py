@@ -44,13 +44,11 @@ class ImageRules:
             None where every image becomes one picture of the same size.
         options: Options of the image processor, from it and the limit. May raise a `RecipeError`.
         page: The image that the processor gets, from uint8 `[H, W, 3]`, the image processor and the limit.
-        batched_tiles: Whether `pixel_values` are `[B, tiles, 3, H, W]`, not `[tiles of all images, 3, H, W]`.
     """
 
     setting: Literal["max_tiles", "max_pixels"] | None = None
     options: Callable[[Any, int], dict[str, Any]] = _no_options
     page: Callable[[np.ndarray, Any, int], Page] = _unchanged
-    batched_tiles: bool = False
 
 
 def _one(config: Any) -> int:
@@ -62,9 +60,10 @@ class ImageTokens:
     """How the tokens of the tower become image tokens of the language model.
 
     Attributes:
-        kind: "patches": one image token per patch. "packed_tiles": the same, with tiles packed into a page by the
-            host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x `side` patches, with
-            joined channels. "merged_groups": the same, in a tower that permutes one sequence by windows.
+        kind: "patches": one image token per patch. "packed_tiles": the same, with tiles `[B, tiles, 3, H, W]` packed
+            into a page by the host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x
+            `side` patches, with joined channels. "merged_groups": the same, in a tower that permutes one sequence by
+            windows.
         side: Patches along one side of an image token, from the configuration.
     """
 

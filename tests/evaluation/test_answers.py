@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import socket
@@ -32,7 +31,7 @@ from sfa_adapters.evaluation.ablation import Variant, part_variants, run_ablatio
 from sfa_adapters.evaluation.answers import answer_rows, fingerprint, generate
 from sfa_adapters.evaluation.open_host import family_of, find_run, open_host
 from sfa_adapters.evaluation.predictions import Prediction, PredictionFile, read_answers
-from sfa_adapters.evaluation.scores import compare, metric_for, row_scores, score, sign_test
+from sfa_adapters.evaluation.scores import compare, metric_for, row_scores, score
 from sfa_adapters.evaluation.tables import ablation_table, hallucination_of, hallucination_table, score_table
 from sfa_adapters.evaluation.terminal import terminal_table
 from sfa_adapters.hosts.load import Host
@@ -232,21 +231,6 @@ def test_the_average_of_the_two_splits() -> None:
     assert [s.group for s in one.scores] == ["all", "human"]
     with pytest.raises(KeyError, match="all, human"):
         one["augmented"]
-
-
-@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 1), (5, 5), (2, 9), (10, 2)])
-def test_the_sign_test_counts_all_outcomes(better: int, worse: int) -> None:
-    n, far = better + worse, abs(better - worse)
-    outcomes = itertools.product((1, -1), repeat=n)
-    share = sum(abs(sum(outcome)) >= far for outcome in outcomes) / 2**n
-    assert sign_test(better, worse) == pytest.approx(share)
-
-
-def test_the_sign_test_of_many_rows() -> None:
-    assert sign_test(0, 30_000) == 0.0
-    assert sign_test(10_000, 10_000) == 1.0
-    # The normal approximation is good there.
-    assert sign_test(5_150, 4_850) == pytest.approx(0.0027, abs=2e-4)
 
 
 def test_comparisons_are_paired() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 from sfa_adapters.compat import cache_of_output
@@ -16,27 +15,19 @@ from sfa_adapters.heads.expected import decode_bytes, expected_speedup, flops_of
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.recipes import llava_1_5_7b, qwen2_5_vl_7b
-from tests.support.hosts import HOSTS
 from tests.support.pruning import (
     BY_NAME,
     FAMILIES,
     FIRST,
+    host,
     language_model,
+    size,
     text_inputs,
     text_plan,
     with_lora,
 )
 
 PLAIN = text_inputs(padded=False)
-
-
-def host(name: str) -> tuple[Any, dict[str, Any]]:
-    case = next(host for host in HOSTS if host.name == name)
-    return case.build(), case.inputs()
-
-
-def size(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def uniform(layers: int, heads: int, groups: int, gone: tuple[int, ...]) -> HeadPlan:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.heads import PruneReceipt, prune_receipt, take_probe
@@ -18,28 +17,21 @@ from sfa_adapters.heads.snapshot import unpruned
 from sfa_adapters.heads.speed import LEAST_GAIN, Speed, measure_speed
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.statistics import Interval
-from tests.support.hosts import HOSTS, logits_of
+from tests.support.hosts import logits_of
 from tests.support.pruning import (
     BY_NAME,
     FIRST,
     SECOND,
+    host,
     language_model,
     plan_for,
+    size,
     text_inputs,
     text_plan,
     tower_plan,
 )
 
 PLAIN = text_inputs(padded=False)
-
-
-def host(name: str) -> tuple[Any, dict[str, Any]]:
-    case = next(host for host in HOSTS if host.name == name)
-    return case.build(), case.inputs()
-
-
-def size(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def test_the_receipt_tells_what_went() -> None:

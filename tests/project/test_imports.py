@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fresh import errors_of
 from tests.support.paths import ROOT
 
 
@@ -70,41 +71,57 @@ def test_importing_and_help_wait_for_no_heavy_package(arguments: list[str] | Non
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_every_public_name_is_found_when_it_is_used() -> None:
-    done = _python(
-        "import sfa_adapters\n"
-        "assert set(sfa_adapters.__all__) <= set(dir(sfa_adapters))\n"
-        "for name in sfa_adapters.__all__: assert callable(getattr(sfa_adapters, name)), name\n"
-        "assert sfa_adapters.observe.__name__ == 'observe'\n"
-        "try: sfa_adapters.nonsense\n"
-        "except AttributeError as error: assert 'nonsense' in str(error)\n"
-        "else: raise SystemExit('nonsense is there')\n"
-    )
-    assert done.returncode == 0, done.stderr
+CHECK = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\nassert 'SFA' in known"
+IN_NEW_PROCESSES = {
+    "every public name is found when it is used": """
+import sfa_adapters
+assert set(sfa_adapters.__all__) <= set(dir(sfa_adapters))
+for name in sfa_adapters.__all__: assert callable(getattr(sfa_adapters, name)), name
+assert sfa_adapters.observe.__name__ == "observe"
+try: sfa_adapters.nonsense
+except AttributeError as error: assert "nonsense" in str(error)
+else: raise SystemExit("nonsense is there")
+""",
+    "observe is the function also where its module was imported first": """
+import sfa_adapters.observe
+from sfa_adapters import observe
+import torch
+from sfa_adapters.errors import SFAError
+try: observe(torch.nn.Linear(2, 2), lambda call: None).__enter__()
+except SFAError: pass
+else: raise SystemExit("observed nothing in silence")
+""",
+    "peft knows SFA whose configuration came first": f"from sfa_adapters import SFAConfig; import peft\n{CHECK}",
+    "peft knows SFA that was imported behind it": f"import peft; import sfa_adapters\n{CHECK}",
+    "peft knows SFA that was imported before": f"from sfa_adapters import inject_sfa; import peft\n{CHECK}",
+    "using the library checks the versions and importing it does not": """
+import sys, importlib.metadata as m; real = m.version
+m.version = lambda name: "9.9" if name == "peft" else real(name)
+import sfa_adapters, warnings
+assert "sfa_adapters.compat" not in sys.modules
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    from sfa_adapters import inject_sfa, observe
+    import sfa_adapters.heads, sfa_adapters.adat
+texts = [str(w.message) for w in seen if w.category.__name__ == "UntestedVersionWarning"]
+assert str(texts).count("peft 9.9 is installed") == 1, texts
+""",
+}
 
 
-def test_observe_is_the_function_also_where_its_module_was_imported_first() -> None:
-    done = _python(
-        "import sfa_adapters.observe\n"
-        "from sfa_adapters import observe\n"
-        "import torch\n"
-        "from sfa_adapters.errors import SFAError\n"
-        "try: observe(torch.nn.Linear(2, 2), lambda call: None).__enter__()\n"
-        "except SFAError: pass\n"
-        "else: raise SystemExit('observed nothing in silence')\n"
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return errors_of(IN_NEW_PROCESSES, tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "from sfa_adapters import SFAConfig; import peft",
-        "import peft; import sfa_adapters",
-        "from sfa_adapters import inject_sfa; import peft",
-    ],
-)
-def test_peft_knows_the_method(imports: str) -> None:
-    check = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\nassert 'SFA' in known"
-    done = _python(f"{imports}\n{check}")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("what", IN_NEW_PROCESSES)
+def test_in_a_new_process(what: str, errors: dict[str, str]) -> None:
+    assert errors.get(what) is None
+
+
+def test_an_error_in_a_new_process_is_seen(tmp_path: Path) -> None:
+    """Else the tests above could not fail."""
+    codes = {"fine": "", "wrong": "assert False, 'it is wrong'", "killed": "import os; os.kill(os.getpid(), 9)"}
+    errors = errors_of(codes, tmp_path, first=())
+    assert errors.keys() == {"wrong", "killed"}
+    assert "it is wrong" in errors["wrong"]

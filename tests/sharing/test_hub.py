@@ -178,6 +178,20 @@ def test_an_adapter_of_sfa_alone_loads_with_peft_too(run: Path) -> None:
     assert "`PeftModel.from_pretrained(base_model" in model_card(run / "final").text
 
 
+def test_the_metadata_of_a_card_by_its_old_keyword(run: Path) -> None:
+    metadata = RunMetadata(command="sfa train charts")
+    card = str(model_card(run / "final", metadata=metadata))
+    assert "sfa train charts" in card
+    old: Any = {"facts": metadata}
+    with pytest.warns(FutureWarning, match="metadata="):
+        assert str(model_card(run / "final", **old)) == card
+    with pytest.warns(FutureWarning, match="metadata="):
+        assert write_card(run / "final", **old) == ()
+    assert (run / "final" / "README.md").read_text() == card
+    with pytest.warns(FutureWarning, match="metadata="):
+        assert share(run / "final", **old).warnings == ()
+
+
 def test_a_card_of_somebody_stays(run: Path) -> None:
     write_card(run / "final")
     write_card(run / "final", metadata=RunMetadata())  # ours is overwritten

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfa_adapters.heads.kinds import read_geometry
 from sfa_adapters.heads.plan import HeadPlan
 from sfa_adapters.observe import attention_modules
-from tests.support.hosts import TEXT
+from tests.support.hosts import HOSTS, TEXT
 from tests.support.towers import CASES, lively
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -33,6 +33,17 @@ def language_model(family: str = "llama", kv: int = 4, **options: Any) -> Any:
     config, model = FAMILIES[family]
     settings = {**TEXT, "num_key_value_heads": kv, "head_dim": 8, **options}
     return lively(lambda: model(config(**settings)))()
+
+
+def host(name: str) -> tuple[Any, dict[str, Any]]:
+    """A whole model of the small hosts, by name, and inputs for it."""
+    case = next(host for host in HOSTS if host.name == name)
+    return case.build(), case.inputs()
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of its parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def text_inputs(padded: bool = True) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -108,13 +110,18 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def run(folder: Path, given: Recipe | None = None, rows: Any = None, **options: Any) -> tuple[Host, TrainResult]:
-    """Trains a tiny host without console output."""
+def run(
+    folder: Path, given: Recipe | None = None, rows: Any = None, curves: bool = False, **options: Any
+) -> tuple[Host, TrainResult]:
+    """Trains a tiny host without console output or a picture of the curves, which takes as long as the training."""
     given = given or recipe()
     host = tiny_host(given)
     rows = Rows(family=given.family) if rows is None else rows
     options = {"console": Console(quiet=True), **options}
-    return host, train(host, rows, collate, folder=folder, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if not curves:
+            patch.setattr("sfa_adapters.training.train.plot_training", lambda *_: None)
+        return host, train(host, rows, collate, folder=folder, **options)
 
 
 def trained(host: Host) -> dict[str, Tensor]:
@@ -140,12 +147,27 @@ class At(TrainerCallback):
             self.act()
 
 
-def main(folder: str, how: str, step: str) -> None:
-    """A program that trains from its latest checkpoint, and sends its process group a signal at a step."""
+def main(folder: str, *signals: str) -> None:
+    """A program that trains from its latest checkpoint and gets a signal at a step, once for each `name:step`.
+
+    Each time in a fork, with a process group of its own to which the signal is sent. Beside the folder, `NAME.log` gets
+    what the fork prints, and `outcomes.json` the exit code by name and the checkpoints that it left.
+    """
     torch.set_num_threads(1)
     numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
-    given = recipe(num_workers=1)
-    run(Path(folder), given, resume="auto", callbacks=[At(int(step), lambda: os.killpg(0, numbers[how]))], console=None)
+    outcomes: dict[str, Any] = {}
+    for name, _, step in (text.partition(":") for text in signals):
+        if os.fork() == 0:
+            os.setsid()
+            log = os.open(Path(folder).with_name(f"{name}.log"), os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sent = At(int(step), lambda name=name: os.killpg(0, numbers[name]))
+            run(Path(folder), recipe(num_workers=1), resume="auto", callbacks=[sent], console=None)
+            return
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        outcomes[name] = [code, sorted(path.name for path in Path(folder).glob("checkpoint-*"))]
+    Path(folder).with_name("outcomes.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def state_of(folder: Path, step: int) -> dict[str, Any]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], Any]:
     """Six steps in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    host, result = run(folder)
+    host, result = run(folder, curves=True)
     return folder, trained(host), result
 
 
@@ -201,28 +201,25 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         run(tmp_path / "endless", recipe(streaming=True), Stream(10))
 
 
-def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Trains in a process group of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-m", "tests.support.tiny_training", str(folder), *arguments],
-        check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240, start_new_session=True,
-    )  # fmt: skip
-
-
 def test_signals_to_the_whole_group(tmp_path: Path) -> None:
     """SIGKILL leaves the last checkpoint; SIGTERM and Ctrl-C make one; in the end all is as without them."""
-    killed = program(tmp_path, "kill", "3")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    terminated = program(tmp_path, "term", "4")
-    assert terminated.returncode == 128 + signal.SIGTERM, terminated.stderr
-    assert "checkpoint-4 is in" in terminated.stdout
-    interrupted = program(tmp_path, "int", "5")
-    assert interrupted.returncode == 128 + signal.SIGINT, interrupted.stderr
-    assert (tmp_path / "checkpoint-5").is_dir()
-    assert "Traceback" not in terminated.stderr + interrupted.stderr
-    host, _ = run(tmp_path, resume=True)
+    folder = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tests.support.tiny_training", str(folder), "kill:3", "term:4", "int:5"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
+        start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    terminated, interrupted = ((tmp_path / f"{name}.log").read_text() for name in ("term", "int"))
+    assert json.loads((tmp_path / "outcomes.json").read_text()) == {
+        "kill": [-signal.SIGKILL, ["checkpoint-2"]],
+        "term": [128 + signal.SIGTERM, ["checkpoint-2", "checkpoint-4"]],
+        "int": [128 + signal.SIGINT, ["checkpoint-4", "checkpoint-5"]],
+    }, terminated + interrupted
+    assert "checkpoint-4 is in" in terminated
+    assert "Traceback" not in terminated + interrupted
+    host, _ = run(folder, resume=True)
     expected, _ = run(tmp_path / "whole")
     assert_equal(trained(host), trained(expected))
 

@@ -13,6 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sfa_adapters import plugins
 from sfa_adapters.errors import InjectionError, RecipeError
 from sfa_adapters.hosts.spec import HOSTS, families
 from sfa_adapters.reduction import FastVConfig, inject_fastv
@@ -130,6 +131,13 @@ def test_a_package_whose_module_fails_fails_again_and_works_when_it_is_mended(
     assert set(registered_vlms()) == {*OURS, "theirs"}
     assert vlm_spec("theirs").title == "LLaVA-1.5"
     sys.modules.pop("their_host")
+
+
+def test_the_metadata_of_all_packages_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 12 ms in an environment of 135 packages, and every search for a record asks."""
+    registered_vlms()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: pytest.fail("read again"))
+    assert set(registered_vlms()) >= set(OURS)
 
 
 def test_a_model_without_a_record() -> None:

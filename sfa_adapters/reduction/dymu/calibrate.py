@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.errors import DataError, RecipeError
+from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, tower_signature
 from sfa_adapters.reduction.dymu.merging import Pairs
@@ -102,15 +103,12 @@ def calibrate_dymu(
     tower: Any = find_tower(model).tower
     means = _Means(keep, wanted, places)
     inject_dymu(model, DyMUConfig(thresholds=1.0, language="off", side=config.side))
-    training = tower.training
     try:
         dymu_state(model).calibrator = means
-        tower.eval()
-        with torch.no_grad():
+        with evaluating(tower):
             for batch in batches:
                 see_images(tower, batch)
     finally:
-        tower.train(training)
         eject_dymu(model)
     if not means.batches:
         raise DataError("No batch of images was given, so there is nothing to calibrate on.")

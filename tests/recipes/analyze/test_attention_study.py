@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.recipes.analyze import attention_study
 from sfa_adapters.recipes.analyze.attention_study import BASE, StudyConfig, run_study, unseen_charts
 from sfa_adapters.recipes.nano.encode import IGNORE, encode_packed
-from sfa_adapters.recipes.nano.finetune import evidence_mask
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig, evidence_mask
 from sfa_adapters.recipes.nano.models import build_nano
 from sfa_adapters.recipes.synthetic.questions import questions_for
 
@@ -22,7 +24,9 @@ from sfa_adapters.recipes.synthetic.questions import questions_for
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("study")
-    return out, run_study(StudyConfig(out=out, steps=1, questions=4, pages=3, charts=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_study, "FinetuneConfig", partial(FinetuneConfig, batch_size=2))
+        return out, run_study(StudyConfig(out=out, steps=1, questions=2, pages=2, charts=2))
 
 
 def test_every_arm_and_quantity_is_measured(study: Any) -> None:

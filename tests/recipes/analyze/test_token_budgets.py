@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,14 +14,17 @@ from sfa_adapters.cli.main import main
 from sfa_adapters.recipes.analyze import token_budgets
 from sfa_adapters.recipes.analyze.token_budgets import BudgetConfig, run_budgets
 from sfa_adapters.recipes.nano.encode import pixel_values
+from sfa_adapters.recipes.nano.finetune import FinetuneConfig
 from sfa_adapters.recipes.nano.models import PIXELS, build_nano
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("tokens")
-    config = BudgetConfig(out=out, steps=1, questions=3, charts=16, scorer="reconstruction")
-    return out, run_budgets(config)
+    config = BudgetConfig(out=out, steps=1, questions=3, charts=2, scorer="reconstruction")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_budgets, "FinetuneConfig", partial(FinetuneConfig, batch_size=2))
+        return out, run_budgets(config)
 
 
 def test_every_method_stays_within_its_budget(runs: Any) -> None:

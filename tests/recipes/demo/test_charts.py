@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import sfa_adapters.recipes.demo.charts as module
 from sfa_adapters import describe, inject_sfa, load_sfa
 from sfa_adapters.errors import DataError, WeightsError
 from sfa_adapters.recipes.demo.run import FILES, DemoConfig, DemoError, run_demo
@@ -26,11 +28,17 @@ def _config(untrained: Path, out: Path, **changes: Any) -> DemoConfig:
         "task": "charts",
         "steps": 2,
         "questions": 6,
-        "pictures": 16,
+        "pictures": 3,
         "weights": untrained,
         "out": out,
     }
     return DemoConfig(**(options | changes))
+
+
+def _run(config: DemoConfig, console: Console) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FinetuneConfig", partial(FinetuneConfig, batch_size=2))
+        run_demo(config, console)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def finished(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """One run: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "made-by-the-demo"
     screen = io.StringIO()
-    run_demo(_config(untrained, out), Console(file=screen, width=80))
+    _run(_config(untrained, out), Console(file=screen, width=80))
     return out, screen.getvalue()
 
 
@@ -79,7 +87,7 @@ def test_the_adapter_and_the_base_build_the_trained_model_again(finished: tuple[
 
 def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, str], untrained: Path, tmp_path: Path) -> None:
     first, _ = finished
-    run_demo(_config(untrained, tmp_path), Console(quiet=True))
+    _run(_config(untrained, tmp_path), Console(quiet=True))
     for name in ("adapter/adapter_model.safetensors", "base.safetensors"):
         here, there = load_file(first / name), load_file(tmp_path / name)
         assert all(torch.equal(here[key], there[key]) for key in here)

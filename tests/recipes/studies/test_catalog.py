@@ -24,7 +24,7 @@ from sfa_adapters.recipes.studies.results_file import Outcome, append_row, read_
 from sfa_adapters.recipes.studies.runner import run_jobs
 from sfa_adapters.recipes.studies.settings import Job, StudySettings, load_settings
 from sfa_adapters.recipes.studies.summary import TuningLine, by_pictures, steps_to, summarize, tuning_lines
-from sfa_adapters.statistics import seeds_bootstrap, sign_test
+from sfa_adapters.statistics import seeds_bootstrap
 from tests.support.study_toy import train
 
 WRITTEN: dict[str, Any] = {
@@ -318,11 +318,3 @@ def test_runs_that_differ_widen_the_interval() -> None:
     narrow, wide = seeds_bootstrap(alike), seeds_bootstrap(apart)
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
     assert math.isnan(seeds_bootstrap([]).value)
-
-
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [([1, 1, 1, 1, 1], 0.0625), ([-1] * 10, 2 / 1024), ([1, -1], 1.0), ([0, 0], 1.0), ([0, 2, 3, 1], 0.25), ([], 1.0)],
-)
-def test_the_sign_test(differences: list[float], p: float) -> None:
-    assert sign_test(differences) == pytest.approx(p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def vlm() -> Any:
+    import gguf
+
     from sfa_adapters.recipes.studies.small_vlm import load_small_vlm
 
-    return load_small_vlm(112)
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers reads the file three times, and makes the table of names once for each tensor.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        return load_small_vlm(112)
 
 
 def test_a_size_that_leaves_half_a_token_is_refused_before_anything_is_loaded() -> None:
