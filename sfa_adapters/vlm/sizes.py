@@ -19,6 +19,7 @@ __all__ = [
     "Widths",
     "mlp_projector",
     "read_layers",
+    "text_layer",
     "vit_layer",
     "vit_widths",
 ]
@@ -115,6 +116,24 @@ class Precision:
 LayerBytes = Callable[[Widths, Precision, Any, bool], int]
 # (precision of the projector, that of the tower, configuration) -> bytes per image token.
 ProjectorBytes = Callable[[Precision, Precision, Any], int]
+# (sizes, precision, configuration, padding mask) -> bytes per token of a layer of the language model beside its input,
+# without LoRA; one number, or one for each layer. The mask is 0, or the length of the sequence where rows of different
+# length bring one.
+TextLayerBytes = Callable[[Widths, Precision, Any, int], int | tuple[int, ...]]
+
+
+def text_layer(sizes: Widths, part: Precision, config: Any, masked: int) -> int:
+    """Qwen2, Llama and their kin, and Qwen3 with its norms of queries and keys: bytes per token beside the input."""
+    width, inner, compute = sizes.width, sizes.inner, part.compute
+    kept = 2 * part.rms_norm(width) + part.stream * width
+    # Rows of different length bring a mask: each layer makes numbers of it, and repeats keys and values for every head.
+    keys = sizes.attended if masked else sizes.keys
+    kept += compute * (2 * sizes.attended + 2 * keys + masked) + FLOAT * sizes.heads
+    if config.text_config.model_type in ("qwen3", "qwen3_vl_text"):  # norms of queries and keys, in float32
+        normed = sizes.attended + sizes.keys
+        groups = 2 * sizes.heads
+        kept += FLOAT * normed + FLOAT * groups + (compute * normed if part.trains else 0)
+    return kept + 3 * compute * inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +149,9 @@ class MemoryRules:
         fixed_grid: Whether the tower has a grid of patches, so that a bias is folded into its queries.
         output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
         norm_in_front: Whether there is a norm before the tower's layers.
+        grid: Rows and columns of patches of the largest image, from the configuration and the most pixels, for towers
+            without a fixed grid whose layers attend to whole images.
+        text_layer: Bytes per token that a layer of the language model keeps beside its input.
     """
 
     lengths: Callable[[Any, int], Lengths]
@@ -140,6 +162,8 @@ class MemoryRules:
     fixed_grid: bool = True
     output_read: bool = False
     norm_in_front: bool = False
+    grid: Callable[[Any, int], tuple[int, int]] | None = None
+    text_layer: TextLayerBytes = text_layer
 
 
 def read_layers(config: Any, layers: int) -> int:
