@@ -15,7 +15,7 @@ from sfa_adapters.recipes.vlms.navit import (
 )
 from sfa_adapters.recipes.vlms.qwen3_vl import tower
 from sfa_adapters.vlm.records import register_vlm
-from sfa_adapters.vlm.sizes import FLOAT, MemoryRules, Precision, Widths, text_layer
+from sfa_adapters.vlm.sizes import FLOAT, MemoryRules, Precision, Widths, decoder_layer
 from sfa_adapters.vlm.spec import ImageRules, VLMSpec
 
 __all__ = ["SPEC"]
@@ -46,9 +46,9 @@ def _projector(part: Precision, tower: Precision, config: Any) -> int:
     return kept + part.product_inputs(wide, 2) + (3 + part.trains) * part.compute * inner
 
 
-def _text_layer(sizes: Widths, part: Precision, config: Any, masked: int) -> int:
+def _decoder(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
     after = FLOAT * sizes.width + FLOAT + (part.stream * sizes.width if part.trains else 0)
-    return text_layer(sizes, part, config, masked) + 2 * after  # attention and MLP have a norm behind them, too
+    return decoder_layer(recipe, config, sizes, part, masked) + 2 * after  # attention and MLP have a norm behind them
 
 
 def _nano() -> tuple[Any, Any]:
@@ -76,7 +76,7 @@ SPEC = register_vlm(
             projector=_projector,
             fixed_grid=False,
             grid=patch_grid,
-            text_layer=_text_layer,
+            decoder=_decoder,
         ),
         nano=_nano,
         refuses={"adat": NO_GRID, "text_density": NO_DENSITY, "dymu": NO_MERGING},

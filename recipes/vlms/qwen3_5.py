@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from sfa_adapters.recipes.vlms.navit import NO_DENSITY, NO_GRID, NO_MERGING, lengths, patch_grid, pixel_options
 from sfa_adapters.recipes.vlms.qwen3_vl import layer, mergers, tower
 from sfa_adapters.vlm.records import register_vlm
-from sfa_adapters.vlm.sizes import FLOAT, MemoryRules, Precision, Widths, text_layer
+from sfa_adapters.vlm.sizes import FLOAT, MemoryRules, Precision, Widths, adapted_layer
 from sfa_adapters.vlm.spec import ImageRules, VLMSpec
 
 __all__ = ["SPEC"]
@@ -16,32 +15,32 @@ __all__ = ["SPEC"]
 CHUNK = 64  # tokens that linear attention takes at once
 
 
-def _text_layers(sizes: Widths, part: Precision, config: Any, masked: int) -> tuple[int, ...]:
+def _decoder(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: int) -> tuple[int, ...]:
     by_kind = {
-        "full_attention": _full(sizes, part, config, masked),
+        "full_attention": _full(sizes, part, masked),
         "linear_attention": _linear(sizes, part, config),
     }
-    return tuple(by_kind[kind] for kind in config.text_config.layer_types)
+    adapted = adapted_layer(recipe, sizes, part)
+    return tuple(by_kind[kind] + adapted for kind in config.text_config.layer_types)
 
 
-def _norm(part: Precision, width: int, groups: int = 1) -> int:
+def _norm(part: Precision, width: int) -> int:
     """Bytes per token that a norm keeps, with a weight around 1 in float32, beside its input."""
     copy = 0 if part.stream == FLOAT else FLOAT * width
-    return copy + FLOAT * groups + (FLOAT * width if part.trains else 0)
+    return copy + FLOAT + (FLOAT * width if part.trains else 0)
 
 
 def _mlp(sizes: Widths, part: Precision) -> int:
     return 2 * _norm(part, sizes.width) + part.stream * sizes.width + 3 * part.compute * sizes.inner
 
 
-def _full(sizes: Widths, part: Precision, config: Any, masked: int) -> int:
-    """As in Qwen3, with a gate on the output; parts of queries and keys are not turned."""
-    compute = part.compute
-    plain = text_layer(replace(sizes, inner=0), part, config, masked) - 2 * part.rms_norm(sizes.width)
+def _full(sizes: Widths, part: Precision, masked: int) -> int:
+    """As in Qwen3, with a gate on the output."""
     normed = sizes.attended + sizes.keys
-    kept = plain - part.stream * sizes.width + _mlp(sizes, part)
+    keys = sizes.attended if masked else sizes.keys
+    kept = part.compute * (2 * sizes.attended + 2 * keys + masked) + FLOAT * sizes.heads
     kept += FLOAT * normed + 2 * FLOAT * sizes.heads + (FLOAT * normed if part.trains else 0)
-    return kept + 2 * compute * sizes.attended  # the gate, and the output that it multiplies
+    return kept + 2 * part.compute * sizes.attended + _mlp(sizes, part)  # the gate, and the output that it multiplies
 
 
 def _linear(sizes: Widths, part: Precision, config: Any) -> int:
@@ -84,7 +83,7 @@ SPEC = register_vlm(
             projector=mergers,
             fixed_grid=False,
             grid=patch_grid,
-            text_layer=_text_layers,
+            decoder=_decoder,
         ),
         nano=_nano,
         refuses={
@@ -93,8 +92,8 @@ SPEC = register_vlm(
             "dymu": NO_MERGING,
             "fastv": "three of four layers of its language model are linear attention, whose state would miss tokens "
             "that are gone. For fewer tokens use drop_blank_groups or a smaller max_pixels.",
-            "heads": "its language model has linear attention, and gates inside the product that makes queries; neither "
-            "can be sliced by heads. Prune a host with plain attention, such as Qwen3-VL.",
+            "heads": "its language model has linear attention, and gates inside the product that makes queries, which "
+            "cannot be sliced by heads. Prune a host with plain attention, such as Qwen3-VL.",
         },
     )
 )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.memory.shapes import Lengths, Widths, memory_rules, text_widths, vision_widths
-from sfa_adapters.vlm.sizes import FLOAT, Precision
+from sfa_adapters.memory.shapes import Lengths, memory_rules, text_widths, vision_widths
+from sfa_adapters.vlm.sizes import FLOAT, Precision, decoder_layer
 
 __all__ = ["Activations", "activations_of"]
 
@@ -110,10 +110,9 @@ def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activati
     masked = lengths.sequence if batch > 1 else 0
     outer += FLOAT * vocabulary + masked
     logits = (LOGIT_COPIES - 1) * FLOAT * vocabulary * tokens
-    each = memory_rules(recipe).text_layer(sizes, part, config, masked)
+    each = (memory_rules(recipe).decoder or decoder_layer)(recipe, config, sizes, part, masked)
     each = each if isinstance(each, tuple) else (each,)
-    adapted = _adapted(recipe, sizes, part)
-    layer = sum(each) // len(each) + adapted
+    layer = sum(each) // len(each)
     transient = 3 * part.compute * sizes.inner + 2 * part.stream * sizes.width
     return Activations(
         part.stream * sizes.width * tokens * sizes.layers,
@@ -122,15 +121,5 @@ def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activati
         sizes.layers,
         transient * tokens,
         logits,
-        (max(each) + adapted) * tokens,
+        max(each) * tokens,
     )
-
-
-def _adapted(recipe: Recipe, sizes: Widths, part: Precision) -> int:
-    """Bytes per token that a layer of the language model keeps for its own weights, or those of a LoRA on them."""
-    if not (part.trains or recipe.lora_llm):
-        return 0
-    compute = part.compute
-    adapted = Precision(part.stream, compute, True, compute != FLOAT)
-    kept = adapted.product_inputs(sizes.width, 3) + adapted.product_inputs(sizes.width, 2) + compute * sizes.inner
-    return kept + 7 * compute * recipe.lora_llm
