@@ -22,6 +22,7 @@ from sfa_adapters import processor_statistics
 from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, Windows
 from sfa_adapters.attention_contract import parameter_names
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.patch_groups import PatchGroups
 from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
 # A tower with its attention, by the module of `transformers.models` that they stand in.
@@ -185,9 +186,41 @@ def _windows(tower: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> list[Im
     return [ImageTokens((h, w), order, frames=t) for t, h, w in _grids(tower, args, kwargs)]
 
 
-def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the image processor of Qwen2.5-VL normalises with."""
-    return processor_statistics.CLIP
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+# Models whose processor was read: how it normalises. Patches are channels, frames (of a still image all the same), rows
+# and columns. With PaddleOCR-VL it is the checkpoint that says it; the default of its class is another one.
+STATISTICS = {
+    "qwen2_vl": processor_statistics.CLIP,
+    "qwen2_5_vl": processor_statistics.CLIP,
+    "qwen3_vl": processor_statistics.HALF,
+    "qwen3_vl_moe": processor_statistics.HALF,
+    "qwen3_5": processor_statistics.HALF,
+    "qwen3_5_moe": processor_statistics.HALF,
+    "glm_ocr": processor_statistics.CLIP,
+    "paddleocr_vl": processor_statistics.HALF,
+}
+
+
+def _model(tower: nn.Module) -> str:
+    """The module of `transformers.models` that a tower stands in."""
+    names = (kind.__module__ for kind in type(tower).__mro__)
+    return next((name.split(".")[2] for name in names if name.startswith("transformers.models.")), "")
+
+
+def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the image processor of a tower; None where it was not read."""
+    return STATISTICS.get(_model(tower))
+
+
+def patch_groups(tower: nn.Module) -> PatchGroups | None:
+    """The patches as the processor lists them, which Qwen2.5's tower sorts by window later; None if not known."""
+    if _model(tower) not in STATISTICS:
+        return None
+    config: Any = tower.config
+    side = int(config.spatial_merge_size)
+    order = Raster() if NAVIT_RASTER.is_tower(tower) else MergeGroups(side)
+    return PatchGroups(order, side, int(config.patch_size))
 
 
 NAVIT = register_backbone(
@@ -198,6 +231,8 @@ NAVIT = register_backbone(
         geometry=geometry,
         layouts=_merge_groups,
         joined="segments",
+        statistics=statistics,
+        patch_groups=patch_groups,
         small_towers="sfa_adapters.testing.towers_navit:NAVIT",
     )
 )
@@ -209,6 +244,8 @@ NAVIT_RASTER = register_backbone(
         geometry=geometry,
         layouts=_raster,
         joined="segments",
+        statistics=statistics,
+        patch_groups=patch_groups,
         small_towers="sfa_adapters.testing.towers_navit:NAVIT_RASTER",
     )
 )
@@ -222,6 +259,7 @@ QWEN2_5_VIT = register_backbone(
         layouts=_windows,
         joined="segments",
         statistics=statistics,
+        patch_groups=patch_groups,
         token_reduction=True,
         small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
     )

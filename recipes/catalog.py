@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from types import MappingProxyType
 
 from transformers import PretrainedConfig
@@ -11,7 +12,16 @@ from transformers import PretrainedConfig
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import read_config
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.recipes import internvl3_5_8b, llava_1_5_7b, llava_onevision_7b, qwen2_5_vl_7b
+from sfa_adapters.recipes import (
+    glm_ocr,
+    internvl3_5_8b,
+    llava_1_5_7b,
+    llava_onevision_7b,
+    paddleocr_vl,
+    qwen2_5_vl_7b,
+    qwen3_5,
+    qwen3_vl,
+)
 from sfa_adapters.recipes.nano.checkpoint import NANO
 from sfa_adapters.recipes.nano.hosts import build_host
 
@@ -26,6 +36,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             llava_onevision_7b.recipe(),
             llava_1_5_7b.recipe(),
             qwen2_5_vl_7b.recipe(),
+            *map(qwen3_vl.recipe, qwen3_vl.SIZES),
+            *map(qwen3_5.recipe, qwen3_5.SIZES),
+            glm_ocr.recipe(),
+            paddleocr_vl.recipe(),
         )
     }
 )
@@ -35,6 +49,10 @@ _ARCHITECTURES: Mapping[str, Callable[[], PretrainedConfig]] = {
     llava_onevision_7b.recipe().model: llava_onevision_7b.architecture,
     llava_1_5_7b.recipe().model: llava_1_5_7b.architecture,
     qwen2_5_vl_7b.recipe().model: qwen2_5_vl_7b.architecture,
+    **{qwen3_vl.recipe(size).model: partial(qwen3_vl.architecture, size) for size in qwen3_vl.SIZES},
+    **{qwen3_5.recipe(size).model: partial(qwen3_5.architecture, size) for size in qwen3_5.SIZES},
+    glm_ocr.recipe().model: glm_ocr.architecture,
+    paddleocr_vl.recipe().model: paddleocr_vl.architecture,
 }
 
 # Rows of hub datasets, from their cards, so that the steps of a run are known without a download.

@@ -24,6 +24,7 @@ from sfa_adapters.hooks import state_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.old_records import grid_layouts, segment_arrangements
+from sfa_adapters.patch_groups import PatchGroups
 from sfa_adapters.read_layers import count_read_layers
 from sfa_adapters.refusals import refusal_of
 
@@ -122,8 +123,9 @@ class Backbone:
         unread_layers: Layers at the end whose patch tokens nobody reads, so that a bias there would get no gradient: of
             towers that give only what learned queries have gathered.
         patches: Where patches become tokens, for adaptive tokens; None where that is not supported.
-        token_reduction: Segmented towers only: whether features that drop or merge tokens (DyMU, `drop_blank_groups`,
-            FastV by density) know its input, its windows and its merger.
+        token_reduction: Segmented towers only: whether DyMU, which merges tokens, knows its windows and its merger.
+        patch_groups: Segmented towers only: the form of the patches of a still image, for what reads their pixels or
+            leaves some out (FastV by density, `drop_blank_groups`); None, also of one tower, where it is not known.
         statistics: Of towers without `patches`: as there.
         grid_of_input: Old form, until 0.2: the grid of a forward. Use `layouts`.
         describe_input: Old form, until 0.2: what to remember of the inputs of a segmented tower. Use `layouts`.
@@ -148,8 +150,9 @@ class Backbone:
     unread_layers: int = 0
     patches: PatchSeam | None = None
     token_reduction: bool = False
+    patch_groups: Callable[[nn.Module], PatchGroups | None] | None = None
     small_towers: str | None = None
-    statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]]] | None = None
+    statistics: Callable[[nn.Module], tuple[Sequence[float], Sequence[float]] | None] | None = None
     grid_of_input: GridOfInput | None = None
     describe_input: DescribeInput | None = None
     segment_layouts: SegmentLayouts | None = None
@@ -198,6 +201,14 @@ class Backbone:
         """
         read = self.statistics if self.patches is None else self.patches.statistics
         return None if read is None else read(tower)
+
+    def patch_groups_of(self, tower: nn.Module) -> PatchGroups | None:
+        """The form of the patches that a flat tower is given; None if not known.
+
+        Args:
+            tower: Of this kind.
+        """
+        return None if self.patch_groups is None else self.patch_groups(tower)
 
     def is_tower(self, module: nn.Module) -> bool:
         """Whether the module is a tower of this kind."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from sfa_adapters.arrangement import ImageTokens, TokenArrangement
 from sfa_adapters.hooks import attach, attached_while, attachment_of
+from sfa_adapters.patch_groups import PatchGroups
 from sfa_adapters.registry import Backbone, Geometry
 
 __all__ = ["TowerInput", "watch_input", "watching_input"]
@@ -53,6 +54,11 @@ class TowerInput:
     def argument(self, name: str, position: int) -> Any:
         """Another argument, or None."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+
+    @property
+    def patch_groups(self) -> PatchGroups | None:
+        """The form of patches in rows; None for images, and where it is not known."""
+        return self._place.backbone.patch_groups_of(self.tower)
 
     @property
     def grid(self) -> tuple[int, int] | None:

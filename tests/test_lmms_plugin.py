@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters import lmms_plugin
+from sfa_adapters.data.preprocess import processor_options
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
@@ -25,6 +26,8 @@ from sfa_adapters.hosts.load import Host
 from sfa_adapters.hosts.spec import families
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import ChartSample, chart_samples
+from sfa_adapters.vlm.thinking import without_thinking
+from tests.support.nightly_hosts import families_of
 
 FAMILIES: tuple[str, ...] = families()
 SETTINGS: dict[str, Any] = {
@@ -33,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families_of(FAMILIES, core=True))
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Host:
     return open_host(nano_checkpoint(request.param, tmp_path_factory.mktemp("hosts") / request.param), **SETTINGS)
 
@@ -47,10 +50,10 @@ def encoded(host: Host, text: str, images: list[np.ndarray]) -> dict[str, torch.
     """One prompt, as the host's own processor makes it."""
     processor: Any = host.processor
     turn = {"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]}
-    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True, **without_thinking(processor))
     options = {"crop_to_patches": True, "max_patches": 2} if host.spec.family == "internvl" else {}
-    if host.spec.family == "qwen2_5_vl":
-        options = {"size": {"shortest_edge": 28 * 28, "longest_edge": 140 * 140}}
+    if host.recipe.image_limit == host.recipe.max_pixels:
+        options = processor_options(processor, host.spec, host.recipe)
     pictures: dict[str, Any] = {"images": [Image.fromarray(i) for i in images], "images_kwargs": options}
     return dict(processor(text=[prompt], return_tensors="pt", **(pictures if images else {})))
 

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfa_adapters.errors import RecipeError
+from sfa_adapters.recipes.vlms.navit import NO_DENSITY, NO_GRID, lengths, merge_side, pixel_options
 from sfa_adapters.vlm.records import register_vlm
-from sfa_adapters.vlm.sizes import FLOAT, Lengths, MemoryRules, Precision, Widths
+from sfa_adapters.vlm.sizes import FLOAT, MemoryRules, Precision, Widths
 from sfa_adapters.vlm.spec import ImageRules, ImageTokens, VLMSpec
 
 __all__ = ["SPEC"]
-
-
-def _options(processor: Any, pixels: int) -> dict[str, Any]:
-    least = (processor.patch_size * processor.merge_size) ** 2
-    if pixels < least:
-        raise RecipeError(f"max_pixels={pixels} must be at least {least}, one image token.")
-    smallest = min(int(processor.size["shortest_edge"]), pixels)
-    return {"size": {"shortest_edge": smallest, "longest_edge": pixels}}
-
-
-def _side(config: Any) -> int:
-    return int(config.vision_config.spatial_merge_size)
-
-
-def _lengths(config: Any, pixels: int) -> Lengths:
-    vision = config.vision_config
-    group = (vision.patch_size * vision.spatial_merge_size) ** 2
-    tokens = max(1, pixels // group)
-    # Every patch comes twice, as two frames of a film.
-    return Lengths(2 * tokens * group, tokens * vision.spatial_merge_size**2, tokens)
 
 
 def _tower(config: Any) -> Widths:
@@ -73,14 +53,13 @@ SPEC = register_vlm(
             "transformers.models.qwen2_5_vl.*.Qwen2_5_VLModel",
         ),
         projector=("model.visual.merger",),  # a child of the tower
-        images=ImageRules(setting="max_pixels", options=_options),
-        image_tokens=ImageTokens(kind="merged_groups", side=_side),
-        memory=MemoryRules(lengths=_lengths, tower=_tower, layer=_layer, projector=_projector, fixed_grid=False),
+        images=ImageRules(setting="max_pixels", options=pixel_options),
+        image_tokens=ImageTokens(kind="merged_groups", side=merge_side),
+        memory=MemoryRules(lengths=lengths, tower=_tower, layer=_layer, projector=_projector, fixed_grid=False),
         nano=_nano,
         refuses={
-            "adat": "its tower has no fixed grid of patches. Leave adat out; for fewer tokens set max_pixels, or use "
-            "drop_blank_groups.",
-            "text_density": "the density of text is not measured for a host without a fixed grid of patches.",
+            "adat": NO_GRID,
+            "text_density": NO_DENSITY,
         },
     )
 )

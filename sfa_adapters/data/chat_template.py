@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.vlm.thinking import without_thinking
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -104,7 +105,11 @@ def _rendered(processor: ProcessorMixin, image_token: str, answered: bool) -> st
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
     turns = [user, reply] if answered else [user]
-    return str(processor.apply_chat_template(turns, add_generation_prompt=not answered, tokenize=False))
+    return str(
+        processor.apply_chat_template(
+            turns, add_generation_prompt=not answered, tokenize=False, **without_thinking(processor)
+        )
+    )
 
 
 def _pattern(processor: ProcessorMixin, tokenizer: Any) -> re.Pattern[str]:

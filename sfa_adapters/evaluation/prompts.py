@@ -21,6 +21,7 @@ from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.evaluation.answers import generate
 from sfa_adapters.evaluation.asked import Asked, Batches
 from sfa_adapters.images import as_image
+from sfa_adapters.vlm.thinking import without_thinking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,8 @@ class ManyImages(Collator):
 def _prompt(one: Prompt, processor: Any, images: int) -> Prompt:
     """A copy of the prompt with another number of images, from the host's chat template."""
     user = {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]}
-    text = str(processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False))
+    options = without_thinking(processor)
+    text = str(processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False, **options))
     made = copy.copy(one)
     made.head, _, made.tail = text.partition(QUESTION)
     if made.head.count(one.image_token) != images:

@@ -55,16 +55,32 @@ _KINDS: list[AttentionKind] = [
             "transformers.models.qwen2.*.Qwen2Attention",
             "transformers.models.qwen2_5_vl.*.Qwen2_5_VLAttention",
             "transformers.models.qwen3.*.Qwen3Attention",
+            "transformers.models.qwen3_vl.*.Qwen3VLTextAttention",
+            "transformers.models.glm_ocr.*.GlmOcrTextAttention",
+            "transformers.models.paddleocr_vl.*.PaddleOCRAttention",
         ),
         output="o_proj",
     ),
     AttentionKind(
-        ("transformers.models.clip.*.CLIPAttention", "transformers.models.siglip.*.SiglipAttention"), output="out_proj"
+        (
+            "transformers.models.clip.*.CLIPAttention",
+            "transformers.models.siglip.*.SiglipAttention",
+            "transformers.models.paddleocr_vl.*.PaddleOCRVisionAttention",
+        ),
+        output="out_proj",
     ),
     AttentionKind(
         ("transformers.models.internvl.*.InternVLVisionAttention",), output="projection_layer", widths=("embed_dim",)
     ),
-    AttentionKind(("transformers.models.qwen2_5_vl.*.Qwen2_5_VLVisionAttention",), output="proj", fused="qkv"),
+    AttentionKind(
+        (
+            "transformers.models.qwen2_5_vl.*.Qwen2_5_VLVisionAttention",
+            "transformers.models.qwen3_vl.*.Qwen3VLVisionAttention",
+            "transformers.models.glm_ocr.*.GlmOcrVisionAttention",
+        ),
+        output="proj",
+        fused="qkv",
+    ),
     AttentionKind(("timm.layers.attention.Attention",), output="proj", fused="qkv", widths=("attn_dim",)),
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.vlm.thinking import without_thinking
 
 __all__ = ["load_user_model", "user_prompt"]
 
@@ -61,5 +62,6 @@ def user_prompt(processor: Any, image: np.ndarray, question: str) -> dict[str, A
         text = f"{processor.image_token} {question}"
     else:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turns, options = [{"role": "user", "content": content}], without_thinking(processor)
+        text = processor.apply_chat_template(turns, add_generation_prompt=True, **options)
     return dict(processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt"))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.memory.shapes import Lengths, Widths, memory_rules, text_widths, vision_widths
-from sfa_adapters.vlm.sizes import FLOAT, Precision
+from sfa_adapters.memory.shapes import Lengths, memory_rules, text_widths, vision_widths
+from sfa_adapters.vlm.sizes import FLOAT, Precision, decoder_layer
 
 __all__ = ["Activations", "activations_of"]
 
@@ -26,10 +26,11 @@ class Activations:
     Attributes:
         inputs: Inputs of all layers.
         outer: What is kept outside the layers: embeddings, projector, norms, loss.
-        layer: What one layer keeps beside its input.
+        layer: What one layer keeps beside its input, in the mean where layers differ.
         layers: How many layers there are.
         transient: What the backward pass of one layer needs beside that, at its peak.
         logits: What the loss makes of the logits, at its peak; 0 for the tower.
+        heaviest: What the layer keeps that keeps most; 0 where all keep the same.
     """
 
     inputs: int
@@ -38,6 +39,7 @@ class Activations:
     layers: int
     transient: int
     logits: int = 0
+    heaviest: int = 0
 
     def kept(self, checkpointing: bool) -> int:
         """Bytes that autograd holds at the end of the forward pass."""
@@ -53,7 +55,7 @@ class Activations:
         kept = self.kept(checkpointing)
         if not checkpointing:
             return kept + casts + max(self.logits, self.transient)
-        return kept + max(self.logits, self.logits * 3 // 4 + casts, self.layer + self.transient)
+        return kept + max(self.logits, self.logits * 3 // 4 + casts, max(self.layer, self.heaviest) + self.transient)
 
 
 def precision(recipe: Recipe, trains: bool) -> Precision:
@@ -108,7 +110,9 @@ def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activati
     masked = lengths.sequence if batch > 1 else 0
     outer += FLOAT * vocabulary + masked
     logits = (LOGIT_COPIES - 1) * FLOAT * vocabulary * tokens
-    layer = _decoder_layer(recipe, config, sizes, part, masked)
+    each = (memory_rules(recipe).decoder or decoder_layer)(recipe, config, sizes, part, masked)
+    each = each if isinstance(each, tuple) else (each,)
+    layer = sum(each) // len(each)
     transient = 3 * part.compute * sizes.inner + 2 * part.stream * sizes.width
     return Activations(
         part.stream * sizes.width * tokens * sizes.layers,
@@ -117,24 +121,5 @@ def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activati
         sizes.layers,
         transient * tokens,
         logits,
+        max(each) * tokens,
     )
-
-
-def _decoder_layer(recipe: Recipe, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
-    """Qwen2, Qwen3 and Llama: bytes per token beside the input."""
-    width, inner, compute = sizes.width, sizes.inner, part.compute
-    kept = 2 * part.rms_norm(width) + part.stream * width
-    # Rows of different length bring a mask: each layer makes numbers of it, and repeats keys and values for every head.
-    keys = sizes.attended if masked else sizes.keys
-    kept += compute * (2 * sizes.attended + 2 * keys + masked) + FLOAT * sizes.heads
-    if config.text_config.model_type == "qwen3":  # norms of queries and keys, in float32
-        normed = sizes.attended + sizes.keys
-        groups = 2 * sizes.heads
-        kept += FLOAT * normed + FLOAT * groups + (compute * normed if part.trains else 0)
-    kept += 3 * compute * inner
-    if part.trains or recipe.lora_llm:
-        adapted = Precision(part.stream, compute, True, compute != FLOAT)
-        kept += adapted.product_inputs(width, 3) + adapted.product_inputs(width, 2) + compute * inner
-        if recipe.lora_llm:
-            kept += 7 * compute * recipe.lora_llm
-    return kept

@@ -17,6 +17,8 @@ __all__ = [
     "MemoryRules",
     "Precision",
     "Widths",
+    "adapted_layer",
+    "decoder_layer",
     "mlp_projector",
     "read_layers",
     "vit_layer",
@@ -115,6 +117,9 @@ class Precision:
 LayerBytes = Callable[[Widths, Precision, Any, bool], int]
 # (precision of the projector, that of the tower, configuration) -> bytes per image token.
 ProjectorBytes = Callable[[Precision, Precision, Any], int]
+# (recipe, configuration, sizes, precision, tokens that a mask has a number for, or 0) -> bytes per token of a layer of
+# the language model beside its input; one number, or one for each layer.
+DecoderBytes = Callable[[Any, Any, Widths, Precision, int], int | tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,9 @@ class MemoryRules:
         fixed_grid: Whether the tower has a grid of patches, so that a bias is folded into its queries.
         output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
         norm_in_front: Whether there is a norm before the tower's layers.
+        grid: Rows and columns of patches of the largest image, from the configuration and the most pixels, for towers
+            without a fixed grid whose layers attend to whole images.
+        decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
     """
 
     lengths: Callable[[Any, int], Lengths]
@@ -140,6 +148,8 @@ class MemoryRules:
     fixed_grid: bool = True
     output_read: bool = False
     norm_in_front: bool = False
+    grid: Callable[[Any, int], tuple[int, int]] | None = None
+    decoder: DecoderBytes | None = None
 
 
 def read_layers(config: Any, layers: int) -> int:
@@ -177,3 +187,27 @@ def mlp_projector(part: Precision, tower: Precision, config: Any) -> int:
     """Bytes per image token of two linear layers with an activation between them, one token for each patch."""
     width, wide = config.vision_config.hidden_size, config.text_config.hidden_size
     return part.product_inputs(width, 1) + part.compute * wide * (1 + part.trains)
+
+
+def decoder_layer(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
+    """Bytes per token of a layer of Qwen2, Llama and their kin, and of Qwen3 with its norms of queries and keys."""
+    width, compute = sizes.width, part.compute
+    kept = 2 * part.rms_norm(width) + part.stream * width
+    # Rows of different length bring a mask: each layer makes numbers of it, and repeats keys and values for every head.
+    keys = sizes.attended if masked else sizes.keys
+    kept += compute * (2 * sizes.attended + 2 * keys + masked) + FLOAT * sizes.heads
+    if config.text_config.model_type in ("qwen3", "qwen3_vl_text"):  # norms of queries and keys, in float32
+        normed = sizes.attended + sizes.keys
+        groups = 2 * sizes.heads
+        kept += FLOAT * normed + FLOAT * groups + (compute * normed if part.trains else 0)
+    return kept + 3 * compute * sizes.inner + adapted_layer(recipe, sizes, part)
+
+
+def adapted_layer(recipe: Any, sizes: Widths, part: Precision) -> int:
+    """Bytes per token that a layer of the language model keeps for its own weights, or for those of a LoRA on them."""
+    if not (part.trains or recipe.lora_llm):
+        return 0
+    compute = part.compute
+    adapted = Precision(part.stream, compute, True, compute != FLOAT)
+    kept = adapted.product_inputs(sizes.width, 3) + adapted.product_inputs(sizes.width, 2) + compute * sizes.inner
+    return kept + 7 * compute * recipe.lora_llm

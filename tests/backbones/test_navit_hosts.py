@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sfa_adapters import describe, inject_sfa
-from sfa_adapters.adat import drop_blank_groups, inject_adat
+from sfa_adapters.adat import inject_adat
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import inject_dymu
@@ -21,7 +21,6 @@ from tests.support.hosts import lm_loss, logits_of
 from tests.support.navit_hosts import BUILD, prompts
 
 TOWERS = {case.name: case for case in (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)}
-GIVEN: dict[str, Any] = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
 every_navit = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("qwen3_vl", "paddleocr_vl") else pytest.mark.nightly) for name in BUILD],
@@ -45,18 +44,15 @@ def test_every_layer_of_the_tower_trains_in_its_host(name: str) -> None:
 @every_navit
 def test_fastv_works_or_says_why_not(name: str) -> None:
     model, inputs = inject_sfa(BUILD[name](), compare.strong_config()), prompts(name)
-    before, snapshot = logits_of(model, inputs), Snapshot(model)
+    before = logits_of(model, inputs)
     if name == "qwen3_5":
-        with pytest.raises(InjectionError, match="layers of linear_attention, which count on every token"):
+        with pytest.raises(InjectionError, match=r"Qwen3\.5: .* linear attention, whose state would miss tokens"):
             inject_fastv(model, FastVConfig())
         return
-    with pytest.raises(InjectionError, match=r"density.*navit.*hold their pixels is not known.*another selector"):
-        inject_fastv(model, FastVConfig(selector="density", **GIVEN))
-    snapshot.assert_unchanged(model)
     if name == "qwen3_vl":
         with pytest.raises(InjectionError, match="adds image features after each of its first 1 layers"):
             inject_fastv(model, FastVConfig(prune_at="input"))
-    for selector in ("attention", "random"):
+    for selector in ("attention", "random", "density"):
         inject_fastv(model, FastVConfig(k=2, selector=selector))
         assert compare.difference(logits_of(model, inputs)[:, -1], before[:, -1]) > 1e-6
         eject_fastv(model)
@@ -76,7 +72,5 @@ def test_tokens_cannot_merge_in_these_towers(name: str) -> None:
 
 def test_the_host_of_such_a_tower_is_refused_for_the_tower() -> None:
     model: Any = BUILD["qwen3_vl"]()
-    with pytest.raises(InjectionError, match=r"Qwen3VLVisionModel\), in which tokens cannot merge"):
+    with pytest.raises(InjectionError, match="Qwen3-VL: features of several layers of its tower"):
         inject_dymu(model)
-    with pytest.raises(InjectionError, match=r"for Qwen2\.5-VL; .*Qwen3VLVisionModel \(navit\) takes whole pages only"):
-        drop_blank_groups(model, prompts("qwen3_vl"))

@@ -42,6 +42,7 @@ from sfa_adapters.recipes.analyze.predictions import read_predictions
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from sfa_adapters.recipes.synthetic.chart_questions import chart_samples
 from sfa_adapters.training.checkpoints import save_trained
+from tests.support.nightly_hosts import families_of
 
 FAMILIES: tuple[str, ...] = families()
 SETTINGS: dict[str, Any] = {
@@ -341,7 +342,7 @@ def test_names_and_intervals_stay_whole_where_a_table_is_wide(runs: int, width: 
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families_of(FAMILIES, core=True))
 def test_a_batch_answers_as_single_rows_do(family: Family, checkpoints: Callable[[Family], Path]) -> None:
     host = open_host(checkpoints(family), **SETTINGS)
     rows = chart_rows(4)

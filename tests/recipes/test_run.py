@@ -24,8 +24,18 @@ from sfa_adapters.recipes import run as module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
+from tests.support.nightly_hosts import NIGHTLY
 
-NAMES = ["internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b"]
+NAMES = [
+    "internvl3_5_8b",
+    "llava_onevision_7b",
+    "llava_1_5_7b",
+    "qwen2_5_vl_7b",
+    "qwen3_vl_2b",
+    "qwen3_5_0_8b",
+    "glm_ocr",
+    "paddleocr_vl",
+]
 
 
 def small(name: str, folder: Path, **changes: Any) -> Recipe:
@@ -42,7 +52,10 @@ def test_every_recipe_of_the_catalog_has_a_nano_run() -> None:
     assert {find_recipe(name).family for name in NAMES} == {recipe.family for recipe in RECIPES.values()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.nightly) if find_recipe(n).family in NIGHTLY else n for n in NAMES],
+)
 def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     console = quiet()
     recipe = small(name, tmp_path / "run")

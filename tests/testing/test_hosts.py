@@ -1,7 +1,13 @@
 """The host contract suite over every record of a vision-language model."""
 
+import pytest
+
 from sfa_adapters.testing.test_hosts import HOST_CLASSES, test_every_record_has_a_small_model
+from tests.support.nightly_hosts import NIGHTLY
 
 __all__ = ["test_every_record_has_a_small_model"]
 
-globals().update(HOST_CLASSES)
+for name, suite in HOST_CLASSES.items():
+    nightly = {"pytestmark": pytest.mark.nightly} if suite.family in NIGHTLY else {}
+    globals()[name] = type(name, (suite,), {"__module__": __name__, **nightly})
+del name, suite, nightly

@@ -23,6 +23,7 @@ from sfa_adapters.vlm.spec import FEATURES, VLMSpec
 from tests.support.hosts import HOSTS as CASES
 
 OURS = {"internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl"}
+OURS |= {"glm_ocr", "paddleocr_vl", "qwen3_5", "qwen3_vl"}
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
     if config.selector != "density":
         return None
     located = find_tower(model)
-    if located.backbone.joined != "batch" and not located.backbone.token_reduction:
+    if located.backbone.joined != "batch" and located.backbone.patch_groups_of(located.tower) is None:
         raise InjectionError(
             f"selector='density' reads text off the pixels, and how the patches of {type(located.tower).__name__} "
             f"({located.backbone.name}) hold their pixels is not known. Choose another selector, e.g. 'attention'."

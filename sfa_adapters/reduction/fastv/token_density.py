@@ -8,7 +8,7 @@ one run of tokens, the map is packed by the same method.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from sfa_adapters.adat.density import DensityEstimator
 from sfa_adapters.adat.scorers import STRIDE, to_cells
 from sfa_adapters.errors import PlanError
 from sfa_adapters.normalisation import Statistics
+from sfa_adapters.patch_groups import PatchGroups
 from sfa_adapters.tower_input import TowerInput
 
 __all__ = ["PACK", "TowerImages", "density_packer", "token_density", "tower_images"]
@@ -31,16 +32,16 @@ class TowerImages:
     """The images that a tower was given.
 
     Attributes:
-        pixels: Normalised images `[tiles, 3, H, W]`; or patches in merge groups, with their grids (Qwen).
-        grids: Rows and columns of patches of each image, for patches.
-        merge: Patches along the side of a merge group, for patches.
+        pixels: Normalised images `[tiles, 3, H, W]`; or patches in rows, with their grids (Qwen).
+        grids: Frames, rows and columns of patches of each image, for patches.
+        groups: The form of the patches, for patches.
         patch: Side of a patch in pixels.
         packed: Density at each image token, where the host packed it.
     """
 
     pixels: Tensor
-    grids: tuple[tuple[int, int], ...] | None = None
-    merge: int = 1
+    grids: tuple[tuple[int, int, int], ...] | None = None
+    groups: PatchGroups | None = None
     patch: int = 1
     packed: Tensor | None = None
 
@@ -50,14 +51,18 @@ def tower_images(given: TowerInput) -> TowerImages | None:
     pixels, config = given.images, getattr(given.tower, "config", None)
     if not isinstance(pixels, Tensor):
         return None
-    size: Any = getattr(config, "patch_size", 1)
-    patch = int(size[-1] if isinstance(size, list | tuple) else size)
-    grid = given.argument("grid_thw", 1) if pixels.ndim == 2 else None
-    if grid is None:
+    groups = given.patch_groups
+    if groups is None:
+        size: Any = getattr(config, "patch_size", 1)
+        patch = int(size[-1] if isinstance(size, list | tuple) else size)
         return TowerImages(pixels.detach(), patch=patch) if pixels.ndim == 4 else None
-    # Read here, where the tower itself reads it.
-    grids = tuple((int(h), int(w)) for _, h, w in grid.cpu().numpy())
-    return TowerImages(pixels.detach(), grids, int(getattr(config, "spatial_merge_size", 1)), patch)
+    grid = given.argument("grid_thw", 1)
+    if grid is None:
+        return None
+    # Read here, where the tower itself reads it. PaddleOCR-VL puts a dimension in front of its patches.
+    grids = tuple((int(t), int(h), int(w)) for t, h, w in grid.cpu().numpy())
+    patches = pixels.detach().flatten(0, 1) if pixels.ndim == 5 else pixels.detach()
+    return TowerImages(patches, grids, groups, groups.patch)
 
 
 def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -93,7 +98,7 @@ def pack_density(images: TowerImages, statistics: Statistics | None, pack: Calla
     count = images.pixels.shape[-1] // images.patch
     mean, std = _known(statistics)
     density = _map(images.pixels, mean, std, images.pixels.shape[-1] / count, (count, count)).flatten(1)
-    return TowerImages(images.pixels, images.grids, images.merge, images.patch, pack(density))
+    return replace(images, packed=pack(density))
 
 
 @torch.no_grad()
@@ -165,16 +170,18 @@ def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
 
 
 def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
-    """Densities of images that are patches (Qwen): merge groups row by row, image after image."""
+    """Densities of images that are patches (Qwen): groups row by row, image after image."""
     mean, std = _known(statistics)
-    assert images.grids is not None
-    merge, patch = images.merge, images.patch
+    groups, grids = images.groups, images.grids
+    assert groups is not None
+    assert grids is not None
+    if any(frames > 1 for frames, _, _ in grids):
+        raise PlanError("selector='density' reads still images, but the prompt holds a video. Choose another selector.")
     densities = []
-    for part, (h, w) in zip(images.pixels.split([h * w for h, w in images.grids]), images.grids, strict=True):
-        # [rows, columns, merge, merge, channels, frames, patch, patch]; a still image repeats its only frame
-        flat = part.float().view(h // merge, w // merge, merge, merge, 3, -1, patch, patch)[..., 0, :, :]
-        page = flat.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, h * patch, w * patch)
-        densities.append(_map(page, mean, std, merge * patch, (h // merge, w // merge)).flatten())
+    side = groups.side
+    for part, (_, rows, columns) in zip(images.pixels.split([h * w for _, h, w in grids]), grids, strict=True):
+        page = groups.page(part, (rows, columns))[None]
+        densities.append(_map(page, mean, std, side * groups.patch, (rows // side, columns // side)).flatten())
     return torch.cat(densities)
 
 
