@@ -11,7 +11,18 @@ from transformers import PretrainedConfig
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import read_config
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.recipes import internvl3_5_8b, llava_1_5_7b, llava_onevision_7b, qwen2_5_vl_7b
+from sfa_adapters.recipes import (
+    gemma3_4b,
+    gemma4_e2b,
+    granite_docling_258m,
+    internvl3_5_8b,
+    lighton_ocr_1b,
+    llava_1_5_7b,
+    llava_onevision_7b,
+    qwen2_5_vl_7b,
+    smolvlm2_2_2b,
+    smolvlm2_500m,
+)
 from sfa_adapters.recipes.nano.checkpoint import NANO
 from sfa_adapters.recipes.nano.hosts import build_host
 
@@ -26,6 +37,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             llava_onevision_7b.recipe(),
             llava_1_5_7b.recipe(),
             qwen2_5_vl_7b.recipe(),
+            smolvlm2_2_2b.recipe(),
+            smolvlm2_500m.recipe(),
+            granite_docling_258m.recipe(),
+            gemma3_4b.recipe(),
+            gemma4_e2b.recipe(),
+            lighton_ocr_1b.recipe(),
         )
     }
 )
@@ -35,6 +52,12 @@ _ARCHITECTURES: Mapping[str, Callable[[], PretrainedConfig]] = {
     llava_onevision_7b.recipe().model: llava_onevision_7b.architecture,
     llava_1_5_7b.recipe().model: llava_1_5_7b.architecture,
     qwen2_5_vl_7b.recipe().model: qwen2_5_vl_7b.architecture,
+    smolvlm2_2_2b.recipe().model: smolvlm2_2_2b.architecture,
+    smolvlm2_500m.recipe().model: smolvlm2_500m.architecture,
+    granite_docling_258m.recipe().model: granite_docling_258m.architecture,
+    gemma3_4b.recipe().model: gemma3_4b.architecture,
+    gemma4_e2b.recipe().model: gemma4_e2b.architecture,
+    lighton_ocr_1b.recipe().model: lighton_ocr_1b.architecture,
 }
 
 # Rows of hub datasets, from their cards, so that the steps of a run are known without a download.

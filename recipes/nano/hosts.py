@@ -46,7 +46,7 @@ from sfa_adapters.recipes.nano.models import PATCH, PIXELS, load_nano
 from sfa_adapters.recipes.nano.tokenizer import CHATML, IMAGE, PLAIN, VICUNA, VIDEO, host_tokenizer, token_id
 from sfa_adapters.vlm.records import vlm_spec
 
-__all__ = ["build_host", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl"]
+__all__ = ["TILE", "build_host", "ending", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "text_settings", "vision_settings"]
 
 # White is 0 and black -2, as in `encode.pixel_values`.
 _LOOK: Mapping[str, Any] = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
@@ -82,7 +82,13 @@ def build_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
         return spec.nano()
 
 
-def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def vision_settings() -> dict[str, Any]:
+    """Settings of a small tower with a fixed grid."""
+    return dict(_VISION)
+
+
+def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Settings of a small language model with the vocabulary of a tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -101,7 +107,7 @@ def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: Any) -> PreTrainedModel:
+def ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: Any) -> PreTrainedModel:
     """Sets the tokens that end an answer, and eval mode."""
     assert model.generation_config is not None
     model.generation_config.eos_token_id = ends
@@ -121,12 +127,12 @@ def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = host_tokenizer("<|im_end|>", ("<|im_start|>", "<|im_end|>"), named)
     config = InternVLConfig(
         vision_config={**_VISION, "attention_bias": True},
-        text_config=Qwen3Config(**_text(tokenizer)),
+        text_config=Qwen3Config(**text_settings(tokenizer)),
         image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=(TILE // 14 // 2) ** 2,
         tie_word_embeddings=False,
     )
-    model = _ending(InternVLForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
+    model = ending(InternVLForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
     look: dict[str, Any] = {"size": {"height": TILE, "width": TILE}, **_LOOK}
     return model, InternVLProcessor(
         GotOcr2ImageProcessor(**look, crop_to_patches=True, min_patches=1, max_patches=2),
@@ -142,7 +148,7 @@ def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = host_tokenizer("<eos>", (), {"image_token": "<image>", "video_token": "<video>"})
     model = load_nano("llava_onevision").model
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # bytes and special tokens are new
-    model = _ending(model, tokenizer, tokenizer.eos_token_id)
+    model = ending(model, tokenizer, tokenizer.eos_token_id)
     assert (model.config.image_token_id, model.config.video_token_id) == (IMAGE, VIDEO)
     # The base picture, and one crop of it, or two for one that is long.
     points = [[PIXELS, PIXELS], [PIXELS, 2 * PIXELS], [2 * PIXELS, PIXELS]]
@@ -163,12 +169,12 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = host_tokenizer("</s>", ("</s>",), {"image_token": "<image>"})
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**_VISION),
-        text_config=LlamaConfig(**_text(tokenizer)),
+        text_config=LlamaConfig(**text_settings(tokenizer)),
         image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=(TILE // 14) ** 2,
         vision_feature_layer=-2,  # the last layer is never read, as in LLaVA-1.5
     )
-    model = _ending(LlavaForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
+    model = ending(LlavaForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
     size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
     return model, LlavaProcessor(
         CLIPImageProcessor(**size, **_LOOK),
@@ -186,13 +192,13 @@ def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
     points = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_VISION),
-        text_config=LlamaConfig(**_text(tokenizer)),
+        text_config=LlamaConfig(**text_settings(tokenizer)),
         image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=(TILE // 14) ** 2,
         image_grid_pinpoints=points,
         vision_feature_layer=-2,
     )
-    model = _ending(LlavaNextForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
+    model = ending(LlavaNextForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
     size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
     return model, LlavaNextProcessor(
         LlavaNextImageProcessor(**size, **_LOOK, image_grid_pinpoints=points),
@@ -208,7 +214,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """A nano Qwen2.5-VL: a tower with windows, and Qwen2; model and processor."""
     specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>")
     tokenizer = host_tokenizer("<|im_end|>", specials, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
-    text = _text(tokenizer)
+    text = text_settings(tokenizer)
     text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(
         vision_config={
@@ -221,7 +227,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
     )  # fmt: skip
     ends = [token_id(tokenizer, "<|im_end|>"), token_id(tokenizer, "<|endoftext|>")]  # two, as the full-size host has
-    model = _ending(Qwen2_5_VLForConditionalGeneration(config), tokenizer, ends)
+    model = ending(Qwen2_5_VLForConditionalGeneration(config), tokenizer, ends)
     size = {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
     return model, Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(**_LOOK, size=size),

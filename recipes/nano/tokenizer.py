@@ -14,6 +14,7 @@ from sfa_adapters.recipes.synthetic.questions import PHRASES
 
 __all__ = [
     "CHATML",
+    "CONTENT",
     "EOS",
     "IMAGE",
     "PAD",
@@ -30,21 +31,21 @@ PAD, EOS, UNKNOWN, IMAGE, VIDEO = range(len(SPECIAL))
 
 # `PICTURE` stands for the placeholder of an image.
 _PART = "{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}"
-_CONTENT = (
+CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}" + _PART + "{% endfor %}{% endif %}"
 )
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}" + _CONTENT + "<|im_end|>{{ '\n' }}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}" + CONTENT + "<|im_end|>{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 VICUNA = (
-    "{% for message in messages %}{{ message['role'] | upper }}: " + _CONTENT + " {% endfor %}"
+    "{% for message in messages %}{{ message['role'] | upper }}: " + CONTENT + " {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 # The weights of the nano LLaVA-OneVision were trained on bare questions.
 PLAIN = (
-    "{% for message in messages %}" + _CONTENT + "{{ '<eos>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% for message in messages %}" + CONTENT + "{{ '<eos>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
 )
 
 

@@ -92,6 +92,7 @@ class VLMSpec:
         layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
         unread: Children of the tower that the host never reads, because it takes the hidden states before them. A
             parameter there gets no gradient, so it must not train.
+        unused: Modules that images never reach, such as a tower for audio. They stay frozen and out of 4-bit.
         images: How images are prepared; None where that is not written, so that only adapters can be used.
         image_tokens: How patches become image tokens; None where it is not known.
         memory: Rules to predict memory; None where they are not known.
@@ -111,6 +112,7 @@ class VLMSpec:
     lm_head: str | None = None
     layer_classes: tuple[str, ...] | None = None
     unread: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     images: ImageRules | None = None
     image_tokens: ImageTokens | None = None
     memory: MemoryRules | None = None
@@ -163,5 +165,5 @@ class VLMSpec:
         kind = type(model).__name__.removeprefix("FSDP")
         if kind != self.model_class:
             raise RecipeError(f"family={self.name!r} is {self.model_class}, but the model is a {kind}.")
-        names = ("tower", "projector", "language_model", "lm_head", "layer_classes", "unread")
+        names = ("tower", "projector", "language_model", "lm_head", "layer_classes", "unread", "unused")
         return read_places(model, {name: getattr(self, name) for name in names})
