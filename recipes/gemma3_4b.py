@@ -1,11 +1,12 @@
 """Gemma-3-4B: SigLIP-400M at 896 pixels with a structural bias, a projector, and Gemma-3-4B in 4-bit.
 
-With pan and scan: the page as one picture, and in up to four crops along its longer side. The checkpoint has it off.
+With pan and scan: the page as one picture, and in up to 4 crops along its longer side. The checkpoint has it off.
 
-Sources:    widths, heads, vocabulary and tokens are defaults of `Gemma3TextConfig` and `Gemma3Config`, or in the technical
-            report (arXiv 2503.19786); width 2560, 34 layers and the MLP of 10,240 give the published 4.3 billion
-            parameters. The linear scaling of the rotation was not checked; it changes no size.
-Command:    sfa train gemma3_4b               the same on a CPU in minutes: sfa train gemma3_4b --nano
+Sources:    heads, vocabulary and image tokens: defaults of `Gemma3TextConfig` and `Gemma3Config`. Tower and picture of
+            896 pixels, window of 1024: the technical report, arXiv 2503.19786. Not checked against the checkpoint: width
+            2560, 34 layers and an MLP of 10,240, which give the published 4.3 billion parameters, and the linear scaling
+            of the rotation.
+Command:    sfa train gemma3_4b                 the same on a CPU in minutes: sfa train gemma3_4b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma3_4b
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_gemma3_4b GB; a time was neither published nor measured.

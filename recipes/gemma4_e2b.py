@@ -1,11 +1,11 @@
-"""Gemma-4-E2B: its own tower of 16 layers with a structural bias, a projector, and a language model of 4.6 billion in 4-bit.
+"""Gemma-4-E2B: its own tower of 16 layers with a structural bias, a projector, and a language model in 4-bit.
 
-A million pixels are 280 image tokens, the checkpoint's own budget; max_pixels=2580480 gives the largest, 1120. The tower
-for audio stays as it is. Embeddings and those of each layer, 2.8 billion numbers, do not go into 4-bit.
+The recipe's million pixels are 280 image tokens, as in the checkpoint; max_pixels=2580480 gives 1120, the most. The
+tower for audio stays frozen. Embeddings, of which every layer has its own, do not go into 4-bit.
 
-Sources:    language model: the checkpoint's configuration as a public runtime checks it. Towers: the same, and defaults of
-            `Gemma4VisionConfig` and `Gemma4AudioConfig`. Published are 5.1 billion parameters.
-Command:    sfa train gemma4_e2b              the same on a CPU in minutes: sfa train gemma4_e2b --nano
+Sources:    the configuration of the checkpoint as the tests of a public runtime have it; the towers are also the
+            defaults of `Gemma4VisionConfig` and `Gemma4AudioConfig`. Published are 5.1 billion parameters.
+Command:    sfa train gemma4_e2b                the same on a CPU in minutes: sfa train gemma4_e2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma4_e2b
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_gemma4_e2b GB; a time was neither published nor measured.

@@ -1,11 +1,11 @@
-"""Granite-Docling-258M: SigLIP2-B/16-512 with a structural bias, one linear layer behind pixel shuffle, Granite-165M in 4-bit.
+"""Granite-Docling-258M: SigLIP2-B/16-512 with a structural bias, pixel shuffle, one linear layer, Granite in 4-bit.
 
-It is an Idefics3; the later Granite-for-Docling is another class (`granite_docling`), for which there is no record yet.
+Its class is Idefics3. The later Granite-for-Docling is of another one, `granite_docling`, which has no record.
 
-Sources:    the model card names the tower, the projector and the size of the language model. The other numbers are
-            those of SmolDocling's language model with the vocabulary of Granite, which gives the published 258 million
-            parameters; they, the image token and the base of the rotation were not checked against the checkpoint.
-Command:    sfa train granite_docling_258m    the same on a CPU in minutes: sfa train granite_docling_258m --nano
+Sources:    tower, projector and size of the language model: the model card. Its other numbers are those of the
+            language model of SmolDocling with Granite's vocabulary, which gives the published 258 million parameters.
+            Not checked against the checkpoint: these, the image token and the base of the rotation.
+Command:    sfa train granite_docling_258m      the same on a CPU in minutes: sfa train granite_docling_258m --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train granite_docling_258m
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_granite_docling_258m GB; a time was neither published nor measured.

@@ -1,10 +1,10 @@
-"""LightOnOCR-1B: Pixtral's tower with a structural bias, a projector that merges 2 x 2 patches, and Qwen3-0.6B in 4-bit.
+"""LightOnOCR-1B: Pixtral's tower with a structural bias, 2 x 2 patches merged behind it, and Qwen3-0.6B in 4-bit.
 
-Pages of any size, up to 1540 pixels along a side. The recipe takes up to `max_pixels`, a million; a page of 1540 x 1190
-pixels, as the checkpoint reads A4, needs max_pixels=1843520.
+Pages of any size, up to 1540 pixels along a side. The recipe shrinks them to a million pixels; for A4 as the
+checkpoint reads it set max_pixels=1811040.
 
 Sources:    all numbers are the defaults of `LightOnOcrConfig`, which says that they are this checkpoint's.
-Command:    sfa train lighton_ocr_1b          the same on a CPU in minutes: sfa train lighton_ocr_1b --nano
+Command:    sfa train lighton_ocr_1b            the same on a CPU in minutes: sfa train lighton_ocr_1b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train lighton_ocr_1b
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_lighton_ocr_1b GB; a time was neither published nor measured.

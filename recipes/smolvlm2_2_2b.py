@@ -1,10 +1,9 @@
-"""SmolVLM2-2.2B: SigLIP-400M with a structural bias, one linear layer behind pixel shuffle, and SmolLM2-1.7B in 4-bit.
+"""SmolVLM2-2.2B: SigLIP-400M with a structural bias, pixel shuffle, one linear layer, and SmolLM2-1.7B in 4-bit.
 
-Sources:    the towers are SigLIP-SO400M/14-384 and the language model SmolLM2-1.7B, as the paper says (arXiv 2504.05299):
-            81 image tokens for a tile of 384 pixels. Vocabulary and image token as in the 500M checkpoint. Not checked
-            against the file of the checkpoint: the base of the rotation, and that the head is not tied, which the
-            published 2.25 billion parameters confirm.
-Command:    sfa train smolvlm2_2_2b           the same on a CPU in minutes: sfa train smolvlm2_2_2b --nano
+Sources:    tower (SigLIP-SO400M/14-384), language model (SmolLM2-1.7B) and 81 image tokens for each tile: the paper,
+            arXiv 2504.05299. Vocabulary and image token: as in the 500M checkpoint. Not checked against the file of the
+            checkpoint: the base of the rotation, and that the head is not tied, which its 2.2 billion parameters say.
+Command:    sfa train smolvlm2_2_2b             the same on a CPU in minutes: sfa train smolvlm2_2_2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_2_2b
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_smolvlm2_2_2b GB; a time was neither published nor measured.

@@ -1,8 +1,8 @@
-"""SmolVLM2-500M: SigLIP-B/16-512 with a structural bias, one linear layer behind pixel shuffle, and SmolLM2-360M in 4-bit.
+"""SmolVLM2-500M: SigLIP-B/16-512 with a structural bias, pixel shuffle, one linear layer, SmolLM2-360M in 4-bit.
 
-Sources:    all numbers as a public exporter checks them in the checkpoint's configuration; that the head is not tied
-            follows from the published size of half a billion.
-Command:    sfa train smolvlm2_500m           the same on a CPU in minutes: sfa train smolvlm2_500m --nano
+Sources:    all numbers as a public exporter checks them in the configuration of the checkpoint. Not checked: that the
+            head is not tied, which the published half a billion parameters say.
+Command:    sfa train smolvlm2_500m             the same on a CPU in minutes: sfa train smolvlm2_500m --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_500m
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts PEAK_smolvlm2_500m GB; a time was neither published nor measured.

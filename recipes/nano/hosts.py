@@ -46,7 +46,18 @@ from sfa_adapters.recipes.nano.models import PATCH, PIXELS, load_nano
 from sfa_adapters.recipes.nano.tokenizer import CHATML, IMAGE, PLAIN, VICUNA, VIDEO, host_tokenizer, token_id
 from sfa_adapters.vlm.records import vlm_spec
 
-__all__ = ["TILE", "build_host", "ending", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "text_settings", "vision_settings"]
+__all__ = [
+    "TILE",
+    "build_host",
+    "ending",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "text_settings",
+    "vision_settings",
+]
 
 # White is 0 and black -2, as in `encode.pixel_values`.
 _LOOK: Mapping[str, Any] = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}

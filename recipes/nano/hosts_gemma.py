@@ -1,7 +1,7 @@
 """Nano Gemma 3 and Gemma 4, with random weights.
 
-Gemma 3 sees a page as one picture and, with pan and scan, in crops. Gemma 4 takes pages of any aspect, as padded rows of
-patches that bring their places; its language model has per-layer embeddings, and layers that reuse keys and values.
+Gemma 3 sees a page as one picture and, with pan and scan, in crops. Gemma 4 takes pages of any aspect, as padded rows
+of patches that bring their places; its language model has embeddings for each layer, and layers that reuse keys.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     model = ending(Gemma3ForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
     # The class starts it at 0, and no image would count.
-    torch.nn.init.normal_(model.get_parameter("model.multi_modal_projector.mm_input_projection_weight"), std=WIDTH**-0.5)
+    torch.nn.init.normal_(
+        model.get_parameter("model.multi_modal_projector.mm_input_projection_weight"), std=WIDTH**-0.5
+    )
     return model, Gemma3Processor(
         Gemma3ImageProcessor(size={"height": TILE, "width": TILE}, pan_and_scan_min_crop_size=28),
         tokenizer,

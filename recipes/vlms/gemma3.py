@@ -7,7 +7,17 @@ from typing import Any
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.registry import pair
 from sfa_adapters.vlm.records import register_vlm
-from sfa_adapters.vlm.sizes import FLOAT, Lengths, MemoryRules, Precision, vit_layer, vit_widths
+from sfa_adapters.vlm.sizes import (
+    FLOAT,
+    Lengths,
+    MemoryRules,
+    Precision,
+    Widths,
+    gemma_attention,
+    gemma_norms,
+    vit_layer,
+    vit_widths,
+)
 from sfa_adapters.vlm.spec import ImageRules, ImageTokens, VLMSpec
 
 __all__ = ["SPEC"]
@@ -47,6 +57,18 @@ def _projector(part: Precision, tower: Precision, config: Any) -> int:
     return kept + part.product_inputs(width, 1)
 
 
+def _decoder(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
+    """Four norms, norms of queries and keys, and a gated MLP."""
+    width, inner, compute = sizes.width, sizes.inner, part.compute
+    kept = gemma_norms(width, part, fresh=2, passed=2) + part.stream * width
+    kept += gemma_attention(sizes.attended, sizes.keys, sizes.heads, part, masked) + 3 * compute * inner
+    if part.trains or recipe.lora_llm:
+        adapted = Precision(part.stream, compute, True, compute != FLOAT)
+        kept += adapted.product_inputs(width, 3) + adapted.product_inputs(width, 2) + compute * inner
+        kept += 7 * compute * recipe.lora_llm
+    return kept
+
+
 def _nano() -> tuple[Any, Any]:
     from sfa_adapters.recipes.nano.hosts_gemma import gemma3
 
@@ -66,12 +88,16 @@ SPEC = register_vlm(
         projector=("model.multi_modal_projector",),
         unread=("head",),
         images=ImageRules(setting="max_tiles", options=_options),
-        image_tokens=ImageTokens(kind="pixel_shuffle", side=_side),
-        memory=MemoryRules(lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=_projector),
+        image_tokens=ImageTokens(kind="pixel_shuffle", side=_side, page_first=True, apart=True),
+        memory=MemoryRules(
+            lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=_projector, decoder=_decoder, masks=2
+        ),
         nano=_nano,
         refuses={
+            "fastv": "most layers of its language model see a window of tokens, which would reach further back once "
+            "some are gone. For fewer image tokens lower max_tiles.",
             "dymu": "in its language model image tokens attend to later ones of their picture, under masks that are "
-            "made before tokens could be taken out. Use FastV, or DyMU in the tower only: DyMUConfig(language='off')."
+            "made before tokens could be taken out. For fewer image tokens lower max_tiles.",
         },
     )
 )

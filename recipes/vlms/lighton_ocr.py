@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ def _page(image: np.ndarray, processor: Any, pixels: int) -> Page:
     return Page(smaller, (width, height), size)
 
 
+def _token_grids(batch: Mapping[str, Any], processor: Any) -> list[tuple[int, int]]:
+    step = int(processor.effective_patch_size)
+    return [(int(height) // step, int(width) // step) for height, width in batch["image_sizes"]]
+
+
 def _side(config: Any) -> int:
     return int(config.spatial_merge_size)
 
@@ -55,6 +61,14 @@ def _lengths(config: Any, pixels: int) -> Lengths:
     group = (vision.patch_size * side) ** 2
     tokens = max(1, min(pixels, vision.image_size**2) // group)
     return Lengths(tokens * group, tokens * side**2, tokens)
+
+
+def _grid(config: Any, pixels: int) -> tuple[int, int]:
+    """Of the longest page: rows and columns of a square one are fewer together."""
+    vision = config.vision_config
+    patches = _lengths(config, pixels).tower
+    longest = min(vision.image_size // vision.patch_size, patches)
+    return longest, max(1, patches // longest)
 
 
 def _tower(config: Any) -> Widths:
@@ -69,7 +83,7 @@ def _tower(config: Any) -> Widths:
 def _layer(sizes: Widths, part: Precision, config: Any, sfa: bool) -> int:
     width, inner, compute = sizes.width, sizes.inner, part.compute
     kept = 2 * part.rms_norm(width) + part.stream * width
-    kept += 4 * compute * sizes.attended + FLOAT * sizes.heads  # q and k turned, v, the output
+    kept += 4 * compute * sizes.heads * sizes.folded + FLOAT * sizes.heads  # q and k turned, v, the output
     kept += part.product_inputs(width, 3) + part.product_inputs(sizes.attended, 1)
     return kept + part.product_inputs(width, 2) + (3 + part.trains) * compute * inner
 
@@ -97,10 +111,16 @@ SPEC = register_vlm(
             "transformers.models.lighton_ocr.*.LightOnOcrModel",
         ),
         projector=("model.vision_projection",),
-        images=ImageRules(setting="max_pixels", options=_options, page=_page),
+        images=ImageRules(setting="max_pixels", options=_options, page=_page, token_grids=_token_grids),
         image_tokens=ImageTokens(kind="pixel_shuffle", side=_side),
         memory=MemoryRules(
-            lengths=_lengths, tower=_tower, layer=_layer, projector=_projector, fixed_grid=False, norm_in_front=True
+            lengths=_lengths,
+            tower=_tower,
+            layer=_layer,
+            projector=_projector,
+            fixed_grid=False,
+            grid=_grid,
+            norm_in_front=True,
         ),
         nano=_nano,
         refuses={

@@ -57,7 +57,7 @@ def _nano() -> tuple[Any, Any]:
 
 
 image_rules = ImageRules(setting="max_tiles", options=_options, batched_tiles=True)
-image_tokens = ImageTokens(kind="pixel_shuffle", side=_side)
+image_tokens = ImageTokens(kind="pixel_shuffle", side=_side, apart=True)
 memory_rules = MemoryRules(lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=_projector)
 
 SPEC = register_vlm(

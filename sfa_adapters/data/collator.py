@@ -103,9 +103,18 @@ class Collator:
         batch["skipped"] = [skipped for example in examples for skipped in example.get("skipped", ())]
         if self.grounding:
             rows, pages = [example["row"] for example in examples], [page for _, page in samples]
-            merge = getattr(self.processor.image_processor, "merge_size", 1)
-            batch |= evidence_of(rows, pages, batch, self.prompt.image_id, merge)
+            batch |= evidence_of(rows, pages, batch, self.prompt.image_id, self._token_grids(batch))
         return batch
+
+    def _token_grids(self, batch: dict[str, Any]) -> list[tuple[int, int]] | None:
+        """Rows and columns of image tokens of each page; None for a host with a fixed grid."""
+        rules = self.spec.images
+        if rules is not None and rules.token_grids is not None:
+            return rules.token_grids(batch, self.processor)
+        if "image_grid_thw" not in batch:
+            return None
+        merge = getattr(self.processor.image_processor, "merge_size", 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return [(int(rows), int(columns)) for rows, columns in batch["image_grid_thw"][:, 1:] // merge]
 
     def _sample(self, row: Row, image: np.ndarray) -> tuple[dict[str, Tensor], Page]:
         page = page_of(image, self.processor, self.spec, self.recipe)

@@ -175,7 +175,7 @@ def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
 
 
 def unread_prefixes(model: nn.Module, places: Places) -> tuple[str, ...]:
-    """Prefixes of parameters that no gradient reaches: unread layers of the tower and what follows them, other towers."""
+    """Prefixes of parameters that no gradient reaches: unread layers and what follows them, other towers."""
     located = find_tower(model)
     dead = [name.rpartition(".")[0] for name, _ in located.attentions[located.used_layers :]]
     children = (f"{places.tower}.{child}" for child in places.unread)

@@ -53,11 +53,15 @@ def vision_widths(recipe: Recipe, config: Any) -> Widths:
     """Widths of the tower's layers and their number, those that the host reads."""
     rules = memory_rules(recipe)
     sizes = rules.tower(config)
-    if not recipe.sfa or not rules.fixed_grid:
+    if not recipe.sfa or not (rules.fixed_grid or rules.grid):
         return sizes
-    (height, width), (down, across) = pair(config.vision_config.image_size), pair(config.vision_config.patch_size)
+    if rules.grid is not None:
+        rows, columns = rules.grid(config, recipe.image_limit)
+    else:
+        (height, width), (down, across) = pair(config.vision_config.image_size), pair(config.vision_config.patch_size)
+        rows, columns = height // down, width // across
     # One-hot rows and columns without the last of each, the prefix key, and the block term.
-    wide = sizes.folded + (height // down - 1) + (width // across - 1) + rules.prefix_tokens + 1
+    wide = sizes.folded + (rows - 1) + (columns - 1) + rules.prefix_tokens + 1
     folded = next((native for native in HEAD_WIDTHS if native >= wide), -(-wide // 8) * 8)
     return replace(sizes, folded=folded)
 

@@ -45,12 +45,15 @@ class ImageRules:
         options: Options of the image processor, from it and the limit. May raise a `RecipeError`.
         page: The image that the processor gets, from uint8 `[H, W, 3]`, the image processor and the limit.
         batched_tiles: Whether `pixel_values` are `[B, tiles, 3, H, W]`, not `[tiles of all images, 3, H, W]`.
+        token_grids: Rows and columns of image tokens of each page, from a batch and the processor, where pages have a
+            grid each and the batch has no `image_grid_thw`.
     """
 
     setting: Literal["max_tiles", "max_pixels"] | None = None
     options: Callable[[Any, int], dict[str, Any]] = _no_options
     page: Callable[[np.ndarray, Any, int], Page] = _unchanged
     batched_tiles: bool = False
+    token_grids: Callable[[Mapping[str, Any], Any], list[tuple[int, int]]] | None = None
 
 
 def _one(config: Any) -> int:
@@ -64,12 +67,16 @@ class ImageTokens:
     Attributes:
         kind: "patches": one image token per patch. "packed_tiles": the same, with tiles packed into a page by the
             host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x `side` patches, with
-            joined channels. "merged_groups": the same, in a tower that permutes one sequence by windows.
+            joined channels or their mean. "merged_groups": the same, in a tower that permutes one sequence by windows.
         side: Patches along one side of an image token, from the configuration.
+        page_first: Whether the tokens of the whole page are before those of its tiles, not behind them.
+        apart: Whether text stands between the tiles of a page.
     """
 
     kind: Literal["patches", "packed_tiles", "pixel_shuffle", "merged_groups"]
     side: Callable[[Any], int] = _one
+    page_first: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ from sfa_adapters.recipes.nano.checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
 
 NAMES = ["internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b"]
+NIGHTLY = ["smolvlm2_500m", "granite_docling_258m", "gemma3_4b", "gemma4_e2b", "lighton_ocr_1b"]
+EVERY_NAME = [*NAMES, *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
 
 
 def small(name: str, folder: Path, **changes: Any) -> Recipe:
@@ -39,10 +41,10 @@ def quiet() -> Console:
 
 
 def test_every_recipe_of_the_catalog_has_a_nano_run() -> None:
-    assert {find_recipe(name).family for name in NAMES} == {recipe.family for recipe in RECIPES.values()}
+    assert {find_recipe(name).family for name in (*NAMES, *NIGHTLY)} == {recipe.family for recipe in RECIPES.values()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_NAME)
 def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     console = quiet()
     recipe = small(name, tmp_path / "run")

@@ -32,8 +32,8 @@ class TowerImages:
 
     Attributes:
         pixels: Normalised images `[tiles, 3, H, W]`; or patches in merge groups, with their grids (Qwen).
-        grids: Rows and columns of patches of each image, for patches.
-        merge: Patches along the side of a merge group, for patches.
+        grids: Rows and columns of patches of each image, for patches, and for pages that fill a part of their canvas.
+        merge: Patches along the side of a merge group, where there are grids.
         patch: Side of a patch in pixels.
         packed: Density at each image token, where the host packed it.
     """
@@ -45,13 +45,21 @@ class TowerImages:
     packed: Tensor | None = None
 
 
-def tower_images(given: TowerInput) -> TowerImages | None:
-    """The images of a tower's forward, or None where it was called without any."""
+def tower_images(given: TowerInput, side: int = 1) -> TowerImages | None:
+    """The images of a tower's forward, or None where it was called without any.
+
+    Args:
+        given: What the tower is called with.
+        side: Patches along the side of an image token, from the record of the host.
+    """
     pixels, config = given.images, getattr(given.tower, "config", None)
     if not isinstance(pixels, Tensor):
         return None
     size: Any = getattr(config, "patch_size", 1)
     patch = int(size[-1] if isinstance(size, list | tuple) else size)
+    arrangement = given.arrangement() if pixels.ndim == 4 else None
+    if arrangement is not None and arrangement.joined == "packed":
+        return TowerImages(pixels.detach(), tuple(image.grid for image in arrangement.images), side, patch)
     grid = given.argument("grid_thw", 1) if pixels.ndim == 2 else None
     if grid is None:
         return TowerImages(pixels.detach(), patch=patch) if pixels.ndim == 4 else None
@@ -123,7 +131,8 @@ def token_density(
     if images.packed is not None:
         values = images.packed
     else:
-        values = _of_patches(images, statistics) if images.grids is not None else _of_tiles(images, counts, statistics)
+        of = _of_tiles if images.grids is None else _of_canvases if images.pixels.ndim == 4 else _of_patches
+        values = of(images, counts, statistics)
     repeats = max(1, total // len(values))
     if repeats * len(values) != total:
         raise PlanError(f"The images have {len(values)} places, but the prompts {total} image tokens.")
@@ -164,7 +173,20 @@ def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
     return 0
 
 
-def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
+def _of_canvases(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
+    """Densities of pages that fill the upper left part of their canvas (Pixtral), row by row, page after page."""
+    mean, std = _known(statistics)
+    assert images.grids is not None
+    merge, patch = images.merge, images.patch
+    densities = []
+    for canvas, (rows, columns) in zip(images.pixels, images.grids, strict=True):
+        cells = rows // merge, columns // merge
+        page = canvas[None, :, : cells[0] * merge * patch, : cells[1] * merge * patch]
+        densities.append(_map(page, mean, std, merge * patch, cells).flatten())
+    return torch.cat(densities)
+
+
+def _of_patches(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
     """Densities of images that are patches (Qwen): merge groups row by row, image after image."""
     mean, std = _known(statistics)
     assert images.grids is not None
