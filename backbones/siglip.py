@@ -71,6 +71,15 @@ IDEFICS = register_backbone(
         geometry=geometry,
         layouts=pixel_layouts,
         image_module="embeddings",
+        # Of tiles that fill their picture. Padded ones come with a mask, which whoever exchanges tokens refuses.
+        patches=PatchSeam(
+            images="embeddings",
+            projection="embeddings.patch_embedding",
+            positions=positions,
+            tokens_in="encoder",
+            tokens_out="encoder",
+            statistics=statistics,
+        ),
         small_towers="sfa_adapters.testing.towers_transformers:IDEFICS",
     )
 )

@@ -13,14 +13,20 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import read_config
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes import (
+    gemma3_4b,
+    gemma4_e2b,
     glm_ocr,
+    granite_docling_258m,
     internvl3_5_8b,
+    lighton_ocr_1b,
     llava_1_5_7b,
     llava_onevision_7b,
     paddleocr_vl,
     qwen2_5_vl_7b,
     qwen3_5,
     qwen3_vl,
+    smolvlm2_2_2b,
+    smolvlm2_500m,
 )
 from sfa_adapters.recipes.nano.checkpoint import NANO
 from sfa_adapters.recipes.nano.hosts import build_host
@@ -40,6 +46,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             *map(qwen3_5.recipe, qwen3_5.SIZES),
             glm_ocr.recipe(),
             paddleocr_vl.recipe(),
+            smolvlm2_2_2b.recipe(),
+            smolvlm2_500m.recipe(),
+            granite_docling_258m.recipe(),
+            gemma3_4b.recipe(),
+            gemma4_e2b.recipe(),
+            lighton_ocr_1b.recipe(),
         )
     }
 )
@@ -53,6 +65,12 @@ _ARCHITECTURES: Mapping[str, Callable[[], PretrainedConfig]] = {
     **{qwen3_5.recipe(size).model: partial(qwen3_5.architecture, size) for size in qwen3_5.SIZES},
     glm_ocr.recipe().model: glm_ocr.architecture,
     paddleocr_vl.recipe().model: paddleocr_vl.architecture,
+    smolvlm2_2_2b.recipe().model: smolvlm2_2_2b.architecture,
+    smolvlm2_500m.recipe().model: smolvlm2_500m.architecture,
+    granite_docling_258m.recipe().model: granite_docling_258m.architecture,
+    gemma3_4b.recipe().model: gemma3_4b.architecture,
+    gemma4_e2b.recipe().model: gemma4_e2b.architecture,
+    lighton_ocr_1b.recipe().model: lighton_ocr_1b.architecture,
 }
 
 # Rows of hub datasets, from their cards, so that the steps of a run are known without a download.

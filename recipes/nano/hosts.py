@@ -48,6 +48,7 @@ from sfa_adapters.vlm.records import vlm_spec
 
 __all__ = [
     "LOOK",
+    "TILE",
     "WIDTH",
     "build_host",
     "ending",
@@ -57,6 +58,7 @@ __all__ = [
     "llava_onevision",
     "qwen2_5_vl",
     "text_settings",
+    "vision_settings",
 ]
 
 # White is 0 and black -2, as in `encode.pixel_values`.
@@ -91,6 +93,11 @@ def build_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return spec.nano()
+
+
+def vision_settings() -> dict[str, Any]:
+    """Settings of a small tower with a fixed grid."""
+    return dict(_VISION)
 
 
 def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

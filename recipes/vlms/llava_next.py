@@ -26,7 +26,7 @@ SPEC = register_vlm(
         ),
         unread=("post_layernorm", "head"),
         projector=("model.multi_modal_projector", "model.image_newline"),
-        image_tokens=ImageTokens(kind="packed_tiles"),
+        image_tokens=ImageTokens(kind="packed_tiles", page_first=True),
         nano=_nano,
         refuses={"train": "there is no recipe for it yet. Inject adapters and use a Trainer of your own."},
     )

@@ -101,7 +101,7 @@ SPEC = register_vlm(
         ),
         unread=("post_layernorm", "head"),
         images=ImageRules(setting="max_tiles", options=_options, page=_page),
-        image_tokens=ImageTokens(kind="packed_tiles"),
+        image_tokens=ImageTokens(kind="packed_tiles", page_first=True),
         memory=MemoryRules(
             lengths=_lengths, tower=vit_widths, layer=vit_layer, projector=mlp_projector, output_read=True
         ),

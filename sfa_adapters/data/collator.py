@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from sfa_adapters.data.chat_template import Prompt
@@ -34,7 +35,14 @@ IGNORE = -100  # the label that transformers leaves out of the loss
 # Entries of a batch that are no arguments of a model.
 NOT_FOR_MODEL = ("row_ids", "skipped", "evidence_boxes", "evidence_mask", "page_sizes")
 # Outputs of a processor that belong to images; the others belong to tokens.
-PICTURES = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
+PICTURES = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "image_position_ids",
+    "batch_num_images",
+)
 
 
 class Collator:
@@ -95,9 +103,18 @@ class Collator:
         batch["skipped"] = [skipped for example in examples for skipped in example.get("skipped", ())]
         if self.grounding:
             rows, pages = [example["row"] for example in examples], [page for _, page in samples]
-            merge = getattr(self.processor.image_processor, "merge_size", 1)
-            batch |= evidence_of(rows, pages, batch, self.prompt.image_id, merge)
+            batch |= evidence_of(rows, pages, batch, self.prompt.image_id, self._token_grids(batch))
         return batch
+
+    def _token_grids(self, batch: dict[str, Any]) -> list[tuple[int, int]] | None:
+        """Rows and columns of image tokens of each page; None for a host with a fixed grid."""
+        rules = self.spec.images
+        if rules is not None and rules.token_grids is not None:
+            return rules.token_grids(batch, self.processor)
+        if "image_grid_thw" not in batch:
+            return None
+        merge = getattr(self.processor.image_processor, "merge_size", 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return [(int(rows), int(columns)) for rows, columns in batch["image_grid_thw"][:, 1:] // merge]
 
     def _sample(self, row: Row, image: np.ndarray) -> tuple[dict[str, Tensor], Page]:
         page = page_of(image, self.processor, self.spec, self.recipe)
@@ -145,14 +162,22 @@ class Collator:
 
 
 def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenates the images of all samples; if they have a dimension of tiles, it is padded with zeros."""
+    """Concatenates the images of all samples; tiles of a page, and pages of any size, are padded with zeros."""
     images = {}
+    # How many tiles a page has says its mask, or tiles of zeros; how much of a canvas a page fills says its size.
+    padded = samples[0]["pixel_values"].ndim == 5 or "image_sizes" in samples[0]
     for name in PICTURES:
         if name not in samples[0]:
             continue
         parts = [sample[name] for sample in samples]
-        if name == "pixel_values" and parts[0].ndim == 5:
-            most = max(part.shape[1] for part in parts)
-            parts = [torch.nn.functional.pad(p, (0, 0, 0, 0, 0, 0, 0, most - p.shape[1])) for p in parts]
+        if padded and name.startswith("pixel_"):
+            largest = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts), strict=True)]
+            parts = [_padded(part, largest) for part in parts]
         images[name] = torch.cat(parts)
     return images
+
+
+def _padded(part: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Zeros behind every dimension but the first, up to the given lengths."""
+    missing = [length - had for had, length in zip(part.shape[1:], lengths, strict=True)]
+    return pad(part, [side for length in reversed(missing) for side in (0, length)]) if any(missing) else part

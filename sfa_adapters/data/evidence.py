@@ -15,16 +15,20 @@ __all__ = ["evidence_of"]
 
 
 def evidence_of(
-    rows: Sequence[Row], pages: Sequence[Page], batch: Mapping[str, Any], image_id: int, merge: int
+    rows: Sequence[Row],
+    pages: Sequence[Page],
+    batch: Mapping[str, Any],
+    image_id: int,
+    grids: Sequence[tuple[int, int]] | None,
 ) -> dict[str, Any]:
     """Makes the evidence of a batch: boxes or token masks of the places where the answers are printed.
 
     Args:
         rows: The rows of the batch.
         pages: Their images as the processor got them.
-        batch: `input_ids`, and `image_grid_thw` for hosts that have it.
+        batch: `input_ids`.
         image_id: Id of the image token.
-        merge: Patches along the side of an image token, for hosts with `image_grid_thw`.
+        grids: Rows and columns of image tokens of each page; None for a host with a fixed grid.
 
     Returns:
         `evidence_boxes` (the boxes of each sample in pixels of its whole page) with `page_sizes` `[B, 2]`, height and
@@ -33,11 +37,10 @@ def evidence_of(
     """
     boxes = [[page.place(box, row.page_size) for box in row.boxes] for row, page in zip(rows, pages, strict=True)]
     sizes = [page.image.shape[:2] for page in pages]
-    if "image_grid_thw" not in batch:
+    if grids is None:
         return {"evidence_boxes": boxes, "page_sizes": torch.tensor(sizes)} if any(boxes) else {}
     places = image_tokens(batch["input_ids"], image_id).places
     mask = torch.zeros(places.shape)
-    grids = (batch["image_grid_thw"][:, 1:] // merge).tolist()
     for number, (page_boxes, size, (down, across)) in enumerate(zip(boxes, sizes, grids, strict=True)):
         mask[number, : down * across] = boxes_to_tokens(page_boxes, size, (down, across))
     return {"evidence_mask": mask}

@@ -108,7 +108,8 @@ def split_map(places: Places, first: Any, second: Any) -> dict[str, Any]:
         Device by module name; no module of it lies inside another one.
     """
     front = [place for place in places.projector if not place.startswith(f"{places.tower}.")]
-    return dict.fromkeys((places.tower, *front), first) | {places.language_model: second, places.lm_head: second}
+    behind = (places.language_model, places.lm_head, *places.unused)
+    return dict.fromkeys((places.tower, *front), first) | dict.fromkeys(behind, second)
 
 
 def check_covered(model: nn.Module, device_map: Mapping[str, Any]) -> None:

@@ -175,10 +175,11 @@ def set_trainable(model: nn.Module, spec: VLMSpec, recipe: Recipe) -> None:
 
 
 def unread_prefixes(model: nn.Module, places: Places) -> tuple[str, ...]:
-    """Prefixes of parameters that no gradient reaches: layers after `vision_feature_layer`, and what follows them."""
+    """Prefixes of parameters that no gradient reaches: unread layers and what follows them, other towers."""
     located = find_tower(model)
     dead = [name.rpartition(".")[0] for name, _ in located.attentions[located.used_layers :]]
-    return tuple(f"{name}." for name in (*dead, *(f"{places.tower}.{child}" for child in places.unread)))
+    children = (f"{places.tower}.{child}" for child in places.unread)
+    return tuple(f"{name}." for name in (*dead, *children, *places.unused))
 
 
 def _keep_masters(model: nn.Module, places: Places, recipe: Recipe) -> None:

@@ -30,7 +30,8 @@ def kept_modules(model: nn.Module, spec: VLMSpec) -> list[str]:
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     places = spec.places(model)
-    return [name for name in linear if places.part_of(name) != "llm" or name == places.lm_head]
+    kept = {places.lm_head, *filter(places.is_unused, linear)}
+    return [name for name in linear if places.part_of(name) != "llm" or name in kept]
 
 
 def quantization(recipe: Recipe, spec: VLMSpec, model: nn.Module) -> Any:

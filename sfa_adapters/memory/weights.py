@@ -28,8 +28,9 @@ class ParameterCounts:
     """Numbers of weights in the parts of a host.
 
     Attributes:
-        parts: Of tower, projector and language model with its head.
+        parts: Of tower, projector and language model with its head and what is beside it.
         unread: Of the tower, after the layers that the host reads; they never train.
+        unused: Beside the language model, where images never come; counted with it, and they never train.
         matrices: Rows and columns of every linear layer of the language model but its head.
         sfa: Structural scalars of all layers.
         largest_layer: Of the largest layer.
@@ -42,6 +43,7 @@ class ParameterCounts:
     sfa: int
     largest_layer: int
     outside: int
+    unused: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,14 @@ def count_parameters(recipe: Recipe, config: Any) -> ParameterCounts:
     model = skeleton(config, spec)
     places = spec.places(model)
     parts: dict[Part, int] = {"vision": 0, "projector": 0, "llm": 0}
-    unread = 0
+    unread, unused = 0, 0
     dead = unread_prefixes(model, places)
     for name, parameter in model.named_parameters():
         parts[places.part_of(name)] += parameter.numel()
-        unread += parameter.numel() if name.startswith(dead) else 0
+        if places.is_unused(name):
+            unused += parameter.numel()
+        elif name.startswith(dead):
+            unread += parameter.numel()
     kept = set(kept_modules(model, spec))
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     matrices = tuple((m.out_features, m.in_features) for name, m in linear.items() if name not in kept)
@@ -88,7 +93,7 @@ def count_parameters(recipe: Recipe, config: Any) -> ParameterCounts:
     options: dict[str, Any] = {"terms": list(recipe.sfa_terms)}
     options["layers_to_transform"] = None if recipe.sfa_layers is None else list(recipe.sfa_layers)
     sfa = describe(model, SFAConfig(**options)).num_parameters if recipe.sfa else 0
-    return ParameterCounts(parts, unread, matrices, sfa, max(layers), sum(parts.values()) - sum(layers))
+    return ParameterCounts(parts, unread, matrices, sfa, max(layers), sum(parts.values()) - sum(layers), unused)
 
 
 def _count(module: nn.Module) -> int:
@@ -127,7 +132,7 @@ def _language_model(recipe: Recipe, counts: ParameterCounts) -> Weights:
     compute = FLOAT if recipe.dtype == "float32" else 2
     total = counts.parts["llm"]
     lora = recipe.lora_llm * sum(rows + columns for rows, columns in counts.matrices)
-    trained = lora + (0 if recipe.freeze_llm else total)
+    trained = lora + (0 if recipe.freeze_llm else total - counts.unused)
     casts = 2 * trained if compute != FLOAT else 0
     if recipe.plan == "nf4":
         packed = sum(four_bit_bytes(*shape) for shape in counts.matrices)

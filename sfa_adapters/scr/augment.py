@@ -73,7 +73,10 @@ def change_pixels(pixels: Tensor, statistics: Statistics, config: SCRConfig, gen
     pages = to_pages(pixels, statistics)
     changed = change(pages.flatten(0, -4), config, generator).view_as(pages)
     mean, std = (torch.tensor(s, device=pixels.device).view(3, 1, 1) for s in statistics)
-    return ((changed - mean) / std).to(pixels.dtype)
+    normalised = ((changed - mean) / std).to(pixels.dtype)
+    if pixels.ndim == 5:  # tiles of zeros pad a sample, and hosts know them by their zeros
+        normalised[(pixels == 0).flatten(2).all(-1)] = 0
+    return normalised
 
 
 def change(pages: Tensor, config: SCRConfig, generator: torch.Generator) -> Tensor:

@@ -64,7 +64,7 @@ class Evidence:
             return tokens, _checked(self.mask, samples, length, (whole,)).to(ids.device)
         images, grid = seen.tower
         shape = watch.token_grid(grid)
-        page = tokens.of_page(shape[0] * shape[1], watch.kept_prefix, watch.page_first)
+        page = tokens.of_page(shape[0] * shape[1], watch.kept_prefix, watch.page_first, watch.apart)
         if self.mask is not None:
             target = _checked(self.mask, samples, length, (whole, shape[0] * shape[1]))
         elif self.boxes is not None:
@@ -129,16 +129,18 @@ def required(inputs: Mapping[str, Any], name: str) -> Tensor:
 def _whole_pages(watch: Watch, inputs: Mapping[str, Any], tokens: ImageTokens, page: ImageTokens) -> Tensor:
     """The whole page of each sample, `[B, 3, H, W]`; any for a sample without one."""
     pixels = required(inputs, "pixel_values")
-    if pixels.ndim == 5:
-        return pixels[:, 0]
     tiles = tokens.counts // (page.places.shape[1] + watch.kept_prefix)
-    tiles = tiles.clamp(max=1) if watch.page_first else tiles
+    if pixels.ndim == 5:
+        last = (tiles.clamp(max=pixels.shape[1]) - 1).clamp(min=0)
+        return pixels[torch.arange(len(pixels)), torch.zeros_like(last) if watch.page_first else last]
+    tiles = tiles.clamp(max=1) if watch.packs else tiles
     if int(tiles.sum()) != len(pixels):
         raise DataError(
             f"{len(pixels)} images for {int(tiles.sum())} tiles in {len(tiles)} samples: which belong together is not "
             "known. Give evidence_boxes or evidence_mask."
         )
-    return pixels[(tiles.cumsum(0) - 1).clamp(min=0)]
+    whole = tiles.cumsum(0) - (tiles if watch.page_first else 1)
+    return pixels[whole.clamp(0, len(pixels) - 1)]
 
 
 def _checked(mask: Tensor, samples: int, length: int, sizes: tuple[int, ...]) -> Tensor:

@@ -179,16 +179,17 @@ class ImageTokens:
         """How many each sample has, int64 `[B]`."""
         return self.present.sum(1)
 
-    def of_page(self, tokens: int, prefix: int, base_first: bool) -> ImageTokens:
+    def of_page(self, tokens: int, prefix: int, base_first: bool, apart: bool = False) -> ImageTokens:
         """The image tokens that cover the whole page once, row after row.
 
         A page that was cut into tiles is also there as a whole: before its tiles in LLaVA-OneVision and LLaVA-NeXT
-        (`base_first`), after them in InternVL. The newline tokens of the former have no place on it.
+        and Gemma 3 (`base_first`), behind them in InternVL and SmolVLM. Newline tokens have no place on it.
 
         Args:
             tokens: How many tokens a page or tile has.
             prefix: Tokens before each tile that are no patches (a CLS token that the host keeps).
             base_first: Whether the whole page is before its tiles.
+            apart: Whether text stands between the tiles of one page.
 
         Returns:
             `tokens` places for each sample; a sample without an image has none of them present.
@@ -198,7 +199,7 @@ class ImageTokens:
         """
         starts = []
         for places, count in zip(self.places, self.counts.tolist(), strict=True):
-            together = count == 0 or int(places[count - 1] - places[0]) == count - 1
+            together = apart or count == 0 or int(places[count - 1] - places[0]) == count - 1
             fits = count == 0 or (count >= tokens if base_first else count % (tokens + prefix) == 0)
             if not (together and fits):
                 raise DataError(

@@ -69,12 +69,18 @@ class Watch:
         vision: Paths of the layers that the entropy term reads.
         language: Paths of the layers that the grounding term reads.
         page_first: Whether the tokens of a whole page are before those of its tiles, not after them.
+        apart: Whether text stands between the tiles of a page.
+        packs: Whether tiles are packed with newline tokens, so that tokens do not tell how many tiles there are.
     """
 
     def __init__(self, model: nn.Module, config: SCRConfig) -> None:
         self.model, self.config = model, config
         self.host, self.image_token = _host(model)
-        self.page_first = any(name.rpartition(".")[2] == TILES_BEHIND for name, _ in self.host.named_parameters())
+        spec = find_spec(self.host)
+        rules = None if spec is None else spec.image_tokens
+        self.packs = any(name.rpartition(".")[2] == TILES_BEHIND for name, _ in self.host.named_parameters())
+        self.page_first = self.packs if rules is None else rules.page_first
+        self.apart = rules is not None and rules.apart
         try:
             self.tower = find_tower(model)
         except NoMatchingBackboneError:

@@ -31,6 +31,8 @@ class Places:
         lm_head: The head.
         layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
         unread: Children of the tower that the host never reads.
+        unused: Modules that images never reach, such as a tower for audio. They belong to the language model's part,
+            and neither train nor go into 4-bit.
     """
 
     model_class: str
@@ -40,11 +42,16 @@ class Places:
     lm_head: str
     layer_classes: tuple[str, ...]
     unread: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Tower, projector, language model and head, by name; with them every parameter is covered."""
-        return (self.tower, *self.projector, self.language_model, self.lm_head)
+        """Tower, projector, language model, head and what is beside them, by name; every parameter is covered."""
+        return (self.tower, *self.projector, self.language_model, self.lm_head, *self.unused)
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a parameter or a module lies where images never come, by its full name."""
+        return _inside(name.removeprefix("module."), *self.unused)
 
     def part_of(self, name: str) -> Part:
         """Which part a parameter or a module belongs to, by its full name.
@@ -66,7 +73,7 @@ class Places:
             return "projector"
         if _inside(name, self.tower):
             return "vision"
-        if _inside(name, self.language_model, self.lm_head):
+        if _inside(name, self.language_model, self.lm_head, *self.unused):
             return "llm"
         raise RecipeError(f"{name!r} is in no part of {self.model_class}: {', '.join(self.all)}.")
 
@@ -84,6 +91,8 @@ def read_places(model: nn.Module, known: Mapping[str, Any]) -> Places:
     kind = type(model).__name__
     named = {name: value for name, value in known.items() if value is not None}
     parts = ("tower", "projector", "language_model", "lm_head")
+    # A checkpoint may come without them, as the larger ones of Gemma 4 come without the tower for audio.
+    unused = tuple(place for place in named.get("unused", ()) if _has(model, place))
     _check_there(model, [p for name in parts if name in named for p in _tuple(named[name])])
     try:
         tower = named.get("tower") or find_tower(model).name
@@ -92,7 +101,7 @@ def read_places(model: nn.Module, known: Mapping[str, Any]) -> Places:
         raise RecipeError(f"{kind} is no vision-language model that this library can take apart: {error}") from error
     head: Any = model
     lm_head = named.get("lm_head") or _path_of(model, head.get_output_embeddings())
-    projector = named.get("projector") or _between(model, (tower, language_model, lm_head))
+    projector = named.get("projector") or _between(model, (tower, language_model, lm_head, *unused))
     layers = named.get("layer_classes") or _layer_classes(model, tower)
     read = Places(
         model_class=kind,
@@ -102,6 +111,7 @@ def read_places(model: nn.Module, known: Mapping[str, Any]) -> Places:
         lm_head=lm_head,
         layer_classes=tuple(layers),
         unread=tuple(named.get("unread", ())),
+        unused=unused,
     )
     for name, _ in model.named_parameters(remove_duplicate=False):
         read.part_of(name)

@@ -19,6 +19,8 @@ __all__ = [
     "Widths",
     "adapted_layer",
     "decoder_layer",
+    "gemma_attention",
+    "gemma_norms",
     "mlp_projector",
     "read_layers",
     "vit_layer",
@@ -133,11 +135,13 @@ class MemoryRules:
         projector: Bytes per image token that the projector keeps.
         prefix_tokens: Leading tokens of a tower with a fixed grid, which widen its folded queries.
         fixed_grid: Whether the tower has a grid of patches, so that a bias is folded into its queries.
+        grid: Rows and columns of patches of the largest page, from the configuration and the limit, where pages have a
+            grid each and a bias is folded into the queries of each page.
+        decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
+        decoder_outer: Bytes per token that it keeps outside its layers beside what all of them keep.
+        masks: How many masks the language model has for prompts of one length; the others need none there.
         output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
         norm_in_front: Whether there is a norm before the tower's layers.
-        grid: Rows and columns of patches of the largest image, from the configuration and the most pixels, for towers
-            without a fixed grid whose layers attend to whole images.
-        decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
     """
 
     lengths: Callable[[Any, int], Lengths]
@@ -146,10 +150,12 @@ class MemoryRules:
     projector: ProjectorBytes
     prefix_tokens: int = 0
     fixed_grid: bool = True
-    output_read: bool = False
-    norm_in_front: bool = False
     grid: Callable[[Any, int], tuple[int, int]] | None = None
     decoder: DecoderBytes | None = None
+    decoder_outer: Callable[[Any, Precision], int] | None = None
+    masks: int = 0
+    output_read: bool = False
+    norm_in_front: bool = False
 
 
 def read_layers(config: Any, layers: int) -> int:
@@ -211,3 +217,31 @@ def adapted_layer(recipe: Any, sizes: Widths, part: Precision) -> int:
     adapted = Precision(part.stream, compute, True, compute != FLOAT)
     kept = adapted.product_inputs(sizes.width, 3) + adapted.product_inputs(sizes.width, 2) + compute * sizes.inner
     return kept + 7 * compute * recipe.lora_llm
+def gemma_norms(width: int, part: Precision, fresh: int, passed: int) -> int:
+    """Bytes per token of the norms of Gemma, which multiply by their weight before they leave float32.
+
+    Args:
+        width: Width of the inputs.
+        part: Precision.
+        fresh: Norms of the output of a linear layer, which nothing else keeps.
+        passed: Norms of the residual stream, which is kept anyway where it is float32.
+    """
+    copies = fresh + (0 if part.stream == FLOAT else passed)
+    weighted = (fresh + passed) * FLOAT * width if part.trains else 0
+    return copies * FLOAT * width + (fresh + passed) * FLOAT + weighted
+
+
+def gemma_attention(attended: int, keys: int, heads: int, part: Precision, masked: int) -> int:
+    """Bytes per token of attention of Gemma, from the norms of queries and keys on.
+
+    Args:
+        attended: Width of all queries.
+        keys: Width of all keys.
+        heads: Number of queries.
+        part: Precision.
+        masked: Tokens that a mask has a number for; then keys and values are repeated for every head.
+    """
+    normed = attended + keys
+    kept = FLOAT * normed + 2 * FLOAT * heads + (FLOAT * normed if part.trains else 0)
+    spread = attended if masked else keys
+    return kept + part.compute * (2 * attended + 2 * spread + masked) + FLOAT * heads

@@ -44,11 +44,14 @@ class ImageRules:
             None where every image becomes one picture of the same size.
         options: Options of the image processor, from it and the limit. May raise a `RecipeError`.
         page: The image that the processor gets, from uint8 `[H, W, 3]`, the image processor and the limit.
+        token_grids: Rows and columns of image tokens of each page, from a batch and the processor, where pages have a
+            grid each and the batch has no `image_grid_thw`.
     """
 
     setting: Literal["max_tiles", "max_pixels"] | None = None
     options: Callable[[Any, int], dict[str, Any]] = _no_options
     page: Callable[[np.ndarray, Any, int], Page] = _unchanged
+    token_grids: Callable[[Mapping[str, Any], Any], list[tuple[int, int]]] | None = None
 
 
 def _one(config: Any) -> int:
@@ -62,13 +65,17 @@ class ImageTokens:
     Attributes:
         kind: "patches": one image token per patch. "packed_tiles": the same, with tiles `[B, tiles, 3, H, W]` packed
             into a page by the host's `pack_image_features`, and newline tokens. "pixel_shuffle": one per `side` x
-            `side` patches, with joined channels. "merged_groups": the same, in a tower that permutes one sequence by
-            windows.
+            `side` patches, with joined channels or their mean. "merged_groups": the same, in a tower that permutes one
+            sequence by windows.
         side: Patches along one side of an image token, from the configuration.
+        page_first: Whether the tokens of the whole page are before those of its tiles, not behind them.
+        apart: Whether text stands between the tiles of a page.
     """
 
     kind: Literal["patches", "packed_tiles", "pixel_shuffle", "merged_groups"]
     side: Callable[[Any], int] = _one
+    page_first: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,7 @@ class VLMSpec:
         layer_classes: Classes of the tower's and the language model's layers, for wrapping and checkpointing.
         unread: Children of the tower that the host never reads, because it takes the hidden states before them. A
             parameter there gets no gradient, so it must not train.
+        unused: Modules that images never reach, such as a tower for audio. They stay frozen and out of 4-bit.
         images: How images are prepared; None where that is not written, so that only adapters can be used.
         image_tokens: How patches become image tokens; None where it is not known.
         memory: Rules to predict memory; None where they are not known.
@@ -110,6 +118,7 @@ class VLMSpec:
     lm_head: str | None = None
     layer_classes: tuple[str, ...] | None = None
     unread: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     images: ImageRules | None = None
     image_tokens: ImageTokens | None = None
     memory: MemoryRules | None = None
@@ -162,5 +171,5 @@ class VLMSpec:
         kind = type(model).__name__.removeprefix("FSDP")
         if kind != self.model_class:
             raise RecipeError(f"family={self.name!r} is {self.model_class}, but the model is a {kind}.")
-        names = ("tower", "projector", "language_model", "lm_head", "layer_classes", "unread")
+        names = ("tower", "projector", "language_model", "lm_head", "layer_classes", "unread", "unused")
         return read_places(model, {name: getattr(self, name) for name in names})

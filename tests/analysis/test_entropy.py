@@ -292,7 +292,7 @@ def test_towers_and_inputs_that_cannot_be_read_are_named() -> None:
     with pytest.raises(ObservationError, match="NaN"):
         attention_entropy(tower, [nan], random_regions(BY_NAME["siglip"]))
     with pytest.raises(DataError, match="image_mean=None"):
-        attention_entropy(BY_NAME["idefics3"].build(), [])
+        attention_entropy(BY_NAME["internvit_remote"].build(), [])
     adaptive = inject_adat(tower, PatchPolicy(levels=[(0.0, 28)], scorer="uniform", cell=28))
     with pytest.raises(ObservationError, match="not its own grid of patches"):
         attention_entropy(adaptive, [inputs], random_regions(BY_NAME["siglip"]))

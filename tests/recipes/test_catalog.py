@@ -31,7 +31,18 @@ from sfa_adapters.training.optimizer import total_steps
 from tests.support.nightly_hosts import families_of
 
 FAMILIES = families_of(families())
-HOST_RECIPES = ("internvl3_5_8b", "llava_onevision_7b", "llava_1_5_7b", "qwen2_5_vl_7b")
+HOST_RECIPES = (
+    "internvl3_5_8b",
+    "llava_onevision_7b",
+    "llava_1_5_7b",
+    "qwen2_5_vl_7b",
+    "smolvlm2_2_2b",
+    "smolvlm2_500m",
+    "granite_docling_258m",
+    "gemma3_4b",
+    "gemma4_e2b",
+    "lighton_ocr_1b",
+)
 
 
 def count(module: nn.Module, trainable: bool = False) -> int:
@@ -161,6 +172,11 @@ CLASSES = {
     "qwen3_5": ("Qwen3VLProcessor", "Qwen2VLImageProcessor"),
     "glm_ocr": ("Glm46VProcessor", "Glm46VImageProcessor"),
     "paddleocr_vl": ("PaddleOCRVLProcessor", "PaddleOCRVLImageProcessor"),
+    "smolvlm": ("SmolVLMProcessor", "SmolVLMImageProcessor"),
+    "idefics3": ("Idefics3Processor", "Idefics3ImageProcessor"),
+    "gemma3": ("Gemma3Processor", "Gemma3ImageProcessor"),
+    "gemma4": ("Gemma4Processor", "Gemma4ImageProcessor"),
+    "lighton_ocr": ("LightOnOcrProcessor", "PixtralImageProcessor"),
 }
 KOREAN = "제품별 매출은 얼마인가요? 뷁 é 😀 <x> {y}\n2020: 3.5%"
 
@@ -215,6 +231,11 @@ def test_images_of_several_shapes_go_through_processor_model_and_generate(loaded
         "paddleocr_vl": [25, 2 * 8, 8 * 2],
         "qwen3_vl": [4 * 4, 2 * 8, 8 * 3],  # of 32 pixels, at most 160 * 160 in all
         "qwen3_5": [4 * 4, 2 * 8, 8 * 3],
+        "smolvlm": [5 * 4, 3 * 4, 3 * 4],  # two tiles along the longer side, and the whole page
+        "idefics3": [5 * 4, 3 * 4, 3 * 4],
+        "gemma3": [16, 16, 16],  # without pan and scan
+        "gemma4": [8 * 8, 4 * 14, 14 * 4],  # of 12 pixels, at most 70
+        "lighton_ocr": [6 * 6, 4 * 10, 10 * 4],  # of 28 pixels, rounded up; at most 280 along a side
     }
     assert tokens == wanted[family]
     with torch.no_grad():

@@ -12,8 +12,9 @@ from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
 __all__ = ["NIGHTLY", "NanoFolders", "families_of"]
 
-# Hosts that repeat another one on the same code paths.
-NIGHTLY = frozenset({"glm_ocr", "paddleocr_vl", "qwen3_5"})
+# Hosts that repeat another one on the same code paths. Idefics3 repeats SmolVLM; the tower of Gemma 3 is SigLIP, its
+# tiles are those of InternVL in another order.
+NIGHTLY = frozenset({"glm_ocr", "paddleocr_vl", "qwen3_5", "idefics3", "gemma3"})
 # One host for each way in which images become image tokens.
 CORE = frozenset({"internvl", "llava", "llava_onevision", "qwen2_5_vl"})
 

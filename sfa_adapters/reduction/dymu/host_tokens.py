@@ -21,6 +21,7 @@ from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.tower import TowerState
 from sfa_adapters.registry import FoundTower
+from sfa_adapters.vlm.parts import find_decoder
 from sfa_adapters.vlm.records import find_spec, registered_vlms
 
 __all__ = ["PACK", "HostTokens", "ImageKeys", "find_host", "packed_keys"]
@@ -123,7 +124,7 @@ def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> Hos
     if not located.name:
         return None
     core: Any = model.get_submodule(located.name.rpartition(".")[0])
-    language_model = getattr(core, "language_model", None)
+    language_model = _language_model(core)
     spec = find_spec(core)
     tokens = None if spec is None or spec.refusal("dymu") is not None else spec.image_tokens
     if tokens is None or language_model is None:
@@ -138,11 +139,16 @@ def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> Hos
         )
     config: Any = core.config
     kind, side = tokens.kind, tokens.side(config)
-    if side not in (1, 2):
-        raise InjectionError(f"{type(core).__name__} makes one token of {side}x{side} patches; DyMU knows 1x1 and 2x2.")
     layers: Any = getattr(config, "vision_feature_layer", -1)
     layers = tuple(layers) if isinstance(layers, (list, tuple)) else (int(layers),)
     return HostTokens(core, located.tower, language_model, kind, side, layers)
+
+
+def _language_model(core: nn.Module) -> nn.Module | None:
+    try:
+        return find_decoder(core).module
+    except InjectionError:
+        return None
 
 
 def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:

@@ -108,7 +108,7 @@ def _plan(located: FoundTower, config: DyMUConfig, host: HostTokens | None) -> T
     signature = {"backbone": backbone.name, "num_layers": len(located.attentions), "places": places}
     if config.tower is not None and any(config.tower.get(k) != v for k, v in signature.items()):
         raise AdapterMismatchError(f"These thresholds were calibrated for {config.tower}; {where} is {signature}.")
-    needed = 2 if flat or (host is not None and host.side == 2) else 1
+    needed = 2 if flat else 1 if host is None else host.side
     side = needed if config.side is None else config.side
     if side < needed:
         raise InjectionError(f"side={side}: the host makes one token of {needed}x{needed}, which must merge whole.")

@@ -57,6 +57,7 @@ class FastVState:
         kept: Which tokens pruned layers hold.
         images: The latest images of the tower, for `density`.
         reader: Reads attention while layer K - 1 runs.
+        side: Patches along the side of an image token, for `density` on pages of any size.
         scoring: Whether a pass for the scores alone is running (`prune_at="input"`).
         memo: Masks and positions that all pruned layers share.
     """
@@ -65,6 +66,7 @@ class FastVState:
     ids: tuple[int, ...]
     layers: int
     statistics: tuple[Any, Any] | None = None
+    side: int = 1
     noted: dict[str, Any] = field(default_factory=dict)
     prompt: Prompt | None = None
     kept: KeptTokens | None = None
@@ -113,7 +115,7 @@ class FastVState:
 
     def record_input(self, given: TowerInput) -> None:
         """Keeps the images that the tower is called with, for `density`."""
-        self.images = tower_images(given)
+        self.images = tower_images(given, self.side)
 
     def pack(self, pack: Callable[[Tensor], Tensor]) -> None:
         """Packs the density map of the images that the tower has seen, as the host packs its features.

@@ -23,7 +23,7 @@ from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
 from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
-from sfa_adapters.vlm.records import check_allowed
+from sfa_adapters.vlm.records import check_allowed, find_spec
 
 __all__ = ["FastVConfig", "eject_fastv", "inject_fastv"]
 
@@ -127,7 +127,9 @@ def inject_fastv(model: Model, config: FastVConfig | None = None) -> Model:
     ids = image_token_ids(decoder.host)
     _check(decoder, config)
     tower = _tower(model, config)
-    state = FastVState(config, ids, len(decoder.layers), _statistics(config, tower))
+    spec, options = find_spec(decoder.host), getattr(decoder.host, "config", None)
+    side = 1 if spec is None or spec.image_tokens is None else spec.image_tokens.side(options)
+    state = FastVState(config, ids, len(decoder.layers), _statistics(config, tower), side)
     for module in decoder.outer:
         attach(module, FASTV, state, pre=_note, post=_forget, always_call=True)
     attach(decoder.module, FASTV, state, pre=_enter_decoder, post=_forget, always_call=True)
@@ -198,7 +200,8 @@ def _tower(model: nn.Module, config: FastVConfig) -> FoundTower | None:
     if config.selector != "density":
         return None
     located = find_tower(model)
-    if located.backbone.joined != "batch" and located.backbone.patch_groups_of(located.tower) is None:
+    groups = located.backbone.patch_groups_of(located.tower)
+    if located.backbone.joined not in ("batch", "packed") and groups is None:
         raise InjectionError(
             f"selector='density' reads text off the pixels, and how the patches of {type(located.tower).__name__} "
             f"({located.backbone.name}) hold their pixels is not known. Choose another selector, e.g. 'attention'."

@@ -33,8 +33,10 @@ class TowerImages:
 
     Attributes:
         pixels: Normalised images `[tiles, 3, H, W]`; or patches in rows, with their grids (Qwen).
-        grids: Frames, rows and columns of patches of each image, for patches.
+        grids: Frames, rows and columns of patches of each image, for patches, and for pages that fill a part of their
+            canvas.
         groups: The form of the patches, for patches.
+        merge: Patches along the side of an image token, for canvases.
         patch: Side of a patch in pixels.
         packed: Density at each image token, where the host packed it.
     """
@@ -42,12 +44,18 @@ class TowerImages:
     pixels: Tensor
     grids: tuple[tuple[int, int, int], ...] | None = None
     groups: PatchGroups | None = None
+    merge: int = 1
     patch: int = 1
     packed: Tensor | None = None
 
 
-def tower_images(given: TowerInput) -> TowerImages | None:
-    """The images of a tower's forward, or None where it was called without any."""
+def tower_images(given: TowerInput, side: int = 1) -> TowerImages | None:
+    """The images of a tower's forward, or None where it was called without any.
+
+    Args:
+        given: What the tower is called with.
+        side: Patches along the side of an image token, from the record of the host.
+    """
     pixels, config = given.images, getattr(given.tower, "config", None)
     if not isinstance(pixels, Tensor):
         return None
@@ -55,6 +63,10 @@ def tower_images(given: TowerInput) -> TowerImages | None:
     if groups is None:
         size: Any = getattr(config, "patch_size", 1)
         patch = int(size[-1] if isinstance(size, list | tuple) else size)
+        arrangement = given.arrangement() if pixels.ndim == 4 else None
+        if arrangement is not None and arrangement.joined == "packed":
+            pages = tuple((1, *image.grid) for image in arrangement.images)
+            return TowerImages(pixels.detach(), pages, merge=side, patch=patch)
         return TowerImages(pixels.detach(), patch=patch) if pixels.ndim == 4 else None
     grid = given.argument("grid_thw", 1)
     if grid is None:
@@ -62,7 +74,7 @@ def tower_images(given: TowerInput) -> TowerImages | None:
     # Read here, where the tower itself reads it. PaddleOCR-VL puts a dimension in front of its patches.
     grids = tuple((int(t), int(h), int(w)) for t, h, w in grid.cpu().numpy())
     patches = pixels.detach().flatten(0, 1) if pixels.ndim == 5 else pixels.detach()
-    return TowerImages(patches, grids, groups, groups.patch)
+    return TowerImages(patches, grids, groups, patch=groups.patch)
 
 
 def density_packer(core: nn.Module, method: Callable[..., Any], called: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -128,7 +140,8 @@ def token_density(
     if images.packed is not None:
         values = images.packed
     else:
-        values = _of_patches(images, statistics) if images.grids is not None else _of_tiles(images, counts, statistics)
+        of = _of_tiles if images.grids is None else _of_canvases if images.pixels.ndim == 4 else _of_patches
+        values = of(images, counts, statistics)
     repeats = max(1, total // len(values))
     if repeats * len(values) != total:
         raise PlanError(f"The images have {len(values)} places, but the prompts {total} image tokens.")
@@ -169,7 +182,20 @@ def _side(tiles: int, counts: Sequence[int], patches: int) -> int:
     return 0
 
 
-def _of_patches(images: TowerImages, statistics: Statistics | None) -> Tensor:
+def _of_canvases(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
+    """Densities of pages that fill the upper left part of their canvas (Pixtral), row by row, page after page."""
+    mean, std = _known(statistics)
+    assert images.grids is not None
+    merge, patch = images.merge, images.patch
+    densities = []
+    for canvas, (_, rows, columns) in zip(images.pixels, images.grids, strict=True):
+        cells = rows // merge, columns // merge
+        page = canvas[None, :, : cells[0] * merge * patch, : cells[1] * merge * patch]
+        densities.append(_map(page, mean, std, merge * patch, cells).flatten())
+    return torch.cat(densities)
+
+
+def _of_patches(images: TowerImages, counts: Sequence[int], statistics: Statistics | None) -> Tensor:
     """Densities of images that are patches (Qwen): groups row by row, image after image."""
     mean, std = _known(statistics)
     groups, grids = images.groups, images.grids

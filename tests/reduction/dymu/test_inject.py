@@ -233,13 +233,39 @@ def test_a_copy_of_a_model_has_its_own_state() -> None:
     assert not torch.equal(logits_of(model, host.inputs()), wanted)
 
 
-@pytest.mark.parametrize("name", ["paligemma", "gemma3", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
 def test_hosts_that_are_not_understood_are_named_and_left_alone(name: str) -> None:
     model = {host.name: host for host in HOSTS}[name].build()
     before = Snapshot(model)
-    with pytest.raises(InjectionError, match=r"language='off'|masks or attention of its own"):
+    with pytest.raises(
+        InjectionError, match=r"language='off'|masks or attention of its own|masks that are made before"
+    ):
         inject_dymu(model)
     before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("inject", [inject_dymu, inject_adat])
+def test_padded_tiles_are_refused_where_tokens_are_exchanged(name: str, inject: Any) -> None:
+    """They come with a mask; tiles that fill their picture have none."""
+    host = {host.name: host for host in HOSTS}[name]
+    model = inject(host.build())
+    with pytest.raises(InjectionError, match="mask of its own"):
+        logits_of(model, host.inputs())
+
+
+def test_groups_of_4x4_patches_merge_whole() -> None:
+    """SmolVLM makes one image token of 16 patches: merged ones are equal, and the prompt loses all but one."""
+    from sfa_adapters.recipes.nano.hosts import build_host
+
+    model = build_host("smolvlm")[0]
+    inject_dymu(model, DyMUConfig(thresholds=-1.0))
+    with torch.no_grad():
+        features = model.model.get_image_features(torch.rand(1, 2, 3, 112, 112)).pooler_output[0]
+    counts = token_counts(model)
+    assert counts.before == (64, 64)
+    assert set(counts.after) == {16}
+    assert torch.allclose(features.view(2, 4, -1), features.view(2, 4, -1)[:, :1], atol=1e-6)
 
 
 def test_losses_and_gradients_have_their_usual_shape() -> None:
@@ -282,9 +308,8 @@ def test_injecting_wrongly_names_the_reason_and_changes_nothing() -> None:
     host = BY_NAME["internvl"].build()
     with pytest.raises(InjectionError, match="2x2"):
         inject_dymu(host, DyMUConfig(side=1))
-    for name in ("internvit_remote", "idefics3"):
-        with pytest.raises(InjectionError, match="cannot merge"):
-            inject_dymu(TOWERS[name].build())
+    with pytest.raises(InjectionError, match="cannot merge"):
+        inject_dymu(TOWERS["internvit_remote"].build())
 
 
 def test_sizes_that_an_attention_drops_are_an_error() -> None:
