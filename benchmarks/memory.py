@@ -129,6 +129,8 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     spec = vlm_spec(recipe.family)
     assert spec.images is not None
     assert spec.image_tokens is not None
+    if spec.images.token_grids is not None:
+        raise SystemExit(f"Random inputs are made for hosts with a fixed grid and for Qwen, not for {spec.title}.")
     if spec.image_tokens.kind == "merged_groups":
         merge = vision.spatial_merge_size
         rows = max(r for r in range(1, int((lengths.image) ** 0.5) + 1) if lengths.image % r == 0)
@@ -140,7 +142,7 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
         tiles = lengths.pixels // side**2
         shape = (batch, tiles) if spec.images.batched_tiles else (batch * tiles,)
         inputs["pixel_values"] = torch.randn(*shape, 3, side, side)
-        if spec.images.batched_tiles:
+        if spec.image_tokens.kind == "packed_tiles":
             fitting = [p for p in config.image_grid_pinpoints if p[0] // side * (p[1] // side) == tiles - 1]
             inputs["image_sizes"] = torch.tensor([max(fitting)] * batch)
     return {name: tensor.cuda() for name, tensor in inputs.items()}
