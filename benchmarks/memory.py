@@ -128,6 +128,8 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     spec = vlm_spec(recipe.family)
     assert spec.image_tokens is not None
+    if spec.images is not None and spec.images.token_grids is not None:
+        raise SystemExit(f"Random inputs are made for hosts with a fixed grid and for Qwen, not for {spec.title}.")
     if spec.image_tokens.kind == "merged_groups":
         merge = vision.spatial_merge_size
         rows = max(r for r in range(1, int((lengths.image) ** 0.5) + 1) if lengths.image % r == 0)
@@ -138,7 +140,7 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         tiles = lengths.pixels // side**2
         packed = spec.image_tokens.kind == "packed_tiles"
-        shape = (batch, tiles) if packed else (batch * tiles,)
+        shape = (batch, tiles) if packed or spec.image_tokens.apart else (batch * tiles,)
         inputs["pixel_values"] = torch.randn(*shape, 3, side, side)
         if packed:
             fitting = [p for p in config.image_grid_pinpoints if p[0] // side * (p[1] // side) == tiles - 1]

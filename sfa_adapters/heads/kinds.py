@@ -50,6 +50,7 @@ class AttentionKind:
 _KINDS: list[AttentionKind] = [
     AttentionKind(
         (
+            "transformers.models.gemma3.*.Gemma3Attention",
             "transformers.models.llama.*.LlamaAttention",
             "transformers.models.mistral.*.MistralAttention",
             "transformers.models.qwen2.*.Qwen2Attention",

@@ -14,7 +14,7 @@ from sfa_adapters.hosts.prepare import Host, check_recipe, prepare, set_trainabl
 from sfa_adapters.hosts.pruned import load_pruned_host
 from sfa_adapters.hosts.quantization import check_loaded, keep_format, quantization
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part
+from sfa_adapters.hosts.spec import HOSTS, HostSpec, Part, VLMSpec
 from sfa_adapters.hosts.summary import module_table
 from sfa_adapters.vlm.records import vlm_spec
 
@@ -52,7 +52,7 @@ def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> 
         **where,
         "dtype": getattr(torch, recipe.dtype),
         "device_map": device_map,
-        "attn_implementation": "sdpa",
+        "attn_implementation": _attention(spec),
         "use_safetensors": True,
     }
     pruned = pruned_folder(recipe.model)
@@ -75,6 +75,11 @@ def load_host(recipe: Recipe, device: str | None = None, train: bool = True) -> 
     if recipe.plan == "split":
         dispatch(model, device_map)
     return prepare(model, processor, recipe, train=train)
+
+
+def _attention(spec: VLMSpec) -> str | dict[str, str]:
+    """SDPA, but for parts that images never reach: a tower for audio may have no SDPA and keeps its default."""
+    return "sdpa" if not spec.unused else {"": "sdpa", "text_config": "sdpa", "vision_config": "sdpa"}
 
 
 def read_config(recipe: Recipe) -> Any:

@@ -67,10 +67,12 @@ def vision_widths(recipe: Recipe, config: Any) -> Widths:
 
 
 def text_widths(config: Any) -> Widths:
-    """Widths of the language model's layers and their number."""
+    """Widths of the language model's layers and their number; of its first layer where they differ."""
     text = config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys = text.num_key_value_heads or text.num_attention_heads
+    layers = getattr(text, "per_layer_config", None)
+    layer = layers[0] if layers else text
+    head = getattr(layer, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = layer.num_key_value_heads or text.num_attention_heads
     return Widths(
         text.num_hidden_layers,
         text.hidden_size,

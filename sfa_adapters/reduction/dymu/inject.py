@@ -135,7 +135,7 @@ def _check_kind(located: FoundTower) -> None:
         )
         raise InjectionError(
             f"{located.name or type(tower).__name__} is a {backbone.name} tower ({type(tower).__name__}), in which "
-            f"tokens cannot merge: {why}. DyMU takes CLIP, SigLIP, InternViT, timm and Qwen2.5-VL towers."
+            f"tokens cannot merge: {why}. DyMU takes CLIP, SigLIP, Idefics3, InternViT, timm and Qwen2.5-VL towers."
         )
 
 
