@@ -64,6 +64,14 @@ __all__ = [
 # White is 0 and black -2, as in `encode.pixel_values`.
 LOOK: Mapping[str, Any] = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
 WIDTH, TILE = 64, 112
+# Of the CLIP hosts, LLaVA-1.5 and LLaVA-NeXT.
+_CROPPED: Mapping[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+_VICUNA_PROMPT: Mapping[str, Any] = {
+    "patch_size": 14,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+    "chat_template": VICUNA.replace("PICTURE", "<image>\n"),
+}
 _VISION: Mapping[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 4 * WIDTH,
@@ -188,15 +196,7 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
         vision_feature_layer=-2,  # the last layer is never read, as in LLaVA-1.5
     )
     model = ending(LlavaForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
-    size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
-    return model, LlavaProcessor(
-        CLIPImageProcessor(**size, **LOOK),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA.replace("PICTURE", "<image>\n"),
-    )
+    return model, LlavaProcessor(CLIPImageProcessor(**_CROPPED, **LOOK), tokenizer, **_VICUNA_PROMPT)
 
 
 def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -212,15 +212,8 @@ def llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
         vision_feature_layer=-2,
     )
     model = ending(LlavaNextForConditionalGeneration(config), tokenizer, tokenizer.eos_token_id)
-    size: dict[str, Any] = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
-    return model, LlavaNextProcessor(
-        LlavaNextImageProcessor(**size, **LOOK, image_grid_pinpoints=points),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA.replace("PICTURE", "<image>\n"),
-    )
+    pages = LlavaNextImageProcessor(**_CROPPED, **LOOK, image_grid_pinpoints=points)
+    return model, LlavaNextProcessor(pages, tokenizer, **_VICUNA_PROMPT)
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -246,7 +246,11 @@ def test_wrong_options(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [module for module in sys.modules if module.startswith("sfa_adapters.recipes.")]:
+    recipes = {name: module for name, module in sys.modules.items() if name.startswith("sfa_adapters.recipes.")}
+    for name, module in recipes.items():
+        package, _, attribute = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[package], attribute, module, raising=False)  # undoes what imports set
+    for name in recipes:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "PIL", None)
     line = _mistake(capsys, "demo", "--steps", "1")

@@ -236,7 +236,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     path = written(tmp_path)
     monkeypatch.setattr(catalog, "STUDIES", {"toy": "tests.support.study_toy"})
     options = {"name": "toy", "out": tmp_path / "out", "settings": path}
-    run_study(StudyOptions(**options, seeds=[0], arms=["none", "good"], budgets=["steps=10"]))
+    run_study(StudyOptions(**options, seeds=(0,), arms=("none", "good"), budgets=("steps=10",)))
     assert [row.key for row in read_rows(tmp_path / "out" / "rows.jsonl")] == [
         "none seed=0 steps=10",
         "good seed=0 steps=10",
