@@ -137,6 +137,8 @@ class MemoryRules:
         norm_in_front: Whether there is a norm before the tower's layers.
         grid: Rows and columns of patches of the largest image, from the configuration and the most pixels, for towers
             without a fixed grid whose layers attend to whole images.
+        narrow_stream: Whether the residual stream of the tower begins with the output of a product, and so has its
+            precision under autocast, too; else it is float32 where the tower trains.
         decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
     """
 
@@ -149,6 +151,7 @@ class MemoryRules:
     output_read: bool = False
     norm_in_front: bool = False
     grid: Callable[[Any, int], tuple[int, int]] | None = None
+    narrow_stream: bool = False
     decoder: DecoderBytes | None = None
 
 
