@@ -5,8 +5,9 @@ Command:    sfa train glm_ocr           the same on a CPU in minutes: sfa train 
 Hardware:   one card of 24 GB.
 Expected:   nothing was published for this host with a structural bias. `sfa plan` predicts XX GB.
 Measured:   nothing on the full-size host. --nano: docs/recipes.md.
-Sources:    its config.json and preprocessor_config.json, as public repositories quote them in full. The checkpoint has
-            one more layer that predicts a second token, which transformers leaves out.
+Sources:    its config.json and preprocessor_config.json, as public repositories quote them in full. The host then has
+            1.107 billion parameters; 0.9B in its description leaves out input and output embeddings. The checkpoint
+            has one more layer that predicts a second token, which transformers leaves out.
 """
 
 from __future__ import annotations

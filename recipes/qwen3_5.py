@@ -9,7 +9,8 @@ Expected:   nothing was published for these hosts with a structural bias.
 Measured:   nothing on the full-size hosts. --nano: docs/recipes.md.
 Sources:    0.8B and 4B: their config.json, as public repositories quote it. 2B: widths, layers and heads from a quoted
             excerpt; its linear heads are those of 0.8B, and MLP and heads of its tower those of 4B, which was not
-            checked. All three leave out a layer that predicts a second token, as transformers does.
+            checked. They then have 0.853, 2.213 and 4.539 billion parameters; a layer that predicts a second token is
+            left out, as transformers does. Published are 0.8, 2 and 4 billion.
 """
 
 from __future__ import annotations

@@ -9,11 +9,10 @@ Hardware:   one or two cards; which size fits which card is in the table of docs
 Expected:   nothing was published for these hosts with a structural bias.
             `sfa plan` predicts {2b} GB for 2B (language model in bfloat16), {4b} GB for 4B and {8b} GB for 8B (in NF4).
 Measured:   nothing on the full-size hosts. --nano: docs/recipes.md.
-Sources:    4B: its config.json, as three public repositories quote it in full. 2B: text from a quoted config.json, of
-            the tower its widths; its layers and deepstack are those of the 4B. 8B: the tower from its config.json; the
-            language model from an excerpt of it. `intermediate_size` of 8B (12,288) is that of Qwen3-8B, because one
-            quotation has the default of transformers instead. The 8B then has 8,767,123,696 parameters, as its card
-            says (8.77 B); 4B has 4,437,815,808 (4.44 B), and 2B 2,127,532,032 (2.13 B).
+Sources:    4B: its config.json, which several public repositories quote in full. 2B: text from a quoted config.json;
+            layers, width and heads of its tower from two implementations that name it, the rest is that of the 4B. 8B:
+            the tower and the language model from quoted parts of its config.json; its MLP (12,288) is that of Qwen3-8B,
+            as one quotation has the default of transformers instead. Parameters: 2.128, 4.438 and 8.767 billion.
 """
 
 from __future__ import annotations

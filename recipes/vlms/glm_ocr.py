@@ -76,6 +76,7 @@ SPEC = register_vlm(
             projector=_projector,
             fixed_grid=False,
             grid=patch_grid,
+            narrow_stream=True,
             decoder=_decoder,
         ),
         nano=_nano,

@@ -92,7 +92,8 @@ def attention_bytes(sizes: Widths, part: Precision, fused: bool) -> int:
 def plain_layer(sizes: Widths, part: Precision, fused: bool) -> int:
     """Bytes per token of a layer with two layer norms and an MLP with one activation."""
     width, inner, compute = sizes.width, sizes.inner, part.compute
-    kept = 4 * FLOAT + part.stream * width  # means and roots of the norms, and what the second one saw
+    # Means and roots of the norms, and what the second one saw; autocast gives both of them copies in float32.
+    kept = 4 * FLOAT + FLOAT * width * (1 if part.compute == FLOAT else 2)
     kept += attention_bytes(sizes, part, fused)
     kept += part.product_inputs(width, 1 if fused else 3) + part.product_inputs(width, 1)
     return kept + compute * inner * (1 + part.trains)

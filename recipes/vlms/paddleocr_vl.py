@@ -28,7 +28,7 @@ def _projector(part: Precision, tower: Precision, config: Any) -> int:
     vision = config.vision_config
     group = vision.spatial_merge_size**2
     wide = group * vision.hidden_size
-    kept = 2 * (tower.stream * wide + 2 * FLOAT * group)  # the last norm of the tower, and the first of the projector
+    kept = 2 * (FLOAT * wide + 2 * FLOAT * group)  # the last norm of the tower, and the first of the projector
     return kept + part.product_inputs(wide, 1) + part.compute * wide * (1 + part.trains)
 
 
@@ -50,7 +50,13 @@ SPEC = register_vlm(
         ),
         images=ImageRules(setting="max_pixels", options=pixel_options),
         memory=MemoryRules(
-            lengths=lengths, tower=vit_widths, layer=_layer, projector=_projector, fixed_grid=False, grid=patch_grid
+            lengths=lengths,
+            tower=vit_widths,
+            layer=_layer,
+            projector=_projector,
+            fixed_grid=False,
+            grid=patch_grid,
+            narrow_stream=True,
         ),
         nano=_nano,
         refuses={"adat": NO_GRID, "text_density": NO_DENSITY, "dymu": NO_MERGING},

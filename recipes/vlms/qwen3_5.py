@@ -83,6 +83,7 @@ SPEC = register_vlm(
             projector=mergers,
             fixed_grid=False,
             grid=patch_grid,
+            narrow_stream=True,
             decoder=_decoder,
         ),
         nano=_nano,

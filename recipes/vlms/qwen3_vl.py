@@ -30,7 +30,8 @@ def mergers(part: Precision, tower: Precision, config: Any) -> int:
     group = vision.spatial_merge_size**2
     count = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
     wide = vision.hidden_size * group
-    kept = tower.stream * wide + 2 * FLOAT * (group + count - 1)  # what the norms saw; other layers keep theirs anyway
+    copies = 1 if part.compute == FLOAT else count  # layers before the last keep what a norm saw; autocast copies it
+    kept = FLOAT * wide * copies + 2 * FLOAT * (group + count - 1)
     return kept + count * (part.product_inputs(wide, 1) + part.compute * wide * (1 + part.trains))
 
 
@@ -53,7 +54,13 @@ SPEC = register_vlm(
         projector=("model.visual.merger", "model.visual.deepstack_merger_list"),  # children of the tower
         images=ImageRules(setting="max_pixels", options=pixel_options),
         memory=MemoryRules(
-            lengths=lengths, tower=tower, layer=layer, projector=mergers, fixed_grid=False, grid=patch_grid
+            lengths=lengths,
+            tower=tower,
+            layer=layer,
+            projector=mergers,
+            fixed_grid=False,
+            grid=patch_grid,
+            narrow_stream=True,
         ),
         nano=_nano,
         refuses={

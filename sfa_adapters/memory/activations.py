@@ -6,7 +6,7 @@ counts with what autograd saves (`torch.autograd.graph.saved_tensors_hooks`) on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfa_adapters.hosts.recipe import Recipe
@@ -83,6 +83,7 @@ def activations_of(recipe: Recipe, config: Any, lengths: Lengths, batch: int) ->
 def _vision(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activations:
     sizes, rules = vision_widths(recipe, config), memory_rules(recipe)
     part, projector = precision(recipe, not recipe.freeze_vision), precision(recipe, not recipe.freeze_projector)
+    part = replace(part, stream=part.compute) if rules.narrow_stream else part
     tokens, images = batch * lengths.tower, batch * lengths.image
     graph = part.trains or recipe.sfa
     layer, layers = rules.layer(sizes, part, config, recipe.sfa), sizes.layers

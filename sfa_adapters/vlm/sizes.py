@@ -142,6 +142,8 @@ class MemoryRules:
         masks: How many masks the language model has for prompts of one length; the others need none there.
         output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
         norm_in_front: Whether there is a norm before the tower's layers.
+        narrow_stream: Whether the residual stream of the tower begins with the output of a product, and so has its
+            precision under autocast, too; else it is float32 where the tower trains.
     """
 
     lengths: Callable[[Any, int], Lengths]
@@ -151,6 +153,7 @@ class MemoryRules:
     prefix_tokens: int = 0
     fixed_grid: bool = True
     grid: Callable[[Any, int], tuple[int, int]] | None = None
+    narrow_stream: bool = False
     decoder: DecoderBytes | None = None
     decoder_outer: Callable[[Any, Precision], int] | None = None
     masks: int = 0
