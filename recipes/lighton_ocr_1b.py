@@ -7,8 +7,8 @@ Sources:    all numbers are the defaults of `LightOnOcrConfig`, which says that 
 Command:    sfa train lighton_ocr_1b            the same on a CPU in minutes: sfa train lighton_ocr_1b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train lighton_ocr_1b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK_lighton_ocr_1b GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANO_lighton_ocr_1b (docs/recipes.md).
+Expected:   nothing was published for this host. `sfa plan` predicts 13.3 GB; a time was neither published nor measured.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> LightOnOcrConfig:
-    """The full-size host: TOTAL_lighton_ocr_1b parameters, TOWER_lighton_ocr_1b of them in the tower."""
+    """The full-size host: 1,005,647,872 parameters, 403.3 million of them in the tower."""
     return LightOnOcrConfig()  # the defaults of the class are this checkpoint's
 
 

@@ -6,8 +6,8 @@ Sources:    tower (SigLIP-SO400M/14-384), language model (SmolLM2-1.7B) and 81 i
 Command:    sfa train smolvlm2_2_2b             the same on a CPU in minutes: sfa train smolvlm2_2_2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_2_2b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK_smolvlm2_2_2b GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANO_smolvlm2_2_2b (docs/recipes.md).
+Expected:   nothing was published for this host. `sfa plan` predicts 14.4 GB; a time was neither published nor measured.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> SmolVLMConfig:
-    """The full-size host: TOTAL_smolvlm2_2_2b parameters, TOWER_smolvlm2_2_2b of them in the tower."""
+    """The full-size host: 2,246,784,880 parameters, 413.0 million of them in the tower."""
     vision = {
         "hidden_size": 1152,
         "intermediate_size": 4304,

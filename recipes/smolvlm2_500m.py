@@ -5,8 +5,8 @@ Sources:    all numbers as a public exporter checks them in the configuration of
 Command:    sfa train smolvlm2_500m             the same on a CPU in minutes: sfa train smolvlm2_500m --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_500m
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK_smolvlm2_500m GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANO_smolvlm2_500m (docs/recipes.md).
+Expected:   nothing was published for this host. `sfa plan` predicts 5.0 GB; a time was neither published nor measured.
+Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> SmolVLMConfig:
-    """The full-size host: TOTAL_smolvlm2_500m parameters, TOWER_smolvlm2_500m of them in the tower."""
+    """The full-size host: 507,482,304 parameters, 86.4 million of them in the tower."""
     vision = {
         "hidden_size": 768,
         "intermediate_size": 3072,

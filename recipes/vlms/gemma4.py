@@ -82,11 +82,15 @@ def _layer(sizes: Widths, part: Precision, config: Any, sfa: bool) -> int:
     return kept
 
 
+def _outer(recipe: Any, config: Any, lengths: Lengths, part: Precision, batch: int) -> int:
+    """The means over patches are a product with a matrix."""
+    return FLOAT * batch * lengths.tower * lengths.image
+
+
 def _projector(part: Precision, tower: Precision, config: Any) -> int:
     """The means over patches in float32, a norm without a weight, and one linear layer."""
-    vision, group = config.vision_config, _side(config) ** 2
-    kept = FLOAT * vision.hidden_size * 2 + 2 * FLOAT + FLOAT * group
-    return kept + part.product_inputs(vision.hidden_size, 1)
+    width = config.vision_config.hidden_size
+    return FLOAT * width * 2 + 2 * FLOAT + part.product_inputs(width, 1)
 
 
 def _decoder(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: int) -> int:
@@ -147,6 +151,7 @@ SPEC = register_vlm(
             projector=_projector,
             fixed_grid=False,
             grid=_grid,
+            outer=_outer,
             decoder=_decoder,
             decoder_outer=_decoder_outer,
         ),
@@ -157,8 +162,8 @@ SPEC = register_vlm(
             "max_pixels.",
             "fastv": "most layers of its language model see a window of tokens, which would reach further back once "
             "some are gone, and later layers reuse the keys of earlier ones. For fewer image tokens set max_pixels.",
-            "heads": "later layers of its language model reuse the keys and values of earlier ones, so that heads of one "
-            "layer cannot go alone. Prune heads of another host.",
+            "heads": "later layers of its language model reuse the keys and values of earlier ones, so heads of one layer "
+            "cannot go alone. Prune heads of another host.",
             "text_density": "the density of text is not measured for a host without a fixed grid of patches.",
         },
     )

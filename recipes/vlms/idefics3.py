@@ -28,6 +28,7 @@ SPEC = register_vlm(
             "transformers.models.idefics3.*.Idefics3Model",
         ),
         projector=("model.connector",),
+        joins_in_own_dtype=True,
         images=image_rules,
         image_tokens=image_tokens,
         memory=memory_rules,

@@ -88,6 +88,16 @@ def _layer(sizes: Widths, part: Precision, config: Any, sfa: bool) -> int:
     return kept + part.product_inputs(width, 2) + (3 + part.trains) * compute * inner
 
 
+def _outer(recipe: Any, config: Any, lengths: Lengths, part: Precision, batch: int) -> int:
+    """The mask that keeps pages apart, over all tokens of a forward: a bias replaces it, checkpoints hold on to it."""
+    numbers = (batch * lengths.tower) ** 2
+    if recipe.gradient_checkpointing:
+        return part.stream * numbers
+    if recipe.sfa:
+        return 0
+    return numbers * (config.vision_config.num_hidden_layers * part.compute if part.mixed else part.stream)
+
+
 def _projector(part: Precision, tower: Precision, config: Any) -> int:
     width, wide, group = config.vision_config.hidden_size, config.text_config.hidden_size, _side(config) ** 2
     kept = group * (tower.stream * width + tower.rms_norm(width)) + part.product_inputs(width * group, 1)
@@ -120,6 +130,7 @@ SPEC = register_vlm(
             projector=_projector,
             fixed_grid=False,
             grid=_grid,
+            outer=_outer,
             norm_in_front=True,
         ),
         nano=_nano,

@@ -71,6 +71,7 @@ SPEC = register_vlm(
             "transformers.models.smolvlm.*.SmolVLMModel",
         ),
         projector=("model.connector",),
+        joins_in_own_dtype=True,
         images=image_rules,
         image_tokens=image_tokens,
         memory=memory_rules,

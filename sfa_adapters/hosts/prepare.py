@@ -16,6 +16,7 @@ from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.compat import checkpoint_activations
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.hosts.join_dtype import join_in_one_dtype
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.spec import Part, Places, VLMSpec
 from sfa_adapters.inject import inject_sfa
@@ -94,6 +95,8 @@ def prepare(model: Any, processor: Any, recipe: Recipe, train: bool = True) -> H
     else:
         set_trainable(model, spec, recipe)
         _keep_masters(model, places, recipe)
+        if spec.joins_in_own_dtype:
+            join_in_one_dtype(model, places)
         if recipe.gradient_checkpointing:
             _checkpoint(model)
     model.train(train)

@@ -90,6 +90,8 @@ def _vision(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activa
     outer = images * rules.projector(projector, part, config) if graph or projector.trains else 0
     if part.trains:
         outer += part.compute * 3 * batch * lengths.pixels  # what the patch embedding saw
+    if rules.outer is not None and graph:
+        outer += rules.outer(recipe, config, lengths, part, batch)
     stream = part.stream * sizes.width * tokens
     outer += stream if rules.output_read and graph and not part.mixed else 0
     outer += stream if rules.norm_in_front and part.trains else 0

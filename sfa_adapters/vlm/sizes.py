@@ -137,6 +137,8 @@ class MemoryRules:
         fixed_grid: Whether the tower has a grid of patches, so that a bias is folded into its queries.
         grid: Rows and columns of patches of the largest page, from the configuration and the limit, where pages have a
             grid each and a bias is folded into the queries of each page.
+        outer: Bytes that a tower with gradients keeps outside its layers beside what all of them keep, from the recipe,
+            the configuration, the lengths of a question, the precision, and the questions of a forward.
         decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
         decoder_outer: Bytes per token that it keeps outside its layers beside what all of them keep.
         masks: How many masks the language model has for prompts of one length; the others need none there.
@@ -154,6 +156,7 @@ class MemoryRules:
     fixed_grid: bool = True
     grid: Callable[[Any, int], tuple[int, int]] | None = None
     narrow_stream: bool = False
+    outer: Callable[[Any, Any, Lengths, Precision, int], int] | None = None
     decoder: DecoderBytes | None = None
     decoder_outer: Callable[[Any, Precision], int] | None = None
     masks: int = 0

@@ -99,6 +99,8 @@ class VLMSpec:
         unread: Children of the tower that the host never reads, because it takes the hidden states before them. A
             parameter there gets no gradient, so it must not train.
         unused: Modules that images never reach, such as a tower for audio. They stay frozen and out of 4-bit.
+        joins_in_own_dtype: Whether the core casts image features to the dtype of its first weight, not to that of the
+            text, so that a tower in float32 needs embeddings in float32.
         images: How images are prepared; None where that is not written, so that only adapters can be used.
         image_tokens: How patches become image tokens; None where it is not known.
         memory: Rules to predict memory; None where they are not known.
@@ -119,6 +121,7 @@ class VLMSpec:
     layer_classes: tuple[str, ...] | None = None
     unread: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    joins_in_own_dtype: bool = False
     images: ImageRules | None = None
     image_tokens: ImageTokens | None = None
     memory: MemoryRules | None = None

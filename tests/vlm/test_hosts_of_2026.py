@@ -18,7 +18,7 @@ from sfa_adapters.data.collator import Collator
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import LayoutError, RecipeError
 from sfa_adapters.hosts.placement import check_covered, split_map
-from sfa_adapters.hosts.prepare import set_trainable
+from sfa_adapters.hosts.prepare import prepare, set_trainable
 from sfa_adapters.hosts.quantization import kept_modules
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.weights import count_parameters, weights_of
@@ -189,6 +189,21 @@ def test_density_of_pages_on_a_canvas_is_that_of_each_page() -> None:
     assert not both[1, 8:].any()
     first = token_density(TowerImages(canvases[:1], grids[:1], 2, 14), [24], 24, HALF)
     assert torch.equal(both[0], first[0])
+
+
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_text_and_images_of_smolvlm_are_joined_in_one_precision(freeze_vision: bool) -> None:
+    """A tower that trains is float32, and the frozen language model is not: the host itself would fail."""
+    wanted = recipe("smolvlm", dtype="bfloat16", freeze_vision=freeze_vision)
+    model, processor = build_host("smolvlm")
+    host = prepare(model.to(torch.bfloat16), processor, wanted)
+    seen: list[torch.dtype] = []
+    host.model.model.text_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    batch = inputs_of(batch_of({"smolvlm": (model, processor)}, "smolvlm", [(140, 140)]))
+    with host.autocast():
+        host.model(**batch).loss.backward()
+    assert set(seen) == {torch.bfloat16}
+    assert host.model.model.connector.modality_projection.proj.weight.grad.abs().sum() > 0
 
 
 # -- what images never reach ------------------------------------------------------------------------------------------
