@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from sfa_adapters.layout import TokenLayout
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.old_records import grid_layouts, segment_arrangements
 from sfa_adapters.patch_groups import PatchGroups
+from sfa_adapters.plugins import load_entry_points
 from sfa_adapters.read_layers import count_read_layers
 from sfa_adapters.refusals import refusal_of
 
@@ -289,10 +289,7 @@ def register_backbone(backbone: Backbone) -> Backbone:
 
 def registered_backbones() -> dict[str, Backbone]:
     """All backbones by name, those of installed packages included."""
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        if entry_point.name not in _loaded_entry_points:
-            entry_point.load()
-            _loaded_entry_points.add(entry_point.name)
+    load_entry_points(ENTRY_POINT_GROUP, _loaded_entry_points)
     return dict(_BACKBONES)
 
 
