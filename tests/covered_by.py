@@ -90,7 +90,6 @@ COVERED_BY = {
     "heads/speed": "heads/test_receipt",
     "hosts/join_dtype": "vlm/test_hosts_of_2026",
     "hosts/prepare": "hosts/test_load",
-    "hosts/join_dtype": "vlm/test_hosts_of_2026",
     "hosts/pruned": "evaluation/test_pruned_models",
     "hosts/quantization": "hosts/test_placement",
     "hosts/recipe": "hosts/test_settings",
