@@ -8,7 +8,7 @@ Sources:    the configuration of the checkpoint as the tests of a public runtime
 Command:    sfa train gemma4_e2b                the same on a CPU in minutes: sfa train gemma4_e2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma4_e2b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts PEAK GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 13.2 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
 """
 
@@ -30,7 +30,7 @@ def recipe() -> Recipe:
 
 
 def architecture() -> Gemma4Config:
-    """The full-size host: TOTAL_gemma4_e2b parameters, TOWER_gemma4_e2b of them in the tower."""
+    """The full-size host: 5,104,297,504 parameters, 167.4 million of them in the tower."""
     text = Gemma4TextConfig(
         vocab_size=262_144,
         hidden_size=1536,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfa_adapters.attention_call import AttentionCall, row_blocks
-from sfa_adapters.compat import cache_of
+from sfa_adapters.compat import cache_of, plain_model
 from sfa_adapters.errors import NoMatchingBackboneError, ObservationError, UnknownInterfaceError
 from sfa_adapters.hooks import attached_while
 from sfa_adapters.mask import LazyMask
@@ -73,7 +73,8 @@ def observe(
         model: A tower, a language model or a whole VLM.
         readers: What to read. `Reader`s share one pass over the rows; any other callable gets each `AttentionCall`,
             with gradients where they are on.
-        modules: "vision", "language", a pattern such as "*layers.3.self_attn", several of these, or None for all.
+        modules: "vision", "language", a pattern such as "*layers.3.self_attn", several of these, or None
+            for "vision" and "language".
         block_bytes: Size in bytes of the logits that are in memory at a time; about three times as much is used.
 
     Yields:
@@ -288,19 +289,28 @@ def attention_modules(model: nn.Module, modules: Modules = None) -> dict[str, nn
         for name, module in model.named_modules()
         if name in vision or (hasattr(module, "q_proj") and hasattr(module, "k_proj"))
     }
+    kinds = {"vision": set(vision), "language": _of_language(model, set(modules_found) - set(vision))}
     chosen: set[str] = set()
-    for pattern in ["*"] if modules is None else [modules] if isinstance(modules, str) else modules:
-        fitting = {name for name in modules_found if _fits(name, pattern, name in vision)}
+    wanted = ["vision", "language"] if modules is None else [modules] if isinstance(modules, str) else modules
+    for pattern in wanted:
+        fitting = kinds.get(pattern, {name for name in modules_found if fnmatchcase(name, pattern)})
+        if modules is None and not fitting:
+            continue  # a tower or a language model by itself
         if not fitting:
             raise ObservationError(_no_module(model, pattern, modules_found))
         chosen |= fitting
+    if not chosen:
+        raise ObservationError(_no_module(model, modules, modules_found))
     return {name: module for name, module in modules_found.items() if name in chosen}
 
 
-def _fits(name: str, pattern: str, is_vision: bool) -> bool:
-    if pattern in ("vision", "language"):
-        return is_vision == (pattern == "vision")
-    return fnmatchcase(name, pattern)
+def _of_language(model: nn.Module, names: set[str]) -> set[str]:
+    """Those of the language model; a tower for audio runs on other inputs."""
+    host: Any = plain_model(model)
+    decoder = host.get_decoder() if hasattr(host, "get_decoder") else host
+    path = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    inside = {name for name in names if name.startswith(path)}
+    return inside or names
 
 
 def _no_module(model: nn.Module, wanted: Any, modules: Mapping[str, nn.Module]) -> str:

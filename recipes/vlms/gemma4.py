@@ -162,8 +162,8 @@ SPEC = register_vlm(
             "max_pixels.",
             "fastv": "most layers of its language model see a window of tokens, which would reach further back once "
             "some are gone, and later layers reuse the keys of earlier ones. For fewer image tokens set max_pixels.",
-            "heads": "later layers of its language model reuse the keys and values of earlier ones, so heads of one layer "
-            "cannot go alone. Prune heads of another host.",
+            "heads": "later layers of its language model reuse the keys and values of earlier ones, so heads of one "
+            "layer cannot go alone. Prune heads of another host.",
             "text_density": "the density of text is not measured for a host without a fixed grid of patches.",
         },
     )

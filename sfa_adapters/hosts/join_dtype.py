@@ -1,8 +1,8 @@
 """Lets hosts join text and image features that have different precision.
 
-`prepare` keeps what trains in float32 and the rest in `recipe.dtype`. Most hosts cast image features to the dtype of the
-text. Idefics3 and SmolVLM cast them to the dtype of their first weight, which is the tower's: the text then has to have
-it too, until the language model runs.
+`prepare` keeps what trains in float32 and the rest in `recipe.dtype`. Most hosts cast image features to the dtype of
+the text. Idefics3 and SmolVLM cast them to the dtype of their first weight, which is the tower's: the text then has to
+have it too, until the language model runs.
 """
 
 from __future__ import annotations
