@@ -39,7 +39,7 @@ def architecture() -> Gemma4Config:
         num_attention_heads=8,
         num_key_value_heads=1,
         head_dim=256,
-        global_head_dim=512,
+        global_head_dim=512,  # pyright: ignore[reportCallIssue] - a keyword of its own handling
         max_position_embeddings=131_072,
         sliding_window=512,
         layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7,

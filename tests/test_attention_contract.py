@@ -57,8 +57,8 @@ def test_an_attention_without_an_argument_is_refused(declared: str | None, text:
 def test_heads_are_read_from_the_module_its_config_and_the_tower(name: str) -> None:
     alone, with_config, tower = Bare(), Bare(), Bare()
     setattr(alone, name, 3)
-    with_config.config = SimpleNamespace(**{name: 4})  # pyright: ignore[reportAttributeAccessIssue]
-    tower.config = SimpleNamespace(**{name: 5})  # pyright: ignore[reportAttributeAccessIssue]
+    with_config.config = SimpleNamespace(**{name: 4})  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    tower.config = SimpleNamespace(**{name: 5})  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     assert head_count(alone, tower) == 3
     assert head_count(with_config, tower) == 4
     assert head_count(Bare(), tower) == 5
@@ -67,8 +67,8 @@ def test_heads_are_read_from_the_module_its_config_and_the_tower(name: str) -> N
 @pytest.mark.parametrize("value", [0, True, "4"])
 def test_a_module_with_no_number_of_heads_is_not_counted_by_its_config(value: Any) -> None:
     module = Bare()
-    module.num_heads = value  # pyright: ignore[reportAttributeAccessIssue]
-    module.config = SimpleNamespace(num_heads=4)  # pyright: ignore[reportAttributeAccessIssue]
+    module.num_heads = value  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    module.config = SimpleNamespace(num_heads=4)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with pytest.raises(InjectionError, match=r"blocks\.0 \(Bare\) has num_heads="):
         head_count(module, path="blocks.0")
 

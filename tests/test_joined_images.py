@@ -92,7 +92,7 @@ class JoinedTower(nn.Module):
     def forward(self, tokens: Tensor, arrangement: Any, mask: Tensor | None = None) -> Tensor:
         given: Any = self.embedding(tokens)
         form = self.embedding.form
-        x = given if form == "tensor" else given[0] if form == "tuple" else None
+        x: Any = given if form == "tensor" else given[0] if form == "tuple" else None
         x = given["last_hidden_state"] if form == "output" else given.tokens if form == "object" else x
         for layer in self.layers:
             x = checkpoint(layer, x, mask, use_reentrant=False) if self.grad_checkpointing else layer(x, mask)

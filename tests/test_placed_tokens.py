@@ -98,7 +98,8 @@ def siglip2(batch: list[Tensor]) -> Any:
 
 
 def pix2struct(batch: list[Tensor]) -> Any:
-    out = Pix2StructImageProcessor(patch_size={"height": 4, "width": 4}, max_patches=12)(batch, return_tensors="pt")
+    make: Any = Pix2StructImageProcessor
+    out = make(patch_size={"height": 4, "width": 4}, max_patches=12)(batch, return_tensors="pt")
     result = read("flat_patches", (out["flattened_patches"],), attention_mask=out["attention_mask"])
     assert [12 - padding for _, padding in result] == out["attention_mask"].sum(-1).tolist()
     assert result[0][0][1] > result[0][0][0]

@@ -65,7 +65,7 @@ def _mrope(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
     return {**settings, "rope_parameters": rope, **more}
 
 
-def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     return {name: token_id(tokenizer, token) for name, token in names.items()}
@@ -127,12 +127,13 @@ def glm_ocr() -> tuple[PreTrainedModel, ProcessorMixin]:
     ids = {"image_token_id": "<|image|>", "video_token_id": "<|video|>"}
     ids |= {"image_start_token_id": pictures[0], "image_end_token_id": pictures[1]}
     ids |= {"video_start_token_id": pictures[2], "video_end_token_id": pictures[3]}
+    numbers: dict[str, Any] = {name: token_id(tokenizer, token) for name, token in ids.items()}
     config = GlmOcrConfig(
         vision_config={
             "depth": 3, "hidden_size": WIDTH, "intermediate_size": 172, "num_heads": 4, "out_hidden_size": WIDTH,
         },
         text_config=_mrope(tokenizer),
-        **{name: token_id(tokenizer, token) for name, token in ids.items()},
+        **numbers,
     )  # fmt: skip
     ends = [token_id(tokenizer, "<|endoftext|>"), token_id(tokenizer, "<|user|>")]
     model = ending(GlmOcrForConditionalGeneration(config), tokenizer, ends)

@@ -36,7 +36,7 @@ def lighton_ocr() -> tuple[PreTrainedModel, ProcessorMixin]:
         intermediate_size=172,
         num_hidden_layers=3,
         num_attention_heads=4,
-        head_dim=WIDTH // 4,
+        head_dim=WIDTH // 4,  # pyright: ignore[reportCallIssue]
         image_size=LONGEST,
         patch_size=PATCH,
         hidden_act="silu",

@@ -223,6 +223,8 @@ def adapted_layer(recipe: Any, sizes: Widths, part: Precision) -> int:
     adapted = Precision(part.stream, compute, True, compute != FLOAT)
     kept = adapted.product_inputs(sizes.width, 3) + adapted.product_inputs(sizes.width, 2) + compute * sizes.inner
     return kept + 7 * compute * recipe.lora_llm
+
+
 def gemma_norms(width: int, part: Precision, fresh: int, passed: int) -> int:
     """Bytes per token of the norms of Gemma, which multiply by their weight before they leave float32.
 

@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["without_thinking"]
 
 
-def without_thinking(processor: Any) -> dict[str, bool]:
+def without_thinking(processor: Any) -> dict[str, Any]:
     """The variable of a chat template that makes the answer follow at once (Qwen3.5); empty where it has none.
 
     Without it the answer would be learned inside a thought that the template has opened.

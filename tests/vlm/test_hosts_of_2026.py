@@ -183,12 +183,12 @@ def test_density_of_pages_on_a_canvas_is_that_of_each_page() -> None:
     """A page fills the upper left part of its canvas, and what lies beside it is no part of it."""
     random = torch.Generator().manual_seed(0)
     canvases = torch.rand(2, 3, 112, 168, generator=random)
-    grids = ((8, 12), (4, 8))
-    both = token_density(TowerImages(canvases, grids, 2, 14), [24, 8], 24, HALF)
-    alone = token_density(TowerImages(canvases[1:, :, :56, :112], (grids[1],), 2, 14), [8], 8, HALF)
+    grids = ((1, 8, 12), (1, 4, 8))
+    both = token_density(TowerImages(canvases, grids, merge=2, patch=14), [24, 8], 24, HALF)
+    alone = token_density(TowerImages(canvases[1:, :, :56, :112], (grids[1],), merge=2, patch=14), [8], 8, HALF)
     assert torch.equal(both[1, :8], alone[0])
     assert not both[1, 8:].any()
-    first = token_density(TowerImages(canvases[:1], grids[:1], 2, 14), [24], 24, HALF)
+    first = token_density(TowerImages(canvases[:1], grids[:1], merge=2, patch=14), [24], 24, HALF)
     assert torch.equal(both[0], first[0])
 
 
