@@ -9,7 +9,7 @@ Command:    sfa train granite_docling_258m      the same on a CPU in minutes: sf
             torchrun --nproc-per-node 2 -m sfa_adapters train granite_docling_258m
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts 5.3 GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
+Measured:   nothing on the full-size host.
 """
 
 from __future__ import annotations

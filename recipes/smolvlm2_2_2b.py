@@ -7,7 +7,7 @@ Command:    sfa train smolvlm2_2_2b             the same on a CPU in minutes: sf
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_2_2b
 Hardware:   one or two A100-40GB.
 Expected:   nothing was published for this host. `sfa plan` predicts 14.4 GB; a time was neither published nor measured.
-Measured:   nothing on the full-size host. --nano, from nothing to the model card: NANOTIME (docs/recipes.md).
+Measured:   nothing on the full-size host.
 """
 
 from __future__ import annotations
