@@ -5,7 +5,9 @@ Of four layers of the language model, three are linear attention (Gated DeltaNet
 Command:    sfa train qwen3_5_0_8b      also qwen3_5_2b, qwen3_5_4b; on a CPU in minutes: sfa train qwen3_5_0_8b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train qwen3_5_4b            two cards, one copy each
 Hardware:   one or two cards; which size fits which card is in the table of docs/recipes.md.
-Expected:   nothing was published for these hosts with a structural bias.
+Expected:   nothing was published for these hosts with a structural bias. `sfa plan` predicts 7.5 GB on one card for
+            0.8B and 13.8 GB for 2B (language model in bfloat16), and 13.3 GB for 4B in NF4; with the kernels of
+            flash-linear-attention it is less.
 Measured:   nothing on the full-size hosts. --nano: docs/recipes.md.
 Sources:    0.8B and 4B: their config.json, as public repositories quote it. 2B: widths, layers and heads from a quoted
             excerpt; its linear heads are those of 0.8B, and MLP and heads of its tower those of 4B, which was not

@@ -63,9 +63,9 @@ def test_memory_of_a_page_is_what_is_predicted(name: str) -> None:
     recipe = find_recipe(name)
     config = architecture(recipe)
     row = next(line for line in _page("device_plans") if line.startswith(f"| `{name}`"))
-    _, _, tokens, two, one, *_ = (cell.strip() for cell in row.split("|"))
+    _, _, plan, tokens, two, one, *_ = (cell.strip() for cell in row.split("|"))
     both, alone = (predict_memory(recipe, config, gpus=gpus, memory=80e9) for gpus in (2, 1))
-    assert tokens == f"1 x {both.lengths.sequence:,}"
+    assert (plan, tokens) == (recipe.plan, f"1 x {both.lengths.sequence:,}")
     assert two == f"{both.peak / 1e9:.1f}"
     assert float(one.split()[0]) == round(alone.peak / 1e9, 1)
     assert both.peak <= 40e9
