@@ -32,6 +32,7 @@ __all__ = [
     "flop_counter",
     "loss_is_scaled",
     "with_cache",
+    "with_encoded_images",
 ]
 
 # From the first version on, and below the second: what the tests run with, and what pyproject.toml requires. Patch
@@ -210,6 +211,15 @@ def encoded_images(kwargs: Mapping[str, Any]) -> Any:
         kwargs: Keyword arguments of the forward of a vision-language model.
     """
     return (kwargs.get("mm_encoder_outputs") or {}).get("image")
+
+
+def with_encoded_images(seen: Any) -> dict[str, Any]:
+    """The keyword of a host's forward that takes what its tower has made of the images (transformers 5.17 and later).
+
+    Args:
+        seen: What `get_image_features` gave.
+    """
+    return {"mm_encoder_outputs": {"image": seen}}
 
 
 def checkpoint_activations(model: Any, options: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.adat.patched_pages import PatchedPages
 from sfa_adapters.adat.scorers import Scorer, score
+from sfa_adapters.compat import with_encoded_images
 from sfa_adapters.errors import InjectionError, PlanError
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.registry import find_tower
@@ -124,7 +125,7 @@ def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
     seen = core.get_image_features(**pages, return_dict=True)
     rest = {k: v for k, v in batch.items() if k not in pages}
     if getattr(seen, "deepstack_features", None):
-        return rest | {"mm_encoder_outputs": {"image": seen}}
+        return rest | with_encoded_images(seen)
     features = torch.cat(list(seen.pooler_output))
     words = core.get_input_embeddings()(batch["input_ids"])
     places = (batch["input_ids"] == still_image_id(core.config))[..., None].expand_as(words)
