@@ -30,7 +30,7 @@ from sfa_adapters.recipes.catalog import RECIPES, architecture, find_recipe
 from tests.support import memory_navit
 from tests.support.nightly_hosts import NanoFolders, families_of
 
-every_family = pytest.mark.parametrize("family", families_of(HOSTS))
+every_family = pytest.mark.parametrize("family", families_of(HOSTS, core=True))
 INTERNVL = find_recipe("internvl3_5_8b")
 GIBI = 2**30
 

@@ -24,7 +24,7 @@ from sfa_adapters.recipes import run as module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
-from tests.support.nightly_hosts import NIGHTLY
+from tests.support.nightly_hosts import CORE
 
 NAMES = [
     "internvl3_5_8b",
@@ -54,7 +54,7 @@ def test_every_recipe_of_the_catalog_has_a_nano_run() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.nightly) if find_recipe(n).family in NIGHTLY else n for n in NAMES],
+    [n if find_recipe(n).family in CORE else pytest.param(n, marks=pytest.mark.nightly) for n in NAMES],
 )
 def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     console = quiet()
