@@ -5,6 +5,7 @@ All have random weights. Chat templates have the turns and the special tokens of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -31,6 +33,7 @@ from transformers import (
 
 from sfa_adapters.recipes.nano.hosts import LOOK, WIDTH, ending, text_settings
 from sfa_adapters.recipes.nano.tokenizer import CHATML, CONTENT, host_tokenizer, token_id
+from sfa_adapters.recipes.synthetic.questions import PHRASES
 
 __all__ = ["glm_ocr", "paddleocr_vl", "qwen3_5", "qwen3_vl"]
 
@@ -102,9 +105,30 @@ def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, _qwen_processor(tokenizer, CHATML)
 
 
+def _byte_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, of the class that transformers gives every checkpoint of Qwen3.5 whatever it was saved as.
+
+    The fixed parts of the questions are one token each, as in `host_tokenizer`, whose arguments it has.
+    """
+    from tokenizers import AddedToken, pre_tokenizers
+
+    symbols = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen3_5Tokenizer(
+        vocab={symbol: number for number, symbol in enumerate(symbols)},
+        pad_token=symbols[0],
+        eos_token=end,
+        extra_special_tokens=dict(named),
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES if len(phrase) > 1])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in specials], special_tokens=True)
+    return tokenizer
+
+
 def qwen3_5() -> tuple[PreTrainedModel, ProcessorMixin]:
     """A nano Qwen3.5: of the layers of its language model one attends to all tokens; its template can think."""
-    tokenizer = host_tokenizer("<|im_end|>", (*_QWEN, "<think>", "</think>"), _QWEN_NAMED)
+    tokenizer = _byte_tokenizer("<|im_end|>", (*_QWEN, "<think>", "</think>"), _QWEN_NAMED)
     text = _mrope(tokenizer, tie_word_embeddings=True)
     text |= {
         "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,

@@ -164,6 +164,8 @@ class Collator:
 def _images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenates the images of all samples; tiles of a page, and pages of any size, are padded with zeros."""
     images = {}
+    if "pixel_values" not in samples[0]:  # questions about no image
+        return images
     # How many tiles a page has says its mask, or tiles of zeros; how much of a canvas a page fills says its size.
     padded = samples[0]["pixel_values"].ndim == 5 or "image_sizes" in samples[0]
     for name in PICTURES:

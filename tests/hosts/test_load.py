@@ -15,15 +15,15 @@ from sfa_adapters.adat import eject_adat
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, Host, load_host, module_table, prepare
 from sfa_adapters.hosts.placement import skeleton
-from sfa_adapters.hosts.recipe import Family, Recipe
+from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 from tests.support.compare import structural
 from tests.support.hosts import HOSTS as CASES
+from tests.support.nightly_hosts import NanoFolders, families_of
 
 TINY = {case.name: case for case in CASES if case.name in HOSTS}
 TASK = "ForConditionalGeneration"
-every_family = pytest.mark.parametrize("family", list(TINY))
+every_family = pytest.mark.parametrize("family", families_of(TINY))
 
 
 def recipe(family: Any, **changes: Any) -> Recipe:
@@ -50,10 +50,8 @@ def parts_that_train(host: Host) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("hosts")
-    families: tuple[Family, ...] = ("internvl", "llava_onevision", "llava", "qwen2_5_vl")
-    return {family: nano_checkpoint(family, folder / family) for family in families}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> NanoFolders:
+    return NanoFolders(tmp_path_factory.mktemp("hosts"))
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ def test_every_name_has_its_part(family: str):
         names_by_part.setdefault(host.places.part_of(name), set()).add(name)
     assert set(names_by_part) == {"sfa", "lora", "vision", "projector", "llm"}
     assert names_by_part["sfa"] == set(structural(host.model))
-    assert all("language_model" in name for name in names_by_part["lora"])
+    assert all(host.places.language_model.rpartition(".")[2] in name for name in names_by_part["lora"])
     tower = set(dict(host.model.get_submodule(host.places.tower).named_parameters(prefix=host.places.tower)))
     assert names_by_part["vision"] <= tower
     assert (names_by_part["projector"] <= tower) == (family == "qwen2_5_vl")  # its merger is a child of the tower

@@ -226,7 +226,8 @@ def test_images_of_several_shapes_go_through_processor_model_and_generate(loaded
     content = [{"type": "image"}, {"type": "text", "text": "어느 것이 가장 큰가요?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert "어느 것이 가장 큰가요?" in text
-    batch = processor(images=images, text=[text] * 3, padding=True, padding_side="left", return_tensors="pt")
+    apart: Any = [[image] for image in images] if family in ("smolvlm", "idefics3", "gemma3", "gemma4") else images
+    batch = processor(images=apart, text=[text] * 3, padding=True, padding_side="left", return_tensors="pt")
     tokens = (batch["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
     wanted = {
         "internvl": [16, 48, 48],  # one tile; two and a thumbnail
@@ -283,7 +284,7 @@ def test_a_folder_is_written_once_and_not_mixed_with_others(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be written"):
         nano_checkpoint("llava", tmp_path / "file" / "host")
-    with pytest.raises(RecipeError, match=r"No nano host of the family 'bert'[.] Known: internvl, "):
+    with pytest.raises(RecipeError, match=r"No nano host of the family 'bert'[.] Known: .*internvl, "):
         nano_checkpoint("bert", tmp_path / "bert")  # pyright: ignore[reportArgumentType]
 
 

@@ -57,7 +57,9 @@ def test_hosts_have_their_published_size(name: str) -> None:
     assert f" {layers} of {layers} |" in row
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("qwen3_vl_2b", "paddleocr_vl") else pytest.param(n, marks=pytest.mark.nightly) for n in SIZES]
+)
 def test_memory_of_a_page_is_what_is_predicted(name: str) -> None:
     """The table has the predicted memory for two cards, for one, and what makes it fit where it does not."""
     recipe = find_recipe(name)

@@ -24,6 +24,7 @@ from sfa_adapters.recipes import run as module
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.recipes.nano.checkpoint import nano_settings
 from sfa_adapters.recipes.run import run
+from tests.support.nightly_hosts import CORE
 
 NAMES = [
     "internvl3_5_8b",
@@ -40,8 +41,6 @@ NAMES = [
     "gemma4_e2b",
     "lighton_ocr_1b",
 ]
-# A run of a recipe takes long; one for each way in which images become tokens, the others at night.
-EVERY_DAY = NAMES[:5]
 
 
 def small(name: str, folder: Path, **changes: Any) -> Recipe:
@@ -58,7 +57,10 @@ def test_every_recipe_of_the_catalog_has_a_nano_run() -> None:
     assert {find_recipe(name).family for name in NAMES} == {recipe.family for recipe in RECIPES.values()}
 
 
-@pytest.mark.parametrize("name", [n if n in EVERY_DAY else pytest.param(n, marks=pytest.mark.nightly) for n in NAMES])
+@pytest.mark.parametrize(
+    "name",
+    [n if find_recipe(n).family in CORE else pytest.param(n, marks=pytest.mark.nightly) for n in NAMES],
+)
 def test_a_recipe_runs_from_beginning_to_end(name: str, tmp_path: Path) -> None:
     console = quiet()
     recipe = small(name, tmp_path / "run")

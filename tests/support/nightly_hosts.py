@@ -10,7 +10,7 @@ import pytest
 
 from sfa_adapters.recipes.nano.checkpoint import nano_checkpoint
 
-__all__ = ["NIGHTLY", "NanoFolders", "families_of"]
+__all__ = ["CORE", "NIGHTLY", "NanoFolders", "families_of"]
 
 # Hosts that repeat another one on the same code paths. Idefics3 repeats SmolVLM; the tower of Gemma 3 is SigLIP, its
 # tiles are those of InternVL in another order.
@@ -24,7 +24,7 @@ def families_of(names: Iterable[str], core: bool = False) -> list[Any]:
 
     Args:
         names: The names.
-        core: Whether the test is about images and text only, so that a few hosts are enough for each change.
+        core: Whether a few hosts are enough for each change.
     """
     late = {name for name in names if name in NIGHTLY or (core and name not in CORE)}
     return [pytest.param(name, marks=pytest.mark.nightly) if name in late else name for name in names]

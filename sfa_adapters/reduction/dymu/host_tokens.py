@@ -147,8 +147,8 @@ def find_host(model: nn.Module, located: FoundTower, strict: bool = True) -> Hos
 def _language_model(core: nn.Module) -> nn.Module | None:
     try:
         return find_decoder(core).module
-    except InjectionError:
-        return None
+    except InjectionError:  # what it is is asked later, and named
+        return getattr(core, "language_model", None)
 
 
 def packed_keys(core: Any, keys: ImageKeys, method: Any, called: dict[str, Any]) -> ImageKeys:

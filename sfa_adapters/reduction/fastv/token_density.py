@@ -140,7 +140,7 @@ def token_density(
     if images.packed is not None:
         values = images.packed
     else:
-        of = _of_tiles if images.grids is None else _of_canvases if images.pixels.ndim == 4 else _of_patches
+        of = _of_tiles if images.grids is None else _of_canvases if images.groups is None else _of_patches
         values = of(images, counts, statistics)
     repeats = max(1, total // len(values))
     if repeats * len(values) != total:
