@@ -237,7 +237,8 @@ def test_an_adapter_of_a_host_on_its_bare_tower_and_back(tmp_path: Path):
     expected = tower(pixel_values=image).last_hidden_state
     save_sfa(host, tmp_path / "host")
     for load in (load_sfa, PeftModel.from_pretrained):
-        bare: Any = load(eject_sfa(copy.deepcopy(host)).model.vision_tower, tmp_path / "host")  # pyright: ignore[reportAttributeAccessIssue]
+        ejected: Any = eject_sfa(copy.deepcopy(host))
+        bare: Any = load(ejected.model.vision_tower, tmp_path / "host")
         assert torch.equal(bare(pixel_values=image).last_hidden_state, expected)
         save_sfa(bare, tmp_path / "tower")
         again: Any = load(eject_sfa(copy.deepcopy(host)), tmp_path / "tower")

@@ -121,8 +121,10 @@ def _byte_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES if len(phrase) > 1])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in specials], special_tokens=True)
+    phrases: list[Any] = [AddedToken(phrase, normalized=False) for phrase in PHRASES if len(phrase) > 1]
+    tokenizer.add_tokens(phrases)
+    marks: list[Any] = [AddedToken(token, normalized=False, special=True) for token in specials]
+    tokenizer.add_tokens(marks, special_tokens=True)
     return tokenizer
 
 

@@ -54,7 +54,7 @@ def _gemma4(text: dict[str, Any], image: int) -> Any:
             head_dim=16, patch_size=8, position_embedding_size=256, use_clipped_linears=True,
         ),
         text_config=t.Gemma4TextConfig(
-            **text, layer_types=kinds, global_head_dim=48, num_kv_shared_layers=1, use_double_wide_mlp=True,
+            **{**text, "global_head_dim": 48}, layer_types=kinds, num_kv_shared_layers=1, use_double_wide_mlp=True,
             hidden_size_per_layer_input=8, vocab_size_per_layer_input=text["vocab_size"], final_logit_softcapping=30.0,
         ),
         image_token_id=image, video_token_id=image + 1, audio_token_id=image + 2, tie_word_embeddings=False,

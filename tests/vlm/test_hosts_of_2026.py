@@ -197,7 +197,8 @@ def test_text_and_images_of_smolvlm_are_joined_in_one_precision(freeze_vision: b
     """A tower that trains is float32, and the frozen language model is not: the host itself would fail."""
     wanted = recipe("smolvlm", dtype="bfloat16", freeze_vision=freeze_vision)
     model, processor = build_host("smolvlm")
-    host = prepare(model.to(torch.bfloat16), processor, wanted)
+    narrow: Any = model
+    host = prepare(narrow.to(torch.bfloat16), processor, wanted)
     seen: list[torch.dtype] = []
     host.model.model.text_model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     batch = inputs_of(batch_of({"smolvlm": (model, processor)}, "smolvlm", [(140, 140)]))
