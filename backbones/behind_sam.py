@@ -15,7 +15,8 @@ from torch import nn
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.arrangement import ImageTokens
-from sfa_adapters.registry import Backbone, Geometry, pair, pixel_grid, register_backbone
+from sfa_adapters.pixel_grids import pair, pixel_grid
+from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
 
 def map_grid(tower: nn.Module, rows: int, columns: int) -> tuple[int, int]:

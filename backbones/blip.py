@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import Backbone, pixel_layouts, register_backbone
+from sfa_adapters.pixel_grids import pixel_layouts
+from sfa_adapters.registry import Backbone, register_backbone
 from sfa_adapters.stand_in import StandIn, unwrap, wrapping
 
 __all__ = ["BLIP", "MaskedBlipAttention"]

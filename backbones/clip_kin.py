@@ -11,12 +11,8 @@ from torch import nn
 
 from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import (
-    Backbone,
-    pixel_grid,
-    pixel_layouts,
-    register_backbone,
-)
+from sfa_adapters.pixel_grids import pixel_grid, pixel_layouts
+from sfa_adapters.registry import Backbone, register_backbone
 
 MEMBERS = (
     Member("blip_2", "Blip2VisionModel", "Blip2Attention", 1),

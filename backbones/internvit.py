@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.errors import InjectionError
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, config_grid, pixel_layouts, register_backbone
+from sfa_adapters.pixel_grids import config_grid, pixel_layouts
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:

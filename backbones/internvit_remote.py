@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_layouts, register_backbone
+from sfa_adapters.pixel_grids import config_grid, pixel_layouts
+from sfa_adapters.registry import Backbone, Geometry, register_backbone
 from sfa_adapters.stand_in import StandIn, unwrap, wrapping
 
 __all__ = ["INTERNVIT_REMOTE", "MaskedInternAttention"]

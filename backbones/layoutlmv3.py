@@ -12,7 +12,8 @@ from torch import nn
 
 from sfa_adapters.arrangement import ImageTokens, Listed, TokenArrangement
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, image_grid, register_backbone
+from sfa_adapters.pixel_grids import image_grid
+from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
 ARGUMENTS = ("input_ids", "bbox", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values")
 

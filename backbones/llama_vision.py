@@ -18,7 +18,8 @@ from torch import nn
 from sfa_adapters.arrangement import ImageTokens, Listed, Raster, TokenArrangement
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import Backbone, Geometry, config_grid, pixel_grid, register_backbone
+from sfa_adapters.pixel_grids import config_grid, pixel_grid
+from sfa_adapters.registry import Backbone, Geometry, register_backbone
 
 LLAMA4_MEMBERS = (Member("llama4", "Llama4VisionModel", "Llama4VisionAttention"),)
 MLLAMA_MEMBERS = (Member("mllama", "MllamaVisionModel", "MllamaVisionAttention"),)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sfa_adapters import processor_statistics
 from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, image_grid, register_backbone
+from sfa_adapters.pixel_grids import image_grid
+from sfa_adapters.registry import Backbone, Geometry, register_backbone
 from sfa_adapters.stand_in import StandIn, unwrap, wrapping
 
 __all__ = ["OPEN_CLIP", "MaskedMultiheadAttention"]

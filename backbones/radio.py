@@ -13,7 +13,8 @@ from torch import nn
 
 from sfa_adapters.arrangement import ImageTokens, TokenArrangement
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import Backbone, pixel_layouts, register_backbone
+from sfa_adapters.pixel_grids import pixel_layouts
+from sfa_adapters.registry import Backbone, register_backbone
 
 
 def summary_tokens(tower: nn.Module) -> int:

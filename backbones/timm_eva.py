@@ -10,23 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from sfa_adapters.arrangement import ImageTokens
+from sfa_adapters.backbones.timm_vit import geometry, layouts, statistics
 from sfa_adapters.errors import UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, image_grid, register_backbone
-
-
-def geometry(tower: nn.Module) -> Geometry:
-    """Grid and number of prefix tokens (CLS and registers) as the model has them."""
-    model: Any = tower
-    rows, columns = model.patch_embed.grid_size
-    return Geometry(grid=(int(rows), int(columns)), prefix_tokens=int(model.num_prefix_tokens))
-
-
-def layouts(patch_embed: nn.Module, args: tuple[Any, ...], kwargs: Any) -> ImageTokens | None:
-    """The patch embedding gets the image first, as `x`; sizes may vary where the model has `dynamic_img_size`."""
-    embedding: Any = patch_embed
-    grid = image_grid(args[0] if args else kwargs.get("x"), embedding.patch_size)
-    return None if grid is None else ImageTokens(grid)
+from sfa_adapters.registry import Backbone, register_backbone
 
 
 def check(tower: nn.Module) -> None:
@@ -41,13 +27,6 @@ def check(tower: nn.Module) -> None:
             f"{type(tower).__name__} drops patches in training (patch_drop_rate={dropout.prob:g}), so that the place "
             "of a token is not known. Build it with patch_drop_rate=0."
         )
-
-
-def statistics(tower: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As the pretrained configuration has them, or one half."""
-    model: Any = tower
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(settings.get("mean", (0.5, 0.5, 0.5))), tuple(settings.get("std", (0.5, 0.5, 0.5)))
 
 
 TIMM_EVA = register_backbone(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sfa_adapters.arrangement import ImageTokens
 from sfa_adapters.errors import InjectionError
-from sfa_adapters.registry import Backbone, Geometry, PatchSeam, image_grid, register_backbone
+from sfa_adapters.pixel_grids import image_grid
+from sfa_adapters.registry import Backbone, Geometry, PatchSeam, register_backbone
 
 
 def geometry(tower: nn.Module) -> Geometry:

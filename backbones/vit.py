@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import Backbone, pixel_layouts, register_backbone
+from sfa_adapters.pixel_grids import pixel_layouts
+from sfa_adapters.registry import Backbone, register_backbone
 
 
 def cls_and_registers(tower: nn.Module) -> int:

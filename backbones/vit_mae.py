@@ -14,7 +14,8 @@ from torch import nn
 from sfa_adapters.arrangement import ImageTokens, Listed
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.family import Member, attention_patterns, grid_behind_prefix, tower_patterns
-from sfa_adapters.registry import Backbone, pixel_grid, register_backbone
+from sfa_adapters.pixel_grids import pixel_grid
+from sfa_adapters.registry import Backbone, register_backbone
 
 MEMBERS = (Member("vit_mae", "ViTMAEModel", "ViTMAEAttention", 1),)
 

@@ -25,8 +25,8 @@ from sfa_adapters.hosts.placement import skeleton
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.activations import activations_of
 from sfa_adapters.memory.shapes import Lengths, lengths_of
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.recipes.catalog import architecture, find_recipe
-from sfa_adapters.registry import pair
 
 NAMES = ("llava_1_5_7b", "internvl3_5_8b", "qwen2_5_vl_7b", "llava_onevision_7b")
 

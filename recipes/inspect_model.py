@@ -28,7 +28,7 @@ from sfa_adapters.heads.prune import Target, slice_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.inject import Description
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 if TYPE_CHECKING:
     from sfa_adapters.hosts.recipe import Recipe

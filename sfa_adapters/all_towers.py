@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from sfa_adapters.registry import tower_paths
 from sfa_adapters.saved import CONFIG_NAME
 from sfa_adapters.state_keys import plain_path
+from sfa_adapters.tower_search import tower_paths
 from sfa_adapters.tuner import injected_layers
 
 __all__ = ["ALL_TOWERS", "adapters_of_towers", "folders_of_towers", "names_of_towers"]

@@ -16,8 +16,8 @@ from sfa_adapters.adapter_folder import complete_folder
 from sfa_adapters.attention import check_backend
 from sfa_adapters.axial import AXES, LayerHeads, check_start, first_heads, read_heads
 from sfa_adapters.bias import TERMS, check_bias_options
+from sfa_adapters.block_maps import check_block_map, default_block_map
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError, SFAWarning
-from sfa_adapters.layout import check_block_map, default_block_map
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 
 __all__ = ["FORMAT_VERSION", "SFAConfig"]

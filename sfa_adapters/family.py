@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sfa_adapters.registry import Geometry, config_grid, matches
+from sfa_adapters.pixel_grids import config_grid
+from sfa_adapters.registry import Geometry, matches
 
 __all__ = ["Member", "attention_patterns", "grid_behind_prefix", "tower_patterns"]
 

@@ -22,11 +22,11 @@ from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.peft_tuner import SFAModel
-from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.saved import WEIGHTS_NAME, read_scalars, write_scalars
 from sfa_adapters.signature import one_or_each
 from sfa_adapters.state_fit import fit_scalars, watch_state_dicts
 from sfa_adapters.state_keys import PEFT_PREFIX
+from sfa_adapters.tower_search import FoundTower, find_tower
 from sfa_adapters.tuner import (
     add_adapter,
     all_or_nothing,

@@ -14,61 +14,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sfa_adapters.axis_kinds import AxisKinds, axis_of_boxes, axis_of_cells, merge_axes, pad_rows
+from sfa_adapters.block_maps import block_of, check_block_map
 from sfa_adapters.compat import check_versions
 from sfa_adapters.errors import LayoutError
+from sfa_adapters.moved import know_old_names
 
-__all__ = ["AxisKinds", "TokenLayout", "default_block_map"]
+__all__ = ["TokenLayout"]
 
 check_versions()
-
-
-def default_block_map(block_grid: tuple[int, int] = (4, 4)) -> Tensor:
-    """Numbers the cells of a coarse partition of the page, row by row.
-
-    Args:
-        block_grid: Rows and columns of the partition.
-
-    Returns:
-        Integer map `[rows, columns]` with the values 0 .. rows * columns - 1.
-    """
-    return torch.arange(block_grid[0] * block_grid[1]).reshape(block_grid)
-
-
-@dataclass(frozen=True, eq=False)
-class AxisKinds:
-    """The distinct positions of tokens on one axis; on a regular grid these are its rows (or columns).
-
-    Positions are divided by the largest Manhattan distance of their own image, so that images of different sizes
-    share one table and the distance term needs no per-image factor.
-
-    Attributes:
-        index: Which kind each token is, `[N]` or `[B, N]`, int64. Prefix and padding tokens have 0; they are masked
-            later.
-        start: Normalised upper (or left) edge of each kind, `[U]`, float32.
-        extent: Normalised size of each kind, `[U]`, float32.
-    """
-
-    index: Tensor
-    start: Tensor
-    extent: Tensor
-
-    @property
-    def num_kinds(self) -> int:
-        """U, the number of distinct positions."""
-        return self.start.shape[0]
-
-    def overlap(self) -> Tensor:
-        """Share of the shorter token's extent beside the other, `[U, U]` in [0, 1]; 1[row_i = row_j] on a grid."""
-        end = self.start + self.extent
-        # Differences of edges that differ by rounding only must not count as a shared row.
-        shared = torch.minimum(end[:, None], end) - torch.maximum(self.start[:, None], self.start)
-        shorter = torch.minimum(self.extent[:, None], self.extent)
-        return torch.where(shared > 1e-4 * shorter, (shared / shorter).clamp(max=1.0), 0.0).fill_diagonal_(1.0)
-
-    def distance(self) -> Tensor:
-        """Distance of centres along this axis in units of the largest Manhattan distance on the grid, `[U, U]`."""
-        centre = self.start + self.extent / 2
-        return (centre[:, None] - centre).abs()
+know_old_names(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +97,10 @@ class TokenLayout:
         row = torch.arange(height, device=device).repeat_interleave(width)
         column = torch.arange(width, device=device).repeat(height)
         block_map = check_block_map(block_map).to(row.device)
-        block = _block_of(row + 0.5, column + 0.5, height, width, block_map)
+        block = block_of(row + 0.5, column + 0.5, height, width, block_map)
         pad = (prefix_tokens, 0)
-        rows = _axis(torch.nn.functional.pad(row, pad), height, reach)
-        columns = _axis(torch.nn.functional.pad(column, pad), width, reach)
+        rows = axis_of_cells(torch.nn.functional.pad(row, pad), height, reach)
+        columns = axis_of_cells(torch.nn.functional.pad(column, pad), width, reach)
         return cls((height, width), prefix_tokens, torch.nn.functional.pad(block, pad), rows, columns)
 
     @classmethod
@@ -190,9 +145,9 @@ class TokenLayout:
             raise LayoutError(f"A token lies outside the {height}x{width} grid; row + extent must be at most its side.")
         reach = max(height + width - 2, 1)
         centre = start + size / 2
-        block = _block_of(centre[:, 0], centre[:, 1], height, width, check_block_map(block_map).to(row.device))
-        rows = _axis_from_boxes(start[:, 0] / reach, size[:, 0] / reach, prefix_tokens)
-        columns = _axis_from_boxes(start[:, 1] / reach, size[:, 1] / reach, prefix_tokens)
+        block = block_of(centre[:, 0], centre[:, 1], height, width, check_block_map(block_map).to(row.device))
+        rows = axis_of_boxes(start[:, 0] / reach, size[:, 0] / reach, prefix_tokens)
+        columns = axis_of_boxes(start[:, 1] / reach, size[:, 1] / reach, prefix_tokens)
         return cls(grid, prefix_tokens, torch.nn.functional.pad(block, (prefix_tokens, 0)), rows, columns)
 
     @classmethod
@@ -221,17 +176,17 @@ class TokenLayout:
         device = layouts[0].block.device
         lengths = torch.tensor([layout.num_tokens for layout in layouts], device=device)
         padding = torch.arange(total, device=device) >= lengths[:, None]
-        block = _pad_rows([layout.block for layout in layouts], total)
+        block = pad_rows([layout.block for layout in layouts], total)
         grids = tuple(layout.grid for layout in layouts)
-        rows = _merge([layout.rows for layout in layouts], total)
-        columns = _merge([layout.columns for layout in layouts], total)
+        rows = merge_axes([layout.rows for layout in layouts], total)
+        columns = merge_axes([layout.columns for layout in layouts], total)
         marks = [layout.placeless for layout in layouts]
         placeless = None
         if any(mark is not None for mark in marks):
             filled = [
                 torch.zeros_like(p.block, dtype=torch.bool) if p.placeless is None else p.placeless for p in layouts
             ]
-            placeless = _pad_rows(filled, total)
+            placeless = pad_rows(filled, total)
         padding = padding if bool(padding.any()) else None
         return cls(grids, prefixes.pop(), block, rows, columns, padding, placeless)  # pyright: ignore[reportArgumentType]
 
@@ -357,65 +312,3 @@ class TokenLayout:
         columns = replace(self.columns, index=take(self.columns.index))
         padding, placeless = (None if mark is None else take(mark) for mark in (self.padding, self.placeless))
         return TokenLayout(self.grid, keep, take(self.block), rows, columns, padding, placeless)
-
-
-def check_block_map(block_map: Tensor | None) -> Tensor:
-    """Returns a valid block map, the 4x4 partition for None.
-
-    Raises:
-        LayoutError: The map is not a non-empty two-dimensional integer map with values from 0.
-    """
-    if block_map is None:
-        return default_block_map()
-    if block_map.ndim != 2 or block_map.numel() == 0 or block_map.is_floating_point() or block_map.dtype == torch.bool:
-        raise LayoutError(
-            f"block_map must be a non-empty [m, n] integer map; got {tuple(block_map.shape)} {block_map.dtype}."
-        )
-    # A value cannot be looked at inside a compiled graph; maps come here checked by then (`SFAConfig`).
-    if not torch.compiler.is_compiling() and bool((block_map < 0).any()):
-        raise LayoutError(f"Block ids start at 0; block_map holds {int(block_map.min())}.")
-    return block_map.long()
-
-
-def _block_of(row: Tensor, column: Tensor, height: int, width: int, block_map: Tensor) -> Tensor:
-    """Block of the map cell in which each centre lies."""
-    map_row = (row * block_map.shape[0] / max(height, 1)).long().clamp_(0, block_map.shape[0] - 1)
-    map_column = (column * block_map.shape[1] / max(width, 1)).long().clamp_(0, block_map.shape[1] - 1)
-    return block_map[map_row, map_column]
-
-
-def _axis(index: Tensor, cells: int, reach: int) -> AxisKinds:
-    # A grid without cells (prefix tokens only) keeps one kind, so that tables are never empty.
-    start = torch.arange(max(cells, 1), device=index.device, dtype=torch.float32) / reach
-    return AxisKinds(index, start, torch.full_like(start, 1.0 / reach))
-
-
-def _axis_from_boxes(start: Tensor, extent: Tensor, prefix_tokens: int) -> AxisKinds:
-    if start.numel() == 0:
-        return _axis(torch.zeros(prefix_tokens, dtype=torch.long, device=start.device), 1, 1)
-    kinds, index = _distinct(torch.stack((start, extent), dim=-1).float())
-    return AxisKinds(torch.nn.functional.pad(index, (prefix_tokens, 0)), kinds[:, 0].clone(), kinds[:, 1].clone())
-
-
-def _distinct(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows of fp32 `[N, 2]`, and which of them each row is.
-
-    Two fp32 numbers are one int64; unique over numbers is many times as fast as over rows (`dim=0`).
-    """
-    codes = (pairs + 0.0).view(torch.int64)[:, 0]  # minus zero is zero
-    kinds, index = torch.unique(codes, return_inverse=True)
-    return kinds[:, None].view(torch.float32), index
-
-
-def _pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
-    """Rows of different lengths as one matrix, `[B, length]`, zeros behind each."""
-    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows])
-
-
-def _merge(axes: Sequence[AxisKinds], length: int) -> AxisKinds:
-    """One table of kinds for all images of a batch."""
-    pairs = torch.cat([torch.stack((axis.start, axis.extent), dim=-1) for axis in axes])
-    kinds, inverse = _distinct(pairs)
-    renamed = [part[axis.index] for part, axis in zip(inverse.split([a.num_kinds for a in axes]), axes, strict=True)]
-    index = _pad_rows(renamed, length)
-    return AxisKinds(index, kinds[:, 0].clone(), kinds[:, 1].clone())

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from sfa_adapters.attention import Backend, attend, check_backend
 from sfa_adapters.axial import Init
 from sfa_adapters.bias import TERMS, StructuralBias, Term
+from sfa_adapters.block_maps import default_block_map
 from sfa_adapters.errors import InjectionError, LayoutError
-from sfa_adapters.layout import TokenLayout, default_block_map
+from sfa_adapters.layout import TokenLayout
 
 __all__ = ["SFAAttention"]
 

@@ -68,6 +68,11 @@ MODULES: Mapping[str, str] = {
 _PRUNED = (
     "PrunedFacts>PrunedMetadata folder_facts>folder_metadata plan_facts>plan_metadata pruned_facts>pruned_metadata"
 )
+_SEARCH = "FoundTower>tower_search.FoundTower find_tower>tower_search.find_tower tower_paths>tower_search.tower_paths "
+_GRIDS = (
+    "config_grid>pixel_grids.config_grid image_grid>pixel_grids.image_grid pair>pixel_grids.pair "
+    "pixel_grid>pixel_grids.pixel_grid pixel_layouts>pixel_grids.pixel_layouts"
+)
 _RUN = "RunFacts>RunMetadata read_facts>read_run_metadata write_facts>write_run_metadata"
 # By the old path of a module: names that are not at its new place, or are called otherwise there, and their new path.
 NAMES: Mapping[str, Mapping[str, str]] = {
@@ -79,12 +84,14 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         ("heads", "heads", "whole>unpruned"),
         ("heads.metadata", "heads.metadata", _PRUNED),
         ("heads.snapshot", "heads.snapshot", "whole>unpruned"),
+        ("layout", "block_maps", "default_block_map"),
         ("recipes.analyze", "recipes.analyze.measure", "run_dominance run_entropy run_hallucination run_map"),
         ("recipes.demo", "recipes.demo.run", "FILES DemoConfig DemoError run_demo"),
         ("recipes.demo_options", "recipes.demo.host", "RELOADED load_host reloaded save_trained"),
         ("recipes.own_host", "hosts.user_supplied", "load_own>load_user_model own_prompt>user_prompt"),
         ("reduction.asking", "reduction.fastv.query_rows", "asking_rows>query_rows"),
         ("reduction.image_tokens", "vlm.parts", "Decoder find_decoder image_token_ids"),
+        ("registry", "", _SEARCH + _GRIDS),
         ("sharing", "sharing", _RUN),
         ("sharing.run_metadata", "sharing.run_metadata", _RUN),
         ("training.census", "memory.weights", "Census>ParameterCounts take_census>count_parameters"),

@@ -29,7 +29,7 @@ from sfa_adapters.hooks import attached_while
 from sfa_adapters.mask import LazyMask
 from sfa_adapters.packing import PackedMask
 from sfa_adapters.readers import Reader
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["Observation", "attention_modules", "observe"]
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfa_adapters.arrangement import ImageTokens, TokenArrangement
-from sfa_adapters.layout import TokenLayout, check_block_map
+from sfa_adapters.block_maps import check_block_map
+from sfa_adapters.layout import TokenLayout
 
 __all__ = ["DescribedSegments", "grid_layouts", "segment_arrangements"]
 

@@ -25,12 +25,13 @@ from sfa_adapters.layer import (
     attach_layer,
     detach_layer,
 )
-from sfa_adapters.registry import FoundTower, Geometry, find_tower, registered_backbones
+from sfa_adapters.registry import Geometry, registered_backbones
 from sfa_adapters.scalars import execution_device
 from sfa_adapters.signature import check_same_tower, one_or_each
 from sfa_adapters.state_keys import plain_path
 from sfa_adapters.tower import SFA, TowerState
 from sfa_adapters.tower_hooks import hook_tower, unhook_idle_towers
+from sfa_adapters.tower_search import FoundTower, find_tower
 
 __all__ = [
     "LOAD_HOOK",

@@ -6,7 +6,7 @@ import numpy as np
 
 from sfa_adapters import processor_statistics
 from sfa_adapters.normalisation import image_statistics
-from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_search import FoundTower, find_tower
 from tests.support.hosts import HOSTS
 
 CASES = {case.name: case for case in HOSTS}

@@ -13,7 +13,8 @@ from sfa_adapters import registry
 from sfa_adapters.arrangement import Windows
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.layout import TokenLayout
-from sfa_adapters.registry import Backbone, pixel_grid, registered_backbones
+from sfa_adapters.pixel_grids import pixel_grid
+from sfa_adapters.registry import Backbone, registered_backbones
 from tests.support import compare
 from tests.support.towers import CASES, TowerCase
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from sfa_adapters import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError, WeightsError
-from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.tuner import injected_layers
 from tests.support import compare
 from tests.support.hosts import IMAGE, TEXT, VISION

@@ -10,8 +10,8 @@ import torch
 
 from sfa_adapters.forward_hooks import hidden_states_of
 from sfa_adapters.hooks import detach_all, features_of
-from sfa_adapters.registry import find_tower
 from sfa_adapters.tower_input import TowerInput, watch_input, watching_input
+from sfa_adapters.tower_search import find_tower
 from tests.support.compare import read
 from tests.support.towers import CASES, TowerCase, every_tower
 

@@ -20,7 +20,7 @@ from sfa_adapters.images import as_image
 from sfa_adapters.reduction.dymu.calibrate import calibrate_dymu, see_images
 from sfa_adapters.reduction.dymu.config import DyMUConfig, save_dymu
 from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu, token_counts
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["run_calibrate_dymu"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.registry import pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.records import register_vlm
 from sfa_adapters.vlm.sizes import (
     FLOAT,

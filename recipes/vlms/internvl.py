@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfa_adapters.registry import pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.records import register_vlm
 from sfa_adapters.vlm.sizes import FLOAT, Lengths, MemoryRules, Precision, Widths, vit_layer, vit_widths
 from sfa_adapters.vlm.spec import ImageRules, ImageTokens, VLMSpec

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sfa_adapters.registry import pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.page import Page, padded_to_square
 from sfa_adapters.vlm.records import register_vlm
 from sfa_adapters.vlm.sizes import Lengths, MemoryRules, Precision, Widths, mlp_projector, vit_layer, vit_widths

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from sfa_adapters.errors import RecipeError
-from sfa_adapters.registry import pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.records import register_vlm
 from sfa_adapters.vlm.sizes import FLOAT, TEXT_TOKENS, Lengths, MemoryRules, Precision, vit_layer, vit_widths
 from sfa_adapters.vlm.spec import ImageRules, ImageTokens, VLMSpec

@@ -24,7 +24,7 @@ from sfa_adapters.adat.scorers import Scorer, score
 from sfa_adapters.compat import with_encoded_images
 from sfa_adapters.errors import InjectionError, PlanError
 from sfa_adapters.normalisation import image_statistics
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.parts import still_image_id
 
 __all__ = ["GroupPolicy", "drop_blank_groups"]

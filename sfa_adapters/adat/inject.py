@@ -25,8 +25,8 @@ from sfa_adapters.errors import InjectionError
 from sfa_adapters.forward_hooks import watch_forwards
 from sfa_adapters.hooks import attach, detach_all, features_of, state_of
 from sfa_adapters.mask_argument import attach_to_attention
-from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
+from sfa_adapters.tower_search import FoundTower, find_tower
 from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["eject_adat", "inject_adat", "latest_plans", "token_padding"]

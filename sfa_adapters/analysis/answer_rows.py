@@ -15,7 +15,7 @@ from sfa_adapters.errors import DataError, NoMatchingBackboneError, ObservationE
 from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import RowProbabilities
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["answer_attention"]
 

@@ -13,8 +13,8 @@ from sfa_adapters.errors import DataError, ObservationError
 from sfa_adapters.moved import know_old_names
 from sfa_adapters.observe import CallReader, Modules, attention_modules, observe
 from sfa_adapters.readers import Reader
-from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import TowerInput, watching_input
+from sfa_adapters.tower_search import FoundTower, find_tower
 
 __all__ = [
     "Heads",

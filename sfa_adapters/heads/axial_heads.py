@@ -17,7 +17,7 @@ from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.axis_affinity import axis_affinity
 from sfa_adapters.heads.gate_energy import gate_energy
 from sfa_adapters.hooks import state_of
-from sfa_adapters.registry import FoundTower, find_tower
+from sfa_adapters.tower_search import FoundTower, find_tower
 
 __all__ = ["By", "calibrate_axial"]
 

@@ -14,7 +14,7 @@ from sfa_adapters.heads.page_layouts import layouts_of
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import Reader
-from sfa_adapters.registry import FoundTower
+from sfa_adapters.tower_search import FoundTower
 
 __all__ = ["AxisMass", "axis_affinity"]
 

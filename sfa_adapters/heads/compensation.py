@@ -25,7 +25,7 @@ from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.heads.kinds import HeadGeometry, base_linear
 from sfa_adapters.heads.layers import entering
 from sfa_adapters.heads.slicing import Edits, channels
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["COMPENSATIONS", "Compensation", "add_mean_bias", "check_compensation", "mean_inputs", "move_residual"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfa_adapters.errors import ObservationError
 from sfa_adapters.heads.layers import entering, head_layer
-from sfa_adapters.registry import FoundTower
+from sfa_adapters.tower_search import FoundTower
 
 __all__ = ["gate_energy"]
 

@@ -16,7 +16,7 @@ from sfa_adapters.analysis.prompts import decoder_layers
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hooks import attached_while
 from sfa_adapters.observe import attention_modules
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["HeadLayer", "entering", "head_layer", "head_layers", "model_identity", "weights_digest"]
 

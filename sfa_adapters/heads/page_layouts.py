@@ -13,8 +13,8 @@ from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.hooks import features_of
 from sfa_adapters.layout import TokenLayout
-from sfa_adapters.registry import FoundTower
 from sfa_adapters.tower_input import TowerInput, watching_input
+from sfa_adapters.tower_search import FoundTower
 
 __all__ = ["layouts_of"]
 

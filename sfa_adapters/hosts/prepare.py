@@ -20,7 +20,7 @@ from sfa_adapters.hosts.join_dtype import join_in_one_dtype
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.hosts.spec import Part, Places, VLMSpec
 from sfa_adapters.inject import inject_sfa
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.records import vlm_spec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from sfa_adapters.attention import HEAD_WIDTHS
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
-from sfa_adapters.registry import pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.records import vlm_spec
 from sfa_adapters.vlm.sizes import TEXT_TOKENS, Lengths, MemoryRules, Widths
 

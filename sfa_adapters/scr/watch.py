@@ -14,10 +14,10 @@ from sfa_adapters.attention_call import AttentionCall
 from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.observe import attention_modules, observe
-from sfa_adapters.registry import find_tower
 from sfa_adapters.scr.augment import Statistics
 from sfa_adapters.scr.config import SCRConfig
 from sfa_adapters.tower_input import TowerInput, watching_input
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.parts import image_token_side, still_image_id
 from sfa_adapters.vlm.records import find_spec
 

@@ -13,8 +13,8 @@ from sfa_adapters.bias import BiasFactors
 from sfa_adapters.errors import BiasNotAppliedError
 from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.layer import SFALayer
-from sfa_adapters.registry import FoundTower
 from sfa_adapters.sharing import baked
+from sfa_adapters.tower_search import FoundTower
 
 __all__ = ["difference_of"]
 

@@ -30,12 +30,13 @@ from sfa_adapters.heads.metadata import pruned_metadata
 from sfa_adapters.hooks import features_of
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.layout import TokenLayout
-from sfa_adapters.registry import FoundTower, find_tower, pair
+from sfa_adapters.pixel_grids import pair
 from sfa_adapters.sharing import baked
 from sfa_adapters.sharing.baked_card import baked_card
 from sfa_adapters.sharing.baked_check import difference_of
 from sfa_adapters.sharing.folders import new_folder
 from sfa_adapters.sharing.weights import floating_dtype, plain_state_dict
+from sfa_adapters.tower_search import FoundTower, find_tower
 from sfa_adapters.tuner import injected_layers
 
 __all__ = ["BakedExport", "Form", "export_baked"]

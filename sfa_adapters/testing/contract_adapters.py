@@ -16,11 +16,11 @@ from torch import nn
 
 from sfa_adapters.errors import AdapterMismatchError
 from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
-from sfa_adapters.registry import find_tower
 from sfa_adapters.testing import compare
 from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.registered import small_towers
 from sfa_adapters.testing.suite import Suite
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["AdapterContract"]
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sfa_adapters.inject import describe, eject_sfa, inject_sfa
 from sfa_adapters.layer import SFALayer
-from sfa_adapters.registry import find_tower, registered_backbones
+from sfa_adapters.registry import registered_backbones
 from sfa_adapters.testing import compare
 from sfa_adapters.testing.cases import Inputs, TowerCase
 from sfa_adapters.testing.reference import SlowAttention, arguments_by_name, phis_of_call
 from sfa_adapters.testing.suite import Suite, needs
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.tuner import injected_layers
 
 __all__ = ["BiasContract"]

@@ -21,8 +21,8 @@ from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.predict import predict_memory
 from sfa_adapters.memory.shapes import lengths_of
 from sfa_adapters.memory.weights import count_parameters
-from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.host_suite import PAGES, HostSuite, examples
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.parts import find_decoder, image_token_ids
 from sfa_adapters.vlm.records import find_spec
 from sfa_adapters.vlm.spec import VLMSpec

@@ -11,7 +11,7 @@ from torch import nn
 
 from sfa_adapters.errors import RecipeError, SFAError
 from sfa_adapters.layer import CHILD_NAME
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.parts import find_decoder
 
 __all__ = ["Part", "Places", "read_places"]

@@ -14,7 +14,7 @@ from sfa_adapters.arrangement import MergeGroups, Raster, Windows
 from sfa_adapters.errors import InjectionError, PlanError
 from sfa_adapters.normalisation import image_statistics
 from sfa_adapters.patch_groups import PatchGroups
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from tests.adat.test_groups import _Hidden
 from tests.support.compare import assert_close, difference, strong_config
 from tests.support.hosts import IMAGE

@@ -22,7 +22,7 @@ from sfa_adapters.adat.tokenizer import AdatState
 from sfa_adapters.errors import InjectionError, LayoutError, NoMatchingBackboneError, PlanError
 from sfa_adapters.recipes.nano.encode import encode
 from sfa_adapters.recipes.nano.models import HOSTS, HostName, build_nano
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from tests.support.compare import (
     assert_close,
     assert_same_gradients,

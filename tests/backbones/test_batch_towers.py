@@ -12,8 +12,9 @@ from torch import nn
 
 from sfa_adapters import describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import LayoutError, UnsupportedAttentionError
-from sfa_adapters.registry import Backbone, Geometry, find_tower
+from sfa_adapters.registry import Backbone, Geometry
 from sfa_adapters.testing.cases import images, lively
+from sfa_adapters.tower_search import find_tower
 from tests.support import compare
 
 SMALL: dict[str, Any] = {

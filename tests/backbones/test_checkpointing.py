@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from sfa_adapters import inject_sfa
 from sfa_adapters.adat import inject_adat, latest_plans
 from sfa_adapters.errors import LayoutError, TrainingError
-from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.contract_checkpointing import checkpoint_part, gradients_after
 from sfa_adapters.testing.suite import reentrant_or_not
+from sfa_adapters.tower_search import find_tower
 from tests.adat.test_inject import mixed
 from tests.support import compare
 from tests.support.towers import CASES, TowerCase, set_checkpointing

@@ -13,11 +13,11 @@ from sfa_adapters import inject_sfa
 from sfa_adapters.arrangement import ImageTokens, MergeGroups, TokenArrangement
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.heads.page_layouts import layouts_of
-from sfa_adapters.registry import find_tower
 from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.towers_minicpm import MINICPM_VIT
 from sfa_adapters.testing.towers_navit import NAVIT, NAVIT_RASTER, NAVIT_WINDOWS
 from sfa_adapters.tower_input import TowerInput, watching_input
+from sfa_adapters.tower_search import find_tower
 from tests.support import compare
 
 CASES = {case.name: case for case in (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)}

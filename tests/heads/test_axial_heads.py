@@ -20,7 +20,7 @@ from sfa_adapters.heads.page_layouts import layouts_of
 from sfa_adapters.observe import observe
 from sfa_adapters.readers import RowProbabilities
 from sfa_adapters.recipes.nano.models import build_nano
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.tuner import injected_layers
 from tests.support import compare
 from tests.support.towers import CASES, Inputs, TowerCase, set_eager

@@ -18,10 +18,10 @@ from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneErr
 from sfa_adapters.readers import RowEntropy
 from sfa_adapters.recipes.nano.encode import encode_packed
 from sfa_adapters.recipes.nano.models import build_nano
-from sfa_adapters.registry import find_tower
 from sfa_adapters.scr import SCRConfig, SCRLoss, SCRTrainerMixin
 from sfa_adapters.scr.augment import change_pixels
 from sfa_adapters.scr.targets import packed_evidence
+from sfa_adapters.tower_search import find_tower
 from tests.support.compare import assert_close, strong_config
 from tests.support.hosts import HOSTS, HostCase
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.layer import SFALayer
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from tests.support.hosts import HOSTS, IMAGE, HostCase
 from tests.support.reference import Place, layer_phi, merge_heads, project
 

@@ -15,7 +15,7 @@ from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.shapes import vision_widths
 from sfa_adapters.recipes.nano.hosts import build_host
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 from sfa_adapters.vlm.records import vlm_spec
 from sfa_adapters.vlm.sizes import Lengths, MemoryRules, Precision, read_layers
 

@@ -19,7 +19,7 @@ from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import dymu_state, eject_dymu, inject_dymu, tower_signature
 from sfa_adapters.reduction.dymu.merging import Pairs
-from sfa_adapters.registry import find_tower
+from sfa_adapters.tower_search import find_tower
 
 __all__ = ["calibrate_dymu", "see_images", "threshold_of"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.tower import TowerState
-from sfa_adapters.registry import FoundTower
+from sfa_adapters.tower_search import FoundTower
 from sfa_adapters.vlm.parts import find_decoder
 from sfa_adapters.vlm.records import find_spec, registered_vlms
 

@@ -37,8 +37,8 @@ from sfa_adapters.reduction.dymu.logical_rope import (
 from sfa_adapters.reduction.dymu.tower import DYMU, TowerState
 from sfa_adapters.reduction.dymu.vtu import check_language_model, rotary_hook, rotated_hook
 from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
-from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
+from sfa_adapters.tower_search import FoundTower, find_tower
 from sfa_adapters.vlm.records import check_allowed
 
 __all__ = ["TokenCounts", "dymu_state", "eject_dymu", "inject_dymu", "token_counts", "tower_signature"]

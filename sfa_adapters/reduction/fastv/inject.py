@@ -20,8 +20,8 @@ from sfa_adapters.reduction.fastv.prune_at_input import enter_decoder
 from sfa_adapters.reduction.fastv.selectors import Selector, check_selector, needs_attention
 from sfa_adapters.reduction.fastv.token_density import PACK, density_packer
 from sfa_adapters.reduction.image_tokens import DENSITY_BESIDE_DYMU
-from sfa_adapters.registry import FoundTower, find_tower
 from sfa_adapters.tower_input import watch_input
+from sfa_adapters.tower_search import FoundTower, find_tower
 from sfa_adapters.vlm.parts import Decoder, find_decoder, image_token_ids
 from sfa_adapters.vlm.records import check_allowed, find_spec
 

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sfa_adapters import Backbone, register_backbone
 from sfa_adapters.arrangement import ImageTokens
-from sfa_adapters.registry import Geometry, image_grid
+from sfa_adapters.pixel_grids import image_grid
+from sfa_adapters.registry import Geometry
 
 WIDTH, HEADS, PATCH = 16, 2, 8
 
