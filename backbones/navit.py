@@ -23,7 +23,7 @@ from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, W
 from sfa_adapters.attention_contract import parameter_names
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.patch_groups import PatchGroups
-from sfa_adapters.registry import Backbone, Geometry, register_backbone
+from sfa_adapters.registry import Backbone, Geometry, Layouts, register_backbone
 
 # A tower with its attention, by the module of `transformers.models` that they stand in.
 MERGE_GROUPS = """
@@ -223,55 +223,26 @@ def patch_groups(tower: nn.Module) -> PatchGroups | None:
     return PatchGroups(order, side, int(config.patch_size))
 
 
-NAVIT = register_backbone(
-    Backbone(
-        name="navit",
-        towers=_patterns(MERGE_GROUPS, 1),
-        attentions=_patterns(MERGE_GROUPS, 2),
-        geometry=geometry,
-        layouts=_merge_groups,
-        joined="segments",
-        statistics=statistics,
-        patch_groups=patch_groups,
-        small_towers="sfa_adapters.testing.towers_navit:NAVIT",
+def _record(name: str, table: str, layouts: Layouts, small_towers: str, **more: Any) -> Backbone:
+    """The record of the towers of a table, which differ in the order of their tokens."""
+    return register_backbone(
+        Backbone(
+            name=name,
+            towers=_patterns(table, 1),
+            attentions=_patterns(table, 2),
+            geometry=geometry,
+            layouts=layouts,
+            joined="segments",
+            statistics=statistics,
+            patch_groups=patch_groups,
+            small_towers=f"sfa_adapters.testing.{small_towers}",
+            **more,
+        )
     )
-)
-NAVIT_RASTER = register_backbone(
-    Backbone(
-        name="navit_raster",
-        towers=_patterns(RASTER, 1),
-        attentions=_patterns(RASTER, 2),
-        geometry=geometry,
-        layouts=_raster,
-        joined="segments",
-        statistics=statistics,
-        patch_groups=patch_groups,
-        small_towers="sfa_adapters.testing.towers_navit:NAVIT_RASTER",
-    )
-)
-# Adapters of Qwen2.5-VL are saved under this name.
-QWEN2_5_VIT = register_backbone(
-    Backbone(
-        name="qwen2_5_vit",
-        towers=_patterns(QWEN2_5, 1),
-        attentions=_patterns(QWEN2_5, 2),
-        geometry=geometry,
-        layouts=_windows,
-        joined="segments",
-        statistics=statistics,
-        patch_groups=patch_groups,
-        token_reduction=True,
-        small_towers="sfa_adapters.testing.towers_qwen:QWEN_VIT",
-    )
-)
-NAVIT_WINDOWS = register_backbone(
-    Backbone(
-        name="navit_windows",
-        towers=_patterns(WINDOWS, 1),
-        attentions=_patterns(WINDOWS, 2),
-        geometry=geometry,
-        layouts=_windows,
-        joined="segments",
-        small_towers="sfa_adapters.testing.towers_navit:NAVIT_WINDOWS",
-    )
-)
+
+
+NAVIT = _record("navit", MERGE_GROUPS, _merge_groups, "towers_navit:NAVIT")
+NAVIT_RASTER = _record("navit_raster", RASTER, _raster, "towers_navit:NAVIT_RASTER")
+# Adapters of Qwen2.5-VL are saved under this name. DyMU knows its windows and its merger.
+QWEN2_5_VIT = _record("qwen2_5_vit", QWEN2_5, _windows, "towers_qwen:QWEN_VIT", token_reduction=True)
+NAVIT_WINDOWS = _record("navit_windows", WINDOWS, _windows, "towers_navit:NAVIT_WINDOWS")

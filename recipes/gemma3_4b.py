@@ -15,12 +15,10 @@ Measured:   nothing on the full-size host.
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -61,8 +59,7 @@ def architecture() -> Gemma3Config:
 
 def main() -> None:
     """`sfa train gemma3_4b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "gemma3_4b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("gemma3_4b")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ Measured:   nothing on the full-size host. --nano, from nothing to the model car
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import Gemma4AudioConfig, Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -58,8 +56,7 @@ def architecture() -> Gemma4Config:
 
 def main() -> None:
     """`sfa train gemma4_e2b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "gemma4_e2b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("gemma4_e2b")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ Sources:    its config.json and preprocessor_config.json, as public repositories
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import GlmOcrConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -60,8 +58,7 @@ def architecture() -> GlmOcrConfig:
 
 def main() -> None:
     """`sfa train glm_ocr` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "glm_ocr"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("glm_ocr")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ Measured:   nothing on the full-size host.
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import Idefics3Config, LlamaConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -64,8 +62,7 @@ def architecture() -> Idefics3Config:
 
 def main() -> None:
     """`sfa train granite_docling_258m` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "granite_docling_258m"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("granite_docling_258m")
 
 
 if __name__ == "__main__":

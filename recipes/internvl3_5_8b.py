@@ -10,12 +10,10 @@ Measured:   nothing on the full-size host. --nano, from nothing to the model car
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen3Config
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "published", "recipe"]
 
@@ -70,8 +68,7 @@ def architecture() -> InternVLConfig:
 
 def main() -> None:
     """`sfa train internvl3_5_8b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "internvl3_5_8b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("internvl3_5_8b")
 
 
 if __name__ == "__main__":

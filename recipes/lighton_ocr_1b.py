@@ -13,12 +13,10 @@ Measured:   nothing on the full-size host. --nano, from nothing to the model car
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import LightOnOcrConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -35,8 +33,7 @@ def architecture() -> LightOnOcrConfig:
 
 def main() -> None:
     """`sfa train lighton_ocr_1b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "lighton_ocr_1b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("lighton_ocr_1b")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ Measured:   nothing on the full-size host. --nano, from nothing to the model car
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -55,8 +53,7 @@ def architecture() -> LlavaOnevisionConfig:
 
 def main() -> None:
     """`sfa train llava_onevision_7b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "llava_onevision_7b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("llava_onevision_7b")
 
 
 if __name__ == "__main__":

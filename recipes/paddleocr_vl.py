@@ -12,12 +12,10 @@ Sources:    the defaults of transformers' PaddleOCRVLConfig, which name this che
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import PaddleOCRVLConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -53,8 +51,7 @@ def architecture() -> PaddleOCRVLConfig:
 
 def main() -> None:
     """`sfa train paddleocr_vl` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "paddleocr_vl"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("paddleocr_vl")
 
 
 if __name__ == "__main__":

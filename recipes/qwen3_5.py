@@ -17,14 +17,13 @@ Sources:    0.8B and 4B: their config.json, as public repositories quote it. 2B:
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Mapping
 from typing import Literal
 
 from transformers import Qwen3_5Config
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["SIZES", "Size", "architecture", "main", "recipe"]
 
@@ -87,8 +86,7 @@ def architecture(size: Size) -> Qwen3_5Config:
 
 def main() -> None:
     """`sfa train qwen3_5_0_8b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "qwen3_5_0_8b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("qwen3_5_0_8b")
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ Sources:    4B: its config.json, which several public repositories quote in full
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import Qwen3VLConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["SIZES", "Size", "architecture", "main", "recipe"]
 
@@ -91,8 +90,7 @@ def architecture(size: Size) -> Qwen3VLConfig:
 
 def main() -> None:
     """`sfa train qwen3_vl_2b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "qwen3_vl_2b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("qwen3_vl_2b")
 
 
 if __name__ == "__main__":

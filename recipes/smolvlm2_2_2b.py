@@ -12,12 +12,10 @@ Measured:   nothing on the full-size host.
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import LlamaConfig, SmolVLMConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -62,8 +60,7 @@ def architecture() -> SmolVLMConfig:
 
 def main() -> None:
     """`sfa train smolvlm2_2_2b` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "smolvlm2_2_2b"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("smolvlm2_2_2b")
 
 
 if __name__ == "__main__":

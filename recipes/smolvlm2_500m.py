@@ -11,12 +11,10 @@ Measured:   nothing on the full-size host. --nano, from nothing to the model car
 
 from __future__ import annotations
 
-import runpy
-import sys
-
 from transformers import LlamaConfig, SmolVLMConfig
 
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.recipes.as_command import train_as_command
 
 __all__ = ["architecture", "main", "recipe"]
 
@@ -61,8 +59,7 @@ def architecture() -> SmolVLMConfig:
 
 def main() -> None:
     """`sfa train smolvlm2_500m` with the arguments of the command line."""
-    sys.argv[1:1] = ["train", "smolvlm2_500m"]
-    runpy.run_module("sfa_adapters", run_name="__main__")
+    train_as_command("smolvlm2_500m")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ COVERED_BY = {
     "recipes/analyze/measure": "cli/test_analyze",
     "recipes/analyze/options": "cli/test_analyze",
     "recipes/analyze/predictions": "analysis/test_hallucination",
+    "recipes/as_command": "recipes/test_catalog",
     "recipes/bench/device": "recipes/bench/test_heads",
     "recipes/bench/heads_figure": "recipes/bench/test_heads",
     "recipes/bench/heads_quality": "recipes/bench/test_heads",
