@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sfa_adapters.class_names import qualified_name
 from sfa_adapters.errors import InjectionError, SFAError
 from sfa_adapters.refusals import refusal_of
-from sfa_adapters.registry import qualified_name, registered_backbones
+from sfa_adapters.registry import registered_backbones
 from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.registered import towers_or_reasons
 from sfa_adapters.tower_search import FoundTower, find_tower
