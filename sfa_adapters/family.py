@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sfa_adapters.class_names import matches
 from sfa_adapters.pixel_grids import config_grid
-from sfa_adapters.registry import Geometry, matches
+from sfa_adapters.registry import Geometry
 
 __all__ = ["Member", "attention_patterns", "grid_behind_prefix", "tower_patterns"]
 
