@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sfa_adapters.errors import UnknownInterfaceError, UntestedVersionWarning
@@ -30,6 +31,7 @@ __all__ = [
     "checkpoint_activations",
     "encoded_images",
     "flop_counter",
+    "has_vision_model",
     "loss_is_scaled",
     "with_cache",
     "with_encoded_images",
@@ -43,6 +45,10 @@ TESTED = {
     "peft": ("0.19", "0.22"),
     "timm": ("1.0.26", "1.1"),
 }
+
+# Models whose towers are in transformers before they work: the release that mended them. Before it MiniCPM-V took
+# images of one size only, and the attention of MiniMax M3 was not told where one image ends.
+MENDED = {"minicpmv4_6": "5.19", "minimax_m3_vl": "5.23"}
 
 # -- versions ---------------------------------------------------------------------------------------------------------
 
@@ -70,6 +76,16 @@ def check_versions() -> None:
                 UntestedVersionWarning,
                 stacklevel=2,
             )
+
+
+def has_vision_model(folder: str) -> bool:
+    """Whether the installed transformers has a model, in a release in which its tower works.
+
+    Args:
+        folder: Its folder in `transformers.models`.
+    """
+    there = find_spec(f"transformers.models.{folder}") is not None
+    return there and _release(version("transformers")) >= _release(MENDED.get(folder, "0"))
 
 
 def _release(text: str) -> tuple[int, ...]:

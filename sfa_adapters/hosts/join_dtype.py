@@ -55,6 +55,8 @@ def join_in_one_dtype(model: nn.Module, places: Places) -> None:
     language_model: Any = model.get_submodule(places.language_model)
     state = JoinState(core, language_model.get_input_embeddings())
     attach(state.embedding, JOIN, state, post=_widen)
+    for projector in places.projector:  # before transformers 5.21 nobody cast what autocast made of them
+        attach(model.get_submodule(projector), JOIN, state, post=_widen)
     attach(language_model, JOIN, state, pre=_narrow)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sfa_adapters.testing.cases import TowerCase
+from sfa_adapters.testing.cases import NoTower, TowerCase
 from sfa_adapters.testing.contract_adapters import AdapterContract
 from sfa_adapters.testing.contract_bias import BiasContract
 from sfa_adapters.testing.contract_checkpointing import CheckpointingContract
 from sfa_adapters.testing.contract_training import TrainingContract
-from sfa_adapters.testing.registered import NoTower, towers_or_reasons
+from sfa_adapters.testing.registered import towers_or_reasons
 
 __all__ = ["BackboneContract", "backbone_contract"]
 

@@ -14,10 +14,12 @@ from sfa_adapters.errors import ContractError
 __all__ = [
     "Grid",
     "Inputs",
+    "NoTower",
     "Place",
     "TowerCase",
     "images",
     "lively",
+    "or_no_tower",
     "read_hidden",
     "split_batch",
     "turn_images",
@@ -63,6 +65,35 @@ def turn_images(inputs: Inputs) -> Inputs:
         name: value.transpose(-1, -2).contiguous() if isinstance(value, Tensor) and value.ndim == 4 else value
         for name, value in inputs.items()
     }
+
+
+@dataclass(frozen=True)
+class NoTower:
+    """A registered backbone without a small tower for the suite.
+
+    Attributes:
+        name: Of the backbone.
+        reason: What is missing, and what to do.
+        library: The library to install, where one is missing or too old; else the record is incomplete.
+    """
+
+    name: str
+    reason: str
+    library: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def or_no_tower(backbone: str, cases: Sequence[TowerCase]) -> tuple[TowerCase | NoTower, ...]:
+    """The cases of a family of transformers, or the reason where the installed release has no member of it.
+
+    Args:
+        backbone: Name of their record.
+        cases: Those of the members that are there and work.
+    """
+    reason = f"The installed transformers has no tower of backbone {backbone!r} that works; install a newer one."
+    return tuple(cases) or (NoTower(backbone, reason, "transformers"),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.compat import has_vision_model
 from sfa_adapters.testing.cases import Grid, Inputs, Place, TowerCase, lively
 from sfa_adapters.testing.towers_transformers import set_checkpointing, set_eager
 
@@ -82,7 +82,7 @@ class SmallTower:
     @property
     def installed(self) -> bool:
         """Whether the installed transformers has this model."""
-        return find_spec(f"transformers.models.{self.model}") is not None
+        return has_vision_model(self.model)
 
     def class_of(self) -> type[nn.Module]:
         """The class of the tower."""

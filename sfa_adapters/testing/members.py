@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from torch import nn
 
-from sfa_adapters.testing.cases import Grid, Inputs, TowerCase, lively
+from sfa_adapters.compat import has_vision_model
+from sfa_adapters.testing.cases import Grid, Inputs, NoTower, TowerCase, lively, or_no_tower
 
 __all__ = ["Small", "grids_of_patches", "installed"]
 
@@ -33,8 +33,8 @@ class Small:
 
     @property
     def there(self) -> bool:
-        """Whether the installed transformers has it."""
-        return find_spec(f"transformers.models.{self.module.partition('.')[0]}") is not None
+        """Whether the installed transformers has it, and it works."""
+        return has_vision_model(self.module.partition(".")[0])
 
     def build(self, options: Mapping[str, Any]) -> nn.Module:
         """The tower, with random weights."""
@@ -52,8 +52,10 @@ class Small:
 
 def installed(
     backbone: str, options: Mapping[str, Any], common: Mapping[str, Any], members: Sequence[Small]
-) -> tuple[TowerCase, ...]:
+) -> tuple[TowerCase | NoTower, ...]:
     """The cases of those members that the installed transformers has; the first is the one that runs by default.
+
+    Where it has none of them, the only entry says so.
 
     Args:
         backbone: Name of their record.
@@ -63,7 +65,8 @@ def installed(
     """
     there = [member for member in members if member.there]
     shared = {**common, "backbone": backbone}
-    return tuple(m.tower_case(options, shared, "nightly" if number else "bias") for number, m in enumerate(there))
+    cases = [m.tower_case(options, shared, "nightly" if number else "bias") for number, m in enumerate(there)]
+    return or_no_tower(backbone, cases)
 
 
 def grids_of_patches(patch: int, name: str = "pixel_values") -> Any:

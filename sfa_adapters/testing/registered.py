@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pkgutil import resolve_name
 
 from sfa_adapters.errors import ContractError
 from sfa_adapters.registry import Backbone, registered_backbones
-from sfa_adapters.testing.cases import TowerCase
+from sfa_adapters.testing.cases import NoTower, TowerCase
 
-__all__ = ["NoTower", "small_towers", "towers_or_reasons"]
-
-
-@dataclass(frozen=True)
-class NoTower:
-    """A registered backbone without a small tower for the suite.
-
-    Attributes:
-        name: Of the backbone.
-        reason: What is missing, and what to do.
-        library: The library to install, where one is missing; else the record is incomplete.
-    """
-
-    name: str
-    reason: str
-    library: str | None = None
-
-    def __str__(self) -> str:
-        return self.name
+__all__ = ["small_towers", "towers_or_reasons"]
 
 
 def small_towers(*backbones: str, runs: Sequence[str] = ("everything",)) -> tuple[TowerCase, ...]:
@@ -90,10 +71,16 @@ def _of_record(record: Backbone) -> Iterable[TowerCase | NoTower]:
         return [NoTower(record.name, f"The small towers of {record.name!r} need {library}: {error}", library)]
     except (AttributeError, ValueError) as error:
         raise ContractError(f"Backbone {record.name!r}: small_towers={place!r} cannot be read: {error}") from error
-    others = [case for case in cases if not isinstance(case, TowerCase) or case.backbone != record.name]
+    others = [case for case in cases if _backbone(case) != record.name]
     if others or not cases:
         raise ContractError(
             f"Backbone {record.name!r}: small_towers={place!r} must be a sequence of "
             f"TowerCase(backbone={record.name!r}, ...); got {others[:1] or cases}."
         )
     return cases
+
+
+def _backbone(case: object) -> str | None:
+    if isinstance(case, NoTower):
+        return case.name
+    return case.backbone if isinstance(case, TowerCase) else None

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from sfa_adapters.testing.cases import TowerCase
-from sfa_adapters.testing.registered import NoTower
+from sfa_adapters.testing.cases import NoTower, TowerCase
 
 __all__ = ["Suite", "needs", "reentrant_or_not"]
 

@@ -4,9 +4,9 @@ import pytest
 
 from sfa_adapters.registry import registered_backbones
 from sfa_adapters.testing.backbones import backbone_contract
-from sfa_adapters.testing.cases import TowerCase
+from sfa_adapters.testing.cases import NoTower, TowerCase
 from sfa_adapters.testing.contract_bias import BiasContract
-from sfa_adapters.testing.registered import NoTower, towers_or_reasons
+from sfa_adapters.testing.registered import towers_or_reasons
 
 TestInstalledTowers = backbone_contract()
 

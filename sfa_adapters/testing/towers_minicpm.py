@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfa_adapters.testing.cases import Grid, Inputs, TowerCase, lively
+from sfa_adapters.compat import has_vision_model
+from sfa_adapters.testing.cases import Grid, Inputs, TowerCase, lively, or_no_tower
 from sfa_adapters.testing.towers_transformers import set_checkpointing, set_eager
 
 __all__ = ["MINICPM_VIT"]
@@ -67,7 +67,7 @@ def hidden(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return list(model(**inputs).last_hidden_state[0].split([h * w // 4 for h, w in grids(inputs)]))
 
 
-MINICPM_VIT = tuple(
+MINICPM_VIT = or_no_tower("minicpm_vit", [
     TowerCase(
         name=model, backbone="minicpm_vit", build=lively(partial(build, model, name)), inputs=patches, split=split,
         hidden=hidden, layers=3, heads=4, grid=None, grids=grids, grids_of_call=grids_of_call, turn=turn,
@@ -78,5 +78,5 @@ MINICPM_VIT = tuple(
     for model, name in (
         ("minicpmv4_6", "MiniCPMV4_6"), ("minicpmv4_7", "MiniCPMV4_7"), ("minicpm_ocr", "MiniCPMOcr"),
     )
-    if find_spec(f"transformers.models.{model}") is not None
-)  # fmt: skip
+    if has_vision_model(model)
+])  # fmt: skip

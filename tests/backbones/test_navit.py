@@ -20,7 +20,8 @@ from sfa_adapters.tower_input import TowerInput, watching_input
 from sfa_adapters.tower_search import find_tower
 from tests.support import compare
 
-CASES = {case.name: case for case in (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)}
+FAMILIES = (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)
+CASES = {case.name: case for case in FAMILIES if isinstance(case, TowerCase)}
 
 
 def arrangement_of(case: TowerCase, inputs: dict[str, Any], tower: Any = None) -> TokenArrangement:

@@ -13,6 +13,7 @@ from sfa_adapters.errors import InjectionError
 from sfa_adapters.reduction.dymu.config import DyMUConfig
 from sfa_adapters.reduction.dymu.inject import inject_dymu
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
+from sfa_adapters.testing.cases import TowerCase
 from sfa_adapters.testing.towers_minicpm import MINICPM_VIT
 from sfa_adapters.testing.towers_navit import NAVIT, NAVIT_RASTER, NAVIT_WINDOWS
 from tests.support import compare
@@ -20,7 +21,8 @@ from tests.support.compare import Snapshot
 from tests.support.hosts import lm_loss, logits_of
 from tests.support.navit_hosts import BUILD, prompts
 
-TOWERS = {case.name: case for case in (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)}
+FAMILIES = (*NAVIT, *NAVIT_RASTER, *NAVIT_WINDOWS, *MINICPM_VIT)
+TOWERS = {case.name: case for case in FAMILIES if isinstance(case, TowerCase)}
 every_navit = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("qwen3_vl", "paddleocr_vl") else pytest.mark.nightly) for name in BUILD],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from importlib import import_module
 
@@ -10,8 +11,9 @@ import pytest
 
 from sfa_adapters.errors import ContractError
 from sfa_adapters.registry import Backbone, register_backbone, registered_backbones
-from sfa_adapters.testing.cases import TowerCase
-from sfa_adapters.testing.registered import NoTower, small_towers, towers_or_reasons
+from sfa_adapters.testing.cases import NoTower, TowerCase
+from sfa_adapters.testing.members import Small, installed
+from sfa_adapters.testing.registered import small_towers, towers_or_reasons
 from sfa_adapters.testing.test_backbones import test_every_registered_backbone_has_a_small_tower as check_one
 from tests.support.paths import ROOT
 
@@ -40,7 +42,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
 
 def test_every_backbone_of_this_library_brings_its_towers() -> None:
     entries = towers_or_reasons(runs=("everything", "bias", "nightly"))
-    assert {entry.backbone for entry in entries if isinstance(entry, TowerCase)} == set(registered_backbones())
+    assert {entry.backbone if isinstance(entry, TowerCase) else entry.name for entry in entries} == set(
+        registered_backbones()
+    )
+    assert {entry.library for entry in entries if isinstance(entry, NoTower)} <= {"transformers"}, "too old for some"
     assert [case.name for case in small_towers("idefics")] == ["idefics2", "idefics3", "smolvlm"]
 
 
@@ -52,6 +57,20 @@ def test_a_backbone_without_a_tower_is_noticed(register: Register) -> None:
         small_towers()
     with pytest.raises(pytest.fail.Exception, match="names no small tower"):
         check_one("new")
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_skipped(
+    register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("towers_of_tomorrow")
+    module.NEW = installed("new", {}, {}, [Small("tomorrow.modeling_tomorrow", "Tower", "Config")])  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "towers_of_tomorrow", module)
+    register("towers_of_tomorrow:NEW")
+    with pytest.raises(pytest.skip.Exception, match="has no tower of backbone 'new' that works; install a newer one"):
+        check_one("new")
+    with pytest.raises(ContractError, match="install a newer one"):
+        small_towers("new")
+    assert "new" not in {case.backbone for case in small_towers(runs=("everything", "bias", "nightly"))}
 
 
 def test_towers_of_a_library_that_is_missing_are_skipped(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from sfa_adapters.testing import TowerCase
-from sfa_adapters.testing.registered import NoTower
+from sfa_adapters.testing.cases import NoTower
 from sfa_adapters.testing.suite import Suite, needs
 from tests.support.towers import CASES
 
