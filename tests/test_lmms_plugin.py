@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters import lmms_plugin
-from sfa_adapters.data.preprocess import processor_options
+from sfa_adapters.data.preprocess import page_of, processor_options
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.evaluation.answers import answer_rows
@@ -52,9 +52,10 @@ def encoded(host: Host, text: str, images: list[np.ndarray]) -> dict[str, torch.
     turn = {"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]}
     prompt = processor.apply_chat_template([turn], add_generation_prompt=True, **without_thinking(processor))
     options = {"crop_to_patches": True, "max_patches": 2} if host.spec.family == "internvl" else {}
-    if host.recipe.image_limit == host.recipe.max_pixels:
+    if host.spec.family != "internvl":
         options = processor_options(processor, host.spec, host.recipe)
-    pictures: dict[str, Any] = {"images": [Image.fromarray(i) for i in images], "images_kwargs": options}
+    pages = [page_of(image, processor, host.spec, host.recipe) for image in images]
+    pictures: dict[str, Any] = {"images": [Image.fromarray(p.image) for p in pages], "images_kwargs": options}
     return dict(processor(text=[prompt], return_tensors="pt", **(pictures if images else {})))
 
 

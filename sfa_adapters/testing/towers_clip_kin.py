@@ -38,7 +38,7 @@ CLIP_KIN = installed(
         Small("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel",
               "InstructBlipVideoVisionConfig", **FUSED_ONLY),
         Small("git.modeling_git", "GitVisionTransformer", "GitVisionConfig", FUSED, resized=INTERPOLATED,
-              encoder="encoder", checkpointing=None),
+              encoder="encoder", eager=None, checkpointing=None),
         Small("idefics.vision", "IdeficsVisionTransformer", "IdeficsVisionConfig", {"embed_dim": 32, **FUSED},
               resized=INTERPOLATED, encoder="encoder", eager=None, checkpointing=None),
         Small("altclip.modeling_altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", resized=INTERPOLATED,

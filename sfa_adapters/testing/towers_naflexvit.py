@@ -54,7 +54,9 @@ def read_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def _case(name: str, prefix: int, dense: bool = False, **options: Any) -> TowerCase:
+def _case(
+    name: str, prefix: int, dense: bool = False, lora: str = "attn.qkv", reentrant: bool = True, **options: Any
+) -> TowerCase:
     def build() -> nn.Module:
         settings = {"class_token": prefix % 2 == 1, "reg_tokens": prefix // 2 * 2, "global_pool": "", **options}
         return timm.create_model(
@@ -77,7 +79,7 @@ def _case(name: str, prefix: int, dense: bool = False, **options: Any) -> TowerC
     return TowerCase(
         name=name, backbone="naflexvit", build=lively(build), layers=3, heads=4, grid=None, prefix=prefix,
         eager=set_eager, checkpointing=checkpoint_layers, library="timm", compiles="no",
-        runs="bias" if name == "naflexvit" else "nightly", lora_targets=("attn.qkv",),
+        runs="bias" if name == "naflexvit" else "nightly", lora_targets=(lora,), reentrant=reentrant,
         **(whole if dense else rows),
     )  # fmt: skip
 
@@ -88,6 +90,8 @@ NAFLEXVIT = (
     _case("naflexvit_key_mask", 0, use_key_only_attn_mask=True),
     _case("naflexvit_factorized", 1, pos_embed="factorized"),
     _case("naflexvit_rope", 4, pos_embed="none", rope_type="axial"),
-    _case("naflexvit_eva", 1, attn_type="eva", rope_type="axial"),
-    _case("naflexvit_mixed_rope", 0, rope_type="mixed"),
+    # Its attention reads the weight of qkv past the module, so that LoRA there would do nothing.
+    _case("naflexvit_eva", 1, attn_type="eva", rope_type="axial", lora="attn.proj"),
+    # Its trained rotations are shared by all layers: a graph outside of their checkpoints, which each would go through.
+    _case("naflexvit_mixed_rope", 0, rope_type="mixed", reentrant=False),
 )

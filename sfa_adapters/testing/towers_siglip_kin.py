@@ -26,8 +26,14 @@ def patches(seed: int) -> Inputs:
 
 def before_the_downsampler(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """What the last layer gives; behind it two convolutions of a stride of 2 leave one token of sixteen."""
-    output: Any = model(**inputs, output_hidden_states=True)
-    return list(output.hidden_states[-1])
+    seen: list[Tensor] = []  # `output_hidden_states` would leave hooks of transformers on the model
+    tower: Any = next(module for module in model.modules() if hasattr(module, "downsampler1"))
+    handle = tower.downsampler1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return list(seen[0].flatten(2).transpose(1, 2))
 
 
 SIGLIP_KIN = installed(
