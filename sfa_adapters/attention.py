@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.bias import BiasFactors, look_up
+from sfa_adapters.blocked import blocked_attention
 from sfa_adapters.errors import InjectionError, LayoutError
 
 __all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
 
-Backend = Literal["auto", "dense", "folded"]
+Backend = Literal["auto", "dense", "folded", "blocked"]
 
 # Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
 # fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
@@ -79,6 +80,8 @@ def attend(
     if backend == "dense":
         mask = merge_masks(dense_mask(bias, query), attention_mask)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
+    if backend == "blocked" and not dropout_p:  # a tile that is computed twice would have to be dropped out alike
+        return blocked_attention(query, key, value, bias, attention_mask, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
 

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfa_adapters import StructuralBias, TokenLayout, attend
+from sfa_adapters.attention import Backend
 from sfa_adapters.errors import LayoutError
 from tests.support.compare import assert_close
 from tests.support.reference import softmax_attention
 
 exact = settings(max_examples=20, derandomize=True, deadline=None, database=None)
-BACKENDS: tuple[Literal["dense"], Literal["folded"], Literal["auto"]] = ("dense", "folded", "auto")
+BACKENDS: tuple[Backend, ...] = ("dense", "folded", "blocked", "auto")
 side, prefixes, seeds = st.integers(1, 7), st.integers(0, 3), st.integers(0, 10_000)
 
 
@@ -123,7 +124,7 @@ def test_smallest_layouts(shape: tuple[int, int, int]):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_padding_is_never_attended_to(backend: Literal["dense", "folded", "auto"], dtype: torch.dtype):
+def test_padding_is_never_attended_to(backend: Backend, dtype: torch.dtype):
     layout = TokenLayout.batch([TokenLayout.regular(3, 4, 1), TokenLayout.regular(2, 2, 1)])
     assert layout.padding is not None
     factors = StructuralBias(2, init_std=1.0).factors(layout)
@@ -155,7 +156,7 @@ def test_padding_fits_fp16_at_every_head_width(width: int):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["bool", "float", "keys only"])
-def test_a_further_mask_is_merged(backend: Literal["dense", "folded", "auto"], kind: str):
+def test_a_further_mask_is_merged(backend: Backend, kind: str):
     layout, bias = TokenLayout.regular(3, 4, 1), StructuralBias(2, init_std=1.0)
     query, key, value = states(layout, 0)
     allowed = torch.rand(2, 1, 13, 13) < 0.7
@@ -169,7 +170,7 @@ def test_a_further_mask_is_merged(backend: Literal["dense", "folded", "auto"], k
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scale_and_head_widths(backend: Literal["dense", "folded", "auto"]):
+def test_scale_and_head_widths(backend: Backend):
     layout, bias = TokenLayout.regular(5, 3, 1), StructuralBias(2, init_std=1.0)
     for width in (4, 7, 64, 72, 130):
         query, key, value = states(layout, width, width=width)
@@ -187,7 +188,7 @@ def test_no_bias_is_plain_attention():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_fit_is_named(backend: Literal["dense", "folded", "auto"]):
+def test_what_does_not_fit_is_named(backend: Backend):
     layout = TokenLayout.regular(3, 4, 1)
     query, key, value = states(layout, 0)
     with pytest.raises(LayoutError, match=r"layout has 15 tokens \(grid \(3, 5\), 0 prefix\).* sees 13"):
