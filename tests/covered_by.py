@@ -111,6 +111,7 @@ COVERED_BY = {
     "packing": "backbones/test_contract",
     "patch_groups": "adat/test_groups_navit",
     "peft_type": "project/test_imports",
+    "phi_tiles": "test_blocked",
     "pixel_grids": "backbones/test_contract",
     "plugins": "vlm/test_records",
     "processor_statistics": "test_normalisation",

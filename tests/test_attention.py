@@ -1,7 +1,5 @@
 """`attend` is exact: folded equals dense equals softmax by hand, for regular, adaptive, ragged and selected layouts."""
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings

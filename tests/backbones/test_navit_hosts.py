@@ -61,7 +61,7 @@ def test_fastv_works_or_says_why_not(name: str) -> None:
         assert torch.equal(logits_of(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "hunyuan_vl", "exaone4_5", "minicpmv4_6"])
+@pytest.mark.parametrize("name", [n for n in ("qwen3_vl", "hunyuan_vl", "exaone4_5", "minicpmv4_6") if n in TOWERS])
 def test_tokens_cannot_merge_in_these_towers(name: str) -> None:
     tower = TOWERS[name].build()
     snapshot, kind = Snapshot(tower), type(tower).__name__
