@@ -1,4 +1,4 @@
-"""Exact attention under a structural bias: one function, three backends.
+"""Exact attention under a structural bias: one function, four backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
 * `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
@@ -8,6 +8,7 @@
   library's.) Adding a constant per query changes no softmax, so the last kind of each table is subtracted and dropped,
   and prefix keys get one channel that puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS
   token.
+* `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
 Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
@@ -62,7 +63,7 @@ def attend(
         attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
-        backend: `dense`, `folded` or `auto`.
+        backend: `dense`, `folded`, `blocked` (which is `folded` where there is dropout) or `auto`.
 
     Returns:
         `[B, H, N, D]`, in the dtype of `query`.
