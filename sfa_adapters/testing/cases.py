@@ -131,6 +131,9 @@ class TowerCase:
             the tower has no checkpointing of its own.
         reentrant: Whether that checkpointing can be re-entrant, with the tower itself in training. It cannot where its
             layers get tensors as keyword arguments that need gradients, or get nothing else.
+        rounding: How many times as far as in other towers gradients of checkpointed layers may lie from those of plain
+            ones: above 1 where large terms cancel in the sums over its tokens, which recomputation adds in another
+            order.
         encoder: Path of the module that runs all layers, if its forward takes the hidden states first or as
             `inputs_embeds`; it is then checkpointed as a whole, too.
         lora_targets: Projections for LoRA, one per attention layer. By default the first linear layer of each.
@@ -167,6 +170,7 @@ class TowerCase:
     eager_takes_bias: bool = True
     checkpointing: Callable[[nn.Module, bool | None], None] | None = None
     reentrant: bool = True
+    rounding: float = 1.0
     encoder: str | None = None
     lora_targets: tuple[str, ...] = ()
     compiles: Literal["no", "one layer", "every layer"] = "one layer"

@@ -65,7 +65,7 @@ DEEPSEEK_OCR2 = (
 )  # fmt: skip
 UNLIMITED_OCR = (
     TowerCase(
-        **COMMON, name="unlimited_ocr", backbone="unlimited_ocr", build=lively(build_unlimited), prefix=1,
+        **COMMON, name="unlimited_ocr", rounding=2.0, backbone="unlimited_ocr", build=lively(build_unlimited), prefix=1,
         hidden=read_map,
     ),
 )  # fmt: skip
