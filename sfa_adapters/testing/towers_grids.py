@@ -171,7 +171,7 @@ def gemma4(groups: int) -> Callable[[], nn.Module]:
 
 
 GEMMA_CASE: dict[str, Any] = {
-    "rounding": 5.0,
+    "rounding": 8.0,
     "inputs": column_first, "hidden": read_soft_tokens, "resized": lambda seed: column_first(seed, OTHER),
     "turn": lambda inputs: {**inputs, "pixel_position_ids": inputs["pixel_position_ids"].flip(-1)},
     "lora_targets": ("q_proj.linear",),
