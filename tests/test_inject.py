@@ -250,7 +250,7 @@ def test_adapters_with_different_partitions_cannot_act_together():
         ({"terms": ["row", "diagonal"]}, r"terms=.* must name at least one of .*unknown: \['diagonal'\]"),
         ({"terms": []}, "must name at least one of"),
         ({"terms": "row"}, r"terms='row' must be a list, e\.g\. terms=\['row'\]"),
-        ({"backend": "flash"}, r"backend='flash' must be one of \['auto', 'dense', 'folded'\]"),
+        ({"backend": "flash"}, r"backend='flash' must be one of \['auto', 'dense', 'folded', 'blocked'\]"),
         ({"num_blocks": 0}, "num_blocks=0"),
         ({"num_blocks": 10}, r"num_blocks=10 is not a square.*block_grid"),
         ({"num_blocks": 8, "block_grid": (3, 3)}, "num_blocks=8 is too few for the 9 blocks"),
