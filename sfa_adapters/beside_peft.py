@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
+from sfa_adapters.compat import resume_skips_outer_adapter
 from sfa_adapters.saved import folder_beside, read_scalars, write_scalars
 from sfa_adapters.state_fit import fit_scalars, sfa_configs
 from sfa_adapters.state_record import check_same_meaning
@@ -83,7 +85,8 @@ class LoadBoth:
         """Loads as PEFT does, then the values of the SFA adapters that the model has and the folder holds.
 
         A trainer that resumes treats every folder in a checkpoint as an adapter of PEFT's method, and loads `sfa/` too;
-        then only the values of SFA are loaded.
+        then only the values of SFA are loaded, and with them PEFT's adapter beside that folder where the trainer would
+        leave it out.
 
         Raises:
             AdapterMismatchError: The SFA adapter in the folder belongs to another tower.
@@ -92,12 +95,20 @@ class LoadBoth:
         names = _names(self.model)
         for name in names:
             if Path(model_id) == folder_beside(Path(model_id).parent, name):
+                if resume_skips_outer_adapter():
+                    self._load_outer(Path(model_id).parent)
                 return self._load(name, Path(model_id))
         loaded = type(self.model).load_adapter(self.model, model_id, adapter_name, *args, **kwargs)
         for name in names:
             if folder_beside(model_id, name).is_dir():
                 self._load(name, folder_beside(model_id, name))
         return loaded
+
+    def _load_outer(self, folder: Path) -> None:
+        """PEFT writes the adapter `default` into the folder itself, and every other one into a folder of its name."""
+        if any((folder / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            trains = self.model.active_adapter == "default"
+            type(self.model).load_adapter(self.model, str(folder), "default", is_trainable=trains)
 
     def _load(self, name: str, folder: Path) -> None:
         saved = read_scalars(folder)

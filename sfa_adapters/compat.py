@@ -29,10 +29,12 @@ __all__ = [
     "cache_of_output",
     "check_versions",
     "checkpoint_activations",
+    "eager_takes_masks",
     "encoded_images",
     "flop_counter",
     "has_vision_model",
     "loss_is_scaled",
+    "resume_skips_outer_adapter",
     "with_cache",
     "with_encoded_images",
 ]
@@ -49,6 +51,9 @@ TESTED = {
 # Models whose towers are in transformers before they work: the release that mended them. Before it MiniCPM-V took
 # images of one size only, and the attention of MiniMax M3 was not told where one image ends.
 MENDED = {"minicpmv4_6": "5.19", "minimax_m3_vl": "5.23"}
+
+# Models whose eager attention dropped every mask before that release, the bias with it; sdpa never did.
+EAGER_TAKES_MASKS = {"dinov2": "5.18", "dinov2_with_registers": "5.18", "tipsv2": "5.18"}
 
 # -- versions ---------------------------------------------------------------------------------------------------------
 
@@ -86,6 +91,15 @@ def has_vision_model(folder: str) -> bool:
     """
     there = find_spec(f"transformers.models.{folder}") is not None
     return there and _release(version("transformers")) >= _release(MENDED.get(folder, "0"))
+
+
+def eager_takes_masks(folder: str) -> bool:
+    """Whether the eager attention of a model in the installed transformers uses the mask that it is given.
+
+    Args:
+        folder: Its folder in `transformers.models`.
+    """
+    return _release(version("transformers")) >= _release(EAGER_TAKES_MASKS.get(folder, "0"))
 
 
 def _release(text: str) -> tuple[int, ...]:
@@ -229,12 +243,21 @@ def encoded_images(kwargs: Mapping[str, Any]) -> Any:
     return (kwargs.get("mm_encoder_outputs") or {}).get("image")
 
 
-def with_encoded_images(seen: Any) -> dict[str, Any]:
-    """The keyword of a host's forward that takes what its tower has made of the images (transformers 5.17 and later).
+def with_encoded_images(model: nn.Module, seen: Any) -> dict[str, Any]:
+    """The keyword of a model's forward that takes what its tower has made of the images.
 
     Args:
-        seen: What `get_image_features` gave.
+        model: The model that is to be called, a `...Model` of transformers.
+        seen: What its `get_image_features` gave.
+
+    Raises:
+        UnknownInterfaceError: Its forward has no such keyword (transformers before 5.18).
     """
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise UnknownInterfaceError(
+            f"{type(model).__name__} of transformers {version('transformers')} does not take the output of its tower "
+            "in place of images: pip install 'transformers>=5.18'."
+        )
     return {"mm_encoder_outputs": {"image": seen}}
 
 
@@ -263,6 +286,14 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
         by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         scaled = by_model or trainer.compute_loss_func is not None
     return bool(scaled)
+
+
+def resume_skips_outer_adapter() -> bool:
+    """Whether a `Trainer` that resumes loads only the adapters in folders of a checkpoint, and not the one beside them.
+
+    Before transformers 5.23 it does: of a PEFT adapter with SFA in the folder `sfa/` it would load SFA alone.
+    """
+    return _release(version("transformers")) < (5, 23)
 
 
 def flop_counter() -> FlopCounterMode:

@@ -270,3 +270,27 @@ def test_the_cache_of_an_output() -> None:
 
 def _has_new_names() -> bool:
     return "cache" in BaseModelOutputWithPast.__dataclass_fields__
+
+
+@pytest.mark.parametrize(
+    ("installed", "takes", "skips"), [("5.17.3", False, True), ("5.18.0", True, True), ("5.23.0", True, False)]
+)
+def test_what_older_releases_of_transformers_drop(
+    installed: str, takes: bool, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: installed)
+    assert compat.eager_takes_masks("dinov2") is takes
+    assert compat.eager_takes_masks("vit")
+    assert compat.resume_skips_outer_adapter() is skips
+
+
+def test_a_model_that_does_not_take_encoded_images_is_named() -> None:
+    class Old(nn.Module):
+        def forward(self, pixel_values: Any) -> None: ...
+
+    class New(nn.Module):
+        def forward(self, pixel_values: Any, mm_encoder_outputs: Any) -> None: ...
+
+    assert compat.with_encoded_images(New(), 3) == {"mm_encoder_outputs": {"image": 3}}
+    with pytest.raises(UnknownInterfaceError, match=r"Old of transformers .* does not take the output of its tower"):
+        compat.with_encoded_images(Old(), 3)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sfa_adapters import SFAConfig, SFAError, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
+from sfa_adapters import SFAConfig, SFAError, beside_peft, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, WeightsError
 from sfa_adapters.registry import Backbone, registered_backbones
 from tests.support import compare
@@ -127,6 +127,20 @@ def test_ejecting_ends_saving_beside_lora(tmp_path: Path):
     model.save_pretrained(tmp_path / "lora")
     assert not (tmp_path / "lora" / "sfa").exists()
     assert not {"save_pretrained", "load_adapter"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_trainer_that_loads_only_folders_gets_lora_too(
+    skips: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `Trainer` before transformers 5.23 resumes so: without help it would go on with the LoRA that it began with."""
+    monkeypatch.setattr(beside_peft, "resume_skips_outer_adapter", lambda: skips)
+    model = lora_and_sfa(tmp_path)
+    again: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"]))  # pyright: ignore[reportArgumentType]
+    inject_sfa(again)
+    again.load_adapter(str(tmp_path / "sfa"), "sfa", is_trainable=False)
+    assert torch.equal(read(again.eval()), read(model)) is skips
+    assert all(parameter.requires_grad for name, parameter in again.named_parameters() if "lora" in name)
 
 
 def test_named_adapters_beside_lora(tmp_path: Path):

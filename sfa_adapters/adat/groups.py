@@ -83,8 +83,8 @@ def drop_blank_groups(
         policy: Which groups are blank.
         for_generate: Set it for `generate`, which does not pass positions of patches to the tower: the tower then runs
             here, and the batch holds `inputs_embeds` instead of text and pixels. `generate` returns new tokens only.
-            Qwen3-VL needs features of several layers of its tower: its batch holds all of them beside the text, and
-            `generate` returns the shortened prompt in front of the new tokens.
+            Qwen3-VL needs features of several layers of its tower: its batch holds all of them beside the text
+            (transformers 5.18 or later), and `generate` returns the shortened prompt in front of the new tokens.
 
     Returns:
         The same batch with fewer patches and fewer image tokens. Positions are those of the whole page; shorter rows
@@ -93,6 +93,7 @@ def drop_blank_groups(
     Raises:
         InjectionError: The model is of another kind.
         PlanError: A key is missing, or the batch holds videos.
+        UnknownInterfaceError: `for_generate` with Qwen3-VL and transformers before 5.18.
     """
     policy = policy or GroupPolicy()
     located = find_tower(model)
@@ -125,7 +126,7 @@ def _embedded(core: Any, batch: dict[str, Any]) -> dict[str, Any]:
     seen = core.get_image_features(**pages, return_dict=True)
     rest = {k: v for k, v in batch.items() if k not in pages}
     if getattr(seen, "deepstack_features", None):
-        return rest | with_encoded_images(seen)
+        return rest | with_encoded_images(core, seen)
     features = torch.cat(list(seen.pooler_output))
     words = core.get_input_embeddings()(batch["input_ids"])
     places = (batch["input_ids"] == still_image_id(core.config))[..., None].expand_as(words)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sfa_adapters.compat import has_vision_model
+from sfa_adapters.compat import eager_takes_masks, has_vision_model
 from sfa_adapters.testing.cases import Grid, Inputs, NoTower, TowerCase, lively, or_no_tower
 
 __all__ = ["Small", "grids_of_patches", "installed"]
@@ -46,7 +46,10 @@ class Small:
         self, options: Mapping[str, Any], common: Mapping[str, Any], runs: Literal["everything", "bias", "nightly"]
     ) -> TowerCase:
         """Its case, named after its folder if it brings no name."""
-        fields = {"name": self.module.partition(".")[0], "runs": runs, **common, **self.case}
+        folder = self.module.partition(".")[0]
+        fields: dict[str, Any] = {"name": folder, "runs": runs, **common, **self.case}
+        if not eager_takes_masks(folder):
+            fields["eager_takes_bias"] = False
         return TowerCase(**fields, build=lively(lambda: self.build(options)))
 
 

@@ -6,7 +6,8 @@ from tests.support.towers import CASES
 
 def test_a_class_runs_over_the_towers_that_it_is_given() -> None:
     assert [case.name for case in backbone_contract("siglip").cases] == ["siglip"]
-    assert [case.name for case in backbone_contract().cases] == [case.name for case in CASES]
+    cases = backbone_contract().cases
+    assert [case.name for case in cases if isinstance(case, TowerCase)] == [case.name for case in CASES]
     mine = CASES[0]
     contract = backbone_contract(mine, "siglip")
     assert issubclass(contract, BackboneContract)
