@@ -65,7 +65,7 @@ def measure(
     }
     for name, (backend, budget) in budgets.items():
         if not (backward and name == "auto+cache"):
-            config = SFAConfig(backend=backend, mask_cache_mb=budget)
+            config = SFAConfig.published(backend=backend, mask_cache_mb=budget)
             models[name] = inject_sfa(build(layers, "sdpa", dtype, device), config)
     models["eager"] = build(layers, "eager", dtype, device)
     add_eager_bias(models["eager"], device)

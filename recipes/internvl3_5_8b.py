@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen3Config
 
+from sfa_adapters.choices import TERMS
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.as_command import train_as_command
 
@@ -30,6 +31,7 @@ def published() -> Recipe:
     """
     return recipe().replace(
         name="internvl3_5_8b_published",
+        sfa_terms=TERMS,
         init="normal",
         lr=2e-5,
         sfa_lr=2e-5,
@@ -41,7 +43,7 @@ def published() -> Recipe:
 
 
 def architecture() -> InternVLConfig:
-    """The full-size host: 8,528,318,464 parameters, and 7,296 more with a bias in every layer of the tower."""
+    """The full-size host: 8,528,318,464 parameters, and 768 more with a bias in every layer of the tower."""
     vision = InternVLVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sfa_adapters.axial import check_start, first_heads, start_values
-from sfa_adapters.choices import TERMS, Init, Term
+from sfa_adapters.choices import DEFAULT_TERMS, TERMS, Init, Term
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout
 
@@ -134,17 +134,17 @@ class StructuralBias(nn.Module):
 
     Args:
         num_heads: Attention heads of the layer.
-        num_blocks: Block scalars per head.
+        num_blocks: Block scalars per head, for the term `block`.
         init_std: Standard deviation of the initial values; the block term has no gradient at exactly zero.
-        terms: Which of the four terms are learned; the others are absent.
+        terms: Which of `row`, `col`, `dist`, `block` are learned; the others are absent.
         device: Device of the parameters.
         init: `normal`, or `axial`: a third of the heads starts with `w_row = init_strength`, as many others with
             `w_col = init_strength`; a single head stays normal.
         init_strength: In logits.
 
     Raises:
-        InjectionError: A size is below 1, `init_std` is negative, a term is unknown, or the initialisation does not
-            fit.
+        InjectionError: A size is below 1, `init_std` is negative, a term is unknown, blocks are chosen without
+            the term `block`, or the initialisation does not fit.
     """
 
     def __init__(
@@ -152,13 +152,14 @@ class StructuralBias(nn.Module):
         num_heads: int,
         num_blocks: int = 16,
         init_std: float = 0.02,
-        terms: Sequence[Term] = TERMS,
+        terms: Sequence[Term] = DEFAULT_TERMS,
         device: torch.device | str | None = None,
         init: Init = "normal",
         init_strength: float = 3.0,
     ) -> None:
         super().__init__()
         check_bias_options(num_blocks=num_blocks, init_std=init_std, terms=terms)
+        check_blocks_used(num_blocks != 16, f"num_blocks={num_blocks}", terms)
         check_start(init, init_strength, terms)
         if num_heads < 1:
             raise InjectionError(f"num_heads={num_heads} must be at least 1.")
@@ -187,16 +188,17 @@ class StructuralBias(nn.Module):
         """The tables of phi for a layout; no N x N matrix is built.
 
         Raises:
-            LayoutError: The layout has a block id of `num_blocks` or more.
+            LayoutError: The block term is on, and the layout has a block id of `num_blocks` or more.
         """
-        check_blocks(layout, self.num_blocks)
+        if "block" in self.terms:
+            check_blocks(layout, self.num_blocks)
         return bias_factors([self.weights], layout, self.num_heads)
 
     def forward(self, layout: TokenLayout) -> Tensor:
         """Phi as a matrix in logits, `[1, heads, query, key]`, or `[batch, heads, query, key]` for a batch of layouts.
 
         Raises:
-            LayoutError: The layout has a block id of `num_blocks` or more.
+            LayoutError: The block term is on, and the layout has a block id of `num_blocks` or more.
         """
         return self.factors(layout).dense()
 
@@ -206,7 +208,7 @@ class StructuralBias(nn.Module):
 
 
 def parameter_shapes(num_heads: int, num_blocks: int, terms: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shape of each learned tensor by term; with all terms and 16 blocks they are 19 scalars per head."""
+    """Shape of each learned tensor by term: 2 scalars per head for row and col, 19 for all terms and 16 blocks."""
     return {term: (num_heads, num_blocks) if term == "block" else (num_heads,) for term in TERMS if term in terms}
 
 
@@ -223,6 +225,21 @@ def check_bias_options(*, num_blocks: int, init_std: float, terms: Sequence[str]
     unknown = [term for term in terms if term not in TERMS]
     if unknown or not terms:
         raise InjectionError(f"terms={list(terms)} must name at least one of {list(TERMS)}; unknown: {unknown}.")
+
+
+def check_blocks_used(chosen: bool, what: str, terms: Sequence[str]) -> None:
+    """Refuses options of the block term where it is off: they would silently do nothing.
+
+    Args:
+        chosen: Whether blocks other than the default 4x4 were asked for.
+        what: The option and its value.
+        terms: Terms that are on.
+
+    Raises:
+        InjectionError: They were, and `block` is off.
+    """
+    if chosen and "block" not in terms:
+        raise InjectionError(f"{what} belongs to the term block, which is off; add it: terms={[*terms, 'block']}.")
 
 
 def check_blocks(layout: TokenLayout, num_blocks: int) -> None:

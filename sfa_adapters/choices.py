@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["AXES", "DEFAULT_SFA_LR", "INITS", "TERMS", "Init", "Term"]
+__all__ = ["AXES", "DEFAULT_SFA_LR", "DEFAULT_TERMS", "INITS", "TERMS", "Init", "Term"]
 
 Term = Literal["row", "col", "dist", "block"]
 TERMS: tuple[Term, ...] = get_args(Term)
+# What brought something in the studies of docs/results.md: distance and blocks beside them added nothing.
+DEFAULT_TERMS: tuple[Term, ...] = ("row", "col")
 Init = Literal["normal", "axial"]
 INITS: tuple[Init, ...] = get_args(Init)
 # The terms in which a head can start strong, in the order of precedence of `calibrate_axial`.

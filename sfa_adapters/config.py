@@ -15,8 +15,9 @@ from torch import Tensor
 from sfa_adapters.adapter_folder import complete_folder
 from sfa_adapters.attention import check_backend
 from sfa_adapters.axial import AXES, LayerHeads, check_start, first_heads, read_heads
-from sfa_adapters.bias import TERMS, check_bias_options
+from sfa_adapters.bias import TERMS, check_bias_options, check_blocks_used
 from sfa_adapters.block_maps import check_block_map, default_block_map
+from sfa_adapters.choices import DEFAULT_TERMS
 from sfa_adapters.errors import AdapterMismatchError, InjectionError, LayoutError, SFAWarning
 from sfa_adapters.peft_type import SFA_PEFT_TYPE
 
@@ -33,7 +34,8 @@ class SFAConfig(PeftConfig):
     Args:
         layers_to_transform: Attention layers of the tower that get a bias: one index, a list, or None for all that
             the host reads. Negative indices count from the last layer.
-        num_blocks: Block scalars per head; by default the number of blocks of `block_grid` or `block_map` (16).
+        num_blocks: Block scalars per head, for the term `block`; by default the number of blocks of `block_grid` or
+            `block_map` (16).
         block_grid: Rows and columns of the partition of the page into blocks; 4x4 by default.
         block_map: Any integer map `[m][n]` instead of `block_grid`; it is stretched over the page.
         init: How the scalars start: `normal`, all with standard deviation `init_std`, as published; or `axial`: in each
@@ -45,7 +47,7 @@ class SFAConfig(PeftConfig):
             `SFATrainerMixin` must step it. 0: full strength from the beginning.
         init_heads: Which heads `axial` takes, `{layer: {"row": [heads], "col": [heads]}}`, e.g. by `calibrate_axial`;
             layers that are not named stay normal. By default the first heads of each layer.
-        terms: Which of `row`, `col`, `dist`, `block` are on (for ablation).
+        terms: Which of `row`, `col`, `dist`, `block` are on. By default the first two; `published()` has all four.
         backend: `auto`, `folded`, `dense` or `blocked`, see `sfa_adapters.attention`.
         mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
             gradients. 0 keeps none.
@@ -74,7 +76,7 @@ class SFAConfig(PeftConfig):
     init_strength: float = 3.0
     init_warmup_steps: int = 0
     init_heads: dict[int, LayerHeads] | None = None
-    terms: list[str] = field(default_factory=lambda: list(TERMS))
+    terms: list[str] = field(default_factory=lambda: list(DEFAULT_TERMS))
     backend: str = "auto"
     mask_cache_mb: float = 256.0
     keep_float32: bool = True
@@ -183,6 +185,10 @@ class SFAConfig(PeftConfig):
             self.num_blocks = needed
         if self.num_blocks < needed:
             raise InjectionError(f"num_blocks={self.num_blocks} is too few for the {needed} blocks of the page.")
+        if self.tower is None:  # a saved adapter keeps the options that it was made with
+            check_blocks_used(self.block_map is not None, "block_map", self.terms)
+            check_blocks_used(self.block_grid != (4, 4), f"block_grid={self.block_grid}", self.terms)
+            check_blocks_used(self.num_blocks != 16, f"num_blocks={self.num_blocks}", self.terms)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves as PEFT does, then completes the other files of the folder, see `sfa_adapters.adapter_folder`.

@@ -99,10 +99,13 @@ class SFALayer(ScalarLayer):
                 self.state.ramp_watch.see_forward(self.index, name, self.configs[name], trained)
         device = hidden_states.device
         weights = [self.weights(name, device) for name in active]
-        config = self.configs[active[0]]
+        with_blocks = [name for name in active if "block" in self.configs[name].terms]
+        config = self.configs[(with_blocks or active)[0]]
         block_map, key = config.block_map_tensor(), _block_key(config)
-        if any(_block_key(self.configs[name]) != key for name in active):
-            raise LayoutError(f"Adapters {active} cut the page into different blocks and cannot be active together.")
+        if any(_block_key(self.configs[name]) != key for name in with_blocks):
+            raise LayoutError(
+                f"Adapters {with_blocks} cut the page into different blocks and cannot be active together."
+            )
         backend: Backend = config.backend  # pyright: ignore[reportAssignmentType]
         arrangement = self.state.arrangement(hidden_states, self)
         joined = self.state.backbone.joined if isinstance(arrangement, Packing) else arrangement.joined

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from sfa_adapters.attention import Backend, attend, check_backend
 from sfa_adapters.axial import Init
-from sfa_adapters.bias import TERMS, StructuralBias, Term
+from sfa_adapters.bias import StructuralBias, Term
 from sfa_adapters.block_maps import default_block_map
+from sfa_adapters.choices import DEFAULT_TERMS
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.layout import TokenLayout
 
@@ -25,11 +26,11 @@ class SFAAttention(nn.Module):
         grid: Rows and columns of tokens, used when `forward` gets no layout.
         prefix_tokens: Leading tokens without a place on the page (CLS, registers).
         qkv_bias: Whether the q, k and v projections have a bias.
-        block_grid: Partition of the page into blocks.
+        block_grid: Partition of the page into blocks, for the term `block`.
         init_std: Standard deviation of the structural scalars.
-        terms: Which of the four terms are on.
+        terms: Which of `row`, `col`, `dist`, `block` are on.
         dropout: Dropout probability on attention weights in training.
-        backend: `auto`, `folded` or `dense`.
+        backend: `auto`, `folded`, `dense` or `blocked`.
         init: How the structural scalars start, as in `StructuralBias`.
         init_strength: In logits, for `init="axial"`.
 
@@ -52,7 +53,7 @@ class SFAAttention(nn.Module):
         qkv_bias: bool = True,
         block_grid: tuple[int, int] = (4, 4),
         init_std: float = 0.02,
-        terms: Sequence[Term] = TERMS,
+        terms: Sequence[Term] = DEFAULT_TERMS,
         dropout: float = 0.0,
         backend: Backend = "auto",
         init: Init = "normal",

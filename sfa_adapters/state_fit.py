@@ -57,7 +57,10 @@ def fit_scalars(
             fitted[name] = value
     if values:
         path, attribute = min(values)
-        raise AdapterMismatchError(f"{source} holds {path}.{attribute}, a term that the adapter here does not have.")
+        raise AdapterMismatchError(
+            f"{source} holds {path}.{attribute}, a term that the adapter here does not have. "
+            f"Inject it with the terms that it was saved with (all four: SFAConfig.published())."
+        )
     return fitted
 
 

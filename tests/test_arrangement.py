@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sfa_adapters.arrangement import ImageTokens, Listed, MergeGroups, Raster, TokenArrangement, Windows
 from sfa_adapters.attention import attend
 from sfa_adapters.bias import StructuralBias
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.testing.reference import phi_by_pairs, regular_places, softmax_attention
 
@@ -116,7 +117,7 @@ def test_tokens_behind_the_patches_have_no_place_on_either_backend() -> None:
     layout = arrangement.layout(None)
     assert layout.spatial.tolist() == [False] + [True] * 6 + [False] * 4
     torch.manual_seed(0)
-    bias = StructuralBias(2, init_std=1.0)
+    bias = StructuralBias(2, init_std=1.0, terms=TERMS)
     places = [*regular_places((2, 3), 1), *[None] * 4]
     phi = phi_by_pairs(places, (2, 3), *(getattr(bias, term) for term in ("row", "col", "dist", "block")))
     assert torch.allclose(bias(layout)[0].double(), phi, atol=1e-5)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sfa_adapters import StructuralBias, TokenLayout, attend
 from sfa_adapters.attention import Backend
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import LayoutError
 from tests.support.compare import assert_close
 from tests.support.reference import softmax_attention
@@ -43,7 +44,7 @@ def states(layout: TokenLayout, seed: int, batch: int = 2, heads: int = 2, width
 def check_backends(layout: TokenLayout, seed: int) -> None:
     """Outputs against float64, and every gradient between the backends."""
     torch.manual_seed(seed)
-    bias = StructuralBias(2, init_std=1.0)
+    bias = StructuralBias(2, init_std=1.0, terms=TERMS)
     inputs = states(layout, seed)
     real = torch.ones_like(layout.block, dtype=torch.bool) if layout.padding is None else ~layout.padding
     real = real.expand(inputs[0].shape[0], -1)
@@ -83,7 +84,7 @@ def test_tokens_without_a_place_behind_the_prefix(height: int, width: int, prefi
     layout = TokenLayout.regular(height, width, prefix)
     spread = layout.spread(where, tokens)
     check_backends(spread, seed)
-    bias = StructuralBias(2, init_std=1.0)
+    bias = StructuralBias(2, init_std=1.0, terms=TERMS)
     phi = bias(spread)
     assert_close(phi[:, :, where[:, None], where], bias(layout))
     rest = torch.ones(tokens, dtype=torch.bool)
@@ -125,7 +126,7 @@ def test_smallest_layouts(shape: tuple[int, int, int]):
 def test_padding_is_never_attended_to(backend: Backend, dtype: torch.dtype):
     layout = TokenLayout.batch([TokenLayout.regular(3, 4, 1), TokenLayout.regular(2, 2, 1)])
     assert layout.padding is not None
-    factors = StructuralBias(2, init_std=1.0).factors(layout)
+    factors = StructuralBias(2, init_std=1.0, terms=TERMS).factors(layout)
     query, key, value = (t.detach().to(dtype) for t in states(layout, 0))
     out = attend(query, key, value, factors, backend=backend)
     padded = layout.padding[:, None, :, None].expand_as(key)
@@ -142,7 +143,7 @@ def test_padding_is_never_attended_to(backend: Backend, dtype: torch.dtype):
 def test_padding_fits_fp16_at_every_head_width(width: int):
     """The logit of padding over the scale, -3e4 * sqrt(width), is beyond fp16: infinity, and NaN beside a real key."""
     layout = TokenLayout.batch([TokenLayout.regular(3, 4, 1), TokenLayout.regular(2, 2, 1)])
-    factors = StructuralBias(2, init_std=1.0).factors(layout)
+    factors = StructuralBias(2, init_std=1.0, terms=TERMS).factors(layout)
     low = [t.detach().half() for t in states(layout, 0, width=width)]
     assert layout.padding is not None
     real = ~layout.padding
@@ -155,7 +156,7 @@ def test_padding_fits_fp16_at_every_head_width(width: int):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["bool", "float", "keys only"])
 def test_a_further_mask_is_merged(backend: Backend, kind: str):
-    layout, bias = TokenLayout.regular(3, 4, 1), StructuralBias(2, init_std=1.0)
+    layout, bias = TokenLayout.regular(3, 4, 1), StructuralBias(2, init_std=1.0, terms=TERMS)
     query, key, value = states(layout, 0)
     allowed = torch.rand(2, 1, 13, 13) < 0.7
     allowed[..., 0] = True
@@ -169,7 +170,7 @@ def test_a_further_mask_is_merged(backend: Backend, kind: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale_and_head_widths(backend: Backend):
-    layout, bias = TokenLayout.regular(5, 3, 1), StructuralBias(2, init_std=1.0)
+    layout, bias = TokenLayout.regular(5, 3, 1), StructuralBias(2, init_std=1.0, terms=TERMS)
     for width in (4, 7, 64, 72, 130):
         query, key, value = states(layout, width, width=width)
         scale = 0.3 / width**0.5

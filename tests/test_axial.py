@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from sfa_adapters import SFAAttention, SFAConfig, StructuralBias, TokenLayout, inject_sfa, load_sfa, save_sfa
+from sfa_adapters import SFAAttention, SFAConfig, StructuralBias, TokenLayout, describe, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.axial import first_heads, start_values
 from sfa_adapters.bias import TERMS, parameter_shapes
+from sfa_adapters.choices import DEFAULT_TERMS
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.state_record import read_record
 from sfa_adapters.tuner import injected_layers
@@ -71,10 +72,10 @@ def test_normal_draws_what_it_always_drew() -> None:
         for _ in range(SIGLIP.layers)
     ]
     torch.manual_seed(5)
-    for ours, theirs in zip(scalars(inject_sfa(tower)), expected, strict=True):
+    for ours, theirs in zip(scalars(inject_sfa(tower, SFAConfig.published())), expected, strict=True):
         assert all(torch.equal(ours[term], theirs[term]) for term in TERMS)
     torch.manual_seed(5)
-    bias = StructuralBias(4)
+    bias = StructuralBias(4, terms=TERMS)
     assert all(torch.equal(getattr(bias, term), expected[0][term]) for term in TERMS)
 
 
@@ -88,13 +89,13 @@ def test_axial_in_every_tower(case: TowerCase, by: str) -> None:
     assert layers
     for layer, values in zip(layers, scalars(model), strict=True):
         assert strong(values, 2.0) == first_heads(layer.num_heads)
-        assert values["dist"].abs().max() < 0.2
+        assert values.keys() == {"row", "col"}
     assert all(torch.isfinite(states).all() for states in case.hidden(model, inputs))
 
 
 def test_a_row_head_looks_along_its_row() -> None:
     """The start acts: with w_row = 9 and no content, nearly all attention stays in the row."""
-    bias = StructuralBias(3, init_std=0.0, init="axial", init_strength=9.0)
+    bias = StructuralBias(3, init_std=0.0, init="axial", init_strength=9.0, terms=TERMS)
     probabilities = bias(TokenLayout.regular(4, 4))[0].softmax(-1).reshape(3, 4, 4, 4, 4)
     same_row = torch.einsum("hrcrd->hrc", probabilities)
     same_column = torch.einsum("hrcsc->hrc", probabilities)
@@ -256,7 +257,7 @@ def test_the_record_in_a_state_dict_holds_the_choice() -> None:
 
 def test_configurations_of_before_load(tmp_path: Path) -> None:
     """Files without the new fields mean the normal start."""
-    model = inject_sfa(SIGLIP.build())
+    model = inject_sfa(SIGLIP.build(), SFAConfig.published())
     save_sfa(model, tmp_path)
     file = tmp_path / "adapter_config.json"
     content = {k: v for k, v in json.loads(file.read_text()).items() if k == "init_std" or not k.startswith("init_")}
@@ -278,6 +279,13 @@ def test_a_saved_choice_loads_into_a_tower_that_lost_heads() -> None:
     assert config.strong_heads(0, 4) == {"row": [3], "col": [1]}
     assert config.strong_heads(0, 3) == {"row": [], "col": [1]}
     assert config.strong_heads(1, 4) == {"row": [], "col": []}
+
+
+def test_the_default_is_row_and_col() -> None:
+    assert DEFAULT_TERMS == ("row", "col")
+    assert SFAConfig().terms == list(DEFAULT_TERMS)
+    assert StructuralBias(2).terms == SFAAttention(8, num_heads=2).structural_bias.terms == DEFAULT_TERMS
+    assert describe(inject_sfa(SIGLIP.build())).num_parameters == 2 * SIGLIP.heads * SIGLIP.layers
 
 
 def test_the_published_form() -> None:

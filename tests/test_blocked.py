@@ -13,6 +13,7 @@ from torch import Tensor
 from sfa_adapters import StructuralBias, TokenLayout, attend, blocked
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.blocked import blocked_attention
+from sfa_adapters.choices import TERMS
 from sfa_adapters.phi_tiles import key_order
 
 exact = settings(max_examples=30, derandomize=True, deadline=None, database=None)
@@ -81,7 +82,7 @@ LAYOUTS |= {"batch": batched, "placeless": placeless}
 def factors(layout: TokenLayout, adapters: int, seed: int) -> BiasFactors:
     """Tables in float64, as leaves."""
     torch.manual_seed(seed)
-    plain = StructuralBias(HEADS, init_std=1.0).factors(layout)
+    plain = StructuralBias(HEADS, init_std=1.0, terms=TERMS).factors(layout)
     one = plain.block_value.detach().double()
     values = torch.cat([one * (1 + number) for number in range(adapters)]) if adapters else one[:0]
     leaves = (plain.row_table.detach().double(), plain.column_table.detach().double(), values)
@@ -157,7 +158,7 @@ def test_narrow_states_are_computed_in_float32(dtype: torch.dtype) -> None:
     """Nearer to the exact result than a mask that was rounded to the dtype of the states."""
     torch.manual_seed(0)
     layout = TokenLayout.regular(6, 7, 1)
-    bias = StructuralBias(HEADS, init_std=2.0).factors(layout)
+    bias = StructuralBias(HEADS, init_std=2.0, terms=TERMS).factors(layout)
     states = [torch.randn(2, HEADS, 43, WIDTH).to(dtype) for _ in range(3)]
     exactly = attend(*(s.double() for s in states), _double(bias), backend="blocked")  # pyright: ignore[reportCallIssue]
     errors = {

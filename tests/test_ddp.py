@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_adapters import SFAConfig, inject_sfa
+from sfa_adapters.choices import TERMS
 from tests.support.processes import run_two
 
 # This module is imported by both processes, so it brings its own two small models and not the whole zoo.
@@ -43,7 +44,7 @@ def build(kind: str) -> nn.Module:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return inject_sfa(model.train(), SFAConfig(init_std=0.5))
+    return inject_sfa(model.train(), SFAConfig(init_std=0.5, terms=list(TERMS)))
 
 
 def batch(kind: str, rows: slice) -> dict[str, Any]:

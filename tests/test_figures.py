@@ -10,6 +10,7 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from sfa_adapters import SFAConfig, TokenLayout, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.figures import bias_around, bias_table, plot_bias, write_bias_table
 from sfa_adapters.tuner import injected_layers
@@ -27,7 +28,7 @@ def _tower(config: SFAConfig | None = None) -> nn.Module:
             patch_size=14,
         )
     )
-    return inject_sfa(tower, config or SFAConfig(init_std=1.0))
+    return inject_sfa(tower, config or SFAConfig(init_std=1.0, terms=list(TERMS)))
 
 
 def test_the_map_is_the_formula() -> None:

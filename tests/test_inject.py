@@ -23,6 +23,7 @@ from sfa_adapters import (
     register_backbone,
     save_sfa,
 )
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import (
     AdapterMismatchError,
     InjectionError,
@@ -235,10 +236,26 @@ def test_adapters_with_different_partitions_cannot_act_together():
     from peft.functional import set_adapter
 
     model, inputs = compare.injected(CLIP)
-    inject_sfa(model, SFAConfig(block_grid=(2, 8)), adapter_name="other")
+    inject_sfa(model, SFAConfig.published(block_grid=(2, 8)), adapter_name="other")
     set_adapter(model, ["default", "other"])
     with pytest.raises(LayoutError, match="cut the page into different blocks"):
         compare.read(CLIP, model, inputs)
+
+
+@pytest.mark.parametrize("order", [("default", "rows"), ("rows", "default")])
+def test_blocks_of_an_adapter_without_the_block_term_do_not_matter(order: tuple[str, str]):
+    from peft.functional import set_adapter
+
+    alone, inputs = compare.injected(CLIP, block_grid=(2, 8))
+    both, _ = compare.injected(CLIP, block_grid=(2, 8))
+    inject_sfa(both, compare.strong_config(terms=["row"], init_std=0.0), adapter_name="rows")
+    set_adapter(both, list(order))
+    assert torch.equal(compare.read(CLIP, both, inputs), compare.read(CLIP, alone, inputs))
+
+
+def test_without_the_block_term_a_layout_may_have_any_blocks():
+    layout = TokenLayout.regular(6, 6, block_map=torch.arange(36).view(6, 6))
+    assert StructuralBias(2)(layout).shape == (1, 2, 36, 36)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
@@ -260,6 +277,10 @@ def test_adapters_with_different_partitions_cannot_act_together():
         ({"block_map": [[0.5]]}, "block_map is not a map"),
         ({"block_map": [[0], [1, 2]]}, "block_map is not a map"),
         ({"block_map": [[0, 5]], "num_blocks": 5}, "num_blocks=5 is too few for the 6 blocks"),
+        ({"block_grid": (2, 8)}, r"block_grid=\(2, 8\) belongs to the term block, .* terms=\['row', 'col', 'block'\]"),
+        ({"num_blocks": 9, "terms": ["dist"]}, r"block_grid=\(3, 3\) belongs to the term block, which is off"),
+        ({"num_blocks": 20, "block_grid": (4, 4)}, r"num_blocks=20 belongs to the term block"),
+        ({"block_map": [[0, 1]]}, r"block_map belongs to the term block"),
         ({"init_std": -0.1}, "init_std=-0.1 must be a number of at least 0"),
         ({"init_std": float("nan")}, "init_std=nan"),
         ({"mask_cache_mb": -1}, "mask_cache_mb=-1 must be at least 0"),
@@ -282,7 +303,9 @@ def test_options_of_layers_that_people_build_themselves():
     with pytest.raises(InjectionError, match="num_heads=0 must be at least 1"):
         StructuralBias(0)
     with pytest.raises(LayoutError, match=r"block id 15, but the bias has num_blocks=4"):
-        StructuralBias(2, num_blocks=4)(TokenLayout.regular(4, 4))
+        StructuralBias(2, num_blocks=4, terms=TERMS)(TokenLayout.regular(4, 4))
+    with pytest.raises(InjectionError, match=r"num_blocks=4 belongs to the term block, which is off"):
+        StructuralBias(2, num_blocks=4)
 
 
 def test_layouts_that_cannot_be():

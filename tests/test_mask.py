@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sfa_adapters import SFAAttention, SFAConfig, StructuralBias, TokenLayout, attend, inject_sfa
 from sfa_adapters.attention import Backend
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import InjectionError
 from sfa_adapters.mask import SegmentedMask, StructuralMask
 from sfa_adapters.tuner import injected_layers
@@ -23,7 +24,7 @@ LAYOUT = TokenLayout.regular(3, 4, 1)
 def parts() -> tuple[Tensor, Tensor, Tensor, StructuralBias]:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 13, 8).unbind(0)
-    return query, key, value, StructuralBias(2, init_std=1.0)
+    return query, key, value, StructuralBias(2, init_std=1.0, terms=TERMS)
 
 
 def test_sdpa_asks_the_mask_by_position_and_by_keyword(parts):
@@ -79,7 +80,7 @@ def test_the_models_own_mask_is_kept(parts, kind: str, backend: Any):
 
 def test_grouped_keys_are_repeated(parts):
     _, key, value, _ = parts
-    query, bias = torch.randn(2, 4, 13, 8), StructuralBias(4, init_std=1.0)
+    query, bias = torch.randn(2, 4, 13, 8), StructuralBias(4, init_std=1.0, terms=TERMS)
     mask: Any = StructuralMask(bias.factors(LAYOUT))
     out = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
     expected = attend(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), bias.factors(LAYOUT))
@@ -102,7 +103,7 @@ def test_segments_are_served_in_order_and_all_must_be(parts):
 @pytest.mark.parametrize("backend", ["dense", "folded", "auto"])
 def test_attention_layer(backend):
     torch.manual_seed(0)
-    layer = SFAAttention(32, num_heads=4, grid=(3, 4), prefix_tokens=1, backend=backend, init_std=1.0)
+    layer = SFAAttention(32, num_heads=4, grid=(3, 4), prefix_tokens=1, backend=backend, init_std=1.0, terms=TERMS)
     states = torch.randn(2, 13, 32, requires_grad=True)
     out = layer(states)
     query, key, value = (t.unflatten(-1, (4, 8)).transpose(1, 2).double() for t in layer.qkv(states).chunk(3, -1))
@@ -157,7 +158,7 @@ def test_the_default_budget_says_no_to_internvit():
 @pytest.mark.parametrize("given", [False, True])
 def test_sfa_attention_compiles_into_one_graph(backend: Backend, given: bool) -> None:
     torch.manual_seed(0)
-    layer = SFAAttention(32, num_heads=4, grid=(3, 4), prefix_tokens=1, backend=backend, init_std=1.0)
+    layer = SFAAttention(32, num_heads=4, grid=(3, 4), prefix_tokens=1, backend=backend, init_std=1.0, terms=TERMS)
     layout = TokenLayout.regular(4, 3, 1) if given else None
     results = []
     for program in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -174,7 +175,7 @@ def test_sfa_attention_compiles_into_one_graph(backend: Backend, given: bool) ->
 
 
 def test_a_block_without_a_scalar_is_refused_in_a_compiled_layer_too() -> None:
-    layer = SFAAttention(32, num_heads=4, grid=(2, 2), block_grid=(1, 1))
+    layer = SFAAttention(32, num_heads=4, grid=(2, 2), block_grid=(1, 1), terms=TERMS)
     layout = TokenLayout.regular(2, 2)  # 16 blocks
     for program in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         with pytest.raises(Exception, match=r"block id 15|index|out of (range|bounds)"):

@@ -110,7 +110,7 @@ def test_low_cpu_mem_usage(tmp_path: Path):
     other.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
     other.set_adapter("second")
     assert torch.equal(read(other), expected)
-    plain: Any = inject_adapter_in_model(SFAConfig(), SIGLIP.build(), low_cpu_mem_usage=True)
+    plain: Any = inject_adapter_in_model(SFAConfig.published(), SIGLIP.build(), low_cpu_mem_usage=True)
     set_peft_model_state_dict(plain, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert torch.equal(read(plain.eval()), expected)
     assert all(not p.is_meta and p.dtype == torch.float32 for p in plain.parameters())
@@ -222,7 +222,7 @@ def test_modules_to_save_around_the_attention_are_refused():
 def test_inject_adapter_in_model_with_a_state_dict(layers: list[int] | None):
     model = peft_tower(layers_to_transform=layers)
     state = get_peft_model_state_dict(model)
-    plain: Any = inject_adapter_in_model(SFAConfig(), SIGLIP.build(), state_dict=state)
+    plain: Any = inject_adapter_in_model(SFAConfig.published(), SIGLIP.build(), state_dict=state)
     assert describe(plain).num_layers == (3 if layers is None else 1)
     set_peft_model_state_dict(plain, state)
     assert torch.equal(read(plain), read(model))
@@ -268,8 +268,8 @@ def test_adapters_of_inject_sfa_do_not_mix_into_the_file_of_another(tmp_path: Pa
 
 
 def test_a_state_dict_of_other_blocks_is_refused():
-    model = inject_sfa(SIGLIP.build(), SFAConfig(block_grid=(2, 8)))
-    other = inject_sfa(SIGLIP.build(), SFAConfig())
+    model = inject_sfa(SIGLIP.build(), SFAConfig.published(block_grid=(2, 8)))
+    other = inject_sfa(SIGLIP.build(), SFAConfig.published())
     with pytest.raises(ValueError, match=r"saved with block_grid=\[2, 8\], but the model has block_grid=\[4, 4\]"):
         other.load_state_dict(model.state_dict(), strict=False)
     state = {name: value for name, value in model.state_dict().items() if "_extra_state" not in name}
@@ -347,7 +347,7 @@ def test_names_that_cannot_name_an_adapter(name: Any):
 
 
 def test_the_record_in_a_state_dict_is_readable():
-    model = inject_sfa(SIGLIP.build(), SFAConfig(block_grid=(2, 8)))
+    model = inject_sfa(SIGLIP.build(), SFAConfig.published(block_grid=(2, 8)))
     record = model.state_dict()["encoder.layers.0.self_attn.sfa._extra_state"]
     content = json.loads(bytes(record.tolist()))
     assert content["adapters"]["default"]["block_grid"] == [2, 8]

@@ -68,7 +68,7 @@ def test_a_file_without_the_configuration_needs_one(tmp_path: Path):
     base = SIGLIP.build()
     text = r"SFA scalars of 3 layers, but not their configuration.*config=SFAConfig"
     refused(text, WeightsError, lambda: load_sfa(base, tmp_path), base)
-    again = load_sfa(base, tmp_path, config=SFAConfig(block_grid=(2, 8)))
+    again = load_sfa(base, tmp_path, config=SFAConfig.published(block_grid=(2, 8)))
     assert torch.equal(read(again), read(model))
 
 
@@ -137,7 +137,7 @@ def test_a_trainer_that_loads_only_folders_gets_lora_too(
     monkeypatch.setattr(beside_peft, "resume_skips_outer_adapter", lambda: skips)
     model = lora_and_sfa(tmp_path)
     again: Any = get_peft_model(SIGLIP.build(), LoraConfig(target_modules=["q_proj"]))  # pyright: ignore[reportArgumentType]
-    inject_sfa(again)
+    inject_sfa(again, SFAConfig.published())
     again.load_adapter(str(tmp_path / "sfa"), "sfa", is_trainable=False)
     assert torch.equal(read(again.eval()), read(model)) is skips
     assert all(parameter.requires_grad for name, parameter in again.named_parameters() if "lora" in name)

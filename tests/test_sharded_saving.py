@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sfa_adapters import SFAConfig, inject_sfa, load_sfa, save_sfa
+from sfa_adapters.choices import TERMS
 from tests.support.processes import run_two
 
 # This module is imported by both processes, so it brings its own small model.
@@ -29,7 +30,7 @@ def build() -> nn.Module:
 
 def work(rank: int, folder: str) -> None:
     """Shards an injected tower, and saves its adapter."""
-    model: Any = inject_sfa(build(), SFAConfig(init_std=0.5))
+    model: Any = inject_sfa(build(), SFAConfig(init_std=0.5, terms=list(TERMS)))
     if rank == 0:
         torch.save([p.detach() for n, p in model.named_parameters() if "sfa_" in n], Path(folder) / "before.pt")
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))

@@ -93,7 +93,7 @@ def test_groups_rates_and_logs(tmp_path: Path) -> None:
     logged = [line for line in made.state.log_history if "loss" in line]
     assert len(logged) == 4
     for line in logged:
-        assert {"sfa/row", "sfa/col", "sfa/dist", "sfa/block"} <= line.keys()
+        assert {"sfa/row", "sfa/col"} <= line.keys()
     assert logged[-1]["learning_rate"] == 1e-3
     last = made.state.log_history[-1]
     assert "train_runtime" in last
@@ -212,7 +212,7 @@ def test_a_resumed_run_is_the_run_without_a_break(way: str, tmp_path: Path) -> N
 
     def build() -> Any:
         model = classifier()
-        config = SFAConfig(init="axial", init_warmup_steps=5, init_strength=3.0)
+        config = SFAConfig.published(init="axial", init_warmup_steps=5, init_strength=3.0)
         if way == "get_peft_model":
             return get_peft_model(model, config).train()
         if way == "beside LoRA":

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sfa_adapters import inject_sfa
+from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.analysis import attention_entropy, hallucination_report, modality_dominance
 from sfa_adapters.analysis.entropy_report import EntropyReport, compare_entropy
 from sfa_adapters.analysis.hallucination import HallucinationReport
@@ -108,7 +108,7 @@ def run_study(config: StudyConfig, console: Console | None = None) -> list[Arm]:
         arm = copy.deepcopy(host)
         torch.manual_seed(config.seed)
         if name != CONTROL:
-            inject_sfa(arm.model)
+            inject_sfa(arm.model, SFAConfig.published())
         train_tower_and_projector(arm.model)
         settings = FinetuneConfig(steps=config.steps, seed=config.seed)
         scr = _scr(TERMS[name]) if name in TERMS else None

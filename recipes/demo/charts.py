@@ -14,7 +14,7 @@ import time
 import torch
 from rich.console import Console
 
-from sfa_adapters import inject_sfa
+from sfa_adapters import SFAConfig, inject_sfa
 from sfa_adapters.figures import plot_bias, write_bias_table
 from sfa_adapters.recipes.demo.host import RELOADED, load_host, reloaded, save_trained
 from sfa_adapters.recipes.demo.options import DemoConfig, DemoError, command_of, prepare_folder
@@ -44,7 +44,7 @@ def run_charts(config: DemoConfig, console: Console) -> Report:
 
     with_sfa, control = copy.deepcopy(host), copy.deepcopy(host)
     torch.manual_seed(config.seed)
-    inject_sfa(with_sfa.model)
+    inject_sfa(with_sfa.model, SFAConfig.published())  # and the rate of that time
     arms = [Arm("pretrained", before, 0, 0.0)]
     for name, arm in (("SFA", with_sfa), ("control", control)):
         train_tower_and_projector(arm.model)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from sfa_adapters.axial import AXES
 from sfa_adapters.bias import TERMS
+from sfa_adapters.choices import DEFAULT_TERMS
 from sfa_adapters.errors import RecipeError, SFAError
 from sfa_adapters.evaluation.predictions import Prediction, read_answers, write_atomically
 from sfa_adapters.hosts.recipe import Recipe
@@ -59,7 +60,7 @@ class Variant:
     @property
     def terms(self) -> tuple[str, ...]:
         """Terms of its bias; empty if it has no bias."""
-        return tuple(self.changes.get("sfa_terms", TERMS)) if self.changes.get("sfa") else ()
+        return tuple(self.changes.get("sfa_terms", DEFAULT_TERMS)) if self.changes.get("sfa") else ()
 
 
 def term_variants() -> tuple[Variant, ...]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-from sfa_adapters.choices import AXES, DEFAULT_SFA_LR, TERMS, Init
+from sfa_adapters.choices import AXES, DEFAULT_SFA_LR, DEFAULT_TERMS, TERMS, Init
 from sfa_adapters.errors import RecipeError
 
 __all__ = ["DEFAULT_PROMPT", "Family", "PlanName", "Recipe"]
@@ -92,7 +92,7 @@ class Recipe:
     freeze_llm: bool = True
     lora_llm: int = 0
     sfa: bool = True
-    sfa_terms: tuple[str, ...] = TERMS
+    sfa_terms: tuple[str, ...] = DEFAULT_TERMS
     sfa_layers: tuple[int, ...] | None = None
     init: Init = "normal"
     init_strength: float = 3.0

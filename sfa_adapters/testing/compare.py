@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.choices import TERMS
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.inject import inject_sfa
 from sfa_adapters.testing.cases import Inputs, TowerCase
@@ -29,7 +30,7 @@ __all__ = [
     "structural",
 ]
 
-STRONG = {"init_std": 0.7}  # so large that every term changes the attention
+STRONG: dict[str, Any] = {"init_std": 0.7, "terms": list(TERMS)}  # so large that every term changes the attention
 
 
 def strong_config(**options: Any) -> SFAConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sfa_adapters import StructuralBias, TokenLayout
 from sfa_adapters.adat.plan import PatchPlan, cell_grid
 from sfa_adapters.adat.policy import PatchPolicy
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import DataError, PlanError
 
 slow = settings(max_examples=40, derandomize=True, deadline=None, database=None)
@@ -288,7 +289,7 @@ def test_one_level_of_the_own_patch_is_the_regular_layout(grid: tuple[int, int],
     plan = policy.plan(torch.zeros(cell_grid(size, policy.cell_of(14))), size, 14)
     assert plan.ratio == 1
     torch.manual_seed(0)
-    bias = StructuralBias(2, init_std=1.0)
+    bias = StructuralBias(2, init_std=1.0, terms=TERMS)
     regular = TokenLayout.regular(*grid, prefix_tokens=prefix)
     assert torch.equal(bias(plan.layout(prefix)), bias(regular))
     patch, token, weight = plan.grid_pairs()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sfa_adapters import inject_sfa, lmms_plugin, save_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.cli.main import main
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import AdapterMismatchError, DataError, InjectionError, RecipeError
@@ -35,6 +36,7 @@ from sfa_adapters.training.checkpoints import save_trained
 from tests.support.compare import strong_config
 
 SETTINGS: dict[str, Any] = {
+    "sfa_terms": TERMS,
     "plan": "bf16", "dtype": "float32", "max_tiles": 2, "max_pixels": 140 * 140, "num_workers": 0,
     "max_new_tokens": 6, "prompt": "{question}",
 }  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfa_adapters import SFAConfig, calibrate_axial, inject_sfa
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.arrangement import Windows
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import DataError, InjectionError, LayoutError, ObservationError
 from sfa_adapters.heads.axial_heads import _strongest, _weakest
 from sfa_adapters.heads.axis_affinity import AxisMass, axis_affinity
@@ -140,7 +141,7 @@ def test_row_and_column_heads_are_recognised(case: TowerCase) -> None:
     """Heads that were made to look along rows and columns are those that are chosen."""
     tower, inputs = case.fresh()
     planted = {0: {"row": [2], "col": [0]}, 1: {"row": [3], "col": [1]}, 2: {"row": [0], "col": [3]}}
-    inject_sfa(tower, SFAConfig(init="axial", init_strength=30.0, init_heads=planted, init_std=0.0))
+    inject_sfa(tower, SFAConfig(init="axial", init_strength=30.0, init_heads=planted, init_std=0.0, terms=list(TERMS)))
     pages = [kwargs_of(case, part) for part in case.split(inputs)]
     assert calibrate_axial(tower, pages) == planted
     assert calibrate_axial(tower, pages, layers=[1]) == {1: planted[1]}

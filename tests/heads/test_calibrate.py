@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sfa_adapters import SFAConfig, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import DataError, RecipeError
 from sfa_adapters.heads.layers import head_layers
 from tests.support.head_scoring import BY_NAME, LLAVA, NAMES, assert_scores, calibrated, eager_s4, padded
@@ -128,7 +129,7 @@ def test_lora_and_sfa_that_say_nothing_yet_change_no_score(method: str) -> None:
 
     expected = calibrated(LLAVA.build(), [LLAVA.inputs()], method)
     lora = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|o_proj)")
-    adapted = inject_sfa(peft.get_peft_model(LLAVA.build(), lora), SFAConfig(init_std=0.0))  # pyright: ignore[reportArgumentType]
+    adapted = inject_sfa(peft.get_peft_model(LLAVA.build(), lora), SFAConfig(init_std=0.0, terms=list(TERMS)))  # pyright: ignore[reportArgumentType]
     scores = calibrated(adapted, [LLAVA.inputs()], method)
     assert all(name.startswith("base_model.model.") for name in scores.values)
     assert scores.num_kv_heads == {f"base_model.model.{name}": 2 for name in expected.values}

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from sfa_adapters import SFAConfig, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
 from sfa_adapters.inject import load_sfa, save_sfa
@@ -73,7 +74,7 @@ def test_sfa_and_lora_on_a_host(tmp_path: Any) -> None:
     host, inputs = case.build(), case.inputs()
     model = with_lora(host)
     torch.manual_seed(3)
-    inject_sfa(model, SFAConfig(init_std=0.7))
+    inject_sfa(model, SFAConfig(init_std=0.7, terms=list(TERMS)))
     model.eval()
     save_sfa(host, tmp_path / "sfa")
     vision, language = list(attention_modules(host, "vision")), list(attention_modules(host, "language"))
@@ -96,7 +97,7 @@ def test_sfa_and_lora_on_a_host(tmp_path: Any) -> None:
 def test_sfa_of_a_tower_that_keeps_its_heads_is_saved_and_loaded_as_always(tmp_path: Any) -> None:
     case = next(host for host in HOSTS if host.name == "llava")
     torch.manual_seed(3)
-    model, inputs = inject_sfa(case.build(), SFAConfig(init_std=0.7)), case.inputs()
+    model, inputs = inject_sfa(case.build(), SFAConfig(init_std=0.7, terms=list(TERMS))), case.inputs()
     prune_heads(model, plan_for(model, {next(iter(attention_modules(model, "language"))): (0, 1)}))
     save_sfa(model, tmp_path / "sfa")
     again = load_pruned(case.build(), save_pruned(model, tmp_path / "pruned"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters import SFAConfig, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.heads.head_plan import HeadPlan
 from sfa_adapters.heads.prune import prune_heads
 from sfa_adapters.heads.pruned_files import load_pruned, save_pruned
@@ -52,7 +53,7 @@ def test_a_host_with_lora_and_sfa_answers_as_the_gated_one(name: str, attention:
     host.set_attn_implementation(attention)
     model = with_lora(host, ("q_proj", "v_proj", "o_proj"))
     torch.manual_seed(3)
-    inject_sfa(model, SFAConfig(init_std=0.7))
+    inject_sfa(model, SFAConfig(init_std=0.7, terms=list(TERMS)))
     model.eval()
     plan, inputs = host_plan(host), left_padded(case)
     before = logits_of(model, inputs)

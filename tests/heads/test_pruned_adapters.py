@@ -303,18 +303,18 @@ def test_what_is_for_whole_towers_only(tmp_path: Path) -> None:
 def test_description_of_a_pruned_tower() -> None:
     model = pruned(SIGLIP)
     info = describe(model)
-    assert (info.num_heads, info.num_parameters, info.layer_parameters) == ((3, 1, 4), 152, (57, 19, 76))
+    assert (info.num_heads, info.num_parameters, info.layer_parameters) == ((3, 1, 4), 16, (6, 2, 8))
     assert "3 of 3, 1 to 4 heads, 8 together" in str(info)
-    assert "152 (19 to 76 per layer)" in str(info)
+    assert "16 (2 to 8 per layer)" in str(info)
     inject_sfa(model, strong_config(layers_to_transform=[0, 2], terms=["row", "block"]))
     info = describe(model)
     assert (info.num_layers, info.layer_parameters) == (2, (51, 0, 68))
     assert info.num_parameters == sum(p.numel() for p in structural(model).values()) == 119
     assert "119 (51 to 68 per layer)" in str(info)
     whole = describe(SIGLIP.build())
-    assert (whole.num_heads, whole.layer_parameters) == (4, (76, 76, 76))
+    assert (whole.num_heads, whole.layer_parameters) == (4, (8, 8, 8))
     assert "4 heads each" in str(whole)
-    assert "228 (76 per layer)" in str(whole)
+    assert "24 (8 per layer)" in str(whole)
 
 
 @pytest.mark.parametrize("compensation", ["none", "bias"])
@@ -334,7 +334,7 @@ def test_inspect_tells_what_a_saved_model_has(
     inspection = inspect_model(str(tmp_path / "pruned"))
     assert inspection.model_parameters == sum(p.numel() for p in model.parameters())
     assert inspection.sfa == describe(model)
-    assert [layer.parameters for layer in inspection.layers] == [57, 19, 0]
+    assert [layer.parameters for layer in inspection.layers] == [6, 2, 0]
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", str(tmp_path / "pruned")])
     assert not stopped.value.code

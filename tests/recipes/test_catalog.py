@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLConfig
 
-from sfa_adapters import describe, eject_sfa, inject_sfa
+from sfa_adapters import SFAConfig, describe, eject_sfa, inject_sfa
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.load import HOSTS, prepare, set_trainable
 from sfa_adapters.hosts.recipe import Family, Recipe
@@ -84,13 +84,13 @@ def test_hosts_have_their_published_size(
     inject_sfa(model)
     info = describe(model)
     assert (info.num_layers, info.tower_layers) == layers
-    assert info.num_parameters == layers[0] * info.num_heads * 19
+    assert info.num_parameters == layers[0] * info.num_heads * 2
     eject_sfa(model)
 
 
 def test_the_published_run_trains_what_was_published(full_size: dict[str, Any]):
     model, recipe = full_size["internvl3_5_8b"], find_recipe("internvl3_5_8b_published")
-    inject_sfa(model)
+    inject_sfa(model, SFAConfig(terms=list(recipe.sfa_terms)))
     set_trainable(model, HOSTS["internvl"], recipe)
     assert count(model, trainable=True) == 337_590_400
     assert count(model) == 8_528_325_760

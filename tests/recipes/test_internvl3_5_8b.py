@@ -8,6 +8,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from sfa_adapters import SFAAttention, StructuralBias, describe, eject_sfa, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.recipes.internvl3_5_8b import architecture
 from tests.support.compare import structural
 
@@ -22,18 +23,18 @@ def internvl_8b() -> nn.Module:
         return InternVLForConditionalGeneration(architecture())
 
 
-def test_every_layer_of_the_tower_gets_304_scalars(internvl_8b: nn.Module):
+def test_every_layer_of_the_tower_gets_32_scalars(internvl_8b: nn.Module):
     inject_sfa(internvl_8b)
     info = describe(internvl_8b)
     assert (info.backbone, info.num_layers, info.tower_layers, info.num_heads) == ("internvit", 24, 24, 16)
     assert (info.grid, info.prefix_tokens) == ((32, 32), 1)
-    assert info.num_parameters == 7_296
+    assert info.num_parameters == 768
     per_layer: dict[str, int] = {}
     for name, parameter in structural(internvl_8b).items():
         assert parameter.is_meta
         layer = name.partition(".sfa.")[0]
         per_layer[layer] = per_layer.get(layer, 0) + parameter.numel()
-    assert list(per_layer.values()) == [304] * 24
+    assert list(per_layer.values()) == [32] * 24
     eject_sfa(internvl_8b)
 
 
@@ -45,14 +46,15 @@ def test_trainable_and_total_parameters(internvl_8b: nn.Module):
     for part in (model.vision_tower, model.multi_modal_projector):
         for parameter in part.parameters():
             parameter.requires_grad_(True)
-    assert sum(p.numel() for p in internvl_8b.parameters() if p.requires_grad) == 337_590_400
-    assert count(internvl_8b) == 8_528_325_760
+    assert sum(p.numel() for p in internvl_8b.parameters() if p.requires_grad) == 337_583_872
+    assert count(internvl_8b) == 8_528_319_232
     assert count(model.language_model) + count(internvl_8b.get_submodule("lm_head")) == 8_190_735_360
     eject_sfa(internvl_8b)
 
 
 def test_one_layer_alone():
-    assert count(StructuralBias(num_heads=16)) == 304
+    assert count(StructuralBias(num_heads=16)) == 32
+    assert count(StructuralBias(num_heads=16, terms=TERMS)) == 304  # as published
     attention = SFAAttention(1024, num_heads=16, grid=(28, 28))
-    assert count(attention.structural_bias) == 304
+    assert count(attention.structural_bias) == 32
     assert attention(torch.randn(2, 784, 1024)).shape == (2, 784, 1024)

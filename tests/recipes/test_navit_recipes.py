@@ -51,7 +51,7 @@ def test_hosts_have_their_published_size(name: str) -> None:
     assert sum(p.numel() for p in model.get_submodule(spec.places(model).tower).parameters()) == tower
     info = describe(inject_sfa(model))
     assert (info.num_layers, info.tower_layers, info.num_heads) == (layers, layers, heads)
-    assert info.num_parameters == layers * heads * 19
+    assert info.num_parameters == layers * heads * 2
     row = next(line for line in _page("recipes") if line.startswith(f"| `{name}`"))
     assert f" {total:,} |" in row
     assert f" {layers} of {layers} |" in row

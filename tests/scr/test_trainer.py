@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from sfa_adapters import SFAConfig, inject_sfa, observe
 from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import DataError, InjectionError, NoMatchingBackboneError, ObservationError
 from sfa_adapters.readers import RowEntropy
 from sfa_adapters.recipes.nano.encode import encode_packed
@@ -262,7 +263,7 @@ def test_packed_questions_have_their_own_evidence() -> None:
 
 def test_peft_wrappers_are_looked_through() -> None:
     host = BY_NAME["llava"]
-    model, inputs = get_peft_model(host.build(), SFAConfig(init_std=0.5)), batch_of(host)  # pyright: ignore[reportArgumentType]
+    model, inputs = get_peft_model(host.build(), SFAConfig(init_std=0.5, terms=list(TERMS))), batch_of(host)  # pyright: ignore[reportArgumentType]
     grads = gradients_of(model, config(), inputs, evidence_boxes=BOXES)
     assert grads
     assert all(".sfa_" in name for name in grads)

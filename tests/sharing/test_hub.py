@@ -133,7 +133,7 @@ def test_the_card_says_all_that_is_known(run: Path) -> None:
     for expected in (
         "| revision | abc123 |",
         "| layers with a bias | 2 of 3 |",
-        "| parameters: SFA | 152 |",
+        "| parameters: SFA | 16 |",
         "rank 2",
         "| tuned parts of the base | projector |",
         "| seed | 7 |",

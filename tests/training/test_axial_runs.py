@@ -39,7 +39,7 @@ def test_a_run_ramps_resumes_and_reports(tmp_path: Path) -> None:
     with (tmp_path / "a" / "log.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert float(lines[0]["sfa/row"]) < float(lines[-1]["sfa/row"])
-    assert "sfa/block" in lines[0]
+    assert "sfa/col" in lines[0]
     again, _ = run(tmp_path / "a", given, resume=str(tmp_path / "a" / "checkpoint-2"))
     assert_equal(trained(again), trained(host))
     # What was trained is loaded with its progress: it can be saved again without a warning.

@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_host_is_refused(tmp_path: Path) -> None:
     for changes, message in (
         ({"sfa_terms": ("row",)}, "does not fit the host"),
         ({"lora_llm": 2}, "does not fit the host: 28 missing"),
-        ({"sfa": False}, "does not fit the host: 8 too many"),
+        ({"sfa": False}, "does not fit the host: 4 too many"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_trained(tiny_host(recipe(**changes)), folder)

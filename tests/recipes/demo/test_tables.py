@@ -63,7 +63,7 @@ def test_all_three_models_see_the_same_tables_and_questions(finished: Any) -> No
     assert batches[:2] == batches[2:4] == batches[4:]
     assert [arm.name for arm in report.arms] == ["without SFA", "SFA", "placebo"]
     none, sfa, placebo = (arm.trainable for arm in report.arms)
-    assert sfa == placebo == none + 304
+    assert sfa == placebo == none + 32
     assert report.arms[1].scalars != report.arms[2].scalars
 
 
@@ -96,7 +96,7 @@ def test_the_adapter_and_the_base_build_the_trained_model_again(finished: Any, u
     host.model.load_state_dict(load_file(untrained), strict=False)
     missing = host.model.load_state_dict(load_file(out / "base.safetensors"), strict=False)
     assert not missing.unexpected_keys
-    assert describe(load_sfa(host.model, out / "adapter")).num_parameters == 304
+    assert describe(load_sfa(host.model, out / "adapter")).num_parameters == 32
 
 
 def test_a_saved_adapter_that_answers_otherwise_is_an_error(

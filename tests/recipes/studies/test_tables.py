@@ -13,6 +13,7 @@ from rich.console import Console
 
 import sfa_adapters.recipes.studies.tables_measures as measures_module
 from sfa_adapters import SFAConfig, StructuralBias, TokenLayout, eject_sfa, inject_sfa
+from sfa_adapters.choices import TERMS
 from sfa_adapters.errors import DataError, InjectionError
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.recipes.nano.encode import pixel_values
@@ -87,7 +88,7 @@ def test_a_measurement_is_made_behind_every_step() -> None:
 def test_shuffled_places_permute_the_bias_and_keep_the_prefix() -> None:
     torch.manual_seed(0)
     layout = TokenLayout.regular(3, 4, prefix_tokens=1)
-    bias = StructuralBias(2, init_std=1.0)
+    bias = StructuralBias(2, init_std=1.0, terms=TERMS)
     phi, shuffled = bias(layout)[0], bias(ShuffledPlaces(5)(layout))[0]
     order = torch.arange(13)
     order[1:] = 1 + torch.randperm(12, generator=torch.Generator().manual_seed(5))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfa_adapters.bias import StructuralBias
+from sfa_adapters.choices import TERMS
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.reduction.dymu.merging import Merged, merge_above, pair_scores, weighted_mean
 from sfa_adapters.reduction.dymu.size_attention import SizedPackedMask, SizedSegmentedMask, sized_attention
@@ -167,7 +168,7 @@ def test_a_token_of_size_s_counts_like_s_copies_of_it(backend: str) -> None:
 def test_sizes_and_phi_add_up(backend: str) -> None:
     torch.manual_seed(0)
     layout = TokenLayout.regular(2, 3, 1)
-    bias = StructuralBias(3, init_std=0.7).factors(layout)
+    bias = StructuralBias(3, init_std=0.7, terms=TERMS).factors(layout)
     query, key, value = qkv(7)
     log_size = torch.tensor([1.0, 2, 1, 4, 1, 1, 3]).log()
     scores = query @ key.transpose(-1, -2) * 8**-0.5 + bias.dense() + log_size
