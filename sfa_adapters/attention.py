@@ -1,4 +1,4 @@
-"""Exact attention under a structural bias: one function, four backends.
+"""Exact attention under a structural bias: one function, five backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
 * `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
@@ -9,6 +9,8 @@
   and prefix keys get one channel that puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS
   token.
 * `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
+* `lines` corrects plain attention along rows and columns, see `sfa_adapters.lines`: least work, but for the terms row
+  and col only, on whole grids. Elsewhere it is `folded`.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
 Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
@@ -26,10 +28,11 @@ from torch import Tensor
 from sfa_adapters.bias import BiasFactors, look_up
 from sfa_adapters.blocked import blocked_attention
 from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.lines import lines_attention, lines_fit
 
 __all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
 
-Backend = Literal["auto", "dense", "folded", "blocked"]
+Backend = Literal["auto", "dense", "folded", "blocked", "lines"]
 
 # Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
 # fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
@@ -63,7 +66,8 @@ def attend(
         attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
-        backend: `dense`, `folded`, `blocked` (which is `folded` where there is dropout) or `auto`.
+        backend: `dense`, `folded`, `blocked`, `lines` or `auto`. With dropout `blocked` and `lines` are `folded`, and
+            `lines` is, too, where it does not apply (`lines_fit`) or there is a further mask.
 
     Returns:
         `[B, H, N, D]`, in the dtype of `query`.
@@ -83,6 +87,8 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     if backend == "blocked" and not dropout_p:  # a tile that is computed twice would have to be dropped out alike
         return blocked_attention(query, key, value, bias, attention_mask, scale)
+    if backend == "lines" and not dropout_p and attention_mask is None and lines_fit(query, bias):
+        return lines_attention(query, key, value, bias, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
 

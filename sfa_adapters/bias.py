@@ -54,12 +54,14 @@ class BiasFactors:
         row_table: Bias between row kinds, logits, `[H, U, U]`, fp32.
         column_table: Bias between column kinds, logits, `[H, V, V]`, fp32.
         block_value: `e[block]` per token, zero at prefix and padding, `[A, H, N]` or `[A, B, H, N]`; A may be 0.
+        lines: w_row and w_col, `[2, H]`, fp32, where these are all that phi is made of; else None.
     """
 
     layout: TokenLayout
     row_table: Tensor
     column_table: Tensor
     block_value: Tensor
+    lines: Tensor | None = None
 
     @property
     def num_heads(self) -> int:
@@ -126,7 +128,18 @@ def bias_factors(weights: Sequence[StructuralWeights], layout: TokenLayout, num_
             value = weight.block.float()[:, layout.block]  # [H, (B,) N]
             values.append(value.movedim(0, -2) * layout.spatial.unsqueeze(-2))
     empty = torch.zeros((0, *layout.block.shape[:-1], num_heads, layout.num_tokens), device=device)
-    return BiasFactors(layout, row_table, column_table, torch.stack(values) if values else empty)
+    block_value = torch.stack(values) if values else empty
+    return BiasFactors(layout, row_table, column_table, block_value, _lines(weights, num_heads, device))
+
+
+def _lines(weights: Sequence[StructuralWeights], num_heads: int, device: torch.device) -> Tensor | None:
+    """The sums of w_row and of w_col over adapters, `[2, H]`, if no adapter has another term."""
+    if any(weight.dist is not None or weight.block is not None for weight in weights):
+        return None
+    zero = torch.zeros(num_heads, device=device)
+    rows = sum((weight.row.float() for weight in weights if weight.row is not None), zero)
+    columns = sum((weight.col.float() for weight in weights if weight.col is not None), zero)
+    return torch.stack((rows, columns))
 
 
 class StructuralBias(nn.Module):

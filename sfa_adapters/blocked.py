@@ -42,16 +42,7 @@ def blocked_attention(
 ) -> Tensor:
     """Attention with phi, tile by tile; see the head of this file.
 
-    Args:
-        query: `[B, H, N, D]`.
-        key: `[B, H, N, D]`.
-        value: `[B, H, N, D]`.
-        bias: The tables of phi.
-        attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
-        scale: Factor on q.k; 1 / sqrt(D) by default.
-
-    Returns:
-        `[B, H, N, D]`, in the dtype of `query`; zero for a query that may see no key.
+    Arguments as in `attend`; a query that may see no key gets zeros.
     """
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     tables = (bias.row_table, bias.column_table, bias.block_value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class TokenLayout:
         padding: True where a token is padding, `[B, N]`, or None when there is none.
         placeless: True at tokens behind the prefix that have no place either, `[N]` or `[B, N]`, or None when there are
             none: a CLS token at the end, or in front of each tile. As prefix tokens they are seen, with phi = 0.
+        memo: What other modules worked out from this layout, so that it is worked out once. Not part of it.
     """
 
     grid: tuple[int, int] | tuple[tuple[int, int], ...]
@@ -51,6 +53,7 @@ class TokenLayout:
     columns: AxisKinds
     padding: Tensor | None = None
     placeless: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _derived: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class KeyOrder:
         row_of: Which of `rows` each key with a place is in, `[K - P]`.
         column_of: Which of `columns`, `[K - P]`.
         is_grid: Whether these keys are u x v tokens, one in each place.
+        is_plain_grid: Whether, besides, no two of their rows overlap, and no two of their columns.
     """
 
     index: Tensor | None
@@ -42,6 +43,7 @@ class KeyOrder:
     row_of: Tensor
     column_of: Tensor
     is_grid: bool
+    is_plain_grid: bool
 
 
 def key_order(layout: TokenLayout, image: int) -> KeyOrder:
@@ -51,6 +53,13 @@ def key_order(layout: TokenLayout, image: int) -> KeyOrder:
         layout: Where the tokens lie.
         image: Number of the image; of no interest where all images share one layout.
     """
+    name = (key_order, 0 if layout.batch_size is None else image)
+    if name not in layout.memo:
+        layout.memo[name] = _key_order(layout, image)
+    return layout.memo[name]
+
+
+def _key_order(layout: TokenLayout, image: int) -> KeyOrder:
 
     def of_image(values: Tensor) -> Tensor:
         return values if values.ndim == 1 else values[image]
@@ -67,7 +76,12 @@ def key_order(layout: TokenLayout, image: int) -> KeyOrder:
         (row_of * len(columns) + column_of == torch.arange(len(row_of), device=row.device)).all()
     )
     whole = len(index) == layout.num_tokens and bool((index == torch.arange(len(index), device=row.device)).all())
-    return KeyOrder(None if whole else index, int(without.sum()), rows, columns, row_of, column_of, is_grid)
+    apart = all(
+        bool((axis.overlap()[kinds][:, kinds] == torch.eye(len(kinds), device=row.device)).all())
+        for axis, kinds in ((layout.rows, rows), (layout.columns, columns))
+    )
+    order = None if whole else index
+    return KeyOrder(order, int(without.sum()), rows, columns, row_of, column_of, is_grid, is_grid and apart)
 
 
 @dataclass(eq=False)

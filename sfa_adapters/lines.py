@@ -1,0 +1,285 @@
+"""`lines_attention`: plain fused attention, corrected along the row and the column of each token.
+
+With the terms `row` and `col` alone, phi is not zero only between tokens of one row or one column. Let s be the plain
+logits and L their log-sum-exp, which fused kernels give beside their output O. With a = exp(w_row) - 1 and
+b = exp(w_col) - 1, the factors exp(phi) - 1 of a row, of a column and of the token itself, the exact result is
+
+    out = (O + a * sum over the row of p v + b * sum over the column of p v + a b * p v of the token itself) / Z
+    Z   = 1 + a * sum over the row of p   + b * sum over the column of p   + a b * p of the token itself
+
+where p = exp(s - L). The correction is rows + columns products per token instead of N: on a page of 72 x 80 tokens 3% of
+the arithmetic of attention. The kernel stays the plain one, so memory is linear in the tokens.
+
+The backward pass calls the kernel's own backward pass with the corrected output and L + log Z: it then computes exactly
+what the plain part of the weights contributes, and the rest is again a correction along lines.
+
+A negative scalar takes weight away after the kernel has added it up, which loses digits where nearly all of it lay on
+one line: by a factor of at most exp(-w_row - w_col). `lines_fit` says whether this is small enough.
+
+(Merging parts of a softmax by their log-sum-exp: FlashAttention, arXiv 2205.14135. The correction of plain attention
+for a bias that lives on lines is this library's.)
+
+Shape letters: B batch, H heads, h heads of a chunk, N tokens, R rows, C columns, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sfa_adapters.bias import BiasFactors
+from sfa_adapters.phi_tiles import KeyOrder, key_order
+
+__all__ = ["lines_attention", "lines_fit"]
+
+# Logits of one chunk of heads. What a chunk needs, about five times as much, should fit into the caches of the cores.
+CHUNK_BYTES = 2**19
+# The largest -(w_row + w_col) by dtype of the queries: about 8 more bits are lost in float32, 3 in half precision.
+LARGEST_LOSS = {torch.float64: 8.0, torch.float32: 5.5, torch.bfloat16: 2.0, torch.float16: 2.0}
+
+
+def lines_fit(query: Tensor, bias: BiasFactors) -> bool:
+    """Whether `lines_attention` can compute this attention, and keeps enough digits.
+
+    It can on a CPU, for a bias of the terms `row` and `col` on grids whose keys are all there, outside of
+    `torch.compile`.
+
+    Args:
+        query: `[B, H, N, D]`.
+        bias: The tables of phi.
+    """
+    if bias.lines is None or query.device.type != "cpu" or query.dtype not in LARGEST_LOSS:
+        return False
+    if torch.compiler.is_compiling() or torch.overrides.has_torch_function_unary(query):
+        return False
+    layout = bias.layout
+    images = range(1 if layout.batch_size is None else layout.batch_size)
+    if not all(key_order(layout, image).is_plain_grid for image in images):
+        return False
+    with torch.no_grad():
+        loss = float(bias.lines.clamp(max=0.0).sum(0).neg().max())
+    return loss <= LARGEST_LOSS[query.dtype]
+
+
+def lines_attention(query: Tensor, key: Tensor, value: Tensor, bias: BiasFactors, scale: float | None = None) -> Tensor:
+    """Attention with phi where `lines_fit` says yes; see the head of this file. Arguments as in `attend`."""
+    assert bias.lines is not None
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    return _Lines.apply(query, key, value, bias.lines, bias, scale)  # pyright: ignore[reportReturnType]
+
+
+class _Lines(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lines: Tensor, bias: BiasFactors, scale: float
+    ) -> Tensor:
+        outs, sums = [], []
+        with torch.autocast("cpu", enabled=False):
+            for images, order in _groups(bias, len(query)):
+                keys, values = (_take(states[images], order.index) for states in (key, value))
+                out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    query[images], keys, values, 0.0, False, scale=scale
+                )
+                page = _Page(order, lines, query.dtype)
+                for chunk in page.chunks(query[images], key[images], value[images]):
+                    _correct(page, chunk, out, log_sum, scale)
+                outs.append(out)
+                sums.append(log_sum)
+        out, log_sum = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outs, sums))
+        ctx.save_for_backward(query, key, value, out, log_sum, lines)
+        ctx.bias, ctx.scale = bias, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, out, log_sum, lines = ctx.saved_tensors
+        scale = ctx.scale
+        of_lines = torch.zeros_like(lines)
+        totals = [torch.zeros_like(states) for states in (query, key, value)]
+        with torch.autocast("cpu", enabled=False):
+            for images, order in _groups(ctx.bias, len(query)):
+                keys, values = (_take(states[images], order.index) for states in (key, value))
+                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    gradient[images], query[images], keys, values, out[images], log_sum[images], 0.0, False, scale=scale
+                )
+                everyone = slice(None) if order.index is None else order.index
+                totals[0][images] = parts[0]
+                totals[1][images, :, everyone], totals[2][images, :, everyone] = parts[1:]
+                page = _Page(order, lines, query.dtype)
+                inputs = [states[images] for states in (query, key, value, gradient)]
+                middle = (gradient[images].to(page.dtype) * out[images].to(page.dtype)).sum(-1, keepdim=True)
+                for chunk in page.chunks(*inputs):
+                    sums = [total[images] for total in totals]
+                    of_lines[:, chunk.heads] += _correct_backward(page, chunk, log_sum[images], middle, sums, scale).to(
+                        of_lines
+                    )
+        return *totals, of_lines, None, None
+
+
+def _groups(bias: BiasFactors, batch: int) -> Iterator[tuple[slice, KeyOrder]]:
+    """Images that share a layout, and the order of their keys."""
+    if bias.layout.batch_size is None:
+        yield slice(0, batch), key_order(bias.layout, 0)
+        return
+    for image in range(batch):
+        yield slice(image, image + 1), key_order(bias.layout, image)
+
+
+def _take(states: Tensor, index: Tensor | None) -> Tensor:
+    return states if index is None else states[:, :, index]
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """Some heads of one image: queries, keys, values (and gradients) of placed tokens, row by row and column by column.
+
+    Attributes:
+        image: Number of the image in its group.
+        heads: The heads.
+        by_row: Each `[h, R, C, D]`.
+        by_column: Each `[h, C, R, D]`.
+    """
+
+    image: int
+    heads: slice
+    by_row: list[Tensor]
+    by_column: list[Tensor]
+
+
+class _Page:
+    """The grid of one image, and the factors of its lines.
+
+    Args:
+        order: The order of the keys, of a whole grid.
+        lines: w_row and w_col, `[2, H]`.
+        dtype: Of the queries.
+    """
+
+    def __init__(self, order: KeyOrder, lines: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.grid = len(order.rows), len(order.columns)
+        self.off_page, self.index = order.off_page, order.index
+        self.factors = torch.expm1(lines.detach().to(self.dtype))  # a and b, [2, H]
+        self.weights = torch.exp(lines.detach().to(self.dtype))
+
+    def placed(self, states: Tensor) -> Tensor:
+        """`[..., N, D]` of all tokens to `[..., R, C, D]`; a view where tokens come in the order of the keys."""
+        if self.index is None:
+            return states[..., self.off_page :, :].unflatten(-2, self.grid)
+        return states[..., self.index[self.off_page :], :].unflatten(-2, self.grid)
+
+    def write(self, states: Tensor, grid: Tensor) -> None:
+        """Writes `[..., R, C, D]` to the places of `[..., N, D]`."""
+        if self.index is None:
+            self.placed(states).copy_(grid)
+        else:
+            states[..., self.index[self.off_page :], :] = grid.flatten(-3, -2).to(states.dtype)
+
+    def chunks(self, *states: Tensor) -> Iterator[_Chunk]:
+        """Copies of `[B, H, N, D]` in chunks of heads that stay in the caches."""
+        batch, heads = states[0].shape[:2]
+        rows, columns = self.grid
+        size = torch.finfo(self.dtype).bits // 8 * rows * columns * max(rows, columns, 1)
+        step = max(1, min(heads, CHUNK_BYTES // max(size, 1)))
+        for image in range(batch):
+            for first in range(0, heads, step):
+                some = slice(first, first + step)
+                by_row = [self.placed(part[image, some]).to(self.dtype).contiguous() for part in states]
+                by_column = [part.transpose(1, 2).contiguous() for part in by_row]
+                yield _Chunk(image, some, by_row, by_column)
+
+
+def _exponentials(query: Tensor, key: Tensor, log_sum: Tensor, scale: float) -> Tensor:
+    """exp(s - L) along lines, `[h, X, Y, Y]`, of queries and keys `[h, X, Y, D]` and L `[h, X, Y, 1]`."""
+    products = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, query.shape[:2])
+    return products.mul_(scale).sub_(log_sum).exp_()
+
+
+def _own(matrix: Tensor) -> Tensor:
+    """Of each token with itself, `[h, X, Y]`."""
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """Products of `[h, X, Y, Z]` and `[h, X, Z, D]`."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+
+
+def _per_head(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _weighted(page: _Page, chunk: _Chunk, log_sum: Tensor, scale: float, column: bool) -> Tensor:
+    """What row, or column, adds to the weights of plain attention, before the division by Z: `[h, X, Y, Y]`."""
+    states = chunk.by_column if column else chunk.by_row
+    part = _exponentials(states[0], states[1], log_sum, scale)
+    factors = page.factors[:, chunk.heads]
+    part.mul_(_per_head(factors[int(column)], part))
+    if not column:  # a for the row, b for the column: a b is still missing where both meet
+        own = _own(part)
+        own.mul_(_per_head(1 + factors[1], own))
+    return part
+
+
+def _correct(page: _Page, chunk: _Chunk, out: Tensor, log_sum: Tensor, scale: float) -> None:
+    """Turns plain output and log-sum-exp of a chunk into those under phi, in place."""
+    image, heads = chunk.image, chunk.heads
+    of_page = page.placed(log_sum[image, heads].unsqueeze(-1))
+    row = _weighted(page, chunk, of_page, scale, column=False)
+    column = _weighted(page, chunk, of_page.transpose(1, 2), scale, column=True)
+    total = (row.sum(-1, keepdim=True) + column.sum(-1, keepdim=True).transpose(1, 2)).add_(1)
+    result = _times(row, chunk.by_row[2]).add_(_times(column, chunk.by_column[2]).transpose(1, 2))
+    result.add_(page.placed(out[image, heads])).div_(total)
+    page.write(out[image, heads], result)
+    page.write(log_sum[image, heads].unsqueeze(-1), of_page + total.log())
+
+
+def _correct_backward(
+    page: _Page, chunk: _Chunk, log_sum: Tensor, middle: Tensor, sums: list[Tensor], scale: float
+) -> Tensor:
+    """Adds what lines contribute to the gradients of q, k and v, and returns those of w_row and w_col, `[2, h]`.
+
+    Args:
+        page: The grid.
+        chunk: With the gradient of the output as the fourth of its states.
+        log_sum: L + log Z, `[B, H, N]`.
+        middle: Sum over keys of weight times its gradient, `[B, H, N, 1]`.
+        sums: Gradients of q, k and v, `[B, H, N, D]`; they grow.
+        scale: Factor on q.k.
+    """
+    image, heads = chunk.image, chunk.heads
+    totals = [torch.zeros_like(states) for states in chunk.by_row[:3]]
+    of_page, centre = (page.placed(t) for t in (log_sum[image, heads].unsqueeze(-1), middle[image, heads]))
+    both = page.weights[:, heads].prod(0)
+    of_lines = []
+    for number, states in enumerate((chunk.by_row, chunk.by_column)):
+        query, key, value, above = states
+        level, mean = (t.transpose(1, 2) if number else t for t in (of_page, centre))
+        part = _exponentials(query, key, level, scale)
+        change = _times(above, value.transpose(2, 3)).sub_(mean)  # gradient of the logits over the weight
+        factor = page.factors[number, heads]
+        weight = part * _per_head(factor, part)
+        if not number:
+            own = _own(weight)
+            own.mul_(_per_head(1 + page.factors[1, heads], own))
+        own = _own(part).mul(_own(change)).sum((1, 2))
+        every = torch.einsum("hxyz,hxyz->h", part, change)
+        of_lines.append(page.weights[number, heads] * (every - own) + both * own)
+        change.mul_(weight)
+        parts = (
+            _times(change, key).mul_(scale),
+            _times(change.transpose(2, 3), query).mul_(scale),
+            _times(weight.transpose(2, 3), above),
+        )
+        for total, addend in zip(totals, parts, strict=True):
+            total.add_(addend.transpose(1, 2) if number else addend)
+    for total, addend in zip(sums, totals, strict=True):
+        place = total[image, heads]
+        page.write(place, page.placed(place) + addend)
+    return torch.stack(of_lines)
