@@ -104,11 +104,12 @@ def check_backend(backend: object) -> None:
 
 def choose_backend(
     query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None
-) -> Literal["dense", "folded"]:
+) -> Literal["dense", "folded", "lines"]:
     """What `auto` does, from the measurements in `benchmarks/results` (CPU) and docs/performance.md.
 
     * Short sequences on a CPU: dense. The matrix is small, and the extra channels are most of the work.
     * A real mask beside a bias without gradients: dense. There is a matrix in any case, so the bias joins it.
+    * A bias of the terms row and col on a CPU: lines, where they apply.
     * Else: folded. A matrix that needs gradients loses the fused kernels on every device, and on CUDA the flash
       kernel takes no matrix at all.
     """
@@ -116,7 +117,7 @@ def choose_backend(
         return "dense"
     if attention_mask is not None and not bias.requires_grad:
         return "dense"
-    return "folded"
+    return "lines" if attention_mask is None and lines_fit(query, bias) else "folded"
 
 
 def check_fit(query: Tensor, bias: BiasFactors) -> None:

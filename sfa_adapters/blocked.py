@@ -72,7 +72,8 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient: Tensor = grad_outputs[0]
         query, key, value, out, mask, row_table, column_table, block_value = ctx.saved_tensors
         bias, scale = ctx.bias, ctx.scale
         dtype = torch.promote_types(query.dtype, torch.float32)

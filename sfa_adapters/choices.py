@@ -8,7 +8,7 @@ __all__ = ["AXES", "DEFAULT_SFA_LR", "DEFAULT_TERMS", "INITS", "TERMS", "Init", 
 
 Term = Literal["row", "col", "dist", "block"]
 TERMS: tuple[Term, ...] = get_args(Term)
-# What brought something in the studies of docs/results.md: distance and blocks beside them added nothing.
+# In the studies of docs/results.md distance and blocks added nothing clear to these.
 DEFAULT_TERMS: tuple[Term, ...] = ("row", "col")
 Init = Literal["normal", "axial"]
 INITS: tuple[Init, ...] = get_args(Init)

@@ -7,8 +7,8 @@ b = exp(w_col) - 1, the factors exp(phi) - 1 of a row, of a column and of the to
     out = (O + a * sum over the row of p v + b * sum over the column of p v + a b * p v of the token itself) / Z
     Z   = 1 + a * sum over the row of p   + b * sum over the column of p   + a b * p of the token itself
 
-where p = exp(s - L). The correction is rows + columns products per token instead of N: on a page of 72 x 80 tokens 3% of
-the arithmetic of attention. The kernel stays the plain one, so memory is linear in the tokens.
+where p = exp(s - L). The correction is rows + columns products per token instead of N: on a page of 72 x 80 tokens 3%
+of the arithmetic of attention. The kernel stays the plain one, so memory is linear in the tokens.
 
 The backward pass calls the kernel's own backward pass with the corrected output and L + log Z: it then computes exactly
 what the plain part of the weights contributes, and the rest is again a correction along lines.
@@ -39,8 +39,8 @@ __all__ = ["lines_attention", "lines_fit"]
 
 # Logits of one chunk of heads. What a chunk needs, about five times as much, should fit into the caches of the cores.
 CHUNK_BYTES = 2**19
-# The largest -(w_row + w_col) by dtype of the queries: about 8 more bits are lost in float32, 3 in half precision.
-LARGEST_LOSS = {torch.float64: 8.0, torch.float32: 5.5, torch.bfloat16: 2.0, torch.float16: 2.0}
+# The largest -(w_row + w_col) by the dtype that is computed in: at worst about 8 bits are lost in float32.
+LARGEST_LOSS = {torch.float64: 8.0, torch.float32: 5.5}
 
 
 def lines_fit(query: Tensor, bias: BiasFactors) -> bool:
@@ -53,7 +53,7 @@ def lines_fit(query: Tensor, bias: BiasFactors) -> bool:
         query: `[B, H, N, D]`.
         bias: The tables of phi.
     """
-    if bias.lines is None or query.device.type != "cpu" or query.dtype not in LARGEST_LOSS:
+    if bias.lines is None or query.device.type != "cpu":
         return False
     if torch.compiler.is_compiling() or torch.overrides.has_torch_function_unary(query):
         return False
@@ -63,7 +63,7 @@ def lines_fit(query: Tensor, bias: BiasFactors) -> bool:
         return False
     with torch.no_grad():
         loss = float(bias.lines.clamp(max=0.0).sum(0).neg().max())
-    return loss <= LARGEST_LOSS[query.dtype]
+    return loss <= LARGEST_LOSS[_wide(query.dtype)]
 
 
 def lines_attention(query: Tensor, key: Tensor, value: Tensor, bias: BiasFactors, scale: float | None = None) -> Tensor:
@@ -71,6 +71,11 @@ def lines_attention(query: Tensor, key: Tensor, value: Tensor, bias: BiasFactors
     assert bias.lines is not None
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     return _Lines.apply(query, key, value, bias.lines, bias, scale)  # pyright: ignore[reportReturnType]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in. On a CPU the kernels are no faster in half precision, their backward passes far slower."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Lines(torch.autograd.Function):
@@ -81,14 +86,15 @@ class _Lines(torch.autograd.Function):
         outs, sums = [], []
         with torch.autocast("cpu", enabled=False):
             for images, order in _groups(bias, len(query)):
-                keys, values = (_take(states[images], order.index) for states in (key, value))
-                out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    query[images], keys, values, 0.0, False, scale=scale
-                )
                 page = _Page(order, lines, query.dtype)
-                for chunk in page.chunks(query[images], key[images], value[images]):
+                inputs = [states[images].to(page.dtype) for states in (query, key, value)]
+                keys, values = (_take(states, order.index) for states in inputs[1:])
+                out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    inputs[0], keys, values, 0.0, False, scale=scale
+                )
+                for chunk in page.chunks(*inputs):
                     _correct(page, chunk, out, log_sum, scale)
-                outs.append(out)
+                outs.append(out.to(query.dtype))
                 sums.append(log_sum)
         out, log_sum = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outs, sums))
         ctx.save_for_backward(query, key, value, out, log_sum, lines)
@@ -97,29 +103,36 @@ class _Lines(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient: Tensor = grad_outputs[0]
         query, key, value, out, log_sum, lines = ctx.saved_tensors
         scale = ctx.scale
         of_lines = torch.zeros_like(lines)
-        totals = [torch.zeros_like(states) for states in (query, key, value)]
+        totals: list[list[Tensor]] = [[], [], []]
         with torch.autocast("cpu", enabled=False):
             for images, order in _groups(ctx.bias, len(query)):
-                keys, values = (_take(states[images], order.index) for states in (key, value))
-                parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    gradient[images], query[images], keys, values, out[images], log_sum[images], 0.0, False, scale=scale
-                )
-                everyone = slice(None) if order.index is None else order.index
-                totals[0][images] = parts[0]
-                totals[1][images, :, everyone], totals[2][images, :, everyone] = parts[1:]
                 page = _Page(order, lines, query.dtype)
-                inputs = [states[images] for states in (query, key, value, gradient)]
-                middle = (gradient[images].to(page.dtype) * out[images].to(page.dtype)).sum(-1, keepdim=True)
+                inputs = [states[images].to(page.dtype) for states in (query, key, value, gradient, out)]
+                keys, values = (_take(states, order.index) for states in inputs[1:3])
+                result = inputs.pop()
+                sums = list(
+                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                        inputs[3], inputs[0], keys, values, result, log_sum[images], 0.0, False, scale=scale
+                    )
+                )
+                if order.index is not None:
+                    sums[1:] = (
+                        torch.zeros_like(t).index_copy_(2, order.index, s)
+                        for t, s in zip(inputs[1:3], sums[1:], strict=True)
+                    )
+                middle = (inputs[3] * result).sum(-1, keepdim=True)
                 for chunk in page.chunks(*inputs):
-                    sums = [total[images] for total in totals]
                     of_lines[:, chunk.heads] += _correct_backward(page, chunk, log_sum[images], middle, sums, scale).to(
                         of_lines
                     )
-        return *totals, of_lines, None, None
+                for total, part in zip(totals, sums, strict=True):
+                    total.append(part.to(query.dtype))
+        return *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in totals), of_lines, None, None
 
 
 def _groups(bias: BiasFactors, batch: int) -> Iterator[tuple[slice, KeyOrder]]:
@@ -162,7 +175,7 @@ class _Page:
     """
 
     def __init__(self, order: KeyOrder, lines: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = _wide(dtype)
         self.grid = len(order.rows), len(order.columns)
         self.off_page, self.index = order.off_page, order.index
         self.factors = torch.expm1(lines.detach().to(self.dtype))  # a and b, [2, H]
@@ -190,7 +203,7 @@ class _Page:
         for image in range(batch):
             for first in range(0, heads, step):
                 some = slice(first, first + step)
-                by_row = [self.placed(part[image, some]).to(self.dtype).contiguous() for part in states]
+                by_row = [self.placed(part[image, some]).contiguous() for part in states]
                 by_column = [part.transpose(1, 2).contiguous() for part in by_row]
                 yield _Chunk(image, some, by_row, by_column)
 

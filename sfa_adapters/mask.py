@@ -140,7 +140,7 @@ class StructuralMask(LazyMask):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         """Attention under the bias and the model's mask; shapes as in `sfa_adapters.attention.attend`."""
         self.used = True
-        cached = self.dense_cache(query) if self.dense_cache is not None and self.backend != "folded" else None
+        cached = self.dense_cache(query) if self.dense_cache is not None and self.backend in ("auto", "dense") else None
         if cached is not None:
             check_fit(query, self.bias)
             mask = merge_masks(cached, self.attention_mask)

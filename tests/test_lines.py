@@ -32,7 +32,7 @@ def factors(layout: TokenLayout, weights: Tensor) -> BiasFactors:
         for weight, axis in zip(weights, (layout.rows, layout.columns), strict=True)
     ]
     empty = weights.new_zeros(0, *layout.block.shape[:-1], HEADS, layout.num_tokens)
-    return BiasFactors(layout, *tables, empty, weights)
+    return BiasFactors(layout, *tables, empty, weights)  # pyright: ignore[reportCallIssue]
 
 
 def leaves(layout: TokenLayout, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -71,18 +71,18 @@ def test_outputs_and_gradients_in_float64(
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_other_dtypes(dtype: torch.dtype, bound: float) -> None:
     """As near to float64 as its own rounding allows."""
     layout = TokenLayout.regular(6, 5, 1)
     torch.manual_seed(0)
     weights = torch.tensor([[2.5, -1.5, 0.3], [0.4, 2.0, -0.9]], requires_grad=True)
     inputs = leaves(layout, dtype)
-    got = attend(*inputs, factors(layout, weights), backend="lines")
+    got = attend(*inputs, factors(layout, weights), backend="lines")  # pyright: ignore[reportCallIssue]
     mine = torch.autograd.grad(got.double().square().sum(), (*inputs, weights))
     wide = [states.detach().double().requires_grad_() for states in inputs]
     exact_weights = weights.detach().double().requires_grad_()
-    expected = slow(*wide, factors(layout, exact_weights), None, WIDTH**-0.5)
+    expected = slow(*wide, factors(layout, exact_weights), None, WIDTH**-0.5)  # pyright: ignore[reportCallIssue]
     theirs = torch.autograd.grad(expected.square().sum(), (*wide, exact_weights))
     for one, other, like in zip((got, *mine), (expected, *theirs), (got, *inputs, weights), strict=True):
         assert one.dtype == like.dtype
@@ -98,16 +98,17 @@ def test_more_than_one_adapter_and_a_missing_term() -> None:
     bias = bias_factors([one.weights, other.weights], layout, HEADS)
     assert bias.lines is not None
     states = [t.float() for t in leaves(layout)]
-    got = attend(*states, bias, backend="lines")
+    got = attend(*states, bias, backend="lines")  # pyright: ignore[reportCallIssue]
     got.square().sum().backward()
-    mine = [p.grad.clone() for p in (one.row, one.col, other.col)]
-    one.zero_grad()
-    other.zero_grad()
-    expected = attend(*states, bias_factors([one.weights, other.weights], layout, HEADS), backend="dense")
+    scalars = [one.get_parameter("row"), one.get_parameter("col"), other.get_parameter("col")]
+    mine = [p.grad for p in scalars]
+    for parameter in scalars:
+        parameter.grad = None
+    expected = attend(*states, bias_factors([one.weights, other.weights], layout, HEADS), backend="dense")  # pyright: ignore[reportCallIssue]
     expected.square().sum().backward()
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-    for a, b in zip(mine, (one.row, one.col, other.col), strict=True):
-        torch.testing.assert_close(a, b.grad, atol=1e-5, rtol=1e-5)
+    for gradient, parameter in zip(mine, scalars, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_where_it_does_not_apply() -> None:
@@ -119,7 +120,7 @@ def test_where_it_does_not_apply() -> None:
         (whole, StructuralBias(HEADS, terms=["row", "dist"])),
         (whole, StructuralBias(HEADS, terms=["row", "block"])),
         (part_of(4, 4, 0, 0), plain),
-        (TokenLayout.from_boxes(*torch.tensor([[0, 0, 2], [0, 2, 0], [2, 1, 1]]), (4, 4)), plain),  # rows overlap
+        (TokenLayout.from_boxes(*torch.tensor([[0, 0, 2], [0, 2, 0], [2, 1, 1]]), (4, 4)), plain),  # rows overlap  # pyright: ignore[reportCallIssue]
     ):
         query, key, value = (t.float() for t in leaves(layout))
         bias = module.factors(layout)
@@ -138,7 +139,7 @@ def test_where_it_does_not_apply() -> None:
 def test_scalars_that_are_too_negative_are_left_to_the_folded_backend() -> None:
     layout = TokenLayout.regular(3, 3)
     for dtype, most in LARGEST_LOSS.items():
-        query = torch.randn(1, HEADS, 9, WIDTH).to(dtype)
+        query = torch.randn(1, HEADS, 9, WIDTH, dtype=dtype)
         weights = torch.zeros(2, HEADS)
         weights[:, 1] = -most / 2
         assert lines_fit(query, factors(layout, weights))
@@ -165,7 +166,7 @@ def test_memory_is_linear_in_the_tokens() -> None:
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for one in out if isinstance(out, tuple | list) else [out]:
@@ -179,5 +180,5 @@ def test_memory_is_linear_in_the_tokens() -> None:
     bias = factors(layout, weights)
     assert lines_fit(inputs[0], bias)
     with Watch():
-        lines_attention(*inputs, bias).sum().backward()
+        lines_attention(*inputs, bias).sum().backward()  # pyright: ignore[reportCallIssue]
     assert largest <= HEADS * 576 * 24

@@ -14,6 +14,8 @@ from peft.functional import set_adapter
 from safetensors import safe_open
 from torch import nn
 
+from sfa_adapters.choices import TERMS
+from sfa_adapters.config import SFAConfig
 from sfa_adapters.errors import AdapterMismatchError
 from sfa_adapters.inject import describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.testing import compare
@@ -203,7 +205,7 @@ class AdapterContract(Suite):
     def test_state_dict_loads_into_an_injected_tower(self, case: TowerCase) -> None:
         """The state dict holds the scalars."""
         tower, inputs = compare.injected(case)
-        other = inject_sfa(case.build())
+        other = inject_sfa(case.build(), SFAConfig(terms=list(TERMS)))
         assert not torch.equal(compare.read(case, other, inputs), compare.read(case, tower, inputs))
         other.load_state_dict(tower.state_dict())
         assert torch.equal(compare.read(case, other, inputs), compare.read(case, tower, inputs))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from sfa_adapters.attention import Backend
+from sfa_adapters.choices import DEFAULT_TERMS
 from sfa_adapters.inject import describe, eject_sfa, inject_sfa
 from sfa_adapters.layer import SFALayer
 from sfa_adapters.registry import registered_backbones
@@ -23,6 +25,8 @@ __all__ = ["BiasContract"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "folded"])
+# Blocked computes every term; lines has a path of its own for row and col.
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["dense", "folded", "blocked", "lines"])
 
 
 class BiasContract(Suite):
@@ -51,7 +55,7 @@ class BiasContract(Suite):
             biased = case.layers - case.unread
             assert (info.backbone, info.num_layers, info.tower_layers) == (case.backbone, biased, case.layers)
             assert (info.grid, info.prefix_tokens, info.num_heads) == (case.grid, case.prefix, case.heads)
-            assert info.num_parameters == biased * case.heads * 19
+            assert info.num_parameters == biased * case.heads * len(DEFAULT_TERMS)
         assert (before.adapters, after.adapters, after.active) == ((), ("default",), ("default",))
         assert sum(p.numel() for p in compare.structural(tower).values()) == after.num_parameters
 
@@ -140,16 +144,14 @@ class BiasContract(Suite):
         compare.assert_close(compare.read(case, tower, inputs), expected)
         compare.assert_same_gradients(compare.gradients(case, tower, inputs), expected_gradients)
 
-    @BACKENDS
-    def test_every_layer_matches_the_slow_reference(self, case: TowerCase, backend: Literal["dense", "folded"]) -> None:
+    @EVERY_BACKEND
+    def test_every_layer_matches_the_slow_reference(self, case: TowerCase, backend: Backend) -> None:
         """Each attention layer gives what the plain one gives with phi, pair by pair, on its logits."""
         check_every_layer(case, case.inputs(0), backend)
 
     @needs("inputs of another size (TowerCase.resized)", lambda case: case.resized is not None)
-    @BACKENDS
-    def test_every_layer_matches_the_slow_reference_at_another_size(
-        self, case: TowerCase, backend: Literal["dense", "folded"]
-    ) -> None:
+    @EVERY_BACKEND
+    def test_every_layer_matches_the_slow_reference_at_another_size(self, case: TowerCase, backend: Backend) -> None:
         """The same for images of another size, which have another grid."""
         assert case.resized is not None
         check_every_layer(case, case.resized(0), backend)
@@ -186,9 +188,10 @@ class BiasContract(Suite):
         assert effect > 4 * rounding + 1e-2, "the bias is too weak for this test to mean anything"
 
 
-def check_every_layer(case: TowerCase, inputs: Inputs, backend: Literal["dense", "folded"]) -> None:
+def check_every_layer(case: TowerCase, inputs: Inputs, backend: Backend) -> None:
     """Compares the output of each attention layer of a forward with the slow reference."""
-    tower, _ = compare.injected(case, backend=backend)
+    terms = {"terms": list(DEFAULT_TERMS)} if backend == "lines" else {}
+    tower, _ = compare.injected(case, backend=backend, **terms)
     layers = injected_layers(tower)
     calls: dict[str, Call] = {}
     handles = [handle for name, module, _ in layers for handle in _record(calls, name, module)]

@@ -87,8 +87,12 @@ def regular_places(grid: Grid, prefix: int) -> list[Place]:
 
 
 def layer_phi(layer: SFALayer, places: list[Place], grid: Grid) -> Tensor:
-    """Phi of one injected layer, from its scalars, `[heads, tokens, tokens]`."""
-    scalars: list[Any] = [dict(getattr(layer, name).items())["default"] for name in layer.adapter_layer_names]
+    """Phi of one injected layer, from its scalars, `[heads, tokens, tokens]`; a term that is off counts as zero."""
+    zeros = {name: torch.zeros(layer.num_heads, *shape) for name, shape in (("one", ()), ("sfa_block", (16,)))}
+    scalars: list[Any] = [
+        dict(getattr(layer, name).items()).get("default", zeros.get(name, zeros["one"]))
+        for name in layer.adapter_layer_names
+    ]
     return phi_by_pairs(places, grid, *scalars)
 
 
