@@ -3,7 +3,7 @@
     python -m benchmarks.attention                       # grids 16 to 64, fp32 and bf16: 10 minutes on 2 cores
     python -m benchmarks.attention --device cuda --rounds 50
 
-Candidates: `plain` SDPA without a bias; `folded`; `dense` (the matrix is built in every call); `cached` (a dense matrix
+The bias has the default terms. Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the matrix is built in every call); `cached` (a dense matrix
 from an earlier call; without gradients only); `auto`; `eager` (buffers and the whole score matrix, as first written).
 """
 
@@ -61,7 +61,8 @@ def measure(
         return lambda q, k, v: attend(q, k, v, bias.factors(layout), backend=name)
 
     candidates = {"plain": run(F.scaled_dot_product_attention), "folded": run(backend("folded"))}
-    candidates["dense"] = run(backend("dense"))
+    for name in ("blocked", "lines", "dense"):
+        candidates[name] = run(backend(name))
     if not backward:
         candidates["cached"] = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, cached))
     candidates["auto"] = run(backend("auto"))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.bias import BiasFactors, look_up
-from sfa_adapters.blocked import blocked_attention
+from sfa_adapters.blocked import blocked_attention, blocked_is_fast
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.lines import lines_attention, lines_fit
 
@@ -104,12 +104,13 @@ def check_backend(backend: object) -> None:
 
 def choose_backend(
     query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None
-) -> Literal["dense", "folded", "lines"]:
+) -> Literal["dense", "folded", "blocked", "lines"]:
     """What `auto` does, from the measurements in `benchmarks/results` (CPU) and docs/performance.md.
 
     * Short sequences on a CPU: dense. The matrix is small, and the extra channels are most of the work.
     * A real mask beside a bias without gradients: dense. There is a matrix in any case, so the bias joins it.
     * A bias of the terms row and col on a CPU: lines, where they apply.
+    * Another bias on whole grids, on a CPU: blocked.
     * Else: folded. A matrix that needs gradients loses the fused kernels on every device, and on CUDA the flash
       kernel takes no matrix at all.
     """
@@ -117,7 +118,9 @@ def choose_backend(
         return "dense"
     if attention_mask is not None and not bias.requires_grad:
         return "dense"
-    return "lines" if attention_mask is None and lines_fit(query, bias) else "folded"
+    if attention_mask is None and lines_fit(query, bias):
+        return "lines"
+    return "blocked" if blocked_is_fast(query, bias) else "folded"
 
 
 def check_fit(query: Tensor, bias: BiasFactors) -> None:
