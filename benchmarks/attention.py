@@ -3,8 +3,9 @@
     python -m benchmarks.attention                       # grids 16 to 64, fp32 and bf16: 10 minutes on 2 cores
     python -m benchmarks.attention --device cuda --rounds 50
 
-The bias has the default terms. Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the matrix is built in every call); `cached` (a dense matrix
-from an earlier call; without gradients only); `auto`; `eager` (buffers and the whole score matrix, as first written).
+The bias has the default terms. Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the
+matrix is built in every call); `cached` (a dense matrix from an earlier call; without gradients only); `auto`; `eager`
+(all four terms, buffers and the whole score matrix, as first written).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.common import Row, compare, write_result
 from benchmarks.reference import EagerBias
 from sfa_adapters import StructuralBias, TokenLayout, attend
 from sfa_adapters.attention import Backend, dense_mask
+from sfa_adapters.choices import TERMS
 
 HEAD = ["| grid | dtype | pass | candidate | ms | ratio | quartiles | peak MB |", "|---|---|---|---|---|---|---|---|"]
 
@@ -42,7 +44,8 @@ def measure(
     bias = StructuralBias(heads, device=device)
     tokens = layout.num_tokens
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=backward)
-    eager = EagerBias(bias, layout)
+    everything = StructuralBias(heads, terms=TERMS, device=device)
+    eager = EagerBias(everything, layout)
     cached = dense_mask(bias.factors(layout), qkv[:, :, 0].transpose(1, 2)).detach()
 
     def run(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:

@@ -23,6 +23,7 @@ from benchmarks.common import Row, compare, write_result
 from benchmarks.reference import EagerBias
 from benchmarks.towers import TOWERS
 from sfa_adapters import SFAConfig, StructuralBias, TokenLayout, inject_sfa
+from sfa_adapters.choices import TERMS
 
 HEAD = ["| dtype | pass | candidate | ms | ratio | quartiles | peak MB |", "|---|---|---|---|---|---|---|"]
 CACHE_MB = 4096
@@ -45,7 +46,7 @@ def add_eager_bias(model: Any, device: torch.device) -> None:
         return args, {**kwargs, "attention_mask": bias.phi().to(args[0].dtype)}
 
     for layer in model.encoder.layer:
-        scalars = StructuralBias(layer.attention.num_heads, device=device)
+        scalars = StructuralBias(layer.attention.num_heads, terms=TERMS, device=device)
         layer.attention.scalars = scalars
         layer.attention.eager_bias = EagerBias(scalars, layout)
         layer.attention.register_forward_pre_hook(hook, with_kwargs=True)
