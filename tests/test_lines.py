@@ -120,6 +120,10 @@ def test_where_it_does_not_apply() -> None:
         (whole, StructuralBias(HEADS, terms=["row", "dist"])),
         (whole, StructuralBias(HEADS, terms=["row", "block"])),
         (part_of(4, 4, 0, 0), plain),
+        (
+            TokenLayout.from_boxes(*torch.tensor([[0, 0, 1, 1], [0, 2, 0, 2], [2, 2, 2, 2]]), (4, 4)),
+            plain,
+        ),  # a grid whose rows overlap
         (TokenLayout.from_boxes(*torch.tensor([[0, 0, 2], [0, 2, 0], [2, 1, 1]]), (4, 4)), plain),  # rows overlap  # pyright: ignore[reportCallIssue]
     ):
         query, key, value = (t.float() for t in leaves(layout))
@@ -143,8 +147,8 @@ def test_scalars_that_are_too_negative_are_left_to_the_folded_backend() -> None:
         weights = torch.zeros(2, HEADS)
         weights[:, 1] = -most / 2
         assert lines_fit(query, factors(layout, weights))
-        weights[0, 1] -= 0.1
-        weights[1, 2] = 50.0  # a positive one makes up for nothing, and does no harm
+        weights[0, 1] = -most - 0.1
+        weights[1, 1] = 50.0  # a positive one makes up for nothing
         assert not lines_fit(query, factors(layout, weights))
 
 
