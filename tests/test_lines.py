@@ -111,20 +111,25 @@ def test_more_than_one_adapter_and_a_missing_term() -> None:
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-5)
 
 
+def boxes(numbers: list[list[int]]) -> TokenLayout:
+    """Tokens from rows, columns and sides."""
+    row, column, side = torch.tensor(numbers)
+    return TokenLayout.from_boxes(row, column, side, (4, 4))
+
+
 def test_where_it_does_not_apply() -> None:
     """There `attend` computes the same with `folded`."""
     torch.manual_seed(0)
     whole = TokenLayout.regular(4, 4)
     plain = StructuralBias(HEADS, init_std=1.0)
+    overlapping = boxes([[0, 0, 2], [0, 2, 0], [2, 1, 1]])
+    a_grid_of_overlapping_rows = boxes([[0, 0, 1, 1], [0, 2, 0, 2], [2, 2, 2, 2]])
     for layout, module in (
         (whole, StructuralBias(HEADS, terms=["row", "dist"])),
         (whole, StructuralBias(HEADS, terms=["row", "block"])),
         (part_of(4, 4, 0, 0), plain),
-        (
-            TokenLayout.from_boxes(*torch.tensor([[0, 0, 1, 1], [0, 2, 0, 2], [2, 2, 2, 2]]), (4, 4)),
-            plain,
-        ),  # a grid whose rows overlap
-        (TokenLayout.from_boxes(*torch.tensor([[0, 0, 2], [0, 2, 0], [2, 1, 1]]), (4, 4)), plain),  # rows overlap  # pyright: ignore[reportCallIssue]
+        (overlapping, plain),
+        (a_grid_of_overlapping_rows, plain),
     ):
         query, key, value = (t.float() for t in leaves(layout))
         bias = module.factors(layout)
