@@ -284,6 +284,18 @@ def test_what_older_releases_of_transformers_drop(
     assert compat.resume_skips_outer_adapter() is skips
 
 
+def test_models_that_a_release_ships_broken_count_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.has_vision_model("siglip")
+    assert not compat.has_vision_model("no_such_model")
+    for folder, first in compat.MENDED.items():
+        monkeypatch.setattr(compat, "version", lambda name, first=first: first)
+        assert compat.has_vision_model(folder)
+        before = f"{first.partition('.')[0]}.{int(first.partition('.')[2]) - 1}.9"
+        monkeypatch.setattr(compat, "version", lambda name, before=before: before)
+        assert not compat.has_vision_model(folder)
+        assert compat.has_vision_model("siglip")
+
+
 def test_a_model_that_does_not_take_encoded_images_is_named() -> None:
     class Old(nn.Module):
         def forward(self, pixel_values: Any) -> None: ...
