@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sfa_adapters import attention
 from sfa_adapters.data.collator import Collator
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
@@ -244,8 +245,11 @@ def kept_by_autograd(host: Host, inputs: dict[str, Any]) -> int:
     ],
 )
 def test_activations_are_what_autograd_keeps(
-    family: str, checkpointing: bool, dtype: Any, batch: int, changes: dict[str, Any]
+    family: str, checkpointing: bool, dtype: Any, batch: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
+    # GPU memory is predicted, and on a GPU the bias is folded; a CPU has backends that keep less.
+    monkeypatch.setattr(attention, "lines_fit", lambda query, bias: False)
+    monkeypatch.setattr(attention, "blocked_is_fast", lambda query, bias: False)
     wanted = recipe(family, dtype=dtype, gradient_checkpointing=checkpointing, **changes)
     model = build(family)
     lengths = lengths_of(wanted, model.config)

@@ -69,7 +69,7 @@ def test_sfa_fits_and_everything_gets_gradients(vlm: Any) -> None:
     assert 157.7e6 < total < 157.9e6
     inject_sfa(model)
     description = describe(model)
-    assert (description.num_layers, description.num_heads, description.num_parameters) == (12, 6, 1368)
+    assert (description.num_layers, description.num_heads, description.num_parameters) == (12, 6, 144)
     batch = _batch(vlm)
     loss = model(**batch, labels=batch["input_ids"]).loss
     loss.backward()
