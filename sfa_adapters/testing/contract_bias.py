@@ -27,6 +27,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "folded"])
 # Blocked computes every term; lines has a path of its own for row and col.
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["dense", "folded", "blocked", "lines"])
+LINES_TOO = pytest.mark.parametrize("backend", ["dense", "folded", "lines"])
 
 
 class BiasContract(Suite):
@@ -150,7 +151,7 @@ class BiasContract(Suite):
         check_every_layer(case, case.inputs(0), backend)
 
     @needs("inputs of another size (TowerCase.resized)", lambda case: case.resized is not None)
-    @EVERY_BACKEND
+    @LINES_TOO
     def test_every_layer_matches_the_slow_reference_at_another_size(self, case: TowerCase, backend: Backend) -> None:
         """The same for images of another size, which have another grid."""
         assert case.resized is not None

@@ -198,6 +198,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         run(tmp_path / "endless", recipe(streaming=True), Stream(10))
 
 
+@pytest.mark.nightly  # 25 seconds
 def test_signals_to_the_whole_group(tmp_path: Path) -> None:
     """SIGKILL leaves the last checkpoint; SIGTERM and Ctrl-C make one; in the end all is as without them."""
     folder = tmp_path / "run"

@@ -156,6 +156,7 @@ def test_exact_match_is_what_the_model_generates(monkeypatch: pytest.MonkeyPatch
         assert reader.exact(examples).tolist() == [expected]
 
 
+@pytest.mark.nightly  # 25 seconds
 @pytest.mark.usefixtures("loaded_once")
 def test_every_arm_begins_with_the_same_aligned_projector(monkeypatch: pytest.MonkeyPatch) -> None:
     from sfa_adapters.recipes.studies import small_vlm_study as study
