@@ -58,6 +58,8 @@ def blocked_is_fast(query: Tensor, bias: BiasFactors) -> bool:
     """
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
+    if type(query) not in (Tensor, torch.nn.Parameter):  # fake, distributed, ...
+        return False
     images = range(1 if bias.layout.batch_size is None else bias.layout.batch_size)
     return all(key_order(bias.layout, image).is_grid for image in images)
 

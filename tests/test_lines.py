@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfa_adapters import StructuralBias, TokenLayout, attend, lines
 from sfa_adapters.bias import BiasFactors
+from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.lines import LARGEST_LOSS, lines_attention, lines_fit
 from tests.test_blocked import HEADS, WIDTH, part_of, placeless, shuffled, slow
 
@@ -191,3 +192,15 @@ def test_memory_is_linear_in_the_tokens() -> None:
     with Watch():
         lines_attention(*inputs, bias).sum().backward()  # pyright: ignore[reportCallIssue]
     assert largest <= HEADS * 576 * 24
+
+
+def test_fake_tensors_are_left_to_the_folded_backend() -> None:
+    """As memory planners use them: no number can be read from them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layout = TokenLayout.regular(20, 20)
+        query = torch.randn(1, HEADS, 400, WIDTH)
+        for terms in (DEFAULT_TERMS, TERMS):
+            bias = StructuralBias(HEADS, terms=terms).factors(layout)
+            assert attend(query, query, query, bias).shape == (1, HEADS, 400, WIDTH)
