@@ -261,7 +261,8 @@ def check_blocks(layout: TokenLayout, num_blocks: int) -> None:
     Raises:
         LayoutError: An id is too large; names the largest one.
     """
-    if torch.compiler.is_compiling():  # reading a value would break the graph; the look-up itself fails on such an id
+    # Reading a value would break the graph, and a fake tensor has none; the look-up itself fails on such an id.
+    if torch.compiler.is_compiling() or type(layout.block) is not Tensor:
         return
     largest = int(layout.block.max()) if layout.block.numel() else 0
     if largest >= num_blocks:
