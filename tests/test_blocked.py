@@ -173,6 +173,7 @@ def _double(bias: BiasFactors) -> BiasFactors:
     return BiasFactors(bias.layout, bias.row_table.double(), bias.column_table.double(), bias.block_value.double())
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 def test_no_more_than_a_tile_of_phi_exists_at_a_time() -> None:
     """Memory is linear: twice as many tokens need twice as much beyond the tiles, not four times."""
 
