@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,18 @@ def draw_curves(settings: StudySettings, rows: Sequence[Row], path: Path) -> Non
         axis.set_ylim(0, 101)
     for axis in grid[:, 0]:
         axis.set_ylabel("right answers, %", fontsize=14)
-    # The legend has the order of the last points of the lines in the first panel.
-    ends = sorted(axes[0].get_lines(), key=lambda line: -line.get_ydata()[-1])
-    labels = [line.get_label() for line in ends]
-    figure.legend(ends, labels, loc="outside right center", fontsize=14, frameon=False)
+    ends = legend_lines(axes)
+    figure.legend(ends.values(), ends.keys(), loc="outside right center", fontsize=14, frameon=False)
     figure.savefig(path)
+
+
+def legend_lines(axes: Iterable[Any]) -> dict[str, Any]:
+    """One line of each arm, by name: in the order of their last points in the fullest panel, then those of others."""
+    ends: dict[str, Any] = {}
+    for axis in sorted(axes, key=lambda axis: -len(axis.get_lines())):
+        for line in sorted(axis.get_lines(), key=lambda line: -line.get_ydata()[-1]):
+            ends.setdefault(line.get_label(), line)
+    return ends
 
 
 def draw_tests(settings: StudySettings, lines: Sequence[ArmLine], path: Path) -> None:

@@ -19,6 +19,7 @@ from sfa_adapters.cli.main import main
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.studies import catalog
 from sfa_adapters.recipes.studies.catalog import STUDIES, StudyOptions, run_study
+from sfa_adapters.recipes.studies.figures import legend_lines
 from sfa_adapters.recipes.studies.report import verdict, write_report
 from sfa_adapters.recipes.studies.results_file import Outcome, append_row, read_rows, source_commit, todo
 from sfa_adapters.recipes.studies.runner import run_jobs
@@ -202,6 +203,16 @@ def test_the_report_is_complete_and_its_figures_are_pictures(settings: StudySett
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 7
     for name in ("curves.png", "tests.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_legend_has_the_arms_of_every_panel() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, 3)
+    for axis, arms in zip(axes, (["none"], ["none", "axial", "sfa"], ["late"]), strict=True):
+        for height, arm in enumerate(arms):
+            axis.plot([0, 1], [5, height], label=arm)
+    assert list(legend_lines(axes)) == ["sfa", "axial", "none", "late"]
 
 
 def test_few_and_many_pictures_are_set_side_by_side(tmp_path: Path) -> None:
