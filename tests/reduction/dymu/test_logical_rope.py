@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.hooks import features_of
 from sfa_adapters.reduction.dymu.cache_record import KeptOfPrompt, choose_kept
 from sfa_adapters.reduction.dymu.config import DyMUConfig
-from sfa_adapters.reduction.dymu.host_tokens import ImageKeys
+from sfa_adapters.reduction.dymu.host_tokens import HostTokens, ImageKeys
 from sfa_adapters.reduction.dymu.inject import eject_dymu, inject_dymu
 from sfa_adapters.reduction.dymu.logical_rope import latest_kept
 from sfa_adapters.reduction.fastv.inject import FastVConfig, eject_fastv, inject_fastv
@@ -308,3 +309,19 @@ def test_density_works_beside_merging_in_the_tower_only(fastv_first: bool) -> No
 def test_padding_is_the_one_that_tests_assume() -> None:
     mask: Tensor = padded(BY_NAME["llava"])["attention_mask"]
     assert (mask == 0).sum(-1).tolist() == [0, PAD]
+
+
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_prefix_tokens_are_merged_with_nothing(strategy: str) -> None:
+    core: Any = SimpleNamespace(config=SimpleNamespace(vision_feature_select_strategy=strategy))
+    host = HostTokens(core, nn.Identity(), nn.Identity(), "all", 1, (-1,))
+    merged = torch.tensor([[0, 0, 1], [2, 3, 3]])  # two pictures of three tokens
+    keys = host._with_prefix(ImageKeys(merged, torch.tensor([[True, False, True]] * 2), 4), 2)
+    kept = 2 if strategy == "full" else 1  # "default" drops the first token
+    assert keys.key.shape == (2, kept + 3)
+    assert torch.equal(keys.key[:, kept:], merged)
+    prefix = keys.key[:, :kept].flatten().tolist()
+    assert len(set(prefix)) == len(prefix)
+    assert not set(prefix) & set(merged.flatten().tolist())
+    assert max(prefix) < keys.count
+    assert bool(keys.is_represented[:, :kept].all())
