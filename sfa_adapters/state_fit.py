@@ -59,7 +59,7 @@ def fit_scalars(
         path, attribute = min(values)
         raise AdapterMismatchError(
             f"{source} holds {path}.{attribute}, a term that the adapter here does not have. "
-            f"Inject it with the terms that it was saved with (all four: SFAConfig.published())."
+            "Inject it with the terms that it was saved with (all four: SFAConfig.published())."
         )
     return fitted
 
