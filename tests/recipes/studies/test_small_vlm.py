@@ -76,7 +76,7 @@ def test_sfa_fits_and_everything_gets_gradients(vlm: Any) -> None:
     assert np.isfinite(loss.item())
     scalars = [parameter for name, parameter in model.named_parameters() if ".sfa." in name]
     projector = list(model.model.multi_modal_projector.parameters())
-    assert len(scalars) == 12 * 4
+    assert len(scalars) == 12 * 2  # row and col in every layer
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scalars + projector)
 
 
