@@ -1,45 +1,33 @@
 """Exact attention under a structural bias: one function, five backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
-* `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
-  kernels and with memory linear in N. With one-hot keys z over row and column kinds, phi(i, j) = z_i R z_j + z_i C z_j
-  + e_i e_j, so q' = [q, z_i R / scale, z_i C / scale, e_i / scale] and k' = [k, z_j, z_j, e_j]. (The idea of folding a
-  low-rank bias into q and k: FlashBias, arXiv 2505.12044, section 3; that SFA's tables make it exact is this
-  library's.) Adding a constant per query changes no softmax, so the last kind of each table is subtracted and dropped,
-  and prefix keys get one channel that puts the constant back: 31 + 31 + 1 + 1 = 64 channels for a 32x32 grid with a CLS
-  token.
+* `folded` writes phi into extra channels of q and k, see `sfa_adapters.folded`: plain attention in its fastest kernels.
 * `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
 * `lines` corrects plain attention along rows and columns, see `sfa_adapters.lines`: least work, but for the terms row
   and col only, on whole grids. Elsewhere it is `folded`.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
-Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
+Shape letters: B batch, H heads, N tokens, D head width.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfa_adapters.bias import BiasFactors, look_up
+from sfa_adapters.bias import BiasFactors
 from sfa_adapters.blocked import blocked_attention, blocked_is_fast
 from sfa_adapters.errors import InjectionError, LayoutError
+from sfa_adapters.folded import fold_channels, folded_attention
 from sfa_adapters.lines import lines_attention, lines_fit
 
 __all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
 
 Backend = Literal["auto", "dense", "folded", "blocked", "lines"]
 
-# Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
-# fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
-PADDING_LOGIT = -3.0e4
-# Widths at which fused kernels have a native tile; in between they run at the cost of the next one or leave the fast
-# path.
-HEAD_WIDTHS = (32, 64, 96, 128, 192, 256)
 # Up to about this many tokens a dense mask costs a CPU less than the extra channels do
 # (benchmarks/results/attention_*).
 SHORT_SEQUENCE = 320
@@ -61,16 +49,16 @@ def attend(
     Args:
         query: `[B, H, N, D]`.
         key: `[B, H, N, D]`.
-        value: `[B, H, N, D]`.
+        value: `[B, H, N, D]`; another width than that of q and k is computed by `dense`, `folded` or `blocked`.
         bias: The tables of phi, or None for plain attention.
         attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
         backend: `dense`, `folded`, `blocked`, `lines` or `auto`. With dropout `blocked` and `lines` are `folded`, and
-            `lines` is, too, where it does not apply (`lines_fit`) or there is a further mask.
+            `lines` is, too, where it does not apply (`lines_fit`), beside a further mask, and for v of another width.
 
     Returns:
-        `[B, H, N, D]`, in the dtype of `query`.
+        As `value`, in the dtype of `query`.
 
     Raises:
         InjectionError: There is no such backend.
@@ -87,7 +75,8 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     if backend == "blocked" and not dropout_p:  # a tile that is computed twice would have to be dropped out alike
         return blocked_attention(query, key, value, bias, attention_mask, scale)
-    if backend == "lines" and not dropout_p and attention_mask is None and lines_fit(query, bias):
+    fit = not dropout_p and attention_mask is None and query.shape == value.shape
+    if backend == "lines" and fit and lines_fit(query, bias):
         return lines_attention(query, key, value, bias, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
@@ -155,85 +144,3 @@ def merge_masks(mask: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask.dtype == torch.bool:
         return mask.masked_fill(~attention_mask, float("-inf"))
     return mask + attention_mask.to(mask.dtype)
-
-
-def fold_channels(
-    bias: BiasFactors, scale: float = 1.0, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The extra channels that carry phi, in parts that are broadcast when they are joined to q and k.
-
-    Args:
-        bias: The tables of phi.
-        scale: What attention will multiply q.k with; the query channels are divided by it.
-        dtype: Of the looked-up channels. The tables are built in fp32 and rounded once; ask for less than fp32 only
-            where no gradient is needed, since it would be summed over tokens in that dtype.
-
-    Returns:
-        Query parts and key parts, each `[1 or B, 1 or H, N, e]`; `scale` times the product of the joined parts is
-        phi plus a constant per query, and `PADDING_LOGIT` at keys that are padding.
-    """
-    layout = bias.layout
-    queries = [look_up(layout.one_hot.to(dtype), (_shifted_tables(bias) / scale).to(dtype))]
-    keys = [layout.key_channels.unsqueeze(-3)]
-    for value in bias.block_value:  # one rank-1 term per active adapter
-        queries.append(value.unsqueeze(-1) / scale)
-        keys.append(value.unsqueeze(-1))
-    if layout.padding is not None:
-        # The root on either side: over the scale of a usual head the logit itself is beyond fp16, and infinity times
-        # the zero of a real key is NaN.
-        padded = layout.padding[..., None, :, None].to(dtype)
-        root = math.sqrt(abs(PADDING_LOGIT / scale))
-        queries.append(torch.full_like(padded, PADDING_LOGIT / scale / root))
-        keys.append(padded * root)
-    if layout.batch_size is None:
-        queries, keys = [part.unsqueeze(0) for part in queries], [part.unsqueeze(0) for part in keys]
-    return queries, keys
-
-
-def _shifted_tables(bias: BiasFactors) -> Tensor:
-    """Both tables in one, `[H, U + V, E]`, in the order of `TokenLayout.key_channels`, minus each row's last entry."""
-    rows, columns = bias.row_table, bias.column_table
-    last_row, last_column = rows[..., -1:], columns[..., -1:]
-    upper = [rows[..., :-1] - last_row, rows.new_zeros(*rows.shape[:-1], columns.shape[-1] - 1)]
-    lower = [columns.new_zeros(*columns.shape[:-1], rows.shape[-1] - 1), columns[..., :-1] - last_column]
-    if bias.layout.has_off_page:  # keys without a place have phi = 0: relative to others, minus what was subtracted
-        upper.append(-last_row)
-        lower.append(-last_column)
-    return torch.cat((torch.cat(upper, dim=-1), torch.cat(lower, dim=-1)), dim=-2)
-
-
-def folded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: BiasFactors,
-    attention_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Plain attention on widened q, k and v; see the head of this file. Arguments as in `attend`."""
-    width = query.shape[-1]
-    scale = float(width**-0.5) if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
-        queries, keys = fold_channels(bias, scale, torch.float32 if bias.requires_grad else query.dtype)
-    total = width + sum(part.shape[-1] for part in queries)
-    # v must be as wide as q and k for the fused kernels.
-    padded = _native_width(total)
-    query, key = _widen(query, queries, padded - total), _widen(key, keys, padded - total)
-    value = F.pad(value, (0, padded - value.shape[-1]))
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(query.dtype)
-    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
-    return out[..., :width]
-
-
-def _widen(states: Tensor, parts: list[Tensor], pad: int) -> Tensor:
-    shape = states.shape[:-1]
-    wide = [part.to(states.dtype).expand(*shape, -1) for part in parts]
-    if pad:
-        wide.append(states.new_zeros(1).expand(*shape, pad))
-    return torch.cat((states, *wide), dim=-1)
-
-
-def _native_width(width: int) -> int:
-    return next((native for native in HEAD_WIDTHS if native >= width), -(-width // 8) * 8)

@@ -71,7 +71,7 @@ class _Blocked(torch.autograd.Function):
         block_value: Tensor, bias: BiasFactors, mask: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
         dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             for image in range(len(query)):
                 phi = PhiTiles(bias, image, dtype)

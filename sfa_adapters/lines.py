@@ -24,8 +24,6 @@ Shape letters: B batch, H heads, h heads of a chunk, N tokens, R rows, C columns
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +31,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sfa_adapters.bias import BiasFactors
-from sfa_adapters.phi_tiles import KeyOrder, key_order
+from sfa_adapters.line_page import LineChunk, LinePage, line_groups, wide_dtype
+from sfa_adapters.phi_tiles import key_order
 
 __all__ = ["lines_attention", "lines_fit"]
 
-# Logits of one chunk of heads. What a chunk needs, about five times as much, should fit into the caches of the cores.
-CHUNK_BYTES = 2**19
 # The largest -(w_row + w_col) by the dtype that is computed in: at worst about 8 bits are lost in float32.
 LARGEST_LOSS = {torch.float64: 8.0, torch.float32: 5.5}
 
@@ -63,7 +60,7 @@ def lines_fit(query: Tensor, bias: BiasFactors) -> bool:
         return False
     with torch.no_grad():
         loss = float(bias.lines.clamp(max=0.0).sum(0).neg().max())
-    return loss <= LARGEST_LOSS[_wide(query.dtype)]
+    return loss <= LARGEST_LOSS[wide_dtype(query.dtype)]
 
 
 def lines_attention(query: Tensor, key: Tensor, value: Tensor, bias: BiasFactors, scale: float | None = None) -> Tensor:
@@ -73,11 +70,6 @@ def lines_attention(query: Tensor, key: Tensor, value: Tensor, bias: BiasFactors
     return _Lines.apply(query, key, value, bias.lines, bias, scale)  # pyright: ignore[reportReturnType]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in. On a CPU the kernels are no faster in half precision, their backward passes far slower."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class _Lines(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,8 +77,8 @@ class _Lines(torch.autograd.Function):
     ) -> Tensor:
         outs, sums = [], []
         with torch.autocast("cpu", enabled=False):
-            for images, order in _groups(bias, len(query)):
-                page = _Page(order, lines, query.dtype)
+            for images, order in line_groups(bias, len(query)):
+                page = LinePage(order, lines, query.dtype)
                 inputs = [states[images].to(page.dtype) for states in (query, key, value)]
                 keys, values = (_take(states, order.index) for states in inputs[1:])
                 out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -110,8 +102,8 @@ class _Lines(torch.autograd.Function):
         of_lines = torch.zeros_like(lines)
         totals: list[list[Tensor]] = [[], [], []]
         with torch.autocast("cpu", enabled=False):
-            for images, order in _groups(ctx.bias, len(query)):
-                page = _Page(order, lines, query.dtype)
+            for images, order in line_groups(ctx.bias, len(query)):
+                page = LinePage(order, lines, query.dtype)
                 inputs = [states[images].to(page.dtype) for states in (query, key, value, gradient, out)]
                 keys, values = (_take(states, order.index) for states in inputs[1:3])
                 result = inputs.pop()
@@ -120,10 +112,10 @@ class _Lines(torch.autograd.Function):
                         inputs[3], inputs[0], keys, values, result, log_sum[images], 0.0, False, scale=scale
                     )
                 )
-                if order.index is not None:
+                if order.index is not None:  # of keys in their order: padding is not among them
                     sums[1:] = (
-                        torch.zeros_like(t).index_copy_(2, order.index, s)
-                        for t, s in zip(inputs[1:3], sums[1:], strict=True)
+                        torch.zeros_like(states).index_copy_(2, order.index, part)
+                        for states, part in zip(inputs[1:3], sums[1:], strict=True)
                     )
                 middle = (inputs[3] * result).sum(-1, keepdim=True)
                 for chunk in page.chunks(*inputs):
@@ -135,77 +127,8 @@ class _Lines(torch.autograd.Function):
         return *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in totals), of_lines, None, None
 
 
-def _groups(bias: BiasFactors, batch: int) -> Iterator[tuple[slice, KeyOrder]]:
-    """Images that share a layout, and the order of their keys."""
-    if bias.layout.batch_size is None:
-        yield slice(0, batch), key_order(bias.layout, 0)
-        return
-    for image in range(batch):
-        yield slice(image, image + 1), key_order(bias.layout, image)
-
-
 def _take(states: Tensor, index: Tensor | None) -> Tensor:
     return states if index is None else states[:, :, index]
-
-
-@dataclass(eq=False)
-class _Chunk:
-    """Some heads of one image: queries, keys, values (and gradients) of placed tokens, row by row and column by column.
-
-    Attributes:
-        image: Number of the image in its group.
-        heads: The heads.
-        by_row: Each `[h, R, C, D]`.
-        by_column: Each `[h, C, R, D]`.
-    """
-
-    image: int
-    heads: slice
-    by_row: list[Tensor]
-    by_column: list[Tensor]
-
-
-class _Page:
-    """The grid of one image, and the factors of its lines.
-
-    Args:
-        order: The order of the keys, of a whole grid.
-        lines: w_row and w_col, `[2, H]`.
-        dtype: Of the queries.
-    """
-
-    def __init__(self, order: KeyOrder, lines: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = _wide(dtype)
-        self.grid = len(order.rows), len(order.columns)
-        self.off_page, self.index = order.off_page, order.index
-        self.factors = torch.expm1(lines.detach().to(self.dtype))  # a and b, [2, H]
-        self.weights = torch.exp(lines.detach().to(self.dtype))
-
-    def placed(self, states: Tensor) -> Tensor:
-        """`[..., N, D]` of all tokens to `[..., R, C, D]`; a view where tokens come in the order of the keys."""
-        if self.index is None:
-            return states[..., self.off_page :, :].unflatten(-2, self.grid)
-        return states[..., self.index[self.off_page :], :].unflatten(-2, self.grid)
-
-    def write(self, states: Tensor, grid: Tensor) -> None:
-        """Writes `[..., R, C, D]` to the places of `[..., N, D]`."""
-        if self.index is None:
-            self.placed(states).copy_(grid)
-        else:
-            states[..., self.index[self.off_page :], :] = grid.flatten(-3, -2).to(states.dtype)
-
-    def chunks(self, *states: Tensor) -> Iterator[_Chunk]:
-        """Copies of `[B, H, N, D]` in chunks of heads that stay in the caches."""
-        batch, heads = states[0].shape[:2]
-        rows, columns = self.grid
-        size = torch.finfo(self.dtype).bits // 8 * rows * columns * max(rows, columns, 1)
-        step = max(1, min(heads, CHUNK_BYTES // max(size, 1)))
-        for image in range(batch):
-            for first in range(0, heads, step):
-                some = slice(first, first + step)
-                by_row = [self.placed(part[image, some]).contiguous() for part in states]
-                by_column = [part.transpose(1, 2).contiguous() for part in by_row]
-                yield _Chunk(image, some, by_row, by_column)
 
 
 def _exponentials(query: Tensor, key: Tensor, log_sum: Tensor, scale: float) -> Tensor:
@@ -228,11 +151,14 @@ def _per_head(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
-def _weighted(page: _Page, chunk: _Chunk, log_sum: Tensor, scale: float, column: bool) -> Tensor:
+def _weighted(page: LinePage, chunk: LineChunk, log_sum: Tensor, scale: float, column: bool) -> Tensor:
     """What row, or column, adds to the weights of plain attention, before the division by Z: `[h, X, Y, Y]`."""
     states = chunk.by_column if column else chunk.by_row
-    part = _exponentials(states[0], states[1], log_sum, scale)
-    factors = page.factors[:, chunk.heads]
+    return _times_factor(_exponentials(states[0], states[1], log_sum, scale), page.factors[:, chunk.heads], column)
+
+
+def _times_factor(part: Tensor, factors: Tensor, column: bool) -> Tensor:
+    """Multiplies exponentials along lines, `[h, X, Y, Y]`, by a or b of each head, `[2, h]`, in place."""
     part.mul_(_per_head(factors[int(column)], part))
     if not column:  # a for the row, b for the column: a b is still missing where both meet
         own = _own(part)
@@ -240,7 +166,7 @@ def _weighted(page: _Page, chunk: _Chunk, log_sum: Tensor, scale: float, column:
     return part
 
 
-def _correct(page: _Page, chunk: _Chunk, out: Tensor, log_sum: Tensor, scale: float) -> None:
+def _correct(page: LinePage, chunk: LineChunk, out: Tensor, log_sum: Tensor, scale: float) -> None:
     """Turns plain output and log-sum-exp of a chunk into those under phi, in place."""
     image, heads = chunk.image, chunk.heads
     of_page = page.placed(log_sum[image, heads].unsqueeze(-1))
@@ -254,7 +180,7 @@ def _correct(page: _Page, chunk: _Chunk, out: Tensor, log_sum: Tensor, scale: fl
 
 
 def _correct_backward(
-    page: _Page, chunk: _Chunk, log_sum: Tensor, middle: Tensor, sums: list[Tensor], scale: float
+    page: LinePage, chunk: LineChunk, log_sum: Tensor, middle: Tensor, sums: list[Tensor], scale: float
 ) -> Tensor:
     """Adds what lines contribute to the gradients of q, k and v, and returns those of w_row and w_col, `[2, h]`.
 
@@ -276,11 +202,7 @@ def _correct_backward(
         level, mean = (t.transpose(1, 2) if number else t for t in (of_page, centre))
         part = _exponentials(query, key, level, scale)
         change = _times(above, value.transpose(2, 3)).sub_(mean)  # gradient of the logits over the weight
-        factor = page.factors[number, heads]
-        weight = part * _per_head(factor, part)
-        if not number:
-            own = _own(weight)
-            own.mul_(_per_head(1 + page.factors[1, heads], own))
+        weight = _times_factor(part.clone(), page.factors[:, heads], column=bool(number))
         own = _own(part).mul(_own(change)).sum((1, 2))
         every = torch.einsum("hxyz,hxyz->h", part, change)
         of_lines.append(page.weights[number, heads] * (every - own) + both * own)

@@ -101,6 +101,7 @@ COVERED_BY = {
     "hosts/user_supplied": "recipes/bench/test_tokens",
     "layer": "test_inject",
     "layout": "test_attention",
+    "line_page": "test_lines",
     "memory/activations": "memory/test_predict",
     "memory/report": "memory/test_predict",
     "memory/shapes": "memory/test_predict",

@@ -180,6 +180,24 @@ def test_scale_and_head_widths(backend: Backend):
         assert_close(out.double(), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value_width", [3, 8, 13, 70])
+@pytest.mark.parametrize("tokens", [(3, 4), (18, 18)])  # `auto` is dense, then lines
+def test_values_of_another_width(backend: Backend, value_width: int, tokens: tuple[int, int]):
+    layout = TokenLayout.regular(*tokens, 1)
+    query, key, _ = states(layout, 0)
+    value = torch.randn(2, 2, layout.num_tokens, value_width, requires_grad=True)
+    bias = StructuralBias(2, init_std=1.0)
+    out = attend(query, key, value, bias.factors(layout), backend=backend)
+    assert out.shape == value.shape
+    expected = attend(query, key, value, bias.factors(layout), backend="dense")
+    assert_close(out, expected, what="outputs")
+    weights = torch.randn_like(out)
+    leaves = (query, key, value, *bias.parameters())
+    for first, second in zip(*(torch.autograd.grad((o * weights).sum(), leaves) for o in (out, expected)), strict=True):
+        assert_close(first, second, what="gradients")
+
+
 def test_no_bias_is_plain_attention():
     query, key, value = states(TokenLayout.regular(3, 3), 0)
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value)

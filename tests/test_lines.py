@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfa_adapters import StructuralBias, TokenLayout, attend, lines
+from sfa_adapters import StructuralBias, TokenLayout, attend, line_page
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.lines import LARGEST_LOSS, lines_attention, lines_fit
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_in_float64(
     bias = factors(layout, weights)
     assert lines_fit(query, bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "CHUNK_BYTES", chunk)
+        patch.setattr(line_page, "CHUNK_BYTES", chunk)
         got = lines_attention(query, key, value, bias, scale)
         above = torch.randn_like(got)
         mine = torch.autograd.grad(got, (query, key, value, weights), above)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sfa_adapters.attention import HEAD_WIDTHS
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.folded import native_width
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.pixel_grids import pair
 from sfa_adapters.vlm.records import vlm_spec
@@ -62,8 +62,7 @@ def vision_widths(recipe: Recipe, config: Any) -> Widths:
         rows, columns = height // down, width // across
     # One-hot rows and columns without the last of each, the prefix key, and the block term.
     wide = sizes.folded + (rows - 1) + (columns - 1) + rules.prefix_tokens + 1
-    folded = next((native for native in HEAD_WIDTHS if native >= wide), -(-wide // 8) * 8)
-    return replace(sizes, folded=folded)
+    return replace(sizes, folded=native_width(wide))
 
 
 def text_widths(config: Any) -> Widths:

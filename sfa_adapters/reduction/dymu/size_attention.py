@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfa_adapters.attention import HEAD_WIDTHS, Backend, attend
+from sfa_adapters.attention import Backend, attend
 from sfa_adapters.bias import BiasFactors
+from sfa_adapters.folded import native_width
 from sfa_adapters.mask import LazyMask, SegmentedMask
 from sfa_adapters.packing import PackedMask
 
@@ -78,13 +79,9 @@ def sized_attention(
         return attend(query, key, value, bias, attention_mask=mask, scale=scale, dropout_p=dropout_p, backend=backend)
     query, key, value = add_size_channel(query, key, value, log_size, scale)
     if bias is None:
-        missing = _native_width(width + 1) - width - 1
+        missing = native_width(width + 1) - width - 1
         query, key, value = (F.pad(states, (0, missing)) for states in (query, key, value))
     return attend(query, key, value, bias, scale=scale, dropout_p=dropout_p, backend=backend)[..., :width]
-
-
-def _native_width(width: int) -> int:
-    return next((native for native in HEAD_WIDTHS if native >= width), -(-width // 8) * 8)
 
 
 class SizedPackedMask(PackedMask):
@@ -117,7 +114,7 @@ class SizedPackedMask(PackedMask):
         scale = float(width**-0.5) if scale is None else scale
         if not self.biases and query.is_cuda and dropout_p == 0.0 and query.dtype != torch.float32:
             wide = add_size_channel(query, key, value, self.log_size, scale)
-            wide = [F.pad(states, (0, _native_width(width + 1) - width - 1)) for states in wide]
+            wide = [F.pad(states, (0, native_width(width + 1) - width - 1)) for states in wide]
             return self._flash(wide[0], wide[1], wide[2], scale)[..., :width]
         parts = [states.split(self.lengths, dim=-2) for states in (query, key, value)]
         sizes = self.log_size.split(self.lengths)
