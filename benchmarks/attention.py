@@ -1,103 +1,91 @@
 """Attention alone under a structural bias: plain SDPA against every backend and the eager reference.
 
-    python -m benchmarks.attention                       # grids 16 to 64, fp32 and bf16: 10 minutes on 2 cores
-    python -m benchmarks.attention --device cuda --rounds 50
+    python -m benchmarks.attention                             # grids 16 to 48, fp32 and bf16: 10 minutes on 2 cores
+    python -m benchmarks.attention --grids 32 48 72x80 --widths 64 72 80 --dtypes float32 --heads 4 --rounds 5
+    python -m benchmarks.attention --grids 96x128 --widths 72 --dtypes float32 --heads 2 --rounds 3
+    python -m benchmarks.attention --write-table               # what `auto` goes by, for this CPU: 15 minutes
+    python -m benchmarks.attention --device cuda --write-table # likewise for a GPU: under 10 minutes
+    python -m benchmarks.attention --device cuda --dtypes bfloat16 --grids 32 48 72x80 96x128 --widths 64 72 80
 
-The bias has the default terms. Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the
-matrix is built in every call); `cached` (a dense matrix from an earlier call; without gradients only); `auto`; `eager`
-(all four terms, buffers and the whole score matrix, as first written).
+Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the matrix is built in every call);
+`cached` (a dense matrix from an earlier call; without gradients only); `auto`; `flex` (FlexAttention, compiled; on a
+CPU without gradients only); `eager` (all four terms, buffers and the whole score matrix, as first written). Those that
+need a matrix above 2 GB are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
 
-from benchmarks.common import Row, compare, write_result
-from benchmarks.reference import EagerBias
-from sfa_adapters import StructuralBias, TokenLayout, attend
-from sfa_adapters.attention import Backend, dense_mask
-from sfa_adapters.choices import TERMS
+from benchmarks.attention_cases import CANDIDATES, AttentionCase, candidates
+from benchmarks.common import compare, write_result
+from sfa_adapters import TokenLayout
+from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 
-HEAD = ["| grid | dtype | pass | candidate | ms | ratio | quartiles | peak MB |", "|---|---|---|---|---|---|---|---|"]
+HEAD = [
+    "| grid | width | dtype | pass | candidate | ms | ratio | quartiles | peak MB |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+PASSES = ["forward", "forward+backward"]
+DEFAULT_CANDIDATES = [name for name in CANDIDATES if name != "flex"]
 
 
-def measure(
-    side: int,
-    dtype: torch.dtype,
-    backward: bool,
-    heads: int,
-    head_dim: int,
-    batch: int,
-    rounds: int,
-    device: torch.device,
-) -> list[Row]:
-    """All candidates on one grid with a CLS token."""
-    torch.manual_seed(0)
-    layout = TokenLayout.regular(side, side, 1, device=device)
-    bias = StructuralBias(heads, device=device)
-    tokens = layout.num_tokens
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=backward)
-    everything = StructuralBias(heads, terms=TERMS, device=device)
-    eager = EagerBias(everything, layout)
-    cached = dense_mask(bias.factors(layout), qkv[:, :, 0].transpose(1, 2)).detach()
-
-    def run(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        def call() -> object:
-            with torch.set_grad_enabled(backward):
-                out = attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-            if backward:
-                qkv.grad = None
-                bias.zero_grad()
-                out.backward(torch.ones_like(out))
-            return out
-
-        return call
-
-    def backend(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: attend(q, k, v, bias.factors(layout), backend=name)
-
-    candidates = {"plain": run(F.scaled_dot_product_attention), "folded": run(backend("folded"))}
-    for name in ("blocked", "lines", "dense"):
-        candidates[name] = run(backend(name))
-    if not backward:
-        candidates["cached"] = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, cached))
-    candidates["auto"] = run(backend("auto"))
-    candidates["eager"] = run(eager.attend)
-    label = f"{side}x{side} {str(dtype)[6:]} {'forward+backward' if backward else 'forward'}"
-    return compare(candidates, rounds, device, label)
+def grid(text: str) -> tuple[int, int]:
+    """`32` or `72x80`, rows first."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side nor ROWSxCOLUMNS.")
+    return sides[0], sides[-1]
 
 
 def main() -> None:
     """Parses the command line, measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--grids", type=int, nargs="+", default=[16, 24, 32, 48, 64])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--grids", type=grid, nargs="+", default=[(16, 16), (24, 24), (32, 32), (48, 48)])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64])
+    parser.add_argument("--terms", default=",".join(DEFAULT_TERMS), help=f"of {','.join(TERMS)}")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=DEFAULT_CANDIDATES)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prefix", type=int, default=1, help="tokens without a place, in front")
+    parser.add_argument("--write-table", action="store_true", help="measure what `auto` goes by; takes no other option")
     args = parser.parse_args()
     device = torch.device(args.device)
-    lines = [f"{args.heads} heads of {args.head_dim}, batch {args.batch}, one CLS token.", "", *HEAD]
-    for side in args.grids:
-        for dtype in args.dtypes:
-            for backward in (False, True):
-                settings = (args.heads, args.head_dim, args.batch, args.rounds, device)
-                rows = measure(side, getattr(torch, dtype), backward, *settings)
-                label = "forward+backward" if backward else "forward"
-                lines += [row.markdown(f"{side}x{side}", dtype, label) for row in rows]
+    if args.write_table:
+        from benchmarks.backend_table import write_table
+
+        print("written:", write_table(device))
+        return
+    title = f"{args.heads} heads, batch {args.batch}, {args.prefix} token(s) without a place, terms {args.terms}."
+    lines = [title, "", *HEAD]
+    for rows, columns in args.grids:
+        layout = TokenLayout.regular(rows, columns, args.prefix, device=device)
+        for width in args.widths:
+            for dtype in args.dtypes or ["float32", "bfloat16"]:
+                for label in args.passes:
+                    case = AttentionCase(
+                        layout, f"{rows}x{columns}", args.terms.split(","), getattr(torch, dtype), args.heads, width,
+                        args.batch, label == "forward+backward",
+                    )  # fmt: skip
+                    made = compare(
+                        candidates(case, args.candidates), args.rounds, device, f"{case.title} {width} {dtype} {label}"
+                    )
+                    lines += [row.markdown(case.title, str(width), dtype, label) for row in made]
     Console().print("\n".join(lines), markup=False)
-    print(
-        "written:", write_result("attention", device, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", lines)
-    )
+    command = f"python -m benchmarks.attention {' '.join(sys.argv[1:])}".strip()
+    # A run on other grids, or in one dtype, must not overwrite the whole one.
+    part = ["x".join(map(str, sides)) for sides in args.grids] if args.grids != parser.get_default("grids") else []
+    part += [] if args.dtypes is None or len(args.dtypes) > 1 else args.dtypes
+    part += [] if args.terms == ",".join(DEFAULT_TERMS) else [args.terms.replace(",", "-")]
+    print("written:", write_result("-".join(["attention", *part]), device, command, lines))
 
 
 if __name__ == "__main__":

@@ -5,32 +5,44 @@
 * `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
 * `lines` corrects plain attention along rows and columns, see `sfa_adapters.lines`: least work, but for the terms row
   and col only, on whole grids. Elsewhere it is `folded`.
-* `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
+* `auto` chooses by measured times, see `sfa_adapters.backend_choice`.
 
 Shape letters: B batch, H heads, N tokens, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfa_adapters.backend_choice import choose_backend
 from sfa_adapters.bias import BiasFactors
-from sfa_adapters.blocked import blocked_attention, blocked_is_fast
+from sfa_adapters.blocked import blocked_attention
 from sfa_adapters.errors import InjectionError, LayoutError
-from sfa_adapters.folded import fold_channels, folded_attention
+from sfa_adapters.folded import fold_channels, folded_attention, widen
 from sfa_adapters.lines import lines_attention, lines_fit
 
-__all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "attend",
+    "check_backend",
+    "choose_backend",
+    "dense_mask",
+    "fold_channels",
+    "folded_attention",
+    "shown_to",
+]
 
 Backend = Literal["auto", "dense", "folded", "blocked", "lines"]
-
-# Up to about this many tokens a dense mask costs a CPU less than the extra channels do
-# (benchmarks/results/attention_*).
-SHORT_SEQUENCE = 320
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ReadAttention = Callable[[Tensor, Tensor, Tensor | None, float], None]
+_readers: list[ReadAttention] = []
 
 
 def attend(
@@ -74,11 +86,38 @@ def attend(
         mask = merge_masks(dense_mask(bias, query), attention_mask)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout_p, scale=scale)
     if backend == "blocked" and not dropout_p:  # a tile that is computed twice would have to be dropped out alike
+        _show(query, key, bias, attention_mask, scale)
         return blocked_attention(query, key, value, bias, attention_mask, scale)
     fit = not dropout_p and attention_mask is None and query.shape == value.shape
     if backend == "lines" and fit and lines_fit(query, bias):
+        _show(query, key, bias, attention_mask, scale)
         return lines_attention(query, key, value, bias, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
+
+
+@contextmanager
+def shown_to(reader: ReadAttention) -> Generator[None]:
+    """Shows a reader the attention that backends compute without `scaled_dot_product_attention`, while it is open.
+
+    Args:
+        reader: Gets q and k with phi in further channels, the further mask, and the scale: plain attention of these is
+            what the backend computes. Gradients go through them, and the result of the backend stays the same bit for
+            bit.
+    """
+    _readers.append(reader)
+    try:
+        yield
+    finally:
+        _readers.remove(reader)
+
+
+def _show(query: Tensor, key: Tensor, bias: BiasFactors, attention_mask: Tensor | None, scale: float | None) -> None:
+    if not _readers:
+        return
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    wide_query, wide_key = widen(query, key, bias, scale)
+    for reader in _readers:
+        reader(wide_query, wide_key, attention_mask, scale)
 
 
 def check_backend(backend: object) -> None:
@@ -87,29 +126,8 @@ def check_backend(backend: object) -> None:
     Raises:
         InjectionError: There is none of that name; lists those that there are.
     """
-    if not isinstance(backend, str) or backend not in get_args(Backend):
-        raise InjectionError(f"backend={backend!r} must be one of {list(get_args(Backend))}.")
-
-
-def choose_backend(
-    query: Tensor, bias: BiasFactors, attention_mask: Tensor | None = None
-) -> Literal["dense", "folded", "blocked", "lines"]:
-    """What `auto` does, from the measurements in `benchmarks/results` (CPU) and docs/performance.md.
-
-    * Short sequences on a CPU: dense. The matrix is small, and the extra channels are most of the work.
-    * A real mask beside a bias without gradients: dense. There is a matrix in any case, so the bias joins it.
-    * A bias of the terms row and col on a CPU: lines, where they apply.
-    * Another bias on whole grids, on a CPU: blocked.
-    * Else: folded. A matrix that needs gradients loses the fused kernels on every device, and on CUDA the flash
-      kernel takes no matrix at all.
-    """
-    if query.device.type == "cpu" and query.shape[-2] <= SHORT_SEQUENCE:
-        return "dense"
-    if attention_mask is not None and not bias.requires_grad:
-        return "dense"
-    if attention_mask is None and lines_fit(query, bias):
-        return "lines"
-    return "blocked" if blocked_is_fast(query, bias) else "folded"
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise InjectionError(f"backend={backend!r} must be one of {list(BACKENDS)}.")
 
 
 def check_fit(query: Tensor, bias: BiasFactors) -> None:

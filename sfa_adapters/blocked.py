@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sfa_adapters.bias import BiasFactors
-from sfa_adapters.phi_tiles import PhiTiles, TableSums, key_order
+from sfa_adapters.phi_tiles import PhiTiles, TableSums
 
-__all__ = ["blocked_attention", "blocked_is_fast"]
+__all__ = ["blocked_attention"]
 
 # Of the scores of one tile. Two tiles should fit into the cache that the cores share.
 TILE_BYTES = 3 * 2**20
@@ -47,21 +47,6 @@ def blocked_attention(
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     tables = (bias.row_table, bias.column_table, bias.block_value)
     return _Blocked.apply(query, key, value, *tables, bias, attention_mask, scale)  # pyright: ignore[reportReturnType]
-
-
-def blocked_is_fast(query: Tensor, bias: BiasFactors) -> bool:
-    """Whether it was measured to be faster than the folded backend here: on a CPU, for keys that fill whole grids.
-
-    Args:
-        query: `[B, H, N, D]`.
-        bias: The tables of phi.
-    """
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if type(query) not in (Tensor, torch.nn.Parameter):  # fake, distributed, ...
-        return False
-    images = range(1 if bias.layout.batch_size is None else bias.layout.batch_size)
-    return all(key_order(bias.layout, image).is_grid for image in images)
 
 
 class _Blocked(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfa_adapters.bias import BiasFactors, look_up
 
-__all__ = ["HEAD_WIDTHS", "PADDING_LOGIT", "fold_channels", "folded_attention", "native_width"]
+__all__ = ["HEAD_WIDTHS", "PADDING_LOGIT", "fold_channels", "folded_attention", "native_width", "widen"]
 
 # Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
 # fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
@@ -85,22 +85,35 @@ def folded_attention(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Plain attention on widened q, k and v; see the head of this file. Arguments as in `attend`."""
-    width, value_width = query.shape[-1], value.shape[-1]
-    scale = float(width**-0.5) if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
-        queries, keys = fold_channels(bias, scale, torch.float32 if bias.requires_grad else query.dtype)
-    total = width + sum(part.shape[-1] for part in queries)
-    padded = native_width(max(total, value_width))
-    query, key = _widen(query, queries, padded - total), _widen(key, keys, padded - total)
+    value_width = value.shape[-1]
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    query, key = widen(query, key, bias, scale, value_width)
     if not _takes_narrow_values(query, key, value, attention_mask, dropout_p):
-        value = F.pad(value, (0, padded - value_width))
+        value = F.pad(value, (0, query.shape[-1] - value_width))
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :value_width]
 
 
-def _widen(states: Tensor, parts: list[Tensor], pad: int) -> Tensor:
+def widen(query: Tensor, key: Tensor, bias: BiasFactors, scale: float, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Writes phi into further channels of q and k, up to a width that kernels support natively.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, H, N, D]`.
+        bias: The tables of phi.
+        scale: What attention will multiply q.k with.
+        least: Width that the result must have at least.
+    """
+    with torch.autocast(query.device.type, enabled=False):  # the tables stay fp32 until the last cast
+        queries, keys = fold_channels(bias, scale, torch.float32 if bias.requires_grad else query.dtype)
+    total = query.shape[-1] + sum(part.shape[-1] for part in queries)
+    pad = native_width(max(total, least)) - total
+    return _joined(query, queries, pad), _joined(key, keys, pad)
+
+
+def _joined(states: Tensor, parts: list[Tensor], pad: int) -> Tensor:
     shape = states.shape[:-1]
     wide = [part.to(states.dtype).expand(*shape, -1) for part in parts]
     if pad:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sfa_adapters.attention import shown_to
 from sfa_adapters.attention_call import AttentionCall, row_blocks
 from sfa_adapters.compat import cache_of, plain_model
 from sfa_adapters.errors import NoMatchingBackboneError, ObservationError, UnknownInterfaceError
@@ -203,19 +204,29 @@ class Seam(TorchFunctionMode):
     def __init__(self, watcher: _Watcher, length: int | None, past: int | None) -> None:
         super().__init__()
         self.watcher, self.length, self.past, self.segment = watcher, length, past, 0
+        self.reading = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.reading:  # a softmax of the reader is not the model's
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             bound = _SDPA.bind(*args, **kwargs).arguments
             mask = bound.get("attn_mask")
             if isinstance(mask, LazyMask) and not (isinstance(mask, PackedMask) and mask.biases is None):
-                with self:  # reads the attention that the lazy mask computes
+                with self, shown_to(self._shown):  # reads the attention that the lazy mask computes
                     return LazyMask.__torch_function__(func, types, args, kwargs)
             self._attention(bound, mask)
         elif func in _SOFTMAX and isinstance(args[0], Tensor) and args[0].ndim == 4:
             self._record(scores=args[0])
         return func(*args, **kwargs)
+
+    def _shown(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.reading = True  # no torch function is being answered here, so this mode sees what the reader calls
+        try:
+            self._record(query=query, key=key, scale=scale, mask=mask)
+        finally:
+            self.reading = False
 
     def _attention(self, bound: Mapping[str, Any], mask: Tensor | PackedMask | None) -> None:
         query, key = bound["query"], bound["key"]

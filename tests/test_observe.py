@@ -25,6 +25,7 @@ from transformers import (
 from sfa_adapters import inject_sfa, observe
 from sfa_adapters.adat import PatchPolicy, inject_adat
 from sfa_adapters.attention_call import AttentionCall
+from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.errors import LayoutError, ObservationError
 from sfa_adapters.observe import attention_modules
 from sfa_adapters.readers import KeyMass, MeanPerKey, RowEntropy, RowProbabilities, TopKeys
@@ -176,16 +177,17 @@ DENSE_TOWERS = {
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("with_sfa", [False, True])
+@pytest.mark.parametrize("backend", [None, "dense", "folded", "blocked", "lines"])
 @pytest.mark.parametrize("tower", DENSE_TOWERS)
-def test_towers_equal_their_dense_attention(tower: str, with_sfa: bool, implementation: str) -> None:
+def test_towers_equal_their_dense_attention(tower: str, backend: str | None, implementation: str) -> None:
     kind, config, options = DENSE_TOWERS[tower]
     size = {"image_size": 28, "patch_size": 7, **options}
     model = lively(lambda: kind(config(**SMALL, **size, attn_implementation=implementation)))()
     pixels = {"pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
-    if with_sfa:
+    if backend is not None:
         torch.manual_seed(3)
-        inject_sfa(model, compare.strong_config(backend="folded"))
+        terms = DEFAULT_TERMS if backend == "lines" else TERMS
+        inject_sfa(model, compare.strong_config(backend=backend, terms=list(terms)))
     entropy, rows = RowEntropy(), RowProbabilities()
     with torch.no_grad():
         plain = model(**pixels).last_hidden_state
@@ -196,6 +198,31 @@ def test_towers_equal_their_dense_attention(tower: str, with_sfa: bool, implemen
     for layer, wanted in zip(seen.layers, dense_attention(model, pixels), strict=True):
         compare.assert_close(rows.results[layer][0], wanted)
         compare.assert_close(entropy.results[layer][0], entropy_of(wanted))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "lines"])
+def test_a_loss_on_observed_attention_reaches_everything_behind_it(backend: str) -> None:
+    """Backends that no torch function computes give the same gradients of what was read as the matrix does."""
+    gradients: list[list[Tensor]] = []
+    kind, config, options = DENSE_TOWERS["siglip"]
+    for name in ("dense", backend):
+        model = lively(lambda: kind(config(**SMALL, image_size=28, patch_size=7, **options)))().train()
+        torch.manual_seed(3)
+        inject_sfa(model, compare.strong_config(backend=name, terms=list(DEFAULT_TERMS)))
+        pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        total: list[Tensor] = []
+
+        def add(call: AttentionCall, total: list[Tensor] = total) -> None:
+            total.append(call.logits(torch.arange(call.num_queries)).softmax(-1).square().sum())
+
+        with observe(model, add):
+            model(pixel_values=pixels)
+        assert len(total) == 3
+        sum(total).backward()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for mine, reference in zip(*gradients, strict=True):
+        compare.assert_close(mine, reference, 2e-4)
 
 
 @every_tower

@@ -248,8 +248,7 @@ def test_activations_are_what_autograd_keeps(
     family: str, checkpointing: bool, dtype: Any, batch: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     # GPU memory is predicted, and on a GPU the bias is folded; a CPU has backends that keep less.
-    monkeypatch.setattr(attention, "lines_fit", lambda query, bias: False)
-    monkeypatch.setattr(attention, "blocked_is_fast", lambda query, bias: False)
+    monkeypatch.setattr(attention, "choose_backend", lambda query, bias, mask=None: "folded")
     wanted = recipe(family, dtype=dtype, gradient_checkpointing=checkpointing, **changes)
     model = build(family)
     lengths = lengths_of(wanted, model.config)
