@@ -86,7 +86,7 @@ def choose_backend(query: Tensor, bias: BiasFactors, attention_mask: Tensor | No
     if torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter):  # fake, distributed, ...
         return "dense" if query.device.type == "cpu" and query.shape[-2] <= SHORT_SEQUENCE else "folded"
     name = device_class(query.device)
-    if not measured_cases(name):
+    if not measured_cases(name):  # before anything is read from a layout on another device
         return "folded"
     kind: BiasKind = "mixed"
     if attention_mask is None and lines_fit(query, bias):

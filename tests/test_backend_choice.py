@@ -53,6 +53,7 @@ def test_the_nearest_case_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         case(100, {"dense": 1.0, "folded": 2.0, "blocked": 3.0}),
         case(1000, {"dense": 3.0, "folded": 2.0, "blocked": 1.0}),
         case(1000, {"dense": 3.0, "folded": 1.0, "blocked": 2.0}, width=128),
+        case(5, {"dense": 3.0, "folded": 1.0, "blocked": 2.0}, width=192),
         case(1000, {"dense": 3.0, "folded": 1.0, "blocked": 2.0}, backward=True),
         case(1000, {"dense": 3.0, "folded": 1.0, "blocked": 2.0}, dtype="half"),
     ]
@@ -61,7 +62,8 @@ def test_the_nearest_case_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def best(tokens: int, width: int = 64, backward: bool = False, dtype: Any = "float32", bias: Any = "grid") -> Any:
         return fastest("cpu", bias, dtype, width, tokens, backward)
 
-    assert [best(tokens) for tokens in (0, 1, 300, 330, 10**6)] == ["dense", "dense", "dense", "blocked", "blocked"]
+    assert [best(tokens) for tokens in (0, 1, 90, 300, 330, 10**6)] == ["folded"] * 2 + ["dense"] * 2 + ["blocked"] * 2
+    assert best(100, width=192) == "dense", "the number of tokens counts before the width"
     assert [best(1000, width) for width in (1, 80, 97, 256)] == ["blocked", "blocked", "folded", "folded"]
     assert best(10, backward=True) == best(10, dtype="half") == "folded"
     assert best(10, bias="mixed") is None
@@ -78,6 +80,7 @@ def test_kinds_of_bias_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_pa
     every = {"dense": 9.0, "folded": 9.0, "blocked": 9.0}
     cases = [
         case(9, {**every, "lines": 1.0}, bias="lines"),
+        case(9, {**every, "lines": 1.0}, bias="lines", backward=True),
         case(9, {**every, "blocked": 1.0}),
         case(9, {**every, "folded": 1.0}, bias="mixed"),
         case(9, {**every, "dense": 1.0}, dtype="half"),
@@ -99,7 +102,8 @@ def test_kinds_of_bias_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_pa
     mask = torch.zeros(9, 9)
     assert choose_backend(states, factors(layout), mask) == "dense"  # there is a matrix in any case
     trained = StructuralBias(HEADS).factors(layout)
-    assert choose_backend(states, trained, mask) == "folded"
+    assert choose_backend(states, trained) == "lines"
+    assert choose_backend(states, trained, mask) == "folded"  # lines takes no mask
     batch = TokenLayout.batch([layout, part])
     assert choose_backend(query(batch), factors(batch)) == "folded"
 
