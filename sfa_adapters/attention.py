@@ -1,4 +1,4 @@
-"""Exact attention under a structural bias: one function, five backends.
+"""Exact attention under a structural bias: one function, six backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
 * `folded` writes phi into q and k, so that plain scaled-dot-product attention computes it exactly, in its fastest
@@ -11,6 +11,8 @@
 * `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
 * `lines` corrects plain attention along rows and columns, see `sfa_adapters.lines`: least work, but for the terms row
   and col only, on whole grids. Elsewhere it is `folded`.
+* `triton` computes phi inside of a flash kernel from the places of tokens, see `sfa_adapters.triton_attention`: on
+  CUDA, for any grid, memory linear in N. Elsewhere it is `folded`. `auto` does not choose it: it was not measured yet.
 * `auto` chooses by the measurements in `benchmarks/results`, see `choose_backend`.
 
 Shape letters: B batch, H heads, N tokens, D head width, E extra channels, A active adapters.
@@ -29,10 +31,11 @@ from sfa_adapters.bias import BiasFactors, look_up
 from sfa_adapters.blocked import blocked_attention, blocked_is_fast
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.lines import lines_attention, lines_fit
+from sfa_adapters.triton_attention import triton_attention, triton_misfit
 
 __all__ = ["Backend", "attend", "check_backend", "choose_backend", "dense_mask", "fold_channels", "folded_attention"]
 
-Backend = Literal["auto", "dense", "folded", "blocked", "lines"]
+Backend = Literal["auto", "dense", "folded", "blocked", "lines", "triton"]
 
 # Added to the logits of keys that are padding by the folded backend. Far beyond any real logit, and representable in
 # fp16: exp() of it is exactly zero next to any key that is not padding, and a row of padding alone stays finite.
@@ -66,8 +69,9 @@ def attend(
         attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
-        backend: `dense`, `folded`, `blocked`, `lines` or `auto`. With dropout `blocked` and `lines` are `folded`, and
-            `lines` is, too, where it does not apply (`lines_fit`) or there is a further mask.
+        backend: `dense`, `folded`, `blocked`, `lines`, `triton` or `auto`. With dropout `blocked`, `lines` and `triton`
+            are `folded`; `lines` and `triton` are, too, where they do not apply (`lines_fit`, `triton_misfit`) or there
+            is a further mask.
 
     Returns:
         `[B, H, N, D]`, in the dtype of `query`.
@@ -89,6 +93,8 @@ def attend(
         return blocked_attention(query, key, value, bias, attention_mask, scale)
     if backend == "lines" and not dropout_p and attention_mask is None and lines_fit(query, bias):
         return lines_attention(query, key, value, bias, scale)
+    if backend == "triton" and not dropout_p and attention_mask is None and triton_misfit(query) is None:
+        return triton_attention(query, key, value, bias, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
 

@@ -1,8 +1,8 @@
 """`triton_attention`: flash attention for CUDA with phi computed in the kernel, and its form for packed sequences.
 
-What other backends pay for phi on a GPU, extra channels or a matrix, is not there: the kernels take the places of tokens
-and the scalars or tables of each head, see `sfa_adapters.triton_kernels`. Memory is linear in the tokens, and a backward
-pass gives the same bits every time.
+What other backends pay for phi on a GPU, extra channels or a matrix, is not there: the kernels take the places of
+tokens and the scalars or tables of each head, see `sfa_adapters.triton_kernels`. Memory is linear in the tokens, and a
+backward pass gives the same bits every time.
 
 Not measured on a GPU yet, so `auto` does not take it.
 

@@ -3,8 +3,8 @@
 No matrix over pairs of tokens ever exists. A program keeps one tile of queries (or of keys), runs over the other side,
 and writes phi of a pair of tiles from the places of their tokens:
 
-* `LINES`, the terms row and col on pages whose rows, and columns, do not overlap: two comparisons and two selections for
-  a pair, and nothing is looked up. The gradients of w_row and w_col are two sums per tile.
+* `LINES`, the terms row and col on pages whose rows, and columns, do not overlap: two comparisons and two selections
+  for a pair, and nothing is looked up. The gradients of w_row and w_col are two sums per tile.
 * else two tables: an entry is loaded for a pair from `[U, U]` and from `[V, V]`, which stay in the L1 cache. One-hot
   products with `tl.dot` would do the same on tensor cores, but cost U + V channels of work per pair, which is what
   `folded` costs, and round the tables to the dtype of the states. In the backward pass that price is paid once, in a
@@ -20,8 +20,8 @@ This module imports triton, so it is only imported by `sfa_adapters.triton_launc
 second name, for triton's interpreter. Both look the names `total` and `largest` up here: the functions of triton itself
 cannot be interpreted once they are there to be compiled.
 
-Names: M and N are tokens of a tile, the first those that the program keeps; `WIDTH` the head width, `CHANNELS` the power
-of two above it. Arguments of all kernels:
+Names: M and N are tokens of a tile, the first those that the program keeps; `WIDTH` the head width, `CHANNELS` the
+power of two above it. Arguments of all kernels:
 
 * `states`: a tensor, and its steps from image to image, head to head and token to token; the last step is 1.
 * `phi`: rows and columns of all places, int32 `[P]`; segments, int32 `[S, RECORD]`; lines, fp32 `[G, 2, H]`; row and
@@ -35,6 +35,7 @@ import triton.language as tl
 # The kernels are written in triton's own language, which a type checker takes for Python.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportReturnType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+# pyright: reportGeneralTypeIssues=false
 # ruff: noqa: ANN001, ANN201, ANN202
 
 total, largest = tl.sum, tl.max

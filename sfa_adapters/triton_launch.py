@@ -1,12 +1,12 @@
 """Launches the triton kernels: which tiles, which buffers, and the sums over what programs wrote.
 
-Memory is linear in the tokens. Beyond the gradients themselves a backward pass needs two fp32 numbers per token and head,
-two for each adapter with blocks, and for tables that learn `2 * (largest number of kinds)` more, for as many heads at a
-time as fit into `KIND_BYTES`.
+Memory is linear in the tokens. Beyond the gradients themselves a backward pass needs two fp32 numbers per token and
+head, two for each adapter with blocks, and for tables that learn twice the largest number of kinds, for as many heads
+at a time as fit into `KIND_BYTES`.
 
 The interpreter (TRITON_INTERPRET=1) runs the same kernels on numpy arrays, tile by tile: slow, for tests without a GPU.
-Triton reads that variable where a kernel is defined, so there are two copies of the module of kernels, and a process may
-use both.
+Triton reads that variable where a kernel is defined, so there are two copies of the module of kernels, and a process
+may use both.
 
 Shape letters: B batch, H heads, N tokens of a row, D head width, P places, T tokens of all images, S segments, A active
 adapters with blocks, G pairs of tables.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sfa_adapters.triton_places import Places
 
-__all__ = ["PhiInputs", "has_triton", "interpreting", "launch_backward", "launch_forward"]
+__all__ = ["PhiInputs", "Tile", "has_triton", "interpreting", "launch_backward", "launch_forward", "tile_of"]
 
 KERNELS = "sfa_adapters.triton_kernels"
 # Of the sums over kinds that exist at a time; the reduction copies them once.
@@ -95,6 +95,10 @@ def _kernels(interpreted: bool) -> Any:
     # A function of triton that was imported to be compiled cannot be interpreted, but what it stands on can.
     sum_of, larger_of = tl.standard._sum_combine, tl.standard._elementwise_max
     copy = _second_copy()
+    for name, function in list(vars(copy).items()):
+        if name.startswith("_") and hasattr(function, "rewrite"):
+            # A call from a kernel would prepare the language again, and not clean up: most of the time, and a trace.
+            copy.__dict__[name] = function.rewrite()
     copy.__dict__["total"] = lambda tile, axis: tl.reduce(tile, axis, sum_of)
     copy.__dict__["largest"] = lambda tile, axis: tl.reduce(tile, axis, larger_of)
     return copy
@@ -112,15 +116,21 @@ def _second_copy() -> ModuleType:
     return module
 
 
-def _tile(kind: str, channels: int, dtype: torch.dtype) -> Tile:
-    """Sizes for a kernel. Chosen by what fits into registers and shared memory; not tuned on any GPU yet."""
-    if interpreting():
-        return Tile(*INTERPRETED_TILE, 4, 1)
+def tile_of(kernel: str, channels: int, dtype: torch.dtype, lines: bool) -> Tile:
+    """Sizes for a kernel, chosen by what compiles for sm_80 and sm_90 with few spilled registers; not tuned on a GPU.
+
+    Args:
+        kernel: Its name.
+        channels: Head width, a power of two.
+        dtype: Of the states.
+        lines: Whether phi is made of lines. Entries of tables take registers; in stages, also shared memory.
+    """
     if dtype == torch.float32 or channels > 128:
         return Tile(32, 32, 4, 1)
-    if kind == "forward":
-        return Tile(128, 64, 4 if channels <= 64 else 8, 2)
-    return Tile(64, 64, 4 if channels <= 64 else 8, 1 if kind == "kinds" else 2)
+    warps = 4 if channels <= 64 else 8
+    if not lines:
+        return Tile(64, 32, 8 if kernel == "kind_kernel" else warps, 1)
+    return Tile(128 if kernel == "forward_kernel" else 64, 64, warps, 2)
 
 
 def _states(tensor: Tensor) -> tuple[Any, ...]:
@@ -148,8 +158,10 @@ class _Launch:
         self.pointers = (places.row, places.column, places.segments, *tables)
         self.sizes = (tokens, len(places.row), self.all_tokens, self.heads, *entries)
 
-    def tile(self, kind: str) -> Tile:
-        return _tile(kind, self.channels, self.query.dtype)
+    def tile(self, kernel: str) -> Tile:
+        if interpreting():
+            return Tile(*INTERPRETED_TILE, 1, 1)
+        return tile_of(kernel, self.channels, self.query.dtype, self.phi.lines is not None)
 
     @property
     def channels(self) -> int:
@@ -162,9 +174,9 @@ class _Launch:
     def tiles(self, tile: Tile) -> int:
         return -(-self.phi.places.longest // tile.kept)
 
-    def run(self, kernel: str, tile: Tile, heads: int, *args: Any, **constants: Any) -> None:
+    def run(self, kernel: str, heads: int, *args: Any, **constants: Any) -> None:
         """Starts a program for each tile of the longest segment, head and segment."""
-        interpreted = interpreting()
+        interpreted, tile = interpreting(), self.tile(kernel)
         constants |= {
             "WIDTH": self.width,
             "CHANNELS": self.channels,
@@ -196,9 +208,7 @@ def launch_forward(query: Tensor, key: Tensor, value: Tensor, phi: PhiInputs, sc
     out, level = _like(query), query.new_empty(launch.heads, launch.all_tokens, dtype=torch.float32)
     states = [_states(tensor) for tensor in (query, key, value, out)]
     rest = (launch.pointers, launch.sizes, launch.log2_scale)
-    launch.run(
-        "forward_kernel", launch.tile("forward"), launch.heads, *states, level, *rest, LINES=phi.lines is not None
-    )
+    launch.run("forward_kernel", launch.heads, *states, level, *rest, LINES=phi.lines is not None)
     return out, level
 
 
@@ -224,13 +234,13 @@ def launch_backward(
     constants = {"LINES": lines, "SLOTS": launch.slots}
     rest = (launch.pointers, launch.sizes, launch.log2_scale)
     inputs = [_states(tensor) for tensor in (query, key, value, above)]
-    tile = launch.tile("query")
+    tile = launch.tile("query_kernel")
     # Zeros, since segments that are shorter than the longest have fewer tiles.
     line_sums = level.new_zeros(len(phi.places.segments), launch.tiles(tile), 2, launch.heads)
     args = (*inputs, _states(out), _states(of_query), level, middle, line_sums, first, *rest, scale)
-    launch.run("query_kernel", tile, launch.heads, *args, **constants)
+    launch.run("query_kernel", launch.heads, *args, **constants)
     args = (*inputs, _states(of_key), _states(of_value), level, middle, second, *rest, scale)
-    launch.run("key_kernel", launch.tile("key"), launch.heads, *args, **constants)
+    launch.run("key_kernel", launch.heads, *args, **constants)
     of_tables = (None, None)
     if with_tables and not lines:
         of_tables = _table_gradients(launch, inputs, level, middle)
@@ -255,7 +265,7 @@ def _table_gradients(
     launch: _Launch, inputs: list[tuple[Any, ...]], level: Tensor, middle: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the row and column tables, `[H, entries]` each."""
-    phi, places, tile = launch.phi, launch.phi.places, launch.tile("kinds")
+    phi, places = launch.phi, launch.phi.places
     assert phi.row_table is not None
     assert phi.column_table is not None
     some_kinds = max(16, min(MOST_KINDS, _power_of_two(places.most_kinds)))
@@ -267,7 +277,7 @@ def _table_gradients(
         sums = level.new_empty(launch.all_tokens, heads, 2, kinds)
         for kind in range(0, kinds, some_kinds):
             args = (level, middle, sums, launch.pointers, launch.sizes, launch.log2_scale, head, kinds, kind)
-            launch.run("kind_kernel", tile, heads, *inputs, *args, KINDS=some_kinds)
+            launch.run("kind_kernel", heads, *inputs, *args, KINDS=some_kinds)
         _add_kind_sums(sums, places, tuple(total[head : head + heads] for total in totals))
     return totals
 

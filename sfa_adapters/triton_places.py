@@ -1,8 +1,8 @@
 """`Places`: what the triton kernels need to know of where tokens lie, as flat int32 tensors.
 
-Whether images share one layout, have one each, or lie behind one another in a packed sequence: the kernels see segments,
-runs of tokens that attend to each other and to nothing else. Each names where its tokens begin in the states and among
-the places, and which tables are its own.
+Whether images share one layout, have one each, or lie behind one another in a packed sequence: the kernels see
+segments, runs of tokens that attend to each other and to nothing else. Each names where its tokens begin in the states
+and among the places, and which tables are its own.
 
 Shape letters: B batch, N tokens of a row, P places, S segments, U / V row / column kinds of a layout.
 """
