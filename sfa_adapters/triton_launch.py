@@ -99,9 +99,15 @@ def _kernels(interpreted: bool) -> Any:
         if name.startswith("_") and hasattr(function, "rewrite"):
             # A call from a kernel would prepare the language again, and not clean up: most of the time, and a trace.
             copy.__dict__[name] = function.rewrite()
+    copy.__dict__["range"] = lambda *ends: range(*(_number(end) for end in ends))
     copy.__dict__["total"] = lambda tile, axis: tl.reduce(tile, axis, sum_of)
     copy.__dict__["largest"] = lambda tile, axis: tl.reduce(tile, axis, larger_of)
     return copy
+
+
+def _number(end: Any) -> int:
+    """What triton 3.6 leaves to numpy, which from 2.4 on makes no number of an array with one."""
+    return int(end.handle.data.item()) if hasattr(end, "handle") else end
 
 
 def _second_copy() -> ModuleType:
