@@ -231,7 +231,7 @@ def test_segments_of_a_packed_sequence(terms: list[str], device: str, monkeypatc
     module, biases, lengths, states = packed(terms, device)
     leaves = [*states, *module.parameters()]
     matrix = PackedMask(lengths, biases).tensor(states[0])
-    expected = torch.nn.functional.scaled_dot_product_attention(*states, matrix)  # pyright: ignore[reportArgumentType]
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, matrix)  # pyright: ignore[reportArgumentType, reportCallIssue]
     above = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, leaves, above, retain_graph=True)  # the tables are made once
     out = PackedMask(lengths, biases, "triton").attend(*states, None, 0.0)  # pyright: ignore[reportCallIssue]

@@ -35,7 +35,8 @@ def compiled(kernel: str, width: int, lines: bool, capability: int) -> Any:
         "WIDTH": width, "CHANNELS": channels, "M": tile.kept, "N": tile.step, "LINES": lines,
         "ADAPTERS": int(not lines), "SLOTS": 1, "WIDEN": False, "PRECISION": "tf32", "KINDS": 128,
     }  # fmt: skip
-    types: dict[str, Any] = dict.fromkeys(STATES, ("*bf16", "i32", "i32", "i32")) | dict.fromkeys(SUMS, "*fp32")
+    types: dict[str, Any] = {}
+    types |= dict.fromkeys(STATES, ("*bf16", "i32", "i32", "i32")) | dict.fromkeys(SUMS, "*fp32")
     types |= {"phi": PHI, "sizes": ("i32",) * 6, "scale": "fp32", "factor": "fp32"}
     types |= dict.fromkeys(("first_head", "kinds", "first_kind"), "i32") | dict.fromkeys(constants, "constexpr")
     names = function.arg_names
