@@ -14,7 +14,11 @@ from sfa_adapters.bias import BiasFactors
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.packing import PackedMask
+from sfa_adapters.testing.contract_bias import check_every_layer
+from sfa_adapters.testing.towers_grids import PIXTRAL
 from sfa_adapters.triton_attention import triton_misfit, triton_varlen_attention
+from sfa_adapters.triton_launch import launch_forward
+from tests.support.towers import CASES, TowerCase
 from tests.support.triton import ON_GPU, interpret
 from tests.test_attention import adaptive
 from tests.test_blocked import batched, part_of, phi_of_pairs, placeless, shuffled
@@ -256,6 +260,21 @@ def test_packed_sequences_elsewhere_are_cut_into_segments() -> None:
     flat = [state[0].transpose(0, 1) for state in states]
     with pytest.raises(InjectionError, match="triton cannot be used: it is on the cpu, and the kernels run on CUDA"):
         triton_varlen_attention(*flat, [0, 1], biases)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("case", [*(case for case in CASES if case.name == "internvit"), *PIXTRAL], ids=str)
+def test_towers(case: TowerCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer against the slow reference: images in a batch, and packed into one sequence."""
+    interpret(monkeypatch)
+    launches: list[int] = []
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        launches.append(len(args[3].places.segments))
+        return launch_forward(*args)
+
+    monkeypatch.setattr(triton_attention, "launch_forward", forward)
+    check_every_layer(case, case.fresh()[1], "triton")
+    assert set(launches) == {2}  # both images at once
 
 
 # -- where the kernels do not apply -----------------------------------------------------------------------------------
