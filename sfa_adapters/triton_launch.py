@@ -131,6 +131,8 @@ def tile_of(kernel: str, channels: int, dtype: torch.dtype, lines: bool) -> Tile
         dtype: Of the states.
         lines: Whether phi is made of lines. Entries of tables take registers; in stages, also shared memory.
     """
+    if dtype == torch.float32 and channels > 64:
+        return Tile(16, 16, 4, 1)
     if dtype == torch.float32 or channels > 128:
         return Tile(32, 32, 4, 1)
     warps = 4 if channels <= 64 else 8

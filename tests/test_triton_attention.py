@@ -343,6 +343,7 @@ def test_at_the_sizes_of_towers(
     module = StructuralBias(4, init_std=0.5, terms=terms, device="cuda")  # pyright: ignore[reportArgumentType]
     states = [torch.randn(1, 4, layout.num_tokens, width, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
     leaves = [*states, *module.parameters()]
+    assert triton_misfit(states[0]) is None
     outs = [
         attend(*inputs, module.factors(layout), backend=backend)  # pyright: ignore[reportCallIssue, reportArgumentType]
         for inputs, backend in ((states, "triton"), ([state.float() for state in states], "dense"))
@@ -373,6 +374,7 @@ def test_memory_is_linear_in_the_tokens(terms: list[str]) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        assert triton_misfit(states[0]) is None
         attend(*states, factors, backend="triton").sum().backward()  # pyright: ignore[reportCallIssue]
         return torch.cuda.max_memory_allocated() - before
 
