@@ -15,6 +15,8 @@ from sfa_adapters import StructuralBias, TokenLayout, attend
 from sfa_adapters.attention import BACKENDS, Backend, dense_mask
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS, Term
+from sfa_adapters.lines import lines_fit
+from sfa_adapters.triton_attention import triton_misfit
 
 __all__ = ["CANDIDATES", "AttentionCase", "candidates", "mixed_layout"]
 
@@ -71,7 +73,7 @@ def mixed_layout(tokens: int, device: torch.device) -> TokenLayout:
 
 
 def candidates(case: AttentionCase, names: Sequence[str]) -> dict[str, Callable[[], object]]:
-    """Functions without arguments, `plain` first; those that would need too large a matrix are left out."""
+    """Functions without arguments, `plain` first; without those that do not apply, or need too large a matrix."""
     torch.manual_seed(0)
     device, backward = case.layout.device, case.backward
     bias = StructuralBias(case.heads, terms=case.terms, device=device)
@@ -107,9 +109,14 @@ def candidates(case: AttentionCase, names: Sequence[str]) -> dict[str, Callable[
             calls[name] = run(_flex(lambda: bias.factors(case.layout)))
         elif name == "auto":
             calls[name] = run(by_backend("auto"))
-        elif name in COMPUTING and (name != "lines" or set(case.terms) <= set(DEFAULT_TERMS)):
+        elif name in COMPUTING and _applies(name, qkv[:, :, 0].transpose(1, 2), bias.factors(case.layout)):
             calls[name] = run(by_backend(name))  # pyright: ignore[reportArgumentType]
     return calls
+
+
+def _applies(name: str, query: Tensor, bias: BiasFactors) -> bool:
+    """Whether a backend computes this itself: elsewhere it is `folded`, under another name."""
+    return {"lines": lines_fit(query, bias), "triton": triton_misfit(query) is None}.get(name, True)
 
 
 def _flex_applies(case: AttentionCase) -> bool:

@@ -1,10 +1,12 @@
-"""Exact attention under a structural bias: one function, five backends.
+"""Exact attention under a structural bias: one function, six backends.
 
 * `dense` adds phi as a matrix, `[B, H, N, N]`. The reference.
 * `folded` writes phi into extra channels of q and k, see `sfa_adapters.folded`: plain attention in its fastest kernels.
 * `blocked` computes phi and the scores tile by tile, see `sfa_adapters.blocked`: memory linear in N for any grid.
 * `lines` corrects plain attention along rows and columns, see `sfa_adapters.lines`: least work, but for the terms row
   and col only, on whole grids. Elsewhere it is `folded`.
+* `triton` computes phi inside of a flash kernel from the places of tokens, see `sfa_adapters.triton_attention`: on
+  CUDA, for any grid, memory linear in N. Elsewhere it is `folded`.
 * `auto` chooses by measured times, see `sfa_adapters.backend_choice`.
 
 Shape letters: B batch, H heads, N tokens, D head width.
@@ -26,11 +28,13 @@ from sfa_adapters.blocked import blocked_attention
 from sfa_adapters.errors import InjectionError, LayoutError
 from sfa_adapters.folded import fold_channels, folded_attention, widen
 from sfa_adapters.lines import lines_attention, lines_fit
+from sfa_adapters.triton_attention import triton_attention, triton_misfit
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "attend",
+    "being_read",
     "check_backend",
     "choose_backend",
     "dense_mask",
@@ -39,7 +43,7 @@ __all__ = [
     "shown_to",
 ]
 
-Backend = Literal["auto", "dense", "folded", "blocked", "lines"]
+Backend = Literal["auto", "dense", "folded", "blocked", "lines", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ReadAttention = Callable[[Tensor, Tensor, Tensor | None, float], None]
 _readers: list[ReadAttention] = []
@@ -66,8 +70,9 @@ def attend(
         attention_mask: A further mask, boolean (True = attend) or additive in logits, broadcastable to `[B, H, N, N]`.
         scale: Factor on q.k; 1 / sqrt(D) by default.
         dropout_p: Dropout probability on the attention weights.
-        backend: `dense`, `folded`, `blocked`, `lines` or `auto`. With dropout `blocked` and `lines` are `folded`, and
-            `lines` is, too, where it does not apply (`lines_fit`), beside a further mask, and for v of another width.
+        backend: `dense`, `folded`, `blocked`, `lines`, `triton` or `auto`. With dropout `blocked`, `lines` and `triton`
+            are `folded`. So are `lines` and `triton` where they do not apply (`lines_fit`, `triton_misfit`), beside a
+            further mask, and for v of another width.
 
     Returns:
         As `value`, in the dtype of `query`.
@@ -92,6 +97,9 @@ def attend(
     if backend == "lines" and fit and lines_fit(query, bias):
         _show(query, key, bias, attention_mask, scale)
         return lines_attention(query, key, value, bias, scale)
+    if backend == "triton" and fit and triton_misfit(query) is None:
+        _show(query, key, bias, attention_mask, scale)
+        return triton_attention(query, key, value, bias, scale)
     return folded_attention(query, key, value, bias, attention_mask, scale, dropout_p)
 
 
@@ -109,6 +117,11 @@ def shown_to(reader: ReadAttention) -> Generator[None]:
         yield
     finally:
         _readers.remove(reader)
+
+
+def being_read() -> bool:
+    """Whether there are readers (`shown_to`), so that attention must go through `attend`, image by image."""
+    return bool(_readers)
 
 
 def _show(query: Tensor, key: Tensor, bias: BiasFactors, attention_mask: Tensor | None, scale: float | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.lines import lines_fit
 from sfa_adapters.phi_tiles import key_order
+from sfa_adapters.triton_attention import triton_misfit
 
 __all__ = [
     "CHOICES",
@@ -34,7 +35,7 @@ __all__ = [
     "measured_cases",
 ]
 
-Choice = Literal["dense", "folded", "blocked", "lines"]
+Choice = Literal["dense", "folded", "blocked", "lines", "triton"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 # Of a bias: the terms row and col on whole grids; other terms on whole grids; tokens of mixed sizes or parts of a grid.
 BiasKind = Literal["lines", "grid", "mixed"]
@@ -95,7 +96,8 @@ def choose_backend(query: Tensor, bias: BiasFactors, attention_mask: Tensor | No
         kind = "grid"
     backward = torch.is_grad_enabled() and (query.requires_grad or bias.requires_grad)
     dtype = "half" if query.dtype in (torch.float16, torch.bfloat16) else "float32"
-    return fastest(name, kind, dtype, query.shape[-1], query.shape[-2], backward) or "folded"
+    misfits: tuple[Choice, ...] = ("triton",) if attention_mask is not None or triton_misfit(query) else ()
+    return fastest(name, kind, dtype, query.shape[-1], query.shape[-2], backward, misfits) or "folded"
 
 
 def device_class(device: torch.device) -> str:
@@ -107,7 +109,13 @@ def device_class(device: torch.device) -> str:
 
 @lru_cache(maxsize=4096)
 def fastest(
-    device: str, bias: BiasKind, dtype: Literal["float32", "half"], width: int, tokens: int, backward: bool
+    device: str,
+    bias: BiasKind,
+    dtype: Literal["float32", "half"],
+    width: int,
+    tokens: int,
+    backward: bool,
+    misfits: tuple[Choice, ...] = (),
 ) -> Choice | None:
     """The fastest backend in the nearest measured case, or None where there is none.
 
@@ -118,6 +126,7 @@ def fastest(
         width: D, the head width.
         tokens: N.
         backward: Whether there will be a backward pass.
+        misfits: Backends that cannot compute this.
     """
     cases = [
         case for case in measured_cases(device) if (case.bias, case.dtype, case.backward) == (bias, dtype, backward)
@@ -125,7 +134,7 @@ def fastest(
     if not cases:
         return None
     nearest = min(cases, key=lambda case: (abs(math.log(case.tokens / max(tokens, 1))), abs(case.width - width)))
-    linear: list[Choice] = [name for name in nearest.ms if name != "dense"]
+    linear: list[Choice] = [name for name in nearest.ms if name != "dense" and name not in misfits]
     best = min(linear, key=lambda name: nearest.ms[name])
     return "dense" if nearest.ms.get("dense", math.inf) * MATRIX_GAIN < nearest.ms[best] else best
 

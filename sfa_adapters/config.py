@@ -48,7 +48,7 @@ class SFAConfig(PeftConfig):
         init_heads: Which heads `axial` takes, `{layer: {"row": [heads], "col": [heads]}}`, e.g. by `calibrate_axial`;
             layers that are not named stay normal. By default the first heads of each layer.
         terms: Which of `row`, `col`, `dist`, `block` are on. By default the first two; `published()` has all four.
-        backend: `auto`, `lines`, `blocked`, `folded` or `dense`, see `sfa_adapters.attention`.
+        backend: `auto`, `lines`, `blocked`, `triton`, `folded` or `dense`, see `sfa_adapters.attention`.
         mask_cache_mb: Memory in MB that `auto` may spend, over all layers, on dense masks kept between forwards without
             gradients. 0 keeps none.
         keep_float32: Whether the scalars stay float32 when the model is cast (`model.to(torch.bfloat16)`, `.half()`).

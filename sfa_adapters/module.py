@@ -30,7 +30,7 @@ class SFAAttention(nn.Module):
         init_std: Standard deviation of the structural scalars.
         terms: Which of `row`, `col`, `dist`, `block` are on.
         dropout: Dropout probability on attention weights in training.
-        backend: `auto`, `lines`, `blocked`, `folded` or `dense`.
+        backend: `auto`, `lines`, `blocked`, `triton`, `folded` or `dense`.
         init: How the structural scalars start, as in `StructuralBias`.
         init_strength: In logits, for `init="axial"`.
 

@@ -3,7 +3,7 @@
 Adaptive tokens give every image its own count. Side by side in a padded batch they would waste what they saved, so
 they are put behind one another, `[1, T, width]`: linear layers see one long sequence, and the lazy mask of the
 attention cuts it into images again, where SDPA asks it. On CUDA an unbiased half-precision sequence runs in one
-variable-length flash kernel.
+variable-length flash kernel, and a biased one with the backend `triton` in one launch of that backend's.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfa_adapters.attention import Backend, attend, dense_mask
+from sfa_adapters.attention import Backend, attend, being_read, dense_mask
 from sfa_adapters.bias import BiasFactors
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.layout import TokenLayout
 from sfa_adapters.mask import LazyMask
+from sfa_adapters.triton_attention import triton_misfit, triton_varlen_attention
 
 __all__ = ["PackedMask", "Packing", "check_block_diagonal", "check_hidden_padding"]
 
@@ -91,6 +92,11 @@ class PackedMask(LazyMask):
         self.used = True
         if self.biases is None and query.is_cuda and dropout_p == 0.0 and query.dtype != torch.float32:
             return self._flash(query, key, value, scale)
+        alone = dropout_p == 0.0 and not being_read()
+        if self.biases and self.backend == "triton" and alone and triton_misfit(query) is None:
+            q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, H, D]
+            flat = triton_varlen_attention(q, k, v, [0, *accumulate(self.lengths)], self.biases, scale)
+            return flat.transpose(0, 1)[None]
         parts = [states.split(self.lengths, dim=-2) for states in (query, key, value)]
         biases = self.biases or [None] * len(self.lengths)
         out = [

@@ -297,6 +297,7 @@ COVERED_BY = {
     "training/saving": "training/test_checkpoints",
     "training/sharded": "training/test_ddp",
     "training/train": "training/test_trainer",
+    "triton_kernels": "test_triton_attention",
     "tuner": "test_other_entries",
     "units": "test_numerals",
     "vlm/spec": "vlm/test_records",

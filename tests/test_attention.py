@@ -14,7 +14,7 @@ from tests.support.compare import assert_close
 from tests.support.reference import softmax_attention
 
 exact = settings(max_examples=20, derandomize=True, deadline=None, database=None)
-BACKENDS: tuple[Backend, ...] = ("dense", "folded", "blocked", "lines", "auto")
+BACKENDS: tuple[Backend, ...] = ("dense", "folded", "blocked", "lines", "triton", "auto")
 side, prefixes, seeds = st.integers(1, 7), st.integers(0, 3), st.integers(0, 10_000)
 
 

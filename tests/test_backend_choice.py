@@ -14,6 +14,7 @@ from sfa_adapters import StructuralBias, TokenLayout, attend, backend_choice
 from sfa_adapters.backend_choice import TIMES, choose_backend, device_class, fastest, measured_cases
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.lines import lines_fit
+from tests.support.triton import interpret
 
 HEADS, WIDTH = 2, 64
 
@@ -106,6 +107,22 @@ def test_kinds_of_bias_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert choose_backend(states, trained, mask) == "folded"  # lines takes no mask
     batch = TokenLayout.batch([layout, part])
     assert choose_backend(query(batch), factors(batch)) == "folded"
+
+
+def test_triton_where_its_kernels_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ms = {"triton": 1.0, "blocked": 2.0, "folded": 3.0}
+    use(monkeypatch, tmp_path, [case(9, ms), case(9, ms, backward=True)])
+    layout = TokenLayout.regular(3, 3)
+    states, bias = query(layout), factors(layout)
+    assert choose_backend(states, bias) == "blocked"  # on a CPU they do not
+    interpret(monkeypatch)
+    assert choose_backend(states, bias) == "triton"
+    trained = StructuralBias(HEADS, terms=TERMS).factors(layout)
+    assert choose_backend(states, trained) == "triton"
+    assert choose_backend(states, trained, torch.zeros(9, 9)) == "blocked"  # they take no mask
+    torch.testing.assert_close(
+        attend(states, states, states, bias), attend(states, states, states, bias, backend="dense")
+    )
 
 
 def test_without_times_it_is_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from sfa_adapters.readers import KeyMass, MeanPerKey, RowEntropy, RowProbabiliti
 from tests.support import compare
 from tests.support.hosts import HostCase, every_host
 from tests.support.towers import SMALL, TowerCase, every_tower, lively, set_eager
+from tests.support.triton import interpret
 
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -177,9 +178,13 @@ DENSE_TOWERS = {
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("backend", [None, "dense", "folded", "blocked", "lines"])
+@pytest.mark.parametrize("backend", [None, "dense", "folded", "blocked", "lines", "triton"])
 @pytest.mark.parametrize("tower", DENSE_TOWERS)
-def test_towers_equal_their_dense_attention(tower: str, backend: str | None, implementation: str) -> None:
+def test_towers_equal_their_dense_attention(
+    tower: str, backend: str | None, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        interpret(monkeypatch)
     kind, config, options = DENSE_TOWERS[tower]
     size = {"image_size": 28, "patch_size": 7, **options}
     model = lively(lambda: kind(config(**SMALL, **size, attn_implementation=implementation)))()
@@ -200,9 +205,13 @@ def test_towers_equal_their_dense_attention(tower: str, backend: str | None, imp
         compare.assert_close(entropy.results[layer][0], entropy_of(wanted))
 
 
-@pytest.mark.parametrize("backend", ["blocked", "lines"])
-def test_a_loss_on_observed_attention_reaches_everything_behind_it(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["blocked", "lines", "triton"])
+def test_a_loss_on_observed_attention_reaches_everything_behind_it(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Backends that no torch function computes give the same gradients of what was read as the matrix does."""
+    if backend == "triton":
+        interpret(monkeypatch)
     gradients: list[list[Tensor]] = []
     kind, config, options = DENSE_TOWERS["siglip"]
     for name in ("dense", backend):
@@ -248,15 +257,19 @@ def test_every_tower_can_be_observed_and_stays_as_it_is(case: TowerCase, with_sf
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
 
 
-@pytest.mark.parametrize("with_sfa", [False, True])
-def test_images_packed_by_adaptive_tokens_are_read_one_by_one(with_sfa: bool) -> None:
+@pytest.mark.parametrize("backend", [None, "auto", "triton"])
+def test_images_packed_by_adaptive_tokens_are_read_one_by_one(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        interpret(monkeypatch)
     config = SiglipVisionConfig(**SMALL, image_size=56, patch_size=14, vision_use_head=False)
     model: Any = inject_adat(
         lively(lambda: SiglipVisionModel(config))(), PatchPolicy([(0.5, 7), (0.0, 28)], cell=28, scorer="edges")
     )
-    if with_sfa:
+    if backend is not None:
         torch.manual_seed(3)
-        inject_sfa(model, compare.strong_config())
+        inject_sfa(model, compare.strong_config(backend=backend))
     pages = torch.ones(2, 3, 56, 56)
     pages[0, :, ::4, :28] = -1.0
     together, alone = RowEntropy(), RowEntropy()
