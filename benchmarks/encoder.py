@@ -4,9 +4,10 @@
     python -m benchmarks.encoder --tower qwen3_vl --layers 2 --dtypes float32 --candidates lines folded --rounds 3
     python -m benchmarks.encoder --device cuda --batch 8 --rounds 30
 
-Towers: see `benchmarks/towers.py`. Candidates: `plain`; the backends `folded`, `blocked`, `lines`, `triton` and
-`dense` (matrix built in every layer of every forward); `auto` (default memory budget); `auto+cache` (a budget that holds the dense
-masks of all layers; without gradients only); `eager` (buffers and score matrices, as first written; InternViT only).
+Towers: see `benchmarks/towers.py`. Candidates: `plain`; the backends `folded`, `blocked`, `lines`, `triton` (CUDA) and
+`dense` (matrix built in every layer of every forward); `auto` (default memory budget); `auto+cache` (a budget that
+holds the dense masks of all layers; without gradients only); `eager` (buffers and score matrices, as first written;
+InternViT only).
 """
 
 from __future__ import annotations
