@@ -99,7 +99,7 @@ def logits_at_answers(model: nn.Module) -> Iterator[None]:
         raise TrainingError(f"Logits of answer tokens alone cannot be computed: {reason}. {OFF}")
     state = _State()
     with attached_while(FEATURE) as attach:
-        # The outermost module, because PEFT calls the forward of the host without its hooks.
+        # The outermost module, because PEFT before 0.21 calls the forward of the host without its hooks.
         attach(model, state, pre=state.begin, post=state.end)
         attach(host.get_output_embeddings(), state, pre=state.select)
         try:
