@@ -351,6 +351,18 @@ def test_where_a_trainer_reads_the_logits_all_are_there(
     assert on[2] == off[2]
 
 
+@pytest.mark.parametrize(("name", "value"), [("use_liger_kernel", True), ("_n_gpu", 2)])
+def test_arguments_that_need_all_logits(
+    name: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(tmp_path, given=ON)
+    setattr(made.args, name, value)
+    reason = {"use_liger_kernel": "fuses head and loss", "_n_gpu": "DataParallel"}[name]
+    with caplog.at_level(logging.WARNING, logger="sfa_adapters.trainer"):
+        assert not made._answers_suffice(made.model)
+    assert reason in caplog.text
+
+
 def test_where_a_model_needs_all_logits_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(tmp_path, given=ON)
     losses = []
