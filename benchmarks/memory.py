@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                                    # InternVL3.5-8B: nf4, split and bf16, on one GPU
     python -m benchmarks.memory --recipe llava_1_5_7b --plans nf4 bf16 --batch 4 --tiles 1
+    python -m benchmarks.memory --all-logits                       # not those of answer tokens alone
 
 Needs a CUDA GPU, and no download. What is measured is the peak of the allocator (`max_memory_allocated`), so the
 context of CUDA is in neither number. `split` has both halves on one card, with its hooks; its prediction is that of
@@ -14,6 +15,7 @@ import argparse
 import gc
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import write_result
+from sfa_adapters.answer_logits import logits_at_answers
 from sfa_adapters.hosts.load import Host, prepare
 from sfa_adapters.hosts.placement import dispatch, skeleton, split_map
 from sfa_adapters.hosts.quantization import check_loaded, quantization
@@ -43,14 +46,16 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tiles", type=int, default=None)
+    parser.add_argument("--all-logits", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.memory needs a CUDA GPU; `sfa plan` predicts without one.")
-    base = find_recipe(args.recipe)
+    base = find_recipe(args.recipe).replace(answer_logits=not args.all_logits)
     config = architecture(base)
     lengths = lengths_of(base, config, args.tiles)
     body = [
-        f"{args.recipe}: {args.batch} x {lengths.sequence:,} tokens, {STEPS} steps with AdamW, GB (10^9 bytes).",
+        f"{args.recipe}: {args.batch} x {lengths.sequence:,} tokens, logits of "
+        f"{'all' if args.all_logits else lengths.answer}, {STEPS} steps with AdamW, GB (10^9 bytes).",
         "",
         "| plan | weights, predicted | weights | peak, predicted | peak | off by |",
         "|---|---|---|---|---|---|",
@@ -66,7 +71,10 @@ def main() -> None:
         body.append(f"| {plan} | {numbers} | {off} |")
     Console().print("\n".join(body), markup=False)
     device, command = torch.device("cuda"), f"python -m benchmarks.memory {' '.join(sys.argv[1:])}".strip()
-    print("written:", write_result(f"memory-{args.recipe}-batch{args.batch}", device, command, body))
+    print(
+        "written:",
+        write_result(f"memory-{args.recipe}-batch{args.batch}{'-all-logits' * args.all_logits}", device, command, body),
+    )
 
 
 def measure(recipe: Recipe, config: Any, lengths: Lengths) -> tuple[int, int]:
@@ -79,7 +87,7 @@ def measure(recipe: Recipe, config: Any, lengths: Lengths) -> tuple[int, int]:
     batch = inputs_of(recipe, config, lengths)
     torch.cuda.reset_peak_memory_stats()
     for _ in track(range(STEPS), description=recipe.plan, transient=True):
-        with host.autocast():
+        with host.autocast(), logits_at_answers(host.model) if recipe.answer_logits else nullcontext():
             loss = host.model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -125,7 +133,9 @@ def inputs_of(recipe: Recipe, config: Any, lengths: Lengths) -> dict[str, torch.
     batch, vision = recipe.micro_batch, config.vision_config
     ids = torch.randint(3, 1000, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = config.image_token_id
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    # As many labels as are predicted.
+    labels = ids.where(torch.arange(lengths.sequence) >= lengths.sequence - lengths.answer, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     spec = vlm_spec(recipe.family)
     assert spec.image_tokens is not None
     if spec.images is not None and spec.images.token_grids is not None:

@@ -1,25 +1,34 @@
 """Activations that a training step keeps for its backward pass: counted on fake tensors, beside the prediction.
 
     OMP_NUM_THREADS=1 python benchmarks/memory_fake.py            # the four hosts of the recipes, in full size
+    OMP_NUM_THREADS=1 python benchmarks/memory_fake.py qwen3_vl_4b --all-logits
 
-The halves of a host run under `FakeTensorMode`, and what autograd saves is counted by storage. The language model gets
-embeddings, since fake tensors have no values that could be ids. Halves that cannot run in this mode are named.
+The halves of a host run under `FakeTensorMode`, and what autograd saves is counted by storage. Of the language model
+the peak of a forward and a backward pass follows, without weights. It gets embeddings, since fake tensors have no
+values that could be ids; for the same reason `logits_at_answers` is told where the answer is. Halves that cannot run in
+this mode are named.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sfa_adapters.answer_logits import logits_at_answers
 from sfa_adapters.hosts.load import HOSTS, Host, prepare
 from sfa_adapters.hosts.placement import skeleton
 from sfa_adapters.hosts.recipe import Recipe
@@ -40,11 +49,16 @@ class Kept:
 
 def main() -> None:
     """Prints a line for each half of each host, with checkpointing and without."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--all-logits", action="store_true", help="Not those of answer tokens alone.")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in NAMES:
+    for name in args.names:
         for checkpointing in (True, False):
             try:
-                _compare(find_recipe(name).replace(gradient_checkpointing=checkpointing, plan="bf16"))
+                recipe = find_recipe(name).replace(plan="bf16", answer_logits=not args.all_logits)
+                _compare(recipe.replace(gradient_checkpointing=checkpointing))
             except DataDependentOutputException as error:
                 print(f"{name}, checkpointing {checkpointing}: cannot be built: {error}", flush=True)
 
@@ -68,6 +82,14 @@ def _compare(recipe: Recipe) -> None:
         except Exception as error:
             line += f", cannot run: {type(error).__name__}: {str(error).splitlines()[0]}"
         print(f"{line}, {time.process_time() - began:.1f} s of CPU", flush=True)
+    try:
+        peak, wanted = _peak(host, halves["language model"], mode), predicted[1].peak(recipe.gradient_checkpointing)
+        line = f"predicted {wanted / 1e9:.3f} GB, counted {peak / 1e9:.3f} GB ({wanted / peak - 1:+.1%})"
+    except Exception as error:
+        line = f"cannot run: {type(error).__name__}: {str(error).splitlines()[0]}"
+    print(
+        f"{recipe.name}, checkpointing {recipe.gradient_checkpointing}, peak of the language model: {line}", flush=True
+    )
 
 
 def _flat(host: Host) -> bool:
@@ -97,9 +119,46 @@ def _language_model(host: Host, lengths: Lengths, config: Any) -> Callable[[], o
         labels = torch.ones(1, length, dtype=torch.long)
         three = _flat(host)
         more = {"position_ids": torch.zeros(3, 1, length, dtype=torch.long)} if three else {}
-        return host.model(inputs_embeds=embeddings * 1, labels=labels, use_cache=False, **more).loss
+        with ExitStack() as stack:
+            if host.recipe.answer_logits:
+                # Fake labels have no values to find positions by.
+                chosen = (torch.zeros(lengths.answer, dtype=torch.long),) * 2
+                stack.enter_context(patch("sfa_adapters.answer_logits.answer_rows", lambda _: chosen))
+                stack.enter_context(logits_at_answers(host.model))
+            return host.model(inputs_embeds=embeddings * 1, labels=labels, use_cache=False, **more).loss
 
     return run
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that are in memory at once of what is made inside; views share their storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[weakref.ref[Any], int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given:
+                reference = weakref.ref(storage, self._freed)
+                if reference not in self.alive:
+                    self.alive[reference] = storage.nbytes()
+                    self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def _freed(self, reference: weakref.ref[Any]) -> None:
+        self.now -= self.alive.pop(reference, 0)
+
+
+def _peak(host: Host, run: Callable[[], Any], mode: FakeTensorMode) -> int:
+    """Bytes at the peak of a forward and a backward pass, without weights."""
+    with mode, Peak() as peak, host.autocast():
+        run().backward()
+    return peak.peak
 
 
 def _kept(host: Host, run: Callable[[], object], mode: FakeTensorMode) -> int:

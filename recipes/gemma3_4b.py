@@ -9,7 +9,7 @@ Sources:    heads, vocabulary and image tokens: defaults of `Gemma3TextConfig` a
 Command:    sfa train gemma3_4b                 the same on a CPU in minutes: sfa train gemma3_4b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma3_4b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 20.0 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 17.1 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host.
 """
 

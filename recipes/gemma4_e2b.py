@@ -8,7 +8,7 @@ Sources:    the configuration of the checkpoint as the tests of a public runtime
 Command:    sfa train gemma4_e2b                the same on a CPU in minutes: sfa train gemma4_e2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train gemma4_e2b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 13.2 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 12.3 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 89 s of CPU time (docs/recipes.md).
 """
 

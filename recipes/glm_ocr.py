@@ -3,7 +3,7 @@
 Command:    sfa train glm_ocr           the same on a CPU in minutes: sfa train glm_ocr --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train glm_ocr               two cards, one copy each
 Hardware:   one card of 24 GB.
-Expected:   nothing was published for this host with a structural bias. `sfa plan` predicts 11.4 GB.
+Expected:   nothing was published for this host with a structural bias. `sfa plan` predicts 10.7 GB.
 Measured:   nothing on the full-size host. --nano: docs/recipes.md.
 Sources:    its config.json and preprocessor_config.json, as public repositories quote them in full. The host then has
             1.107 billion parameters; 0.9B in its description leaves out input and output embeddings. The checkpoint

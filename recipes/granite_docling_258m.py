@@ -8,7 +8,7 @@ Sources:    tower, projector and size of the language model: the model card. Its
 Command:    sfa train granite_docling_258m      the same on a CPU in minutes: sfa train granite_docling_258m --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train granite_docling_258m
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 5.3 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 4.7 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host.
 """
 

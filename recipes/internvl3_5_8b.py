@@ -4,7 +4,7 @@ Command:    sfa train internvl3_5_8b            the same on a CPU in minutes: sf
             torchrun --nproc-per-node 2 -m sfa_adapters train internvl3_5_8b        two cards, one copy each
 Hardware:   one or two A100-40GB.
 Expected:   published for the language model in NF4, one question per forward, tiles not reported: 8.3 GB on one card
-            and 12 hours. Here what trains is float32, and images have up to 12 tiles: `sfa plan` predicts 22.7 GB.
+            and 12 hours. Here what trains is float32, and images have up to 12 tiles: `sfa plan` predicts 17.4 GB.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 32 s of CPU time (docs/recipes.md).
 """
 

@@ -7,7 +7,7 @@ Sources:    all numbers are the defaults of `LightOnOcrConfig`, which says that 
 Command:    sfa train lighton_ocr_1b            the same on a CPU in minutes: sfa train lighton_ocr_1b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train lighton_ocr_1b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 13.4 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 11.5 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 26 s of CPU time (docs/recipes.md).
 """
 

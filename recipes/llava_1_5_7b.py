@@ -5,7 +5,7 @@ The host reads the layer before the last of its tower (`vision_feature_layer=-2`
 Command:    sfa train llava_1_5_7b              the same on a CPU in minutes: sfa train llava_1_5_7b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train llava_1_5_7b          two cards, one copy each
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 12.3 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 12.2 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 33 s of CPU time (docs/recipes.md).
 """
 

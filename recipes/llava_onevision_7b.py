@@ -3,7 +3,7 @@
 Command:    sfa train llava_onevision_7b        the same on a CPU in minutes: sfa train llava_onevision_7b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train llava_onevision_7b    two cards, one copy each
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 31.3 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 19.9 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 54 s of CPU time (docs/recipes.md).
 """
 

@@ -3,7 +3,7 @@
 Command:    sfa train paddleocr_vl      the same on a CPU in minutes: sfa train paddleocr_vl --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train paddleocr_vl          two cards, one copy each
 Hardware:   one card of 24 GB.
-Expected:   nothing was published for this host with a structural bias. `sfa plan` predicts 11.7 GB.
+Expected:   nothing was published for this host with a structural bias. `sfa plan` predicts 10.4 GB.
 Measured:   nothing on the full-size host. --nano: docs/recipes.md.
 Sources:    the defaults of transformers' PaddleOCRVLConfig, which name this checkpoint; they agree with the config.json
             of version 1.5 as a public repository quotes it. That one says that input and output embeddings are two,

@@ -5,7 +5,7 @@ The tower takes images of any size. In 28 of its layers tokens attend within win
 Command:    sfa train qwen2_5_vl_7b             the same on a CPU in minutes: sfa train qwen2_5_vl_7b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train qwen2_5_vl_7b         two cards, one copy each
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 24.9 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 23.0 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host. --nano, from nothing to the model card: 37 s of CPU time (docs/recipes.md).
 """
 

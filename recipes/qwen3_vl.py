@@ -7,8 +7,8 @@ Command:    sfa train qwen3_vl_2b       also qwen3_vl_4b, qwen3_vl_8b; on a CPU 
             torchrun --nproc-per-node 2 -m sfa_adapters train qwen3_vl_8b           two cards, one copy each
 Hardware:   one or two cards; which size fits which card is in the table of docs/recipes.md.
 Expected:   nothing was published for these hosts with a structural bias.
-            `sfa plan` predicts 13.9 GB on one card for 2B (language model in bfloat16), and in NF4 13.4 GB for 4B
-            and 20.0 GB for 8B.
+            `sfa plan` predicts 12.4 GB on one card for 2B (language model in bfloat16), and in NF4 11.9 GB for 4B
+            and 18.5 GB for 8B.
 Measured:   nothing on the full-size hosts. --nano: docs/recipes.md.
 Sources:    4B: its config.json, which several public repositories quote in full. 2B: text from a quoted config.json;
             layers, width and heads of its tower from two implementations that name it, the rest is that of the 4B. 8B:

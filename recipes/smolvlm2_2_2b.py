@@ -6,7 +6,7 @@ Sources:    tower (SigLIP-SO400M/14-384), language model (SmolLM2-1.7B) and 81 i
 Command:    sfa train smolvlm2_2_2b             the same on a CPU in minutes: sfa train smolvlm2_2_2b --nano
             torchrun --nproc-per-node 2 -m sfa_adapters train smolvlm2_2_2b
 Hardware:   one or two A100-40GB.
-Expected:   nothing was published for this host. `sfa plan` predicts 14.4 GB; a time was neither published nor measured.
+Expected:   nothing was published for this host. `sfa plan` predicts 13.7 GB; a time was neither published nor measured.
 Measured:   nothing on the full-size host.
 """
 

@@ -177,8 +177,8 @@ def features_of(model: nn.Module) -> Mapping[str, Any]:
 
     Returns:
         The state of each feature by its name: "sfa", "adat", "dymu" and "fastv" from `inject_...` to `eject_...`,
-        "scr" and "observe" while such a context is open. Read-only. Where a model has several towers with SFA, the
-        state is that of the first one.
+        "scr", "observe" and "answer_logits" while such a context is open. Read-only. Where a model has several towers
+        with SFA, the state is that of the first one.
 
     Example:
         >>> from transformers import SiglipVisionConfig, SiglipVisionModel

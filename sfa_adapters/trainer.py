@@ -1,13 +1,19 @@
-"""`SFATrainerMixin`: gives the structural scalars their own learning rate in a `transformers.Trainer`."""
+"""`SFATrainerMixin`: what SFA adds to a `transformers.Trainer`.
+
+The structural scalars get their own learning rate, and the logits of answer tokens alone may be computed.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sfa_adapters.answer_logits import logits_at_answers, why_all_logits
 from sfa_adapters.axial_ramp import AxialRamp
 from sfa_adapters.errors import InjectionError, SFAWarning
 from sfa_adapters.rate_check import bounded, check_learned, check_rates
@@ -19,6 +25,8 @@ else:
     _Trainer = object
 
 __all__ = ["SFATrainerMixin"]
+
+logger = logging.getLogger(__name__)
 
 
 class ScalarCallback(TrainerCallback):
@@ -58,6 +66,9 @@ class SFATrainerMixin(_Trainer):
     Args:
         args: As for the Trainer.
         sfa_lr: Learning rate of the structural scalars, in logits per step under Adam.
+        answer_logits: In training, compute the logits in front of labels and no others (`logits_at_answers`): the same
+            loss and gradients in less memory, and `outputs.logits` is `[1, N, V]`, which only code of yours that reads
+            it in training can notice. Where it cannot be, one line in the log says why. Evaluations get all logits.
         kwargs: As for the Trainer.
 
     Raises:
@@ -70,10 +81,45 @@ class SFATrainerMixin(_Trainer):
             optimizer that was passed in holds no scalars.
     """
 
-    def __init__(self, *args: Any, sfa_lr: float = DEFAULT_SFA_LR, **kwargs: Any) -> None:
-        self.sfa_lr = sfa_lr
+    def __init__(self, *args: Any, sfa_lr: float = DEFAULT_SFA_LR, answer_logits: bool = False, **kwargs: Any) -> None:
+        self.sfa_lr, self.answer_logits = sfa_lr, answer_logits
+        self._answers_checked = False
         super().__init__(*args, **kwargs)
         self.add_callback(ScalarCallback())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As `Trainer.compute_loss`; in training with `answer_logits`, from the logits in front of labels."""
+        with logits_at_answers(model) if model.training and self._answers_suffice(model) else nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _answers_suffice(self, model: nn.Module) -> bool:
+        """Whether to compute the logits of answers alone; once, says in the log why not."""
+        if self.answer_logits and not self._answers_checked:
+            self._answers_checked = True
+            reason = self._why_all_logits() or why_all_logits(model)
+            if reason is not None:
+                self.answer_logits = False
+                logger.warning("The logits of all tokens are computed, which takes more memory: %s.", reason)
+        return self.answer_logits
+
+    def _why_all_logits(self) -> str | None:
+        """What in this Trainer reads the logits of all tokens, or hands them out; None where nothing does."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func reads them"
+        if self.label_smoother is not None:
+            return f"label_smoothing_factor={self.args.label_smoothing_factor:g} smooths them outside the model"
+        if getattr(self.args, "use_liger_kernel", False):
+            return "use_liger_kernel fuses head and loss already"
+        if self.args.n_gpu > 1:
+            return "torch.nn.DataParallel splits a batch over GPUs by its rows"
+        trl = next((kind for kind in type(self).__mro__ if kind.__module__.partition(".")[0] == "trl"), None)
+        return None if trl is None else f"{trl.__name__} measures them"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.create_optimizer`, with a parameter group for the structural scalars."""

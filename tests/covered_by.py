@@ -260,6 +260,7 @@ COVERED_BY = {
     "state_record": "test_axial",
     "testing/compare": "backbones/test_contract",
     "testing/contract_adapters": "backbones/test_contract",
+    "testing/contract_answers": "testing/test_hosts",
     "testing/contract_bias": "backbones/test_contract",
     "testing/contract_checkpointing": "backbones/test_contract",
     "testing/contract_training": "backbones/test_contract",

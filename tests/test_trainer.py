@@ -278,9 +278,10 @@ def test_in_trl(tmp_path: Path) -> None:
         model=model, args=arguments, train_dataset=Table.from_list([{"number": n} for n in range(4)]),
         data_collator=lambda picked: default_data_collator([rows[one["number"]] for one in picked]),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
-        sfa_lr=1e-9,
+        sfa_lr=1e-9, answer_logits=True,
     )  # fmt: skip
     made.train()
+    assert not made.answer_logits  # this Trainer measures all logits
     assert made.optimizer.param_groups[-1]["name"] == "sfa"
     assert row_of(model) == pytest.approx(1.5, abs=1e-6)
     assert "sfa/row" in made.state.log_history[0]

@@ -117,10 +117,15 @@ def _decoder(recipe: Any, config: Any, sizes: Widths, part: Precision, masked: i
 
 
 def _decoder_outer(config: Any, part: Precision) -> int:
-    """What is added in each layer, and the logits before they are bounded."""
+    """What is added in each layer."""
     text = config.text_config
-    small = text.num_hidden_layers * text.hidden_size_per_layer_input
-    return small * (FLOAT + part.compute) + (part.compute * text.vocab_size if text.final_logit_softcapping else 0)
+    return text.num_hidden_layers * text.hidden_size_per_layer_input * (FLOAT + part.compute)
+
+
+def _decoder_logits(config: Any, part: Precision) -> int:
+    """The logits before they are bounded."""
+    text = config.text_config
+    return part.compute * text.vocab_size if text.final_logit_softcapping else 0
 
 
 def _nano() -> tuple[Any, Any]:
@@ -154,6 +159,7 @@ SPEC = register_vlm(
             outer=_outer,
             decoder=_decoder,
             decoder_outer=_decoder_outer,
+            decoder_logits=_decoder_logits,
         ),
         nano=_nano,
         refuses={

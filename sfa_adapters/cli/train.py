@@ -71,12 +71,16 @@ def plan(
     batch: Annotated[int | None, typer.Option(help="Questions per forward of one process.")] = None,
     tiles: Annotated[int | None, typer.Option(help="Tiles of every image; by default the recipe's maximum.")] = None,
     plan: Annotated[str | None, typer.Option(help="nf4, split, bf16 or fsdp2.")] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest answer; by default 96 tokens of text, any of which has a label."),
+    ] = None,
     nano: Nano = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Predict the memory that RECIPE needs on each GPU, before anything is downloaded. Exit code 2: it does not fit."""
     resolved = _resolve(recipe, config, {} if plan is None else {"plan": plan}, settings, nano)
-    prediction = _predict(resolved, gpus, _bytes(memory), batch, tiles)
+    prediction = _predict(resolved, gpus, _bytes(memory), batch, tiles, answer_tokens)
     if as_json:
         typer.echo(json.dumps(prediction.as_dict(), indent=2))
     else:
@@ -133,7 +137,7 @@ def _dry_run(recipe: Recipe) -> None:
             field.name, _text(value), _text(current_value) if changed else "", style="bold" if changed else None
         )
     console.print(table)
-    _show(_predict(recipe, 2, A100, None, None))
+    _show(_predict(recipe))
     rows = training_rows(recipe)
     if recipe.max_steps is not None:
         console.print(f"{recipe.max_steps:,} optimizer steps of {recipe.batch_size} questions.")
@@ -147,11 +151,18 @@ def _dry_run(recipe: Recipe) -> None:
     console.print("Nothing was loaded or written.")
 
 
-def _predict(recipe: Recipe, gpus: int, memory: float, batch: int | None, tiles: int | None) -> MemoryPlan:
+def _predict(
+    recipe: Recipe,
+    gpus: int = 2,
+    memory: float = A100,
+    batch: int | None = None,
+    tiles: int | None = None,
+    answer_tokens: int | None = None,
+) -> MemoryPlan:
     from sfa_adapters.memory.predict import predict_memory
     from sfa_adapters.recipes.catalog import architecture
 
-    return predict_memory(recipe, architecture(recipe), gpus=gpus, memory=memory, batch=batch, tiles=tiles)
+    return predict_memory(recipe, architecture(recipe), gpus, memory, batch, tiles, answer_tokens)
 
 
 def _show(prediction: MemoryPlan) -> None:

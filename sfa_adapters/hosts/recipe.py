@@ -57,6 +57,7 @@ class Recipe:
         batch_size: Questions per optimizer step, over all processes.
         micro_batch: Questions per forward of one process.
         gradient_checkpointing: Activations of tower and language model are computed again in the backward pass.
+        answer_logits: In training, logits of answer tokens only: the same loss and gradients in less memory.
         seed: Of new weights, of the data order and of dropout.
         data: Hub id, local folder or file, or charts or pages for rendered ones.
         data_config: Configuration of a hub dataset, e.g. `DocVQA`.
@@ -114,6 +115,7 @@ class Recipe:
     batch_size: int = 32
     micro_batch: int = 1
     gradient_checkpointing: bool = True
+    answer_logits: bool = True
     seed: int = 0
     data: str = "HuggingFaceM4/ChartQA"
     data_config: str | None = None

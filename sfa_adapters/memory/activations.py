@@ -108,19 +108,21 @@ def _text(recipe: Recipe, config: Any, lengths: Lengths, batch: int) -> Activati
     sizes, rules = text_widths(config), memory_rules(recipe)
     part = precision(recipe, not recipe.freeze_llm)
     tokens = batch * lengths.sequence
+    scored = batch * lengths.answer if recipe.answer_logits else tokens  # tokens with logits
     vocabulary = config.text_config.vocab_size
-    outer = part.stream * sizes.width + part.rms_norm(sizes.width) + part.product_inputs(sizes.width, 1)
     masked = lengths.sequence if batch > 1 or rules.masks else 0
-    outer += FLOAT * vocabulary + masked * max(1, rules.masks)
+    outer = part.stream * sizes.width + part.rms_norm(sizes.width) + masked * max(1, rules.masks)
     outer += rules.decoder_outer(config, part) if rules.decoder_outer else 0
-    logits = (LOGIT_COPIES - 1) * FLOAT * vocabulary * tokens
+    head = part.product_inputs(sizes.width, 1) + FLOAT * vocabulary
+    head += rules.decoder_logits(config, part) if rules.decoder_logits else 0
+    logits = (LOGIT_COPIES - 1) * FLOAT * vocabulary * scored
     each = (rules.decoder or decoder_layer)(recipe, config, sizes, part, masked)
     each = each if isinstance(each, tuple) else (each,)
     layer = sum(each) // len(each)
     transient = 3 * part.compute * sizes.inner + 2 * part.stream * sizes.width
     return Activations(
         part.stream * sizes.width * tokens * sizes.layers,
-        outer * tokens,
+        outer * tokens + head * scored,
         layer * tokens,
         sizes.layers,
         transient * tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.memory.activations import Activations, activations_of
 from sfa_adapters.memory.report import DeviceMemory, MemoryPlan
-from sfa_adapters.memory.shapes import lengths_of
+from sfa_adapters.memory.shapes import Lengths, lengths_of
 from sfa_adapters.memory.weights import ParameterCounts, Weights, count_parameters, weights_of
 from sfa_adapters.vlm.records import vlm_spec
 
@@ -29,6 +29,7 @@ def predict_memory(
     memory: float = 40e9,
     batch: int | None = None,
     tiles: int | None = None,
+    answer_tokens: int | None = None,
 ) -> MemoryPlan:
     """Predicts weights, gradients, optimizer and activations on each GPU, from the meta device.
 
@@ -39,12 +40,15 @@ def predict_memory(
         memory: Of each GPU, in bytes.
         batch: Questions per forward of one process, in place of `micro_batch`.
         tiles: Tiles of every image, in place of `max_tiles`.
+        answer_tokens: Tokens of the longest answer, beside 96 of template and question; by default the answer is within
+            these 96, and logits are counted for all of them.
 
     Returns:
         The prediction, with what would make it fit where it does not.
 
     Raises:
-        RecipeError: The plan does not work with this number of GPUs, or the host does not tile.
+        RecipeError: The plan does not work with this number of GPUs, the host does not tile, or `answer_tokens` is
+            below 1.
     """
     if gpus < 1 or memory <= 0:
         raise RecipeError(f"gpus={gpus} and memory={memory:g} must be above 0.")
@@ -53,19 +57,25 @@ def predict_memory(
     if batch is not None:
         rounded = max(batch, recipe.batch_size // batch * batch) if batch >= 1 else recipe.batch_size
         recipe = recipe.replace(micro_batch=batch, batch_size=rounded)
-    lengths_of(recipe, architecture_config, tiles)  # refuses tiles that this host cannot have
+    lengths_of(recipe, architecture_config, tiles, answer_tokens)  # refuses tiles that this host cannot have
     if tiles is not None and _setting(recipe) == "max_tiles":
         recipe = recipe.replace(max_tiles=tiles)
     counts = count_parameters(recipe, architecture_config)
-    prediction = _predict(recipe, architecture_config, counts, gpus, memory)
+
+    def predicted(changed: Recipe) -> MemoryPlan:
+        lengths = lengths_of(changed, architecture_config, answer_tokens=answer_tokens)
+        return _predict(changed, architecture_config, lengths, counts, gpus, memory)
+
+    prediction = predicted(recipe)
     if prediction.fits:
         return prediction
-    savings = tuple(_savings(recipe, architecture_config, counts, gpus, memory))
+    savings = tuple(_savings(recipe, predicted))
     return replace(prediction, savings=savings)
 
 
-def _predict(recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, memory: float) -> MemoryPlan:
-    lengths = lengths_of(recipe, config)
+def _predict(
+    recipe: Recipe, config: Any, lengths: Lengths, counts: ParameterCounts, gpus: int, memory: float
+) -> MemoryPlan:
     vision, text = activations_of(recipe, config, lengths, recipe.micro_batch)
     front, model = weights_of(recipe, counts)
     if recipe.plan == "split":
@@ -114,15 +124,13 @@ def _sharded(recipe: Recipe, counts: ParameterCounts, whole: DeviceMemory, gpus:
 # -- what would save it -----------------------------------------------------------------------------------------------
 
 
-def _savings(
-    recipe: Recipe, config: Any, counts: ParameterCounts, gpus: int, memory: float
-) -> Iterator[tuple[str, int]]:
+def _savings(recipe: Recipe, predicted: Callable[[Recipe], MemoryPlan]) -> Iterator[tuple[str, int]]:
     """Single changes of settings that make it fit; if none does, the first few that do together."""
     alone = False
     together: dict[str, Any] = {}
     listed: list[str] = []
     for changes, text in _changes(recipe):
-        single = _predict(recipe.replace(**changes), config, counts, gpus, memory)
+        single = predicted(recipe.replace(**changes))
         if single.fits and not _listed_already(text, listed):
             alone = True
             listed.append(text)
@@ -134,7 +142,7 @@ def _savings(
         kind = text.partition("=")[0]
         listed = [other for other in listed if other.partition("=")[0] != kind] + [text]
         together |= changes
-        both = _predict(recipe.replace(**together), config, counts, gpus, memory)
+        both = predicted(recipe.replace(**together))
         if both.fits:
             yield " with ".join(listed), both.peak
             return
@@ -147,6 +155,8 @@ def _listed_already(text: str, listed: list[str]) -> bool:
 
 def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings that need less memory, from those that cost nothing in quality to those that do."""
+    if not recipe.answer_logits:
+        yield {"answer_logits": True}, "answer_logits=true"
     if not recipe.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "gradient_checkpointing=true"
     batch = recipe.micro_batch // 2

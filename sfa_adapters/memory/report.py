@@ -49,7 +49,7 @@ class MemoryPlan:
         recipe: The recipe, with the requested batch and tiles.
         devices: One entry for each GPU.
         memory: Of each GPU, in bytes.
-        lengths: Tokens of the longest question.
+        lengths: Tokens of the longest question, and how many of them may have a label.
         savings: Changes that make it fit, each with the bytes of the fullest GPU; empty where it fits.
     """
 
@@ -87,8 +87,9 @@ class MemoryPlan:
     def table(self) -> Table:
         """One line for each GPU, in GB (10^9 bytes)."""
         recipe, lengths = self.recipe, self.lengths
+        scored = f"logits of up to {lengths.answer:,}" if recipe.answer_logits else "logits of all"
         table = Table(
-            title=f"{recipe.name}, plan {recipe.plan}, {recipe.micro_batch} x {lengths.sequence:,} tokens, GB"
+            title=f"{recipe.name}, plan {recipe.plan}, {recipe.micro_batch} x {lengths.sequence:,} tokens, {scored}, GB"
         )
         for column in ("GPU", "holds"):
             table.add_column(column)
@@ -107,6 +108,7 @@ class MemoryPlan:
             "recipe": self.recipe.name,
             "plan": self.recipe.plan,
             "micro_batch": self.recipe.micro_batch,
+            "answer_logits": self.recipe.answer_logits,
             "lengths": {**asdict(self.lengths), "sequence": self.lengths.sequence},
             "memory": self.memory,
             "fits": self.fits,

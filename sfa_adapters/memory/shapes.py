@@ -27,16 +27,18 @@ def memory_rules(recipe: Recipe) -> MemoryRules:
     return spec.memory
 
 
-def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths:
+def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None, answer_tokens: int | None = None) -> Lengths:
     """Tokens of one question with the largest image that the recipe allows.
 
     Args:
         recipe: `max_tiles` or `max_pixels` is used.
         config: The host's configuration.
         tiles: Tiles of the image in place of `max_tiles`, for hosts that tile.
+        answer_tokens: Tokens of the longest answer, which come on top of the 96 of template and question. By default
+            these 96 have the answer in them, and any of them may have a label.
 
     Raises:
-        RecipeError: The host does not tile, or cannot cut this number of tiles.
+        RecipeError: The host does not tile, or cannot cut this number of tiles; or `answer_tokens` is below 1.
     """
     spec, rules = vlm_spec(recipe.family), memory_rules(recipe)
     setting = None if spec.images is None else spec.images.setting
@@ -46,7 +48,12 @@ def lengths_of(recipe: Recipe, config: Any, tiles: int | None = None) -> Lengths
         raise RecipeError(f"tiles={tiles}: {spec.title} sees one tile.")
     if tiles is not None and tiles < 1:
         raise RecipeError(f"tiles={tiles} must be at least 1.")
-    return rules.lengths(config, recipe.image_limit if tiles is None else tiles)
+    lengths = rules.lengths(config, recipe.image_limit if tiles is None else tiles)
+    if answer_tokens is None:
+        return lengths
+    if answer_tokens < 1:
+        raise RecipeError(f"answer_tokens={answer_tokens} must be at least 1.")
+    return replace(lengths, text=lengths.text + answer_tokens, answer=answer_tokens)
 
 
 def vision_widths(recipe: Recipe, config: Any) -> Widths:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfa_adapters.answer_logits import answer_rows
 from sfa_adapters.errors import ObservationError, SFAWarning
 from sfa_adapters.scr.augment import change_pixels
 from sfa_adapters.scr.config import SCRConfig, Term
@@ -97,7 +98,8 @@ class SCRLoss:
         """Computes the terms of the watched forward.
 
         Args:
-            outputs: Output of the model; the stability term reads its `logits` `[B, L, V]`.
+            outputs: Output of the model; the stability term reads its `logits` `[B, L, V]`, or those in front of
+                labels, `[1, N, V]`, as `logits_at_answers` gives them.
             inputs: Its inputs: `input_ids` and `labels` `[B, L]`, with -100 on everything but answers, and
                 `pixel_values`.
             evidence_boxes: For each sample the boxes (left, top, right, bottom) that its answer is read from, or
@@ -208,12 +210,17 @@ class SCRLoss:
 
     def _stability(self, outputs: Any, inputs: Mapping[str, Any]) -> _Result:
         labels, logits = required(inputs, "labels"), getattr(outputs, "logits", None)
-        if not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
+        queries = answer_queries(labels)
+        # Where the logits of a query are in the flattened ones: all tokens have some, or those in front of a label.
+        order = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+        if isinstance(logits, Tensor) and logits.shape[:2] == (1, len(answer_rows(labels)[0])):
+            order = queries.flatten().cumsum(0).view_as(labels) - 1
+        elif not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
             raise ObservationError(
                 f"outputs.logits is {tuple(getattr(logits, 'shape', ())) or logits}; stability needs a row for "
-                f"each of {tuple(labels.shape)} labels."
+                f"each of {tuple(labels.shape)} labels, or for each token before one."
             )
-        rows, used = choose_rows(answer_queries(labels), self.config.max_rows, self.generator)
+        rows, used = choose_rows(queries, self.config.max_rows, self.generator)
         if not rows.shape[1]:
             return _result((), (), used)
         pixels = required(inputs, "pixel_values")
@@ -227,7 +234,9 @@ class SCRLoss:
         changed = self.model(**{"use_cache": False, **view}).logits
         sample = torch.arange(len(labels), device=labels.device)[:, None].expand_as(rows)[used]
         divergence = jeffreys(
-            logits[sample, rows[used]], changed[sample, places[used]], block_bytes=self.config.block_bytes
+            logits.flatten(0, 1)[order.gather(1, rows)[used]],
+            changed[sample, places[used]],
+            block_bytes=self.config.block_bytes,
         )
         values = divergence.new_zeros(rows.shape).masked_scatter(used, divergence)
         return _result([sample_mean(values, used)], (), used)

@@ -37,6 +37,7 @@ from sfa_adapters.hosts.prepare import Host
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.observe import observe
 from sfa_adapters.reduction import DyMUConfig, FastVConfig, eject_dymu, eject_fastv, inject_dymu, inject_fastv
+from sfa_adapters.testing.contract_answers import AnswerLogitsContract
 from sfa_adapters.testing.contract_records import RecordContract
 from sfa_adapters.testing.host_suite import examples, logits_of
 from sfa_adapters.training.train import train
@@ -62,8 +63,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-class VLMContract(RecordContract):
-    """The suite: the record itself (`RecordContract`), and what the library does with such a model."""
+class VLMContract(RecordContract, AnswerLogitsContract):
+    """The suite: the record itself (`RecordContract`), and what the library does with such a model.
+
+    Logits of answer tokens alone (`AnswerLogitsContract`) have a file of their own.
+    """
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 

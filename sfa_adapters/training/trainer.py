@@ -35,9 +35,9 @@ FOR_US = ("row_ids", "skipped")  # entries of a batch for the Trainer; the model
 class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
     """`transformers.Trainer` for a prepared host.
 
-    What differs: learning rates by part, and a check of how large the structural scalars become; whole batches in an
-    order that depends on seed and epoch; checks of labels and gradients; NaN stops the run; checkpoints hold what
-    trains, are written whole or not at all, and load strictly.
+    What differs: logits of answer tokens only, unless the recipe turns it off; learning rates by part, and a check of
+    how large the structural scalars become; whole batches in an order that depends on seed and epoch; checks of labels
+    and gradients; NaN stops the run; checkpoints hold what trains, are written whole or not at all, and load strictly.
 
     Args:
         host: The host.
@@ -63,7 +63,9 @@ class SFATrainer(SavingMixin, SCRTrainerMixin, SFATrainerMixin, Trainer):
             **_statistics(host),
         )
         with _trainable_although_quantized(host.model):
-            super().__init__(model=host.model, scr_config=scr, sfa_lr=recipe.sfa_lr, **kwargs)
+            super().__init__(
+                model=host.model, scr_config=scr, sfa_lr=recipe.sfa_lr, answer_logits=recipe.answer_logits, **kwargs
+            )
         if self.args.n_gpu > 1:
             raise TrainingError(
                 f"{self.args.n_gpu} GPUs are visible to one process: Trainer would split each batch over them "

@@ -41,12 +41,15 @@ class Lengths:
         tower: Tokens in the tower, over all tiles, with prefix tokens.
         image: Image tokens in the language model.
         text: Tokens of the text.
+        answer: Tokens of the text that have a label. The answer is a part of the text, so by default they are all of
+            it: an upper bound.
     """
 
     pixels: int
     tower: int
     image: int
     text: int = TEXT_TOKENS
+    answer: int = TEXT_TOKENS
 
     @property
     def sequence(self) -> int:
@@ -141,6 +144,7 @@ class MemoryRules:
             the configuration, the lengths of a question, the precision, and the questions of a forward.
         decoder: Bytes per token that a layer of the language model keeps, where it is no Llama, Qwen2 or Qwen3.
         decoder_outer: Bytes per token that it keeps outside its layers beside what all of them keep.
+        decoder_logits: Bytes per token with logits that it keeps of these beside what all of them keep.
         masks: How many masks the language model has for prompts of one length; the others need none there.
         output_read: Whether the projector reads the output of the last layer itself, not that of a norm after it.
         norm_in_front: Whether there is a norm before the tower's layers.
@@ -159,6 +163,7 @@ class MemoryRules:
     outer: Callable[[Any, Any, Lengths, Precision, int], int] | None = None
     decoder: DecoderBytes | None = None
     decoder_outer: Callable[[Any, Precision], int] | None = None
+    decoder_logits: Callable[[Any, Precision], int] | None = None
     masks: int = 0
     output_read: bool = False
     norm_in_front: bool = False

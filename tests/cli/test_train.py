@@ -128,6 +128,13 @@ def test_plan_says_whether_it_fits_and_what_saves_it(capsys: pytest.CaptureFixtu
     assert " GB too much. What saves it: " in err
     assert "max_tiles=1 (" in err
     assert len(err.splitlines()) == 1
+    code, out, err = _run(capsys, "plan", INTERNVL, "--json", "--answer-tokens", "1000")
+    long = json.loads(out)
+    assert (code, long["lengths"]["answer"], long["lengths"]["text"]) == (0, 1000, 1096)
+    code, out, err = _run(capsys, "plan", INTERNVL, "--json", "answer_logits=false")
+    every = json.loads(out)
+    assert (code, every["answer_logits"]) == (0, False)
+    assert every["devices"][0]["activations"] > long["devices"][0]["activations"]
     code, out, err = _run(capsys, "plan", "llava_1_5_7b", "--plan", "bf16", "max_steps=1")
     assert (code, err) == (0, "")
     assert "plan bf16" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sfa_adapters import attention
+from sfa_adapters.answer_logits import logits_at_answers
 from sfa_adapters.data.collator import Collator
 from sfa_adapters.data.rows import Row
 from sfa_adapters.errors import RecipeError
@@ -181,7 +183,9 @@ def build(family: str) -> Any:
 def inputs_of(family: str, lengths: Lengths, batch: int) -> dict[str, Any]:
     ids = torch.randint(3, 200, (batch, lengths.sequence))
     ids[:, 2 : 2 + lengths.image] = IMAGE
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    # Every token of the text has a label, as many as are predicted: with labels at the end, the first one has none.
+    labels = ids.where(torch.arange(lengths.sequence) >= lengths.sequence - lengths.answer, -100)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if batch > 1:
         inputs["attention_mask"][0, -5:] = 0
     if family in more_hosts.BUILD:
@@ -223,7 +227,11 @@ def kept_by_autograd(host: Host, inputs: dict[str, Any]) -> int:
         for module in host.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.register_forward_pre_hook(see_arguments, with_kwargs=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor), host.autocast():
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor))
+        stack.enter_context(host.autocast())
+        if host.recipe.answer_logits:
+            stack.enter_context(logits_at_answers(host.model))
         loss = host.model(**inputs, use_cache=False).loss
     gc.collect()
     tensors = [box.tensor for box in held] + [tensor for ref in arguments if (tensor := ref()) is not None]
@@ -240,6 +248,7 @@ def kept_by_autograd(host: Host, inputs: dict[str, Any]) -> int:
     [
         ("float32", 2, {}),
         ("bfloat16", 1, {}),
+        ("bfloat16", 1, {"answer_logits": False}),
         ("float32", 1, {"freeze_vision": True, "lora_llm": 4}),
         ("bfloat16", 2, {"freeze_llm": False, "sfa": False}),
     ],
@@ -298,6 +307,7 @@ def test_more_of_anything_needs_more():
         return predict_memory(INTERNVL.replace(**changes), config, gpus, 80e9, batch, tiles).peak
 
     base = peak()
+    assert peak(answer_logits=False) > base + 4e9  # 3,424 tokens and 96, of 151,936 words, three times in float32
     assert peak(batch=2) > base > peak(tiles=6)
     assert peak(gradient_checkpointing=False) > base > peak(freeze_vision=True)
     assert peak(plan="bf16") > base
@@ -333,6 +343,28 @@ def test_a_host_that_no_setting_saves():
     assert "No setting saves it" in report.advice
 
 
+def test_the_logits_are_those_of_answers():
+    """At most 96 of them, or as many as the longest answer is said to have."""
+    config = architecture(INTERNVL)
+    every = INTERNVL.replace(answer_logits=False, gradient_checkpointing=False)
+    words, tokens = 151_936, 13 * 256 + 96
+    (_, some), (_, full) = (
+        activations_of(each, config, lengths_of(each, config), 2) for each in (every.replace(answer_logits=True), every)
+    )
+    assert (some.logits, full.logits) == (2 * 4 * words * 2 * 96, 2 * 4 * words * 2 * tokens)
+    assert full.outer - some.outer == 4 * words * 2 * (tokens - 96)
+    assert (full.inputs, full.layer, full.transient) == (some.inputs, some.layer, some.transient)
+    lengths = lengths_of(INTERNVL, config, answer_tokens=1000)
+    assert (lengths.answer, lengths.sequence) == (1000, tokens + 1000)
+    long = predict_memory(INTERNVL, config, answer_tokens=1000)
+    assert long.peak > predict_memory(INTERNVL, config, answer_tokens=96).peak > predict_memory(INTERNVL, config).peak
+    assert long.lengths == lengths
+    with pytest.raises(RecipeError, match="answer_tokens=0 must be at least 1"):
+        predict_memory(INTERNVL, config, answer_tokens=0)
+    tight = predict_memory(every.replace(gradient_checkpointing=True), config, gpus=1, memory=20e9)
+    assert tight.savings[0][0] == "answer_logits=true"
+
+
 def test_the_table_and_the_json_say_the_same():
     report = predict_memory(INTERNVL.replace(plan="split"), architecture(INTERNVL))
     record = json.loads(json.dumps(report.as_dict()))
@@ -344,5 +376,7 @@ def test_the_table_and_the_json_say_the_same():
     console.print(report.table())
     text = console.export_text()
     assert "tower, projector" in text
+    assert "1 x 3,424 tokens, logits of up to 96" in text
+    assert (record["answer_logits"], record["lengths"]["answer"]) == (True, 96)
     assert f"{report.peak / 1e9:.1f}" in text
     assert report.advice.split(":")[0] in text

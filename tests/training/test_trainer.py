@@ -127,6 +127,25 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "step 1/2" not in out.getvalue()
 
 
+def test_the_head_gets_the_rows_of_answers_unless_it_is_turned_off(tmp_path: Path) -> None:
+    """Two samples of two answer tokens each, and the same losses."""
+    losses, rows = [], []
+    for number, answers in enumerate((True, False)):
+        host = tiny_host(given := recipe(answer_logits=answers, max_steps=2))
+        counts: list[int] = []
+        head: Any = host.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        head.register_forward_hook(lambda _, args, __, counts=counts: counts.append(args[0][..., 0].numel()))
+        arguments = training_arguments(given, tmp_path / str(number), 2, host)
+        trainer = SFATrainer(host, args=arguments, train_dataset=Rows(), data_collator=collate)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        rows.append(counts)
+    assert recipe().answer_logits
+    assert rows[0] == [4] * 4
+    assert all(count > 2 * 16 for count in rows[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # -- restarts ---------------------------------------------------------------------------------------------------------
 
 
