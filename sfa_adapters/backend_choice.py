@@ -43,6 +43,8 @@ BiasKind = Literal["lines", "grid", "mixed"]
 TIMES = Path(__file__).parent / "backend_times.json"
 # A matrix over pairs of tokens must be faster than every backend of linear memory by this factor.
 MATRIX_GAIN = 1.05
+# And it is not taken for more tokens than this many times those that were measured: it grows with their square.
+LARGEST_STEP = 2
 # Where nothing can be read from the tensors (torch.compile): up to about so many tokens a matrix costs a CPU less than
 # the extra channels do.
 SHORT_SEQUENCE = 320
@@ -136,6 +138,8 @@ def fastest(
     nearest = min(cases, key=lambda case: (abs(math.log(case.tokens / max(tokens, 1))), abs(case.width - width)))
     linear: list[Choice] = [name for name in nearest.ms if name != "dense" and name not in misfits]
     best = min(linear, key=lambda name: nearest.ms[name])
+    if tokens > LARGEST_STEP * nearest.tokens:
+        return best
     return "dense" if nearest.ms.get("dense", math.inf) * MATRIX_GAIN < nearest.ms[best] else best
 
 

@@ -63,7 +63,7 @@ def test_the_nearest_case_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def best(tokens: int, width: int = 64, backward: bool = False, dtype: Any = "float32", bias: Any = "grid") -> Any:
         return fastest("cpu", bias, dtype, width, tokens, backward)
 
-    assert [best(tokens) for tokens in (0, 1, 90, 300, 330, 10**6)] == ["folded"] * 2 + ["dense"] * 2 + ["blocked"] * 2
+    assert [best(tokens) for tokens in (0, 1, 90, 190, 330, 10**6)] == ["folded"] * 2 + ["dense"] * 2 + ["blocked"] * 2
     assert best(100, width=192) == "dense", "the number of tokens counts before the width"
     assert [best(1000, width) for width in (1, 80, 97, 256)] == ["blocked", "blocked", "folded", "folded"]
     assert best(10, backward=True) == best(10, dtype="half") == "folded"
@@ -75,6 +75,12 @@ def test_a_matrix_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch, tmp_pa
     use(monkeypatch, tmp_path, [case(100, {"dense": 1.0, "folded": 1.04}), case(1000, {"dense": 1.0, "folded": 1.06})])
     assert fastest("cpu", "grid", "float32", 64, 100, False) == "folded"
     assert fastest("cpu", "grid", "float32", 64, 1000, False) == "dense"
+
+
+def test_a_matrix_is_not_taken_far_beyond_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, tmp_path, [case(100, {"dense": 1.0, "folded": 2.0})])
+    chosen = [fastest("cpu", "grid", "float32", 64, tokens, False) for tokens in (1, 200, 201, 10**6)]
+    assert chosen == ["dense", "dense", "folded", "folded"]
 
 
 def test_kinds_of_bias_dtypes_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
