@@ -79,7 +79,7 @@ def main() -> None:
                         candidates(case, args.candidates), args.rounds, device, f"{case.title} {width} {dtype} {label}"
                     )
                     lines += [row.markdown(case.title, str(width), dtype, label) for row in made]
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     command = f"python -m benchmarks.attention {' '.join(sys.argv[1:])}".strip()
     # A run on other grids, or in one dtype, must not overwrite the whole one.
     part = ["x".join(map(str, sides)) for sides in args.grids] if args.grids != parser.get_default("grids") else []

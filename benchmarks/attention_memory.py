@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.attention_cases import CANDIDATES, AttentionCase, candidates
-from benchmarks.common import peak_memory, write_result
+from benchmarks.common import hardware, peak_memory, write_result
 from sfa_adapters import TokenLayout
 from sfa_adapters.choices import DEFAULT_TERMS
 
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "attention_memory.png"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 GRIDS = ((16, 16), (24, 24), (32, 32), (48, 48), (64, 64), (72, 80), (128, 96))
 DEFAULT_CANDIDATES = ["lines", "blocked", "folded", "dense"]
 
@@ -92,10 +92,11 @@ def main() -> None:
     for name, curve in curves.items():
         sizes = [f"{curve[count]:.1f}" if count in curve else "" for count in counts]
         lines.append(f"| {name} | " + " | ".join(sizes) + f" | {exponent(curve):.2f} |")
-    Console(width=100).print("\n".join(lines), markup=False)
-    draw(curves, about, FIGURE)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
+    figure = FIGURES / f"attention_memory_{hardware(device)}.png"
+    draw(curves, about, figure)
     command = f"python -m benchmarks.attention_memory {' '.join(sys.argv[1:])}".strip()
-    print("written:", write_result("attention-memory", device, command, lines), FIGURE)
+    print("written:", write_result("attention-memory", device, command, lines), figure)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
             fine, counts, words = seen.tolist()
             cells = (cell, budget or "none", f"{np.mean(ratios):.2f}", f"{max(ratios):.2f}")
             lines.append(f"| {' | '.join(map(str, cells))} | {fine / words:.2f} | {counts / words:.2f} |")
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     command = f"python -m benchmarks.cells {' '.join(sys.argv[1:])}".strip()
     print("written:", write_result(f"cells-{args.scorer}", torch.device("cpu"), command, lines))
 

@@ -113,7 +113,7 @@ def main() -> None:
         for label in args.passes:
             rows = measure(args, getattr(torch, dtype), label == "forward+backward", device)
             lines += [row.markdown(dtype, label) for row in rows]
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     # A run of some of the passes must not overwrite one of all.
     part = [*([] if args.tower == "internvit" else [args.tower]), f"{args.layers}layers"]
     part += [] if args.terms.count(",") == 3 else [args.terms.replace(",", "-")]

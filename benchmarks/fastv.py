@@ -96,7 +96,7 @@ def main() -> None:
     steps = compare({name: step(name) for name in hosts}, args.rounds * 3, device, "decode")
     lines += ["", *table("one decoding step", steps, held)]
     lines += ["", "Cache, MB: " + ", ".join(f"{name} {megabytes(cache):.1f}" for name, cache in caches.items()) + "."]
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     command = f"python -m benchmarks.fastv {' '.join(sys.argv[1:])}".strip()
     print("written:", write_result(f"fastv-hidden{args.hidden}-{args.dtype}", device, command, lines))
 

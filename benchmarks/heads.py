@@ -97,7 +97,7 @@ def main() -> None:
     lines = [f"{size}; a prompt of {args.prompt} tokens, {args.tokens} decoded, {args.rounds} rounds.",
              "Ratios here are original / pruned: medians over rounds, 95% intervals from the order of the rounds.",
              "", *rows, "", *notes]  # fmt: skip
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     command = f"python -m benchmarks.heads {' '.join(sys.argv[1:])}".strip()
     path = write_result(f"heads-scale{args.scale}-{args.dtype}", device, command, lines)
     path.with_suffix(".json").write_text(

@@ -95,7 +95,7 @@ def main() -> None:
         lines.append(f"| {' | '.join(cells)} |")
     encoder = rows[0].milliseconds / len(images)
     lines += ["", *overhead(policies[args.ratios[0]], images.to(device), encoder)]
-    Console().print("\n".join(lines), markup=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True)
     command = f"python -m benchmarks.tokens {' '.join(sys.argv[1:])}".strip()
     print("written:", write_result(f"tokens-{args.layers}layers-{args.dtype}", device, command, lines))
 
