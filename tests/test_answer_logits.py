@@ -110,6 +110,7 @@ def test_in_a_wrapper() -> None:
     assert counts == [inputs_of()["labels"].numel(), 4]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")  # peft 0.19
 def test_in_peft_with_checkpointing_under_autocast() -> None:
     model: Any = HOST.build()
     lora = LoraConfig(TaskType.CAUSAL_LM, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
@@ -183,6 +184,7 @@ class OwnLoss(Base):
         return output
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch 2.11, while it imports its own compiler
 def test_reasons() -> None:
     model: Any = HOST.build()
     assert why_all_logits(model) is None
