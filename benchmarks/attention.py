@@ -4,7 +4,7 @@
     python -m benchmarks.attention --grids 32 48 72x80 --widths 64 72 80 --dtypes float32 --heads 4 --rounds 5
     python -m benchmarks.attention --grids 96x128 --widths 72 --dtypes float32 --heads 2 --rounds 3
     python -m benchmarks.attention --write-table               # what `auto` goes by, for this CPU: 15 minutes
-    python -m benchmarks.attention --device cuda --write-table # likewise for a GPU: under 10 minutes
+    python -m benchmarks.attention --device cuda --write-table # likewise for a GPU; not timed yet
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --grids 32 48 72x80 96x128 --widths 64 72 80
 
 Candidates: `plain` SDPA without a bias; `folded`; `blocked`; `lines`; `dense` (the matrix is built in every call);
@@ -85,6 +85,7 @@ def main() -> None:
     part = ["x".join(map(str, sides)) for sides in args.grids] if args.grids != parser.get_default("grids") else []
     part += [] if args.dtypes is None or len(args.dtypes) > 1 else args.dtypes
     part += [] if args.terms == ",".join(DEFAULT_TERMS) else [args.terms.replace(",", "-")]
+    part += ["flex"] if "flex" in args.candidates and "folded" not in args.candidates else []
     print("written:", write_result("-".join(["attention", *part]), device, command, lines))
 
 

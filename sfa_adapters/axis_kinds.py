@@ -45,6 +45,11 @@ class AxisKinds:
         shorter = torch.minimum(self.extent[:, None], self.extent)
         return torch.where(shared > 1e-4 * shorter, (shared / shorter).clamp(max=1.0), 0.0).fill_diagonal_(1.0)
 
+    def lie_apart(self, kinds: Tensor) -> bool:
+        """Whether no two of these kinds, int64 `[k]`, overlap, as on any part of a grid."""
+        shared = self.overlap()[kinds][:, kinds]
+        return bool((shared == torch.eye(len(kinds), device=shared.device)).all())
+
     def distance(self) -> Tensor:
         """Distance of centres along this axis in units of the largest Manhattan distance on the grid, `[U, U]`."""
         centre = self.start + self.extent / 2

@@ -76,10 +76,7 @@ def _key_order(layout: TokenLayout, image: int) -> KeyOrder:
         (row_of * len(columns) + column_of == torch.arange(len(row_of), device=row.device)).all()
     )
     whole = len(index) == layout.num_tokens and bool((index == torch.arange(len(index), device=row.device)).all())
-    apart = all(
-        bool((axis.overlap()[kinds][:, kinds] == torch.eye(len(kinds), device=row.device)).all())
-        for axis, kinds in ((layout.rows, rows), (layout.columns, columns))
-    )
+    apart = layout.rows.lie_apart(rows) and layout.columns.lie_apart(columns)
     order = None if whole else index
     return KeyOrder(order, int(without.sum()), rows, columns, row_of, column_of, is_grid, is_grid and apart)
 

@@ -156,7 +156,7 @@ def kinds_lie_apart(layout: TokenLayout) -> bool:
     if kinds_lie_apart not in layout.memo:
         images = range(1 if layout.batch_size is None else layout.batch_size)
         layout.memo[kinds_lie_apart] = all(
-            _apart(axis, _of_image(axis.index, image)[_of_image(layout.spatial, image)])
+            axis.lie_apart(_of_image(axis.index, image)[_of_image(layout.spatial, image)].unique())
             for axis in (layout.rows, layout.columns)
             for image in images
         )
@@ -165,9 +165,3 @@ def kinds_lie_apart(layout: TokenLayout) -> bool:
 
 def _of_image(values: Tensor, image: int) -> Tensor:
     return values if values.ndim == 1 else values[image]
-
-
-def _apart(axis: AxisKinds, index: Tensor) -> bool:
-    kinds = torch.unique(index)
-    shared = axis.overlap()[kinds][:, kinds]
-    return bool((shared == torch.eye(len(kinds), device=shared.device)).all())
