@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from sfa_adapters.errors import DataError
 
-__all__ = ["LabelSource", "TrainConfig"]
+__all__ = ["LabelSource", "PagesConfig", "TrainConfig"]
 
 LabelSource = Literal["boxes", "edges", "mix", "ocr"]
 
@@ -19,6 +19,8 @@ class TrainConfig:
 
     Attributes:
         images: Folders of images; rendered pages when none.
+        real: Folder of `sfa density pages`: trains on crops of real pages with true word boxes, in all turns, colours
+            and sizes. The weights of the package are made so.
         out: Folder of the run; an interrupted run goes on.
         labels: boxes (true boxes), edges, mix (the mean of these two) or ocr; by default boxes, and edges for folders.
         pages: Number of rendered pages.
@@ -34,6 +36,7 @@ class TrainConfig:
     """
 
     images: tuple[Path, ...] = ()
+    real: Path | None = None
     out: Path = Path("runs/density")
     labels: LabelSource | None = None
     pages: int = 3000
@@ -52,6 +55,10 @@ class TrainConfig:
             raise DataError(f"--labels {self.labels!r} must be one of {', '.join(get_args(LabelSource))}.")
         if self.images and self.labels in ("boxes", "mix"):
             raise DataError(f"--labels {self.labels} needs rendered pages; for folders of images use edges or ocr.")
+        if self.real is not None and (self.images or self.labels not in (None, "boxes") or self.batch < 16):
+            raise DataError(
+                "--real has true word boxes: give no IMAGES, no other --labels, and a --batch of 16 or more."
+            )
         if not 0 < self.rate < 1 or self.seed < 0:
             raise DataError(f"--rate {self.rate} must lie in (0, 1), and --seed {self.seed} must not be negative.")
 
@@ -59,3 +66,23 @@ class TrainConfig:
     def label_source(self) -> LabelSource:
         """Kind of the labels: `labels`, by default edges for folders of images and boxes for rendered pages."""
         return self.labels or ("edges" if self.images else "boxes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesConfig:
+    """Options of `sfa density pages`.
+
+    Attributes:
+        out: Folder of the pages; what is there already is kept.
+        part: train, val or test; all three by default.
+
+    Raises:
+        DataError: Names the option and the value.
+    """
+
+    out: Path = Path("real-pages")
+    part: Literal["train", "val", "test"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.part not in (None, "train", "val", "test"):
+            raise DataError(f"--part {self.part!r} must be train, val or test.")

@@ -1,6 +1,6 @@
 """`Sheet`: a page to draw on, with random words in the fonts of matplotlib and the box of every word."""
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ FACES["val"] = FACES["train"]
 LETTERS = (("bcdfghklmnprstvw", "aeiou"), ("бвгдзклмнпрстшж", "аеиоуя"), ("βγδζθκλμνπρστφ", "αεηιου"))
 
 
-@cache
+@lru_cache(maxsize=256)  # sizes are any tenth of a pixel: a long run would keep thousands of open fonts
 def font_of(face: str, pixels: float) -> ImageFont.FreeTypeFont:
     import matplotlib
 

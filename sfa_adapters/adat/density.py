@@ -2,6 +2,10 @@
 
 Six layers, 3-32-64-128-64-32-1: five 3 x 3 convolutions with batch norm and ReLU, then a 1 x 1 head with a sigmoid. The
 first four convolutions have stride 2, so one output cell stands for 16 x 16 pixels and sees 95 x 95.
+
+A network that sees 95 pixels finds no print that is larger, and a scan at 600 dpi has no other. So every page is looked
+at three times: at its size, or made smaller to at most 0.9 million pixels, which bounds time and memory; at half and at
+a quarter of that. Where the finer look sees no text, the coarser one is asked.
 """
 
 from __future__ import annotations
@@ -21,9 +25,16 @@ from sfa_adapters.errors import DataError, WeightsError
 __all__ = ["STRIDE", "DensityEstimator"]
 
 STRIDE = 16
+MOST_PIXELS = 900_000  # of the finest look: a page of 790 x 1120, with print of 10 pt 5 px high
+HALVINGS = 2
+LEAST = 48  # px of the shorter side below which there is no coarser look
 WIDTHS = (3, 32, 64, 128, 64, 32)
-WEIGHTS = Path(__file__).with_name("density.safetensors")
-SHA256 = "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf"
+# The weights that come with the library: name, and SHA-256 of `density_NAME.safetensors`. The first is the default.
+SHIPPED = {
+    "real": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf",
+    "rendered": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf",
+}
+FOLDER = Path(__file__).parent
 COMMAND = "sfa density train"
 
 
@@ -55,21 +66,38 @@ class DensityEstimator(nn.Module):
         Raises:
             DataError: Not a batch of RGB images in floating point, or an image without pixels.
         """
-        return self.logits(images).sigmoid()
+        self._check(images)
+        height, width = images.shape[-2:]
+        grid = (-(-height // STRIDE), -(-width // STRIDE))
+        look = _at_most(images, MOST_PIXELS)
+        density = self.logits(look).sigmoid()[:, None]
+        cells = density.shape[-2:]
+        for halving in range(1, HALVINGS + 1):
+            if min(look.shape[-2:]) < 2 * LEAST:
+                break
+            look = F.avg_pool2d(look, 2)
+            coarse = _resampled(self.logits(look).sigmoid()[:, None], cells, STRIDE << halving, STRIDE)
+            density = torch.maximum(density, coarse)
+        if grid != tuple(cells):
+            density = F.interpolate(density, grid, mode="bilinear", align_corners=False)
+        return density[:, 0]
 
     def logits(self, images: Tensor) -> Tensor:
-        """As `forward`, before the sigmoid, as training needs it."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
-            raise DataError(
-                f"images {tuple(images.shape)} {images.dtype} must be [batch, 3, height, width], floating point in "
-                "[0, 1]."
-            )
+        """One look, before the sigmoid, as training needs it; arguments and shape as in `forward`."""
+        self._check(images)
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
             images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
         weight: Tensor = self.head.weight
         images = images.to(weight.dtype).contiguous(memory_format=torch.channels_last) - 0.5
         return self.head(self.features(images))[:, 0]
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
+            raise DataError(
+                f"images {tuple(images.shape)} {images.dtype} must be [batch, 3, height, width], floating point in "
+                "[0, 1]."
+            )
 
     def fused(self) -> nn.Module:
         """A copy for inference, in eval mode, with the batch norms fused into the convolutions."""
@@ -85,11 +113,12 @@ class DensityEstimator(nn.Module):
         return model.to(memory_format=torch.channels_last).requires_grad_(False)
 
     @classmethod
-    def pretrained(cls, path: str | Path | None = None) -> Self:
-        """Loads the weights that come with the library, or a file that `sfa density train` wrote.
+    def pretrained(cls, weights: str | Path | None = None) -> Self:
+        """Loads weights that come with the library, or a file that `sfa density train` wrote.
 
         Args:
-            path: A safetensors file; by default the shipped one, whose SHA-256 is checked first.
+            weights: "real" (the default: trained on crops of real pages), "rendered" (the former ones, trained on
+                rendered pages), or a safetensors file. The SHA-256 of shipped files is checked first.
 
         Returns:
             The estimator in eval mode, without gradients.
@@ -100,15 +129,18 @@ class DensityEstimator(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        file = WEIGHTS if path is None else Path(path)
+        name = "real" if weights is None else str(weights)
+        digest = SHIPPED.get(name)
+        file = Path(name) if digest is None else FOLDER / f"density_{name}.safetensors"
         if not file.is_file():
             raise WeightsError(
-                f"No weights of the density estimator at {file}. Install the package again, or: {COMMAND}"
+                f"No weights of the density estimator at {file}. Give a file, or one of {', '.join(SHIPPED)}; install "
+                f"the package again, or: {COMMAND}"
             )
         raw = file.read_bytes()
-        if path is None and (digest := hashlib.sha256(raw).hexdigest()) != SHA256:
+        if digest is not None and (present := hashlib.sha256(raw).hexdigest()) != digest:
             raise WeightsError(
-                f"{file} has sha256 {digest}, expected {SHA256}: the file is damaged or another one. Install the "
+                f"{file} has sha256 {present}, expected {digest}: the file is damaged or another one. Install the "
                 f"package again, or train the weights: {COMMAND}"
             )
         try:
@@ -127,3 +159,27 @@ class DensityEstimator(nn.Module):
             )
         model.load_state_dict(stored)
         return model.eval().requires_grad_(False)
+
+
+def _at_most(images: Tensor, pixels: int) -> Tensor:
+    """Images made smaller, where they have more than some number of pixels: areas are averaged, then interpolated."""
+    height, width = images.shape[-2:]
+    factor = (height * width / pixels) ** 0.5
+    if factor <= 1:
+        return images
+    if (whole := int(factor)) > 1:  # averages whole pixels first: it reads the page once, and is fast
+        images = F.avg_pool2d(images, whole, ceil_mode=True)
+    size = (max(1, round(height / factor)), max(1, round(width / factor)))
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def _resampled(maps: Tensor, cells: tuple[int, ...], step: int, fine: int) -> Tensor:
+    """Interpolates a map in cells of `step` px to cells of `fine` px; both start in the upper left corner of a page."""
+    index = []
+    for size, count in zip(cells, maps.shape[-2:], strict=True):
+        centre = (torch.arange(size, device=maps.device) + 0.5) * fine / step - 0.5
+        index.append((centre + 0.5) / count * 2 - 1)
+    grid = torch.stack(torch.meshgrid(*index, indexing="ij")[::-1], -1).to(maps.dtype)
+    return F.grid_sample(
+        maps, grid.expand(len(maps), *grid.shape), mode="bilinear", padding_mode="border", align_corners=False
+    )

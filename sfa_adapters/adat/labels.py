@@ -18,7 +18,7 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
 from sfa_adapters.ocr import ocr_engine as _ocr_engine
 
-__all__ = ["CELL", "LabelSource", "box_density", "density_labels", "ocr_boxes"]
+__all__ = ["CELL", "LabelSource", "box_density", "coverage_density", "density_labels", "ocr_boxes"]
 
 LabelSource = Literal["edges", "ocr"]
 CELL = 16  # px of the working image per cell, as in the estimator
@@ -66,7 +66,7 @@ def density_labels(image: Any, grid: tuple[int, int] = (28, 28), source: LabelSo
     smaller = picture.shape[0] * picture.shape[1] > size[0] * size[1]
     gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-    return _coverage_density(_text_mask(gray), grid)
+    return coverage_density(_text_mask(gray), grid)
 
 
 def box_density(boxes: np.ndarray, shape: tuple[int, int], grid: tuple[int, int] = (28, 28)) -> np.ndarray:
@@ -89,7 +89,7 @@ def box_density(boxes: np.ndarray, shape: tuple[int, int], grid: tuple[int, int]
         raise DataError(f"boxes {boxes.shape} must be finite [n, 4] on a page of at least 1 px; the page is {shape}.")
     size = np.array((grid[1] * CELL, grid[0] * CELL))
     scaled = np.round(boxes * np.tile(size / (shape[1], shape[0]), 2)).astype(int)
-    return _coverage_density(_filled(scaled, (size[1], size[0])), grid)
+    return coverage_density(_filled(scaled, (size[1], size[0])), grid)
 
 
 def ocr_boxes(image: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ def _check_grid(grid: tuple[int, int]) -> None:
         raise DataError(f"grid={grid!r} must be two whole numbers from 1 to 1024, rows and columns.")
 
 
-def _coverage_density(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def coverage_density(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Text density from a text mask, on the fixed scale: blur, gain, at most 1, mean over each cell."""
     import cv2
 

@@ -9,7 +9,7 @@ import typer
 
 from sfa_adapters.cli.app import CommandApp
 from sfa_adapters.cli.options import from_dataclass
-from sfa_adapters.recipes.density.options import TrainConfig
+from sfa_adapters.recipes.density.options import PagesConfig, TrainConfig
 
 __all__ = ["app"]
 
@@ -23,16 +23,31 @@ app = CommandApp(
 @app.command(epilog="Example:  sfa density train scans/ --labels edges --out runs/my-density")
 @from_dataclass(
     TrainConfig,
-    fields=("images", "out", "labels", "pages", "steps", "batch", "rate", "seed", "every"),
+    fields=("images", "real", "out", "labels", "pages", "steps", "batch", "rate", "seed", "every"),
     arguments=("images",),
 )
 def train(config: TrainConfig) -> None:
-    """Train the density estimator on folders of IMAGES, or on rendered pages. Writes OUT/best.safetensors."""
+    """Train the density estimator on real pages, folders of IMAGES, or rendered pages. Writes OUT/best.safetensors."""
     from sfa_adapters.recipes.density.train import train_density
 
     done = train_density(config)
     typer.echo(f"best validation loss {done.loss:.6f} (mean squared error)")
     typer.echo(f"weights: {done.path}")
+
+
+@app.command(name="pages", epilog="Example:  sfa density pages --out real-pages --part test")
+@from_dataclass(PagesConfig, fields=("out", "part"))
+def real_pages(config: PagesConfig) -> None:
+    """Make a set of real pages with the boxes of their words, from documentation packages of Debian (1.2 GB).
+
+    Needs Debian or Ubuntu with apt, poppler-utils and poppler-data, and the extra named ocr.
+    """
+    from sfa_adapters.recipes.density.real_pages import make_pages
+
+    for what, count in make_pages(config).most_common():
+        kept = what.startswith(("train ", "val ", "test "))
+        typer.echo(f"{count:5}  {'' if kept else 'pages dropped: '}{what}")
+    typer.echo(f"pages are in {config.out}/")
 
 
 @app.command(name="map", epilog="Example:  sfa density map page.png scan.jpg --out maps")

@@ -1,5 +1,7 @@
 """The density estimator: its shape, its shipped weights, and what they find."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -33,11 +35,52 @@ def test_parameters_and_shape():
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (17, 40), (100, 33), (448, 336)])
 def test_any_size_is_padded_to_whole_cells_with_its_border(estimator, height, width):
     images = torch.rand(2, 3, height, width)
-    density = estimator(images)
-    assert density.shape == (2, -(-height // 16), -(-width // 16))
-    assert bool(((density >= 0) & (density <= 1)).all())
+    assert estimator(images).shape == (2, -(-height // 16), -(-width // 16))
+    look = estimator.logits(images)
     pad = (0, -width % 16, 0, -height % 16)
-    torch.testing.assert_close(density, estimator(torch.nn.functional.pad(images, pad, mode="replicate")))
+    torch.testing.assert_close(look, estimator.logits(torch.nn.functional.pad(images, pad, mode="replicate")))
+    assert bool(((estimator(images) >= 0) & (estimator(images) <= 1)).all())
+
+
+def test_a_small_page_gets_one_look(estimator):
+    images = torch.rand(1, 3, 80, 90)
+    torch.testing.assert_close(estimator(images), estimator.logits(images).sigmoid())
+
+
+def test_a_density_is_the_largest_of_three_looks(estimator):
+    """Against the same thing in loops: each coarse map interpolated at the middle of each fine cell."""
+    page = torch.from_numpy(render_page("mixed", 3).image[:304, :400]).permute(2, 0, 1)[None].float() / 255
+    wanted = estimator.logits(page).sigmoid()[0]
+    look = page
+    for halving in (1, 2):
+        look = torch.nn.functional.avg_pool2d(look, 2)
+        coarse = estimator.logits(look).sigmoid()[0]
+        for row in range(wanted.shape[0]):
+            for column in range(wanted.shape[1]):
+                value, (y, x) = 0.0, ((place + 0.5) / 2**halving - 0.5 for place in (row, column))
+                for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    top, left = math.floor(y) + dy, math.floor(x) + dx
+                    share = (1 - abs(y - top)) * (1 - abs(x - left))
+                    value += share * coarse[np.clip(top, 0, len(coarse) - 1), np.clip(left, 0, coarse.shape[1] - 1)]
+                wanted[row, column] = max(wanted[row, column], value)
+    torch.testing.assert_close(estimator(page)[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_large_page_is_looked_at_in_bounded_size(estimator, monkeypatch):
+    seen = []
+    logits = estimator.logits
+    monkeypatch.setattr(estimator, "logits", lambda images: seen.append(images.shape) or logits(images))
+    assert estimator(torch.rand(1, 3, 3000, 2200)).shape == (1, 188, 138)
+    assert sum(shape[2] * shape[3] for shape in seen) < 1.35 * density.MOST_PIXELS
+    assert len(seen) == 3
+
+
+def test_print_is_found_however_large_its_page_is(estimator):
+    page = text_page(8, 1).image
+    large = cv2.resize(page, None, fx=6, fy=6, interpolation=cv2.INTER_CUBIC)
+    small, big = _see(estimator, page)[0], _see(estimator, large)[0]
+    big = cv2.resize(big, small.shape[::-1], interpolation=cv2.INTER_AREA)
+    assert np.corrcoef(small.ravel(), big.ravel())[0, 1] > 0.9
 
 
 def test_a_batch_is_its_images(estimator):
@@ -117,23 +160,38 @@ def test_densities_agree_with_the_printed_boxes(estimator, kind):
 # -- weight files -----------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_file_is_small():
-    assert density.WEIGHTS.stat().st_size < 1_000_000
+SHIPPED = {name: density.FOLDER / f"density_{name}.safetensors" for name in density.SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_are_small_and_load_by_name(name):
+    assert SHIPPED[name].stat().st_size < 1_000_000
+    first = DensityEstimator.pretrained(name).state_dict()
+    again = DensityEstimator.pretrained(SHIPPED[name]).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_the_default_weights_are_those_of_real_pages():
+    default, real, rendered = (DensityEstimator.pretrained(name).head.weight for name in (None, "real", "rendered"))
+    assert torch.equal(default, real)
+    assert not torch.equal(real, rendered)
 
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
-    with pytest.raises(WeightsError, match="sfa density train"):
+    with pytest.raises(WeightsError, match=r"sfa density train"):
         DensityEstimator.pretrained(tmp_path / "none.safetensors")
-    monkeypatch.setattr(density, "WEIGHTS", tmp_path / "gone.safetensors")
-    with pytest.raises(WeightsError, match=r"gone\.safetensors"):
+    with pytest.raises(WeightsError, match=r"real, rendered"):
+        DensityEstimator.pretrained("reel")
+    monkeypatch.setattr(density, "FOLDER", tmp_path)
+    with pytest.raises(WeightsError, match=r"density_real\.safetensors"):
         DensityEstimator.pretrained()
 
 
 def test_a_damaged_file_is_named(tmp_path, monkeypatch):
-    raw = bytearray(density.WEIGHTS.read_bytes())
+    raw = bytearray(SHIPPED["real"].read_bytes())
     raw[-1] ^= 1
-    (tmp_path / "a.safetensors").write_bytes(raw)
-    monkeypatch.setattr(density, "WEIGHTS", tmp_path / "a.safetensors")
+    (tmp_path / "density_real.safetensors").write_bytes(raw)
+    monkeypatch.setattr(density, "FOLDER", tmp_path)
     with pytest.raises(WeightsError, match="sha256"):
         DensityEstimator.pretrained()
     (tmp_path / "b.safetensors").write_bytes(raw[:1000])
