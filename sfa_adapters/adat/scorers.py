@@ -5,7 +5,7 @@
 | `density` | share of text around a place, by the density estimator | the weights that the library ships |
 | `edges` | the pseudo labels that the estimator was trained on | OpenCV |
 | `reconstruction` | the error of halving the resolution, beyond the noise of the page | nothing |
-| `entropy` | entropy of the gray levels: the rule of APT, for comparison; it mistakes print for blank paper | nothing |
+| `entropy` | entropy of the gray levels, as in APT; for budgets: its order is right, APT's threshold is not | nothing |
 | `uniform` | one constant for all cells | nothing |
 """
 
@@ -149,8 +149,10 @@ def _reduce(values: Tensor, pixels: int, cell: int, count: int, reduce: Reduce) 
 def entropy_bits(images: Tensor, window: int = ENTROPY_WINDOW) -> Tensor:
     """Entropy of the gray levels of each window, by which APT (arXiv 2510.18091) chooses patch sizes.
 
-    A window whose entropy is below a threshold, 5.75 bits at 32 px, counts as homogeneous and gets one large patch.
-    Black letters on white have two gray levels and little entropy, so that rule blurs print; it is here for comparison.
+    There a window below a fixed threshold, 5.75 bits at 32 px, counts as homogeneous and gets one large patch. Black
+    letters on white have two gray levels and so few bits that this threshold takes all clean print for paper. But paper
+    has fewer still: under a budget, where only the order counts, print comes before paper, also where noise lies evenly
+    over the page. Wherever gray levels spread without print (shadow, grain in one place, photographs), they come first.
 
     Args:
         images: RGB in [0, 1], `[B, 3, H, W]`.
