@@ -1,9 +1,9 @@
 """`repeated_groups`: parts of a page that only repeat a neighbour, as in PixelPrune (arXiv 2604.00886).
 
 A group is predicted from its neighbours on the left (A), above (B) and above on the left (C), in the manner in which
-LOCO-I predicts pixels (M. J. Weinberger, G. Seroussi, G. Sapiro, 2000): B where C equals A and not B, which is a vertical
-edge, else A. The first row has A only, the first column B only. A group that equals its prediction is repeated: whoever
-has seen the neighbour has seen it.
+LOCO-I predicts pixels (M. J. Weinberger, G. Seroussi, G. Sapiro, 2000): B where C equals A and not B, a vertical edge,
+else A. The first row has A only, the first column B only. A group that equals its prediction is repeated: whoever has
+seen the neighbour has seen it.
 
 With a tolerance, a group is compared to the kept group that stands for a neighbour, not to the neighbour itself.
 Otherwise a page that darkens slowly from left to right would be dropped from its second column on. So every repeated

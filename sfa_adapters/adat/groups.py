@@ -1,9 +1,9 @@
 """Adaptive tokens for hosts of any image size (Qwen-VL, GLM-OCR, PaddleOCR-VL): drops groups before the tower.
 
-Their towers rotate queries and keys by row and column, and 2x2 patches become one token of the language model. So groups
-that are blank, or that repeat a neighbour, are dropped as a whole, and the remaining patches and tokens keep their
-position ids. (Renumbering these costs accuracy on documents: 83.0 against 38.8 F1 on CORD in the ablation of arXiv
-2509.06415.)
+Their towers rotate queries and keys by row and column, and 2x2 patches become one token of the language model. So
+groups that are blank, or that repeat a neighbour, are dropped as a whole, and the remaining patches and tokens keep
+their position ids. (Renumbering these costs accuracy on documents: 83.0 against 38.8 F1 on CORD in the ablation of
+arXiv 2509.06415.)
 
 Only the processor's output is rewritten; the model is not changed: transformers accepts positions, windows and segment
 bounds of the tower beside the pixels, what it interpolates its table of position embeddings with, and position ids
