@@ -19,7 +19,7 @@ from rich.progress import track
 
 from benchmarks.common import write_result
 from sfa_adapters.adat import PatchPlan, PatchPolicy
-from sfa_adapters.adat.scorers import score, to_cells
+from sfa_adapters.adat.scorers import content, score, to_cells
 from sfa_adapters.recipes.synthetic.pages import SIZE, Page, PageKind, box_density, render_page
 
 KINDS: tuple[PageKind, ...] = ("text", "table", "chart", "mixed", "sparse")
@@ -34,6 +34,13 @@ def density(page: Page, cell: int, scorer: str) -> torch.Tensor:
         return to_cells(torch.from_numpy(box_density(page.boxes, (SIZE, SIZE))), (SIZE, SIZE), cell, (count, count))
     pixels = torch.from_numpy(page.image.copy()).permute(2, 0, 1)[None].float() / 255
     return score(pixels, scorer, cell)[0]  # pyright: ignore[reportArgumentType]
+
+
+def seen(page: Page, cell: int, scorer: str) -> torch.Tensor | None:
+    """What orders cells of equal density, as `PatchPolicy.plan_images` measures it; None for the boxes of words."""
+    if scorer == "boxes":
+        return None
+    return content(torch.from_numpy(page.image.copy()).permute(2, 0, 1)[None].float() / 255, cell)[0]
 
 
 def covered(plan: PatchPlan, page: Page) -> np.ndarray:
@@ -56,12 +63,13 @@ def main() -> None:
     lines = [f"{len(pages)} pages of the test split, densities: {args.scorer}, patches of {PATCH} px.", "", *HEAD]
     for cell in (28, 56, 112, 224):
         maps = [density(page, cell, args.scorer) for page in track(pages, f"cell {cell}", transient=True)]
+        contents = [seen(page, cell, args.scorer) for page in pages]
         for budget in (None, 1.0, 0.5):
             policy = PatchPolicy(cell=cell, budget=budget)
-            plans = [policy.plan(heat_map, (SIZE, SIZE), PATCH) for heat_map in maps]
+            plans = [policy.plan(one, (SIZE, SIZE), PATCH, shown) for one, shown in zip(maps, contents, strict=True)]
             ratios = [plan.ratio for plan in plans]
-            seen = np.sum([covered(plan, page) for plan, page in zip(plans, pages, strict=True)], axis=0)
-            fine, counts, words = seen.tolist()
+            areas = np.sum([covered(plan, page) for plan, page in zip(plans, pages, strict=True)], axis=0)
+            fine, counts, words = areas.tolist()
             cells = (cell, budget or "none", f"{np.mean(ratios):.2f}", f"{max(ratios):.2f}")
             lines.append(f"| {' | '.join(map(str, cells))} | {fine / words:.2f} | {counts / words:.2f} |")
     Console().print("\n".join(lines), markup=False, soft_wrap=True)

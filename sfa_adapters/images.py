@@ -23,12 +23,15 @@ __all__ = ["MAX_BYTES", "MAX_PIXELS", "as_image", "read_image"]
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20_000_000
+HEAD = 1024  # bytes, in which a PDF names itself
+WHITE_IS_ZERO = 0  # of the TIFF tag that says what gray levels mean
 
 
 def as_image(value: Any, where: str = "image") -> np.ndarray:
     """Converts an image of any usual form to uint8 RGB.
 
-    Gray becomes RGB, transparency is composited on white, 16 bits are scaled to 8 (value / 257), not clipped at 255.
+    Gray becomes RGB, transparency is composited on white, CMYK is converted without a color profile, 16 bits of gray
+    are scaled to 8 (value / 257), not clipped at 255. Of 16 bits per color in a file, Pillow reads the upper 8.
 
     Args:
         value: A path; an encoded file as bytes; a PIL image; an array `[H, W]` or `[H, W, 1|3|4]` of uint8, uint16,
@@ -39,8 +42,8 @@ def as_image(value: Any, where: str = "image") -> np.ndarray:
         uint8 `[H, W, 3]`.
 
     Raises:
-        DataError: Not an image, truncated, empty, of another shape or type, NaN or outside [0, 1], more than 20 MB
-            encoded, or more than 50 million pixels.
+        DataError: Not an image, a PDF, truncated, empty, of another shape or type, NaN or outside [0, 1], more than 20
+            MB encoded, or more than 50 million pixels.
     """
     if isinstance(value, str | os.PathLike):
         path = Path(value)
@@ -71,10 +74,11 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
         uint8 `[H, W, 3]`, converted as by `as_image`.
 
     Raises:
-        DataError: More than 20 MB, more than 50 million pixels, truncated, or not an image.
+        DataError: More than 20 MB, more than 50 million pixels, truncated, a PDF, or not an image.
     """
     from PIL import Image, UnidentifiedImageError
 
+    _refuse_documents(raw[:HEAD], where)
     if len(raw) > MAX_BYTES:
         raise DataError(f"{where}: the image has {len(raw):,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
     try:
@@ -84,7 +88,9 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
                 _check_pixels(*image.size, where)
                 return _decode(image, where)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{where}: the image is too large ({error}). Make it smaller.") from error
+        raise DataError(
+            f"{where}: the image is too large, at most {MAX_PIXELS:,} pixels are decoded ({error}). Make it smaller."
+        ) from error
     except UnidentifiedImageError as error:  # its text holds a memory address, which differs every time
         raise DataError(f"{where}: the image cannot be read (no known format). Download or export it again.") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -96,11 +102,28 @@ def read_image(raw: bytes, where: str) -> np.ndarray:
 def _read_file(path: Path, where: str) -> bytes:
     try:
         size = path.stat().st_size
+        with path.open("rb") as file:
+            _refuse_documents(file.read(HEAD), str(path) if where == "image" else f"{where}: {path}")
         if size > MAX_BYTES:
             raise DataError(f"{where}: {path} has {size:,} bytes, at most {MAX_BYTES:,} are read. Make it smaller.")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{where}: {path} cannot be read ({error.strerror or error}). Give an image file.") from error
+
+
+def _refuse_documents(head: bytes, where: str) -> None:
+    """Refuses files of pages: Pillow reads no PDF, and gives PostScript to Ghostscript, which would run it."""
+    if b"%PDF-" in head:
+        kind = "PDF"
+    elif head.startswith((b"%!", b"\xc5\xd0\xd3\xc6")):
+        kind = "PostScript"
+    else:
+        return
+    first = "" if kind == "PDF" else "make a PDF of it (ps2pdf FILE), then "
+    raise DataError(
+        f"{where}: this is a {kind} file, and images are read. To give its pages as images, {first}render them: "
+        "pdftoppm -r 150 -png FILE page"
+    )
 
 
 def _check_pixels(width: int, height: int, where: str) -> None:
@@ -121,7 +144,7 @@ def _decode(image: Image.Image, where: str) -> np.ndarray:
             deep = np.asarray(image)
             if deep.min() < 0 or deep.max() > 65_535:
                 raise DataError(f"{where}: 32-bit values from {deep.min()} to {deep.max()}; save it with 8 or 16 bits.")
-            return _from_array(deep.astype(np.uint16), where)
+            return _from_array(_upright_gray(image, deep.astype(np.uint16)), where)
         if image.mode == "F":
             raise DataError(f"{where}: a float image has no fixed range; save it with 8 or 16 bits.")
         if image.has_transparency_data:
@@ -132,6 +155,15 @@ def _decode(image: Image.Image, where: str) -> np.ndarray:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: the image cannot be read ({error}). Download or export it again.") from error
+
+
+def _upright_gray(image: Image.Image, deep: np.ndarray) -> np.ndarray:
+    """16-bit gray levels with white as the largest, and white where a PNG is transparent: Pillow leaves both as is."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(262) == WHITE_IS_ZERO:
+        return 65_535 - deep
+    clear = image.info.get("transparency")
+    return deep if clear is None else np.where(deep == clear, np.uint16(65_535), deep)
 
 
 def _from_tensor(tensor: torch.Tensor, where: str) -> np.ndarray:

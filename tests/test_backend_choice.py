@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from sfa_adapters import StructuralBias, TokenLayout, attend, backend_choice
+from sfa_adapters import SFAConfig, StructuralBias, TokenLayout, attend, attention, backend_choice, inject_sfa
+from sfa_adapters.adat import PatchPolicy, inject_adat, latest_plans
 from sfa_adapters.backend_choice import TIMES, choose_backend, device_class, fastest, measured_cases
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS
 from sfa_adapters.lines import lines_fit
@@ -182,3 +185,74 @@ def test_what_is_chosen_on_this_cpu_is_computed() -> None:
                 expected = attend(states, states, states, bias, backend="dense")
                 bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
                 torch.testing.assert_close(attend(states, states, states, bias), expected, atol=bound, rtol=bound)
+
+
+# -- adaptive tokens: sizes are mixed, and `folded` needs a channel for each of many rows and columns ------------------
+
+
+def adaptive_tower(budget: float) -> SiglipVisionModel:
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        num_hidden_layers=1, hidden_size=HEADS * WIDTH, intermediate_size=32, num_attention_heads=HEADS,
+        image_size=448, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    tower = SiglipVisionModel(config).eval()
+    levels = ((0.7, 8), (0.3, 14), (0.0, 32))
+    inject_adat(tower, PatchPolicy(levels, scorer=lambda x: x.mean(1)[:, ::28, ::28].abs(), budget=budget))
+    inject_sfa(tower, SFAConfig(terms=list(TERMS)))
+    return tower
+
+
+def page() -> torch.Tensor:
+    """Densities of all sizes: a cell has the gray level of one of its pixels, `[1, 3, 448, 448]` in [-1, 1]."""
+    cells = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    return (cells * 2 - 1).repeat_interleave(28, 2).repeat_interleave(28, 3).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("train", [False, True])
+def test_adaptive_tokens_take_folded_only_where_nothing_exact_was_faster(
+    monkeypatch: pytest.MonkeyPatch, budget: float, train: bool
+) -> None:
+    """On the times that ship for a CPU. (At the least budget all tokens are of one size again: a grid.)"""
+    tower, chosen = adaptive_tower(budget), list[Any]()
+    monkeypatch.setattr(attention, "choose_backend", lambda *args: chosen.append(choose_backend(*args)) or chosen[-1])
+    with torch.set_grad_enabled(train):
+        tower(pixel_values=page())
+    tokens = latest_plans(tower)[0].num_tokens
+    assert tokens > 0.8 * budget * 1024
+    alike = [
+        one for one in measured_cases("cpu")
+        if (one.bias, one.dtype, one.width, one.backward) == ("mixed", "float32", WIDTH, train)
+    ]  # fmt: skip
+    nearest = min(alike, key=lambda one: abs(math.log(one.tokens / tokens)))
+    assert len(chosen) == 1
+    fastest_ms = min(nearest.ms.values())
+    assert nearest.ms[chosen[0]] <= backend_choice.MATRIX_GAIN * fastest_ms
+    assert chosen[0] != "folded" or nearest.ms["folded"] <= backend_choice.MATRIX_GAIN * fastest_ms
+
+
+@pytest.mark.parametrize("quickest", ["dense", "blocked", "folded"])
+def test_what_was_fastest_is_what_adaptive_tokens_run(
+    quickest: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tower = adaptive_tower(0.5)
+    with torch.no_grad():
+        expected = tower(pixel_values=page()).last_hidden_state
+    ms = dict.fromkeys(("dense", "blocked", "folded"), 9.0) | {quickest: 1.0}
+    use(monkeypatch, tmp_path, [case(512, ms, bias="mixed"), case(512, {"folded": 1.0, "blocked": 2.0})])
+    for function in (fastest, measured_cases):
+        function.cache_clear()
+    ran: list[str] = []
+    for name in ("blocked", "folded"):
+        original: Any = getattr(attention, f"{name}_attention")
+
+        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+            ran.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(attention, f"{name}_attention", spy)
+    with torch.no_grad():
+        states = tower(pixel_values=page()).last_hidden_state
+    assert ran == ([] if quickest == "dense" else [quickest])
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)

@@ -1,8 +1,9 @@
-"""Adaptive tokens for hosts of any image size (Qwen-VL, GLM-OCR, PaddleOCR-VL): drops blank groups before the tower.
+"""Adaptive tokens for hosts of any image size (Qwen-VL, GLM-OCR, PaddleOCR-VL): drops groups before the tower.
 
-Their towers rotate queries and keys by row and column, and 2x2 patches become one token of the language model. So blank
-groups are dropped as a whole, and the remaining patches and tokens keep their position ids. (Renumbering these costs
-accuracy on documents: 83.0 against 38.8 F1 on CORD in the ablation of arXiv 2509.06415.)
+Their towers rotate queries and keys by row and column, and 2x2 patches become one token of the language model. So
+groups that are blank, or that repeat a neighbour, are dropped as a whole, and the remaining patches and tokens keep
+their position ids. (Renumbering these costs accuracy on documents: 83.0 against 38.8 F1 on CORD in the ablation of
+arXiv 2509.06415.)
 
 Only the processor's output is rewritten; the model is not changed: transformers accepts positions, windows and segment
 bounds of the tower beside the pixels, what it interpolates its table of position embeddings with, and position ids
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfa_adapters.adat.duplicates import repeated_groups
 from sfa_adapters.adat.patched_pages import PatchedPages
-from sfa_adapters.adat.scorers import Scorer, score
+from sfa_adapters.adat.scorers import Scorer, check_scorer, score
 from sfa_adapters.compat import with_encoded_images
 from sfa_adapters.errors import InjectionError, PlanError
 from sfa_adapters.normalisation import image_statistics
@@ -32,26 +34,31 @@ __all__ = ["GroupPolicy", "drop_blank_groups"]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPolicy:
-    """Which merge groups of a page count as blank.
+    """Which merge groups of a page are dropped.
 
     Attributes:
-        threshold: Groups with a density up to this are blank.
-        margin: Groups within this distance, in groups, of one that is not blank are kept as well.
-        scorer: As in `PatchPolicy`.
+        threshold: Groups with a density up to this are blank; by default 0.05. With `scorer="duplicates"`: by how much
+            colors in [0, 1] may differ that count as equal; by default 0, and only exact repetitions are dropped.
+        margin: Groups within this distance, in groups, of a kept one are kept as well; by default 1, and 0 with
+            `scorer="duplicates"`.
+        scorer: As in `PatchPolicy`, or "duplicates": drops the groups that repeat a neighbour, text or not, see
+            `sfa_adapters.adat.duplicates`.
 
     Raises:
         PlanError: A field cannot be used.
     """
 
-    threshold: float = 0.05
-    margin: int = 1
-    scorer: Scorer = "density"
+    threshold: float | None = None
+    margin: int | None = None
+    scorer: Scorer | Literal["duplicates"] = "density"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise PlanError(f"threshold={self.threshold} must lie in 0..1, as densities do.")
-        if self.margin < 0:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise PlanError(f"threshold={self.threshold} must lie in 0..1, as densities and colors do.")
+        if self.margin is not None and self.margin < 0:
             raise PlanError(f"margin={self.margin} must be at least 0 groups.")
+        if self.scorer != "duplicates":
+            check_scorer(self.scorer, "max")
 
     def keep(self, image: Tensor, side: int) -> Tensor:
         """Selects the groups of one image that are kept.
@@ -61,26 +68,35 @@ class GroupPolicy:
             side: Side of a merge group in pixels.
 
         Returns:
-            Bool `[rows, columns]`; at least one group is kept, the densest where all are blank.
+            Bool `[rows, columns]`; at least one group is kept: the densest where all are blank, and the first of those
+            that are equal.
         """
+        if self.scorer == "duplicates":
+            repeated, _ = repeated_groups(image, side, self.threshold or 0.0)
+            return _with_margin(~repeated, self.margin or 0)
         density = score(image[None], self.scorer, side)[0]
-        keep = density > self.threshold
+        keep = density > (0.05 if self.threshold is None else self.threshold)
         if not bool(keep.any()):
             keep = density == density.max()
             return keep & (keep.flatten().cumsum(0).view_as(keep) == 1)  # the first of the densest
-        return F.max_pool2d(keep[None].float(), 2 * self.margin + 1, stride=1, padding=self.margin)[0] > 0
+        return _with_margin(keep, 1 if self.margin is None else self.margin)
+
+
+def _with_margin(keep: Tensor, margin: int) -> Tensor:
+    """Kept groups, and those within a distance of them."""
+    return F.max_pool2d(keep[None].float(), 2 * margin + 1, stride=1, padding=margin)[0] > 0
 
 
 def drop_blank_groups(
     model: nn.Module, inputs: Mapping[str, Any], policy: GroupPolicy | None = None, for_generate: bool = False
 ) -> dict[str, Any]:
-    """Removes the blank parts of the pages from a batch.
+    """Removes the blank parts of the pages from a batch, or those that repeat a neighbour.
 
     Args:
         model: A Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-OCR or PaddleOCR-VL model; it is not changed.
         inputs: What the processor returned: `input_ids`, `attention_mask`, `mm_token_type_ids`, `pixel_values`,
             `image_grid_thw`, perhaps `labels`.
-        policy: Which groups are blank.
+        policy: Which groups are dropped; by default blank ones.
         for_generate: Set it for `generate`, which does not pass positions of patches to the tower: the tower then runs
             here, and the batch holds `inputs_embeds` instead of text and pixels. `generate` returns new tokens only.
             Qwen3-VL needs features of several layers of its tower: its batch holds all of them beside the text

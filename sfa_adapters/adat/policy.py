@@ -1,13 +1,14 @@
 """`PatchPolicy`: which patch size each cell of a page gets, from its text density and a budget of tokens.
 
 A cell whose density lies above the first threshold gets the first level, and so on; every cell above no threshold gets
-the last. A budget adds one shift to all thresholds: the smallest one, with the most tokens, that stays within it.
+the last. A budget adds one shift to all thresholds: the smallest one, with the most tokens, that stays within it. What
+is left is spent on cells that lie at this shift exactly, those with most content first (`sfa_adapters.adat.ties`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.adat.plan import PatchPlan, cell_grid, check_page, tokens_per_cell
-from sfa_adapters.adat.scorers import Scorer, check_scorer, score
+from sfa_adapters.adat.scorers import Scorer, check_scorer, content, score
 from sfa_adapters.adat.shift import Level, margins_over, shifted_levels, smallest_shift
+from sfa_adapters.adat.ties import crossings
 from sfa_adapters.errors import DataError, PlanError
 
-__all__ = ["PatchPolicy"]
+__all__ = ["PUBLISHED_LEVELS", "PatchPolicy"]
+
+PUBLISHED_LEVELS = ((0.7, 8), (0.3, 14), (0.0, 32))  # of the method: density above which it is used, patch in px
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,29 @@ class PatchPolicy:
             _check_budget(self.budget)
         check_scorer(self.scorer, self.reduce)
 
+    @classmethod
+    def published(
+        cls,
+        cell: int | None = None,
+        scorer: Scorer = "density",
+        budget: float | int | None = None,
+        reduce: Literal["max", "mean"] = "max",
+    ) -> PatchPolicy:
+        """The levels with which the method was published, whatever the defaults are.
+
+        8 px above a density of 0.7, 14 px above 0.3, else 32 px.
+
+        Args:
+            cell: As the attribute, and so are all others.
+            scorer: Where densities come from.
+            budget: Largest number of tokens of a page.
+            reduce: How a density map is reduced to cells.
+
+        Raises:
+            PlanError: As `PatchPolicy`.
+        """
+        return cls(PUBLISHED_LEVELS, cell, scorer, budget, reduce)
+
     # -- planning -----------------------------------------------------------------------------------------------------
 
     def cell_of(self, patch: int) -> int:
@@ -71,26 +98,40 @@ class PatchPolicy:
         """(Threshold, tokens along the side of a cell) of each level for a tower; equal levels are merged."""
         return tuple((threshold, side) for threshold, side, _ in self._merged(patch))
 
-    def plan(self, density: Tensor, image_size: tuple[int, int], patch: int) -> PatchPlan:
+    def plan(
+        self, density: Tensor, image_size: tuple[int, int], patch: int, content: Tensor | None = None
+    ) -> PatchPlan:
         """Makes the patch plan of one page.
 
         Args:
             density: Density of each cell in [0, 1], `[cell_rows, cell_columns]`; `to_cells` reduces finer maps.
             image_size: Height and width in pixels of the part that the tower sees, multiples of `patch`.
             patch: Side of the tower's own patches in pixels.
+            content: What finer patches would show in each cell, at least 0, of the shape of `density`: the order of
+                cells of equal density within a budget; `sfa_adapters.adat.scorers.content` measures it. Without it,
+                cells of equal density count as equal in content, and those that become finer are spread evenly over
+                the page (`sfa_adapters.adat.ties.spread_rank`). With `scorer="uniform"` they change level together.
 
         Returns:
             The patch plan.
 
         Raises:
-            PlanError: The page does not consist of whole patches, the map has another shape, a density is NaN or
-                outside [0, 1], or the budget is below the fewest tokens that the levels can give.
+            PlanError: The page does not consist of whole patches, a map has another shape, a density is NaN or outside
+                [0, 1], a content is NaN, infinite or negative, or the budget is below the fewest tokens that the levels
+                can give.
         """
         check_page(image_size, patch)
+        values = None if content is None else _checked_content(content, density)
+        return self._plan(density, image_size, patch, lambda: values)
+
+    def _plan(
+        self, density: Tensor, image_size: tuple[int, int], patch: int, content: Callable[[], Tensor | None]
+    ) -> PatchPlan:
         cell, merged = self.cell_of(patch), self._merged(patch)
-        sides = [side for _, side, _ in merged]
-        margins = margins_over(_checked_density(density, cell_grid(image_size, cell), image_size, cell), merged)
-        shift = 0.0
+        grid, sides = cell_grid(image_size, cell), [side for _, side, _ in merged]
+        values = _checked_density(density, grid, image_size, cell)
+        margins = margins_over(values, merged)
+        crossing = margins > 0
         if self.budget is not None:
             counts = tokens_per_cell(image_size, cell, sides).flatten(1)
             uniform = (image_size[0] // patch) * (image_size[1] // patch)
@@ -101,8 +142,12 @@ class PatchPolicy:
                     f"at least {least} ({least / uniform:.3f} of the {uniform} of the tower). Raise the budget, or the "
                     f"cell ({cell} px) and the patch of the last level."
                 )
-            shift = smallest_shift(margins, counts[:-1] - counts[1:], limit - least)
-        level = (margins <= shift).sum(0).reshape(cell_grid(image_size, cell))
+            gain, spare = counts[:-1] - counts[1:], limit - least
+            if self.scorer == "uniform":
+                crossing = margins > smallest_shift(margins, gain, spare)  # cells that are all alike stay alike
+            else:
+                crossing = crossings(margins, gain, spare, values, content, grid)
+        level = (~crossing).sum(0).reshape(grid)
         return PatchPlan.from_levels(level, sides, image_size, patch, cell)
 
     def plan_images(self, images: Tensor, patch: int) -> list[PatchPlan]:
@@ -126,8 +171,12 @@ class PatchPolicy:
         size = (height, width) if min(height, width) < patch else (height // patch * patch, width // patch * patch)
         check_page(size, patch)
         seen = images[..., : size[0], : size[1]]
-        density = score(seen, self.scorer, self.cell_of(patch), self.reduce, self._own_patch_density(patch)).cpu()
-        return [self.plan(page, size, patch) for page in density]
+        cell = self.cell_of(patch)
+        density = score(seen, self.scorer, cell, self.reduce, self._own_patch_density(patch)).cpu()
+        return [
+            self._plan(page, size, patch, lambda page=seen[i : i + 1]: content(page, cell)[0].flatten().cpu())
+            for i, page in enumerate(density)
+        ]
 
     # -- thresholds from data -----------------------------------------------------------------------------------------
 
@@ -136,7 +185,9 @@ class PatchPolicy:
     ) -> PatchPolicy:
         """Shifts all thresholds alike, so that the mean share of tokens over some pages meets a target.
 
-        Unlike a budget, which limits every page to one number, this gives dense pages more tokens than sparse ones.
+        Unlike a budget, which limits every page to one number, this gives dense pages more tokens than sparse ones. Its
+        result is thresholds, and thresholds cannot tell cells of the very same density apart: where many are equal, as
+        in a saturated map, the mean stays below the target. Use a budget there.
 
         Args:
             densities: Density of each cell of each page, as `plan` takes it.
@@ -220,6 +271,21 @@ def _check_budget(budget: float) -> None:
         raise PlanError(
             f"budget={budget!r} must be above 0 and finite: a share of the tower's tokens (float) or a number (int)."
         )
+
+
+def _checked_content(content: Tensor, density: Tensor) -> Tensor:
+    """Checks a map of content and flattens it to one number per cell, `[cells]`, float32."""
+    if tuple(content.shape) != tuple(density.shape):
+        raise PlanError(
+            f"content {tuple(content.shape)} must have one value per cell, as density {tuple(density.shape)}."
+        )
+    flat = torch.as_tensor(content).detach().float().cpu().flatten()
+    wrong = ~((flat >= 0) & (flat < math.inf))  # NaN fails both
+    if bool(wrong.any()):
+        number = int(wrong.nonzero()[0])
+        at = divmod(number, content.shape[1])
+        raise PlanError(f"content{list(at)} is {flat[number].item()}; contents must be finite and at least 0.")
+    return flat
 
 
 def _tokens(budget: float, uniform: int) -> int:

@@ -5,7 +5,7 @@
 | `density` | share of text around a place, by the density estimator | the weights that the library ships |
 | `edges` | the pseudo labels that the estimator was trained on | OpenCV |
 | `reconstruction` | the error of halving the resolution, beyond the noise of the page | nothing |
-| `entropy` | entropy of the gray levels: the rule of APT, for comparison; it mistakes print for blank paper | nothing |
+| `entropy` | entropy of the gray levels, as in APT; for budgets: its order is right, APT's threshold is not | nothing |
 | `uniform` | one constant for all cells | nothing |
 """
 
@@ -27,6 +27,7 @@ __all__ = [
     "Reduce",
     "Scorer",
     "check_scorer",
+    "content",
     "entropy_bits",
     "noise_level",
     "reconstruction",
@@ -148,8 +149,10 @@ def _reduce(values: Tensor, pixels: int, cell: int, count: int, reduce: Reduce) 
 def entropy_bits(images: Tensor, window: int = ENTROPY_WINDOW) -> Tensor:
     """Entropy of the gray levels of each window, by which APT (arXiv 2510.18091) chooses patch sizes.
 
-    A window whose entropy is below a threshold, 5.75 bits at 32 px, counts as homogeneous and gets one large patch.
-    Black letters on white have two gray levels and little entropy, so that rule blurs print; it is here for comparison.
+    There a window below a fixed threshold, 5.75 bits at 32 px, counts as homogeneous and gets one large patch. Black
+    letters on white have two gray levels and so few bits that this threshold takes all clean print for paper. But paper
+    has fewer still: under a budget, where only the order counts, print comes before paper, also where noise lies evenly
+    over the page. Wherever gray levels spread without print (shadow, grain in one place, photographs), they come first.
 
     Args:
         images: RGB in [0, 1], `[B, 3, H, W]`.
@@ -204,17 +207,43 @@ def reconstruction(images: Tensor) -> Tensor:
     Returns:
         `[B, ceil(H / 8), ceil(W / 8)]` in [0, 1].
     """
-    gray = _gray(images)
+    return (_lost_detail(_gray(images), BLOCK) / TEXT_RESIDUE).clamp(max=1.0)
+
+
+def content(images: Tensor, cell: int) -> Tensor:
+    """How much finer patches would show in each cell: the order in which cells of equal density are refined.
+
+    The error of halving the resolution beyond noise, as in `reconstruction`, but of the color channel that loses most
+    (red print on green paper may have one gray level), and without the upper end, at which dense text is equal again.
+
+    Args:
+        images: RGB in [0, 1], before a tower's normalisation, `[B, 3, H, W]`.
+        cell: Side of a cell in pixels; cells at the border are measured by their part on the page.
+
+    Returns:
+        Root mean square in gray levels, at least 0, `[B, ceil(H / cell), ceil(W / cell)]`, float32; 0 where finer
+        patches would show nothing new. Rounded to hundredths, so that equal cells are equal wherever they lie.
+
+    Raises:
+        DataError: The images are no RGB batch of numbers in [0, 1].
+    """
+    _check_images(images)
+    lost = _lost_detail(images.float().flatten(0, 1) * 255, cell)
+    return (lost.unflatten(0, images.shape[:2]).amax(1) * 100).round() / 100
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _lost_detail(gray: Tensor, block: int) -> Tensor:
+    """What halving the resolution of gray levels loses beyond noise: root mean square of each block of pixels."""
     height, width = gray.shape[-2:]
     even = F.pad(gray[:, None], (0, width % 2, 0, height % 2), mode="replicate")
     small = F.avg_pool2d(even, 2)
     lost = F.interpolate(small, scale_factor=2.0, mode="bilinear", align_corners=False) - even
-    error = F.avg_pool2d(lost[..., :height, :width].square(), BLOCK, ceil_mode=True)[:, 0]
+    error = F.avg_pool2d(lost[..., :height, :width].square(), block, ceil_mode=True)[:, 0]
     floor = NOISE_GAIN * noise_level(gray).square() + 1.0
-    return ((error - 2 * floor[:, None, None]).clamp(min=0).sqrt() / TEXT_RESIDUE).clamp(max=1.0)
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
+    return (error - 2 * floor[:, None, None]).clamp(min=0).sqrt()
 
 
 @cache

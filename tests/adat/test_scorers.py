@@ -1,4 +1,4 @@
-"""Density scorers: printed text scores high with all of them but the entropy rule, blank and noisy paper low."""
+"""Density scorers: printed text scores high, blank and noisy paper low; what the entropy rule can and cannot do."""
 
 from typing import Any
 
@@ -49,14 +49,57 @@ def batch(*pages: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 12, 16, 22, 32])
-def test_entropy_takes_all_clean_print_for_blank_paper(size: int) -> None:
-    """The counter-example that keeps it a baseline: all windows are below APT's threshold, none of them for long."""
+def test_entropy_at_the_fixed_threshold_takes_all_clean_print_for_blank_paper(size: int) -> None:
+    """The counter-example to APT's threshold of 5.75 bits: all windows of print are below it."""
     text = batch(page(size))
     assert (entropy_bits(text) < APT_BITS).all()
     apt = PatchPolicy([(APT_BITS / ENTROPY_BITS, 16), (0.0, 32)], cell=32, scorer="entropy")
     assert apt.plan_images(text, 16)[0].ratio == 0.25  # every window is coarse
     safe = PatchPolicy([(0.3, 16), (0.0, 32)], cell=32, scorer="reconstruction")
     assert safe.plan_images(text, 16)[0].ratio > 0.8
+
+
+def half_a_page(size: int = 12, paper: int = 255, ink: int = 0) -> np.ndarray:
+    """Text in the upper 224 of 448 px, blank paper below."""
+    gray = page(size, ink, paper, side=448).copy()
+    gray[224:] = paper
+    return gray
+
+
+@pytest.mark.parametrize("size", [8, 12, 16, 22])
+@pytest.mark.parametrize(("ink", "paper"), [(0, 255), (255, 0), (120, 220)])
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 8.0, 15.0])
+def test_entropy_ranks_print_above_paper_also_under_even_noise(size: int, ink: int, paper: int, sigma: float) -> None:
+    """Under a budget only the order counts, and there the rule is right: every window of text is above all of paper."""
+    pixels = batch(noisy(half_a_page(size, paper, ink), sigma))
+    bits = entropy_bits(pixels)[0]
+    text, blank = bits[:6], bits[7:]
+    assert text.min() > blank.max()
+    policy = PatchPolicy([(0.5, 16), (0.0, 32)], cell=32, scorer="entropy", budget=196 + 3 * 98)  # 98 of 196 cells
+    level = policy.plan_images(pixels, 16)[0].level
+    assert (level[:6] == 0).all()
+    assert (level[7:] == 1).all()
+
+
+def test_entropy_ranks_shadow_and_grain_on_paper_above_clean_print() -> None:
+    """Uneven pages: any spread of gray levels counts, also one without a stroke. `reconstruction` does not mind."""
+    shadow, grain = half_a_page(), half_a_page()
+    shadow[256:] = (shadow[256:] * np.linspace(1, 0.5, 448)).round()
+    grain[256:] = noisy(grain[256:], 8.0)
+    for gray in (shadow, grain):
+        bits = entropy_bits(batch(gray))[0]
+        assert bits[:6].max() < bits[8:].min()
+        cells = score(batch(gray), "reconstruction", 32)[0]
+        assert cells[:6].min() > cells[8:].max()
+
+
+def test_entropy_takes_windows_over_the_border_for_the_densest() -> None:
+    """On a page that 32 px do not divide, they come before all text."""
+    gray = np.full((240, 240), 255, np.uint8)
+    gray[:224, :224] = page(12)
+    bits = entropy_bits(batch(gray))[0]
+    assert bits[-1].min() > bits[:-1, :-1].max()
+    assert bits[:, -1].min() > bits[:-1, :-1].max()
 
 
 def test_entropy_is_that_of_the_histogram() -> None:

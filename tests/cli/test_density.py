@@ -14,6 +14,7 @@ from sfa_adapters.recipes.density import labelled_pages
 from sfa_adapters.recipes.density import train as train_density
 from sfa_adapters.recipes.density.train import TrainConfig
 from sfa_adapters.recipes.synthetic.pages import text_page
+from tests.test_images import png, png_header
 
 
 def _run(capsys, *arguments):
@@ -115,6 +116,35 @@ def test_map_of_edges(capsys, folder, tmp_path):
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["1_density.png", "2_density.png"]
     assert "mean density" in out
+
+
+def test_map_of_what_scanners_and_print_shops_save(capsys, tmp_path):
+    """Each has the density of the same page in RGB."""
+    picture = Image.fromarray(text_page(9, 0).image[:320]).convert("L")
+    deep = np.asarray(picture).astype(np.uint16) * 257
+    rows = [np.repeat(row[:, None], 3, axis=1).astype(">u2").tobytes() for row in deep]
+    picture.convert("RGB").save(tmp_path / "rgb.png")
+    picture.convert("RGB").convert("CMYK").save(tmp_path / "cmyk.tif")
+    picture.convert("1", dither=Image.Dither.NONE).save(tmp_path / "bits.png")
+    Image.fromarray(deep).save(tmp_path / "gray16.png")
+    (tmp_path / "colour16.png").write_bytes(png(rows, 16, 2))
+    picture.convert("P").save(tmp_path / "palette.png", transparency=255)  # its white
+    pages = sorted(tmp_path.iterdir())
+    code, out, _ = _run(capsys, "map", *pages, "--source", "edges", "--out", tmp_path / "maps")
+    assert code == 0
+    densities = [float(line.split("mean density ")[1].split(",")[0]) for line in out.splitlines()]
+    assert len(densities) == 6
+    assert min(densities) > 0.1
+    assert max(densities) - min(densities) < 0.02
+
+
+def test_a_document_and_a_scan_that_is_too_large_are_one_line(capsys, tmp_path):
+    for name, raw in (("report.pdf", b"%PDF-1.7\n" + bytes(2000)), ("scan.png", png_header(20_000, 20_000))):
+        (tmp_path / name).write_bytes(raw)
+    assert "pdftoppm -r 150 -png FILE page" in _mistake(capsys, "map", tmp_path / "report.pdf")
+    line = _mistake(capsys, "map", tmp_path / "scan.png")
+    assert "scan.png" in line
+    assert "50,000,000 pixels" in line
 
 
 def test_mistakes_are_one_line(capsys, folder, tmp_path):
