@@ -16,6 +16,7 @@ class BudgetConfig:
 
     Attributes:
         out: Folder for the table and the pictures.
+        pages: Folder of page images: measures density and plans on them, without training.
         steps: Fine-tuning steps of each run.
         questions: Number of test questions.
         seeds: Number of seeds; each has its own training charts and order.
@@ -28,6 +29,7 @@ class BudgetConfig:
     """
 
     out: Path = Path("sfa-tokens")
+    pages: Path | None = None
     steps: int = 160
     questions: int = 450
     seeds: int = 1

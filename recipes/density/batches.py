@@ -24,8 +24,8 @@ from sfa_adapters.images import as_image
 from sfa_adapters.recipes.density.crops import SIDE, Crop, cut, place
 from sfa_adapters.recipes.density.degrade import random_effects
 from sfa_adapters.recipes.density.drawn_text import draw_lines, letters_of
-from sfa_adapters.recipes.density.negatives import draw_map
-from sfa_adapters.recipes.density.real_pages import read_part
+from sfa_adapters.recipes.density.negatives import draw_curves, draw_map
+from sfa_adapters.recipes.density.real_pages import RealPage, read_part
 from sfa_adapters.recipes.synthetic.pages import mixture
 from sfa_adapters.recipes.synthetic.scans import photograph
 
@@ -33,6 +33,7 @@ __all__ = ["CropBatches", "halvings"]
 
 PER_PAGE = 4  # crops of one real page: reading a page takes as long as cutting ten crops
 WITHIN = 0.75  # share of crops of real pages that have a word in them
+LITTLE = 0.06  # share of a page under words, below which it is a figure or nearly empty
 NONE = np.zeros((0, 4), dtype=np.float32)
 
 
@@ -59,16 +60,19 @@ class CropBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         folder: Folder of `sfa density pages`.
         batch: Crops of a batch, at least 16.
         seed: Of everything random.
+        figures: Share of the crops that are of figures: half drawn curves without text, half parts of real pages with
+            little text.
 
     Raises:
         DataError: The folder has no pages, fonts or photographs for training.
     """
 
-    def __init__(self, folder: Path, batch: int, seed: int) -> None:
+    def __init__(self, folder: Path, batch: int, seed: int, figures: float = 0.0) -> None:
         self.pages = read_part(folder, "train")
         self.fonts = [p for p in _files(folder / "train" / "fonts") if letters_of(p)]
         self.photographs = _files(folder / "train" / "photographs")
-        self.batch, self.seed = batch, seed
+        self.batch, self.seed, self.figures = batch, seed, round(figures * batch)
+        self.sparse = [page for page in self.pages if _text_share(page) < LITTLE]
         # Half of the pages are Latin. A script with a quarter of the pages of another is drawn half as often.
         scripts = Counter(page.script for page in self.pages)
         weights = np.array([scripts[page.script] ** -0.5 for page in self.pages])
@@ -80,8 +84,12 @@ class CropBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         others = self.batch // 8
         crops = self._rendered(rng, others) + self._drawn(rng, others)
         crops += [self._without_text(rng) for _ in range(others)]
+        if self.figures:
+            curves = self.figures // 2
+            crops += [_affected(cut([draw_curves(rng, SIDE)], NONE, np.eye(3)), rng, False) for _ in range(curves)]
+            crops += self._real(rng, self.sparse)[: self.figures - curves]
         while len(crops) < self.batch:
-            crops += self._real(rng)
+            crops += self._real(rng, None)
         crops = crops[: self.batch]
         pictures = np.stack([crop.picture for crop in crops]).transpose(0, 3, 1, 2)
         return (
@@ -90,8 +98,12 @@ class CropBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
             torch.from_numpy(np.stack([crop.weight for crop in crops])).float(),
         )
 
-    def _real(self, rng: np.random.Generator) -> list[Crop]:
-        page = self.pages[int(rng.choice(len(self.pages), p=self.shares))]
+    def _real(self, rng: np.random.Generator, figures: list[RealPage] | None) -> list[Crop]:
+        """Crops of one page: of any, most of them near a word, or of one of the figures, anywhere on it."""
+        if figures:
+            page = figures[int(rng.integers(len(figures)))]
+        else:
+            page = self.pages[int(rng.choice(len(self.pages), p=self.shares))]
         levels = halvings(page.picture())
         typical = float(np.median(page.boxes[:, 3] - page.boxes[:, 1]))
         crops = []
@@ -99,7 +111,7 @@ class CropBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
             # Height of the typical word box in the crop; small print is more frequent, as on pages that towers see.
             height = float(np.exp(rng.uniform(np.log(5.5), np.log(70)))) if rng.random() < 0.6 else rng.uniform(6, 24)
             box = page.boxes[int(rng.integers(len(page.boxes)))]
-            near = (box[:2] + box[2:]) / 2 if rng.random() < WITHIN else None
+            near = (box[:2] + box[2:]) / 2 if not figures and rng.random() < WITHIN else None
             view = place(rng, page.size, height / typical, near)
             crops.append(_affected(cut(levels, page.boxes, view), rng, height < 9))
         return crops
@@ -143,3 +155,9 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise DataError(f"{folder} is empty. Make the set of real pages: sfa density pages --part train")
     return files
+
+
+def _text_share(page: RealPage) -> float:
+    """Share of a page under the boxes of its words; where boxes overlap, a little too much."""
+    sides = page.boxes[:, 2:] - page.boxes[:, :2]
+    return float(sides.prod(axis=1).sum() / (page.size[0] * page.size[1]))

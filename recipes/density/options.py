@@ -21,6 +21,8 @@ class TrainConfig:
         images: Folders of images; rendered pages when none.
         real: Folder of `sfa density pages`: trains on crops of real pages with true word boxes, in all turns, colours
             and sizes. The weights of the package are made so.
+        figures: With `real`, share of the crops that show figures; half of these are drawn curves without text.
+        start: Weights to start from; by default random ones.
         out: Folder of the run; an interrupted run goes on.
         labels: boxes (true boxes), edges, mix (the mean of these two) or ocr; by default boxes, and edges for folders.
         pages: Number of rendered pages.
@@ -37,6 +39,8 @@ class TrainConfig:
 
     images: tuple[Path, ...] = ()
     real: Path | None = None
+    figures: float = 0.0
+    start: Path | None = None
     out: Path = Path("runs/density")
     labels: LabelSource | None = None
     pages: int = 3000
@@ -59,6 +63,8 @@ class TrainConfig:
             raise DataError(
                 "--real has true word boxes: give no IMAGES, no other --labels, and a --batch of 16 or more."
             )
+        if not 0 <= self.figures <= 0.25 or (self.figures and self.real is None):
+            raise DataError(f"--figures {self.figures} must lie in 0..0.25, and needs --real.")
         if not 0 < self.rate < 1 or self.seed < 0:
             raise DataError(f"--rate {self.rate} must lie in (0, 1), and --seed {self.seed} must not be negative.")
 

@@ -99,7 +99,7 @@ def _data(config: TrainConfig, step: int) -> tuple[Iterator[Batch], Callable[[De
         from sfa_adapters.recipes.density.batches import CropBatches
         from sfa_adapters.recipes.density.checks import RealCheck
 
-        crops = CropBatches(config.real, config.batch, config.seed)
+        crops = CropBatches(config.real, config.batch, config.seed, config.figures)
         # One process draws crops while the other core trains.
         loader = DataLoader(crops, batch_size=None, sampler=range(step, config.steps), num_workers=1, prefetch_factor=8)  # pyright: ignore[reportArgumentType]
         return iter(loader), RealCheck(config.real)
@@ -179,7 +179,10 @@ def train_density(config: TrainConfig) -> Trained:
     from safetensors.torch import save_file
 
     torch.manual_seed(config.seed)
-    model = DensityEstimator().to(memory_format=torch.channels_last)
+    model = DensityEstimator()
+    if config.start is not None:
+        model.load_state_dict(DensityEstimator.pretrained(config.start).state_dict())
+    model = model.to(memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]

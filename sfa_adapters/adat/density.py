@@ -5,7 +5,8 @@ first four convolutions have stride 2, so one output cell stands for 16 x 16 pix
 
 A network that sees 95 pixels finds no print that is larger, and a scan at 600 dpi has no other. So every page is looked
 at three times: at its size, or made smaller to at most 0.9 million pixels, which bounds time and memory; at half and at
-a quarter of that. Where the finer look sees no text, the coarser one is asked.
+a quarter of that. A coarser look blurs what a finer one sees sharply, so it counts only where print is too large for
+the finer one: where it sees several times as much text, on average over a neighbourhood.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ STRIDE = 16
 MOST_PIXELS = 900_000  # of the finest look: a page of 790 x 1120, with print of 10 pt 5 px high
 HALVINGS = 2
 LEAST = 48  # px of the shorter side below which there is no coarser look
+AROUND = 21  # cells, side of the neighbourhood: print of 80 px x-height has a line every ten cells
+TIMES, MORE = 2.5, 0.02  # a coarser look counts where its mean is above TIMES the mean of the finer ones + MORE
 WIDTHS = (3, 32, 64, 128, 64, 32)
 # The weights that come with the library: name, and SHA-256 of `density_NAME.safetensors`. The first is the default.
 SHIPPED = {
@@ -77,7 +80,8 @@ class DensityEstimator(nn.Module):
                 break
             look = F.avg_pool2d(look, 2)
             coarse = _resampled(self.logits(look).sigmoid()[:, None], cells, STRIDE << halving, STRIDE)
-            density = torch.maximum(density, coarse)
+            larger = _around(coarse) > TIMES * _around(density) + MORE
+            density = torch.where(larger, torch.maximum(density, coarse), density)
         if grid != tuple(cells):
             density = F.interpolate(density, grid, mode="bilinear", align_corners=False)
         return density[:, 0]
@@ -171,6 +175,11 @@ def _at_most(images: Tensor, pixels: int) -> Tensor:
         images = F.avg_pool2d(images, whole, ceil_mode=True)
     size = (max(1, round(height / factor)), max(1, round(width / factor)))
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def _around(maps: Tensor) -> Tensor:
+    """Mean of a map over the neighbourhood of each cell, as far as it lies on the page."""
+    return F.avg_pool2d(maps, AROUND, stride=1, padding=AROUND // 2, count_include_pad=False)
 
 
 def _resampled(maps: Tensor, cells: tuple[int, ...], step: int, fine: int) -> Tensor:

@@ -26,7 +26,7 @@ def _group() -> None:
 
 
 @app.command(epilog="Example:  sfa analyze tokens --steps 40 --questions 90 --out quick")
-@from_dataclass(BudgetConfig, fields=("out", "steps", "questions", "seeds", "scorer"))
+@from_dataclass(BudgetConfig, fields=("out", "pages", "steps", "questions", "seeds", "scorer"))
 def tokens(
     config: BudgetConfig,
     pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pages only; no training.")] = False,
@@ -34,6 +34,11 @@ def tokens(
     """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; figures of patch plans."""
     from sfa_adapters.recipes.analyze.token_budgets import draw_pages, run_budgets
 
+    if config.pages is not None:
+        from sfa_adapters.recipes.analyze.own_pages import measure_own_pages
+
+        measure_own_pages(config.pages, config.out)
+        return
     if pictures:
         config.out.mkdir(parents=True, exist_ok=True)
         draw_pages(config.out, config.scorer)  # pyright: ignore[reportArgumentType]

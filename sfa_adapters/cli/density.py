@@ -23,7 +23,7 @@ app = CommandApp(
 @app.command(epilog="Example:  sfa density train scans/ --labels edges --out runs/my-density")
 @from_dataclass(
     TrainConfig,
-    fields=("images", "real", "out", "labels", "pages", "steps", "batch", "rate", "seed", "every"),
+    fields=("images", "real", "figures", "start", "out", "labels", "pages", "steps", "batch", "rate", "seed", "every"),
     arguments=("images",),
 )
 def train(config: TrainConfig) -> None:
