@@ -65,7 +65,7 @@ def main() -> None:
         maps = [density(page, cell, args.scorer) for page in track(pages, f"cell {cell}", transient=True)]
         contents = [seen(page, cell, args.scorer) for page in pages]
         for budget in (None, 1.0, 0.5):
-            policy = PatchPolicy(cell=cell, budget=budget)
+            policy = PatchPolicy.published(cell=cell, budget=budget)
             plans = [policy.plan(one, (SIZE, SIZE), PATCH, shown) for one, shown in zip(maps, contents, strict=True)]
             ratios = [plan.ratio for plan in plans]
             areas = np.sum([covered(plan, page) for plan, page in zip(plans, pages, strict=True)], axis=0)

@@ -23,6 +23,7 @@ from sfa_adapters.errors import DataError, PlanError
 
 __all__ = ["PUBLISHED_LEVELS", "PatchPolicy"]
 
+DENSE, COARSE = 0.3, 4  # of the default levels: density above which a cell is text, and side of blank cells in patches
 PUBLISHED_LEVELS = ((0.7, 8), (0.3, 14), (0.0, 32))  # of the method: density above which it is used, patch in px
 
 
@@ -35,8 +36,10 @@ class PatchPolicy:
 
     Attributes:
         levels: For each level the density above which it is used, and its patch in pixels; densities descend to 0.0,
-            patches ascend.
-        cell: Side of a cell in pixels; by default twice the side of the tower's own patches.
+            patches ascend. By default the tower's own patch above a density of 0.3, and four times its side elsewhere:
+            the levels that put most words under fine patches on real pages (docs/patch_policy.md).
+        cell: Side of a cell in pixels; by default twice the side of the tower's own patches, and four times with the
+            default levels.
         scorer: Where densities come from: a name, or a function of images `[B, 3, H, W]` in [0, 1] that returns
             `[B, h, w]`.
         budget: Largest number of tokens of a page: a share of the tower's own number (float), or an absolute number
@@ -48,14 +51,15 @@ class PatchPolicy:
         PlanError: A field has a wrong value; names the field, the entry and the value.
     """
 
-    levels: Sequence[tuple[float, int]] = ((0.7, 8), (0.3, 14), (0.0, 32))
+    levels: Sequence[tuple[float, int]] | None = None
     cell: int | None = None
     scorer: Scorer = "density"
     budget: float | int | None = None
     reduce: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", _checked_levels(self.levels))
+        if self.levels is not None:
+            object.__setattr__(self, "levels", _checked_levels(self.levels))
         whole = isinstance(self.cell, int) and not isinstance(self.cell, bool)
         if self.cell is not None and (not whole or self.cell < 1):
             raise PlanError(
@@ -92,7 +96,13 @@ class PatchPolicy:
 
     def cell_of(self, patch: int) -> int:
         """Side of a cell in pixels for a tower with patches of `patch` pixels."""
-        return 2 * patch if self.cell is None else self.cell
+        if self.cell is not None:
+            return self.cell
+        return (COARSE if self.levels is None else 2) * patch
+
+    def levels_of(self, patch: int) -> Sequence[tuple[float, int]]:
+        """The levels for a tower with patches of `patch` pixels: `levels`, or the default ones."""
+        return ((DENSE, patch), (0.0, COARSE * patch)) if self.levels is None else self.levels
 
     def sides_of(self, patch: int) -> tuple[tuple[float, int], ...]:
         """(Threshold, tokens along the side of a cell) of each level for a tower; equal levels are merged."""
@@ -221,7 +231,9 @@ class PatchPolicy:
         margins = margins_over(torch.cat(values), merged)
         # Sums of shares round; a billionth of a page is no token.
         shift = smallest_shift(margins, share[:-1] - share[1:], ratio - least + 1e-9)
-        return replace(self, levels=shifted_levels(merged, torch.cat(values), margins, shift), budget=None)
+        levels = shifted_levels(merged, torch.cat(values), margins, shift)
+        # The default levels have cells of their own; with these levels in their place the cells stay.
+        return replace(self, levels=levels, budget=None, cell=cell if self.levels is None else self.cell)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -229,7 +241,7 @@ class PatchPolicy:
         """(Threshold, n, patch) of each level; levels with the same n are merged into the one of lowest threshold."""
         cell = self.cell_of(patch)
         merged: dict[int, Level] = {}
-        for threshold, size in self.levels:
+        for threshold, size in self.levels_of(patch):
             side = max(1, (2 * cell + size) // (2 * size))
             merged[side] = (threshold, side, size)
         return list(merged.values())

@@ -213,7 +213,7 @@ def test_neighbouring_densities_are_told_apart() -> None:
 
 def test_calibrated_thresholds_hold_on_other_pages() -> None:
     torch.manual_seed(0)
-    policy = PatchPolicy()
+    policy = PatchPolicy.published()
     pages = [torch.rand(8, 8) ** 2 for _ in range(64)]
     calibrated = policy.calibrate(pages[:32], [(224, 224)] * 32, 14, 0.5)
     ratios = [calibrated.plan(page, (224, 224), 14).ratio for page in pages[32:]]
@@ -221,8 +221,17 @@ def test_calibrated_thresholds_hold_on_other_pages() -> None:
     assert len({*ratios}) > 10  # dense pages get more
 
 
+def test_calibrated_default_levels_keep_their_cells() -> None:
+    torch.manual_seed(0)
+    pages = [torch.rand(4, 4) ** 2 for _ in range(32)]
+    calibrated = PatchPolicy().calibrate(pages, [(224, 224)] * 32, 14, 0.5)
+    assert calibrated.cell_of(14) == 56
+    ratios = [calibrated.plan(page, (224, 224), 14).ratio for page in pages]
+    assert 0.45 < sum(ratios) / 32 <= 0.5
+
+
 def test_a_budget_is_not_spent_on_blank_paper() -> None:
-    plan = PatchPolicy(budget=0.9).plan(torch.zeros(4, 4), (112, 112), 14)
+    plan = PatchPolicy.published(budget=0.9).plan(torch.zeros(4, 4), (112, 112), 14)
     assert plan.num_tokens == 16  # the next step would be cells without any text
 
 
@@ -307,9 +316,19 @@ def test_one_level_of_the_own_patch_is_the_regular_layout(grid: tuple[int, int],
     ("cell", "sides"),
     [(28, (4, 2, 1)), (56, (7, 4, 2)), (112, (14, 8, 4)), (224, (28, 16, 7)), (14, (2, 1)), (8, (1,))],
 )
-def test_sides_of_the_default_levels(cell: int, sides: tuple[int, ...]) -> None:
-    policy = PatchPolicy(cell=cell)
+def test_sides_of_the_published_levels(cell: int, sides: tuple[int, ...]) -> None:
+    policy = PatchPolicy.published(cell=cell)
     assert tuple(side for _, side in policy.sides_of(14)) == sides
+
+
+@pytest.mark.parametrize("patch", [12, 14, 16])
+def test_by_default_text_gets_the_patches_of_the_tower_and_paper_four_times_their_side(patch: int) -> None:
+    policy = PatchPolicy()
+    assert policy.cell_of(patch) == 4 * patch
+    assert policy.sides_of(patch) == ((0.3, 4), (0.0, 1))
+    plan = policy.plan(torch.tensor([[0.31, 0.3]]), (4 * patch, 8 * patch), patch)
+    assert plan.num_tokens == 17
+    assert plan.boxes[:, 2].unique().tolist() == [patch, 4 * patch]
 
 
 def test_published_levels_are_kept_whatever_the_defaults_are() -> None:
@@ -330,7 +349,7 @@ def test_halves_are_rounded_up_and_equal_levels_are_merged() -> None:
 
 
 def test_thresholds_are_strict() -> None:
-    policy, values = PatchPolicy(), torch.tensor([[0.0, 0.3, 0.3001, 0.7, 0.7001, 1.0]])
+    policy, values = PatchPolicy.published(), torch.tensor([[0.0, 0.3, 0.3001, 0.7, 0.7001, 1.0]])
     assert policy.plan(values, (28, 168), 14).level.tolist() == [[2, 2, 1, 1, 0, 0]]
 
 
@@ -346,7 +365,10 @@ def test_a_patch_larger_than_the_page_is_one_token() -> None:
 def test_permuting_images_permutes_plans_and_a_batch_is_its_images() -> None:
     torch.manual_seed(0)
     images = torch.rand(5, 3, 84, 98) ** torch.arange(1, 6)[:, None, None, None]
-    for policy in (PatchPolicy(scorer=lambda x: x.mean(1)), PatchPolicy(scorer=lambda x: x.amax(1), budget=0.6)):
+    for policy in (
+        PatchPolicy.published(scorer=lambda x: x.mean(1)),
+        PatchPolicy(scorer=lambda x: x.amax(1), budget=0.6),
+    ):
         plans = policy.plan_images(images, 14)
         order = [3, 0, 4, 1, 2]
         permuted = policy.plan_images(images[order], 14)
@@ -419,25 +441,25 @@ def test_wrong_policies_are_named(options: dict[str, Any], message: str) -> None
 )
 def test_wrong_pages_are_named(density: Tensor, size: tuple[int, int], patch: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        PatchPolicy().plan(density, size, patch)
+        PatchPolicy.published().plan(density, size, patch)
 
 
 def test_a_budget_below_the_coarsest_plan_says_what_is_possible() -> None:
     with pytest.raises(PlanError, match=r"budget=0.1 allows 6 tokens .* at least 16 \(0.250 of the 64"):
-        PatchPolicy(budget=0.1).plan(torch.rand(4, 4), (112, 112), 14)
-    assert PatchPolicy(budget=0.25).plan(torch.rand(4, 4), (112, 112), 14).num_tokens == 16
+        PatchPolicy.published(budget=0.1).plan(torch.rand(4, 4), (112, 112), 14)
+    assert PatchPolicy.published(budget=0.25).plan(torch.rand(4, 4), (112, 112), 14).num_tokens == 16
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf"), 0.2])
 def test_ratios_that_cannot_be_met_are_named(ratio: float) -> None:
     with pytest.raises(PlanError, match=r"ratio=" + str(ratio)):
-        PatchPolicy().calibrate([torch.rand(4, 4)], [(112, 112)], 14, ratio)
+        PatchPolicy.published().calibrate([torch.rand(4, 4)], [(112, 112)], 14, ratio)
 
 
 def test_calibrate_needs_one_size_per_page() -> None:
     for pages, sizes in (([], []), ([torch.rand(4, 4)], [])):
         with pytest.raises(PlanError, match=f"got {len(pages)} and {len(sizes)}"):
-            PatchPolicy().calibrate(pages, sizes, 14, 0.5)
+            PatchPolicy.published().calibrate(pages, sizes, 14, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_content_comes_before_density_and_what_does_not_fit_ends_it() -> None:
 )
 def test_wrong_contents_are_named(shown: Tensor, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        PatchPolicy(budget=0.5).plan(torch.ones(2, 2), (56, 56), 14, shown)
+        PatchPolicy.published(budget=0.5).plan(torch.ones(2, 2), (56, 56), 14, shown)
 
 
 def test_calibrated_thresholds_stay_below_their_target_where_all_are_equal() -> None:

@@ -40,7 +40,7 @@ def rows(accuracy: bool) -> list[Measured]:
 
 def test_a_plan_is_drawn_in_the_colours_of_its_levels(tmp_path: Path) -> None:
     shown = page()
-    plan = PatchPolicy().plan(torch.as_tensor(shown.density), (56, 84), 14)
+    plan = PatchPolicy.published().plan(torch.as_tensor(shown.density), (56, 84), 14)
     drawn = pixels(plot_plan(shown, plan, tmp_path / "plan.png"))
     assert drawn.shape[1] == 2400
     for colour in level_colours(3):  # all three levels are on this page
@@ -62,7 +62,7 @@ def test_the_panel_of_accuracies_needs_some(tmp_path: Path, accuracy: bool) -> N
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     path, shown = tmp_path / "none.png", page()
-    plan = PatchPolicy().plan(torch.zeros(2, 2), (56, 56), 14)
+    plan = PatchPolicy.published().plan(torch.zeros(2, 2), (56, 56), 14)
     with pytest.raises(DataError, match=r"\(56, 84\) px, but .*\(56, 56\)"):
         plot_plan(shown, plan, path)
     with pytest.raises(DataError, match="needs pages"):
