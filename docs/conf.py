@@ -16,7 +16,7 @@ _PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="ut
 project = _PROJECT["name"]
 release = version = _PROJECT["version"]
 author = "the maintainers of sfa-adapters"
-copyright = author  # noqa: A001
+copyright = author
 
 extensions = [
     "myst_nb",

@@ -64,8 +64,8 @@ def _write(app: Sphinx) -> None:
         wanted.add(place)
         write_if_new(place, _page(package, modules))
     text = (
-        "# Reference of the code\n\nEvery module that a page of this site imports from, by package, from its docstrings. "
-        "Names that are not here may change without a word in the changelog.\n\n"
+        "# Reference of the code\n\nEvery module that a page of this site imports from, by package, from its "
+        "docstrings. Names that are not here may change without a word in the changelog.\n\n"
         "```{toctree}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n"
     )
     write_if_new(folder / "index.md", text)

@@ -1,7 +1,7 @@
 """One page for each kind of whole vision-language model, from its record and its recipes, in docs/hosts/.
 
-The record (`VLMSpec`) says what the model is and what does not work with it; the recipes are the commands. Git ignores the
-folder.
+The record (`VLMSpec`) says what the model is and what does not work with it; the recipes are the commands. Git ignores
+the folder.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from types import ModuleType
 
 from sphinx.application import Sphinx
 
-from sphinx_parts.links import DOCS
-from sphinx_parts.project_pages import write_if_new
-
 from sfa_adapters.hosts.recipe import Recipe
 from sfa_adapters.recipes.catalog import RECIPES
 from sfa_adapters.vlm.records import registered_vlms
 from sfa_adapters.vlm.spec import VLMSpec
+from sphinx_parts.links import DOCS
+from sphinx_parts.project_pages import write_if_new
 
 __all__ = ["connect", "page"]
 

@@ -1,7 +1,7 @@
 """Files of the repository that are shown on the site although they do not lie in docs/.
 
-README, CONTRIBUTING and the like, and the dated results of benchmarks. Their text is copied with its links rewritten, into
-docs/project/ and docs/results/, which git ignores.
+README, CONTRIBUTING and the like, and the dated results of benchmarks. Their text is copied with its links rewritten,
+into docs/project/ and docs/results/, which git ignores.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _write(app: Sphinx) -> None:
         write_if_new(place, on_the_site(file.read_text(encoding="utf-8"), file, place))
     rows = "\n".join(f"{place.stem}" for file, place in copies().items() if file.parent == RESULTS)
     text = (
-        "# Results of benchmarks\n\nOne dated file for each machine and question, as `python -m benchmarks.NAME` wrote it. "
-        "What follows from them is in [Performance](../performance.md).\n\n"
+        "# Results of benchmarks\n\nOne dated file for each machine and question, as `python -m benchmarks.NAME` wrote "
+        "it. What follows from them is in [Performance](../performance.md).\n\n"
         f"```{{toctree}}\n:maxdepth: 1\n\n{rows}\n```\n"
     )
     write_if_new(DOCS / "results" / "index.md", text)

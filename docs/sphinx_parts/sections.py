@@ -12,9 +12,9 @@ from sphinx.application import Sphinx
 
 __all__ = ["connect", "sections"]
 
-# Pages without a file in docs/, by section; they stand behind the others.
+# Pages without a file in docs/, by section; they stand behind the others, and README before all.
+_FIRST = "The library in short <project/readme>"
 _WRITTEN = {
-    "Start": ["project/readme"],
     "Reference": ["hosts/index", "api/index"],
     "Measured": ["results/index"],
     "Project": ["project/contributing", "project/changelog", "project/security", "project/code_of_conduct"],
@@ -39,8 +39,10 @@ def sections(index: str) -> dict[str, list[str]]:
 
 def _read(app: Sphinx, name: str, content: list[str]) -> None:
     if name == "index":
-        for title, pages in sections(content[0]).items():
-            there = [page for page in pages if page in app.env.found_docs]
+        contents = sections(content[0])
+        content[0] = re.sub(r"\[(\w+\.md)\]\(\1\)", r"[](\1)", content[0])  # titles in place of names of files
+        for number, (title, pages) in enumerate(contents.items()):
+            there = [_FIRST] * (number == 0) + [page for page in pages if page in app.env.found_docs]
             content[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(there) + "\n```\n"
     elif name == "studies":
         content[0] += "\n```{toctree}\n:hidden:\n:glob:\n\nstudies/*/table\n```\n"
