@@ -40,7 +40,8 @@ def sections(index: str) -> dict[str, list[str]]:
 def _read(app: Sphinx, name: str, content: list[str]) -> None:
     if name == "index":
         contents = sections(content[0])
-        content[0] = re.sub(r"\[(\w+\.md)\]\(\1\)", r"[](\1)", content[0])  # titles in place of names of files
+        # Titles in place of names of files.
+        content[0] = re.sub(r"\[(\w+\.(?:md|ipynb))\]\(((?:notebooks/)?\1)\)", r"[](\2)", content[0])
         for number, (title, pages) in enumerate(contents.items()):
             there = [_FIRST] * (number == 0) + [page for page in pages if page in app.env.found_docs]
             content[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(there) + "\n```\n"
