@@ -5,6 +5,7 @@ Without a network. Sphinx checks references of pages; this also sees links of th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -41,16 +42,18 @@ def _page(file: Path) -> _Page:
     return page
 
 
-def broken(folder: Path) -> list[str]:
+def broken(folder: Path, pages: Iterable[str] | None = None) -> list[str]:
     """Links of a site that lead nowhere, as "page: link".
 
     Args:
         folder: The site.
+        pages: Names of the pages to read, without the ending; all by default. A folder may hold pages of former builds.
     """
     folder = folder.resolve()
     _page.cache_clear()
     result = []
-    for file in sorted(folder.rglob("*.html")):
+    files = folder.rglob("*.html") if pages is None else (folder / f"{page}.html" for page in pages)
+    for file in sorted(files):
         for link in dict.fromkeys(_page(file).links):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
@@ -66,7 +69,7 @@ def broken(folder: Path) -> list[str]:
 
 def _check(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.name == "html":
-        for line in broken(Path(app.outdir)):
+        for line in broken(Path(app.outdir), app.env.found_docs):
             _LOG.warning("a link leads nowhere: %s", line)
 
 

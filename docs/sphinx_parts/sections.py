@@ -16,7 +16,7 @@ __all__ = ["connect", "sections"]
 _FIRST = "The library in short <project/readme>"
 _WRITTEN = {
     "Reference": ["hosts/index", "api/index"],
-    "Measured": ["results/index"],
+    "Measured": ["results/index", "figures/numbers/README"],
     "Project": ["project/contributing", "project/changelog", "project/security", "project/code_of_conduct"],
 }
 
