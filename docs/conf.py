@@ -34,7 +34,7 @@ suppress_warnings = ["myst.strikethrough"]
 
 # Notebooks are in git without output and run while the site is built; the cache keeps what has not changed.
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 1200  # seconds for a cell; on two free cores a whole notebook takes under 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
