@@ -48,10 +48,16 @@ def _recipe_module(recipe: Recipe) -> ModuleType:
 def _commands(recipes: list[Recipe]) -> list[str]:
     first = recipes[0].name
     lines = ["## Commands", "", "```sh"]
-    lines += [f"sfa train {first} --nano        # the whole path on a CPU, with a small model of this class"]
-    lines += [f"sfa plan {first} --gpus 1 --memory 24GB        # does it fit? nothing is downloaded"]
+    lines += [f"sfa train {first} --nano        # the whole path on a CPU, small"]
+    lines += [f"sfa plan {first} --gpus 1 --memory 24GB        # does it fit?"]
     lines += [f"sfa train {recipe.name}        # {recipe.model}" for recipe in recipes]
-    return [*lines, "```", "", "Settings, data and the results of `--nano`: [recipes](../recipes.md).", ""]
+    return [
+        *lines,
+        "```",
+        "",
+        "`--nano` takes a small model of this class, and `sfa plan` downloads nothing. Settings, data and results: [recipes](../recipes.md).",
+        "",
+    ]
 
 
 def _in_python(spec: VLMSpec, model: str) -> list[str]:
@@ -72,7 +78,7 @@ def _in_python(spec: VLMSpec, model: str) -> list[str]:
 
 
 def _limits(spec: VLMSpec) -> list[str]:
-    reasons = {name: spec.refusal(name) for name in _FEATURES}  # type: ignore[arg-type]
+    reasons = {name: spec.refusal(name) for name in _FEATURES}
     lines = ["## What works", "", "| feature | |", "|---|---|", "| [structural bias](../sfa.md) | works |"]
     for name, label in _FEATURES.items():
         reason = reasons[name]
