@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "sphinx_parts", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "sphinx_parts", "**.ipynb_checkpoints"]
 
 # Pages are written for GitHub's reader, too: headings are link targets, and links lead to files.
 myst_heading_anchors = 4
@@ -37,6 +37,7 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 1200  # seconds for a cell; on two free cores a whole notebook takes under 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and warnings of libraries about one another
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

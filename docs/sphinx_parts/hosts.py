@@ -55,7 +55,8 @@ def _commands(recipes: list[Recipe]) -> list[str]:
         *lines,
         "```",
         "",
-        "`--nano` takes a small model of this class, and `sfa plan` downloads nothing. Settings, data and results: [recipes](../recipes.md).",
+        "`--nano` takes a small model of this class, and `sfa plan` downloads nothing. Settings, data and results are "
+        "in [recipes](../recipes.md).",
         "",
     ]
 
