@@ -28,6 +28,7 @@ from sfa_adapters.heads.prune import Target, slice_heads
 from sfa_adapters.heads.pruned_files import PLAN_NAME, read_pruned
 from sfa_adapters.heads.slicing import Edits
 from sfa_adapters.inject import Description
+from sfa_adapters.install import install_command
 from sfa_adapters.tower_search import find_tower
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _reason(name: str, error: BaseException) -> str:
         return any(isinstance(entry, kinds) for entry in chain)
 
     needs_timm = "/" not in name and importlib.util.find_spec("timm") is None
-    hint = _near(name) + (" For timm names: pip install 'sfa-adapters[timm]'." if needs_timm else "")
+    hint = _near(name) + (f" For timm names: {install_command('timm')}." if needs_timm else "")
     if "trust_remote_code" in text:
         return f"{name} brings its own modelling code; read it, then allow it with --trust-remote-code."
     if caused_by(errors.GatedRepoError):

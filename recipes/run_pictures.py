@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from sfa_adapters import figure_style
 from sfa_adapters.evaluation.scores import ScoreTable
 from sfa_adapters.figures import plot_bias, write_bias_table
 from sfa_adapters.inject import describe
 
 __all__ = ["draw_bias", "draw_scores"]
 
-COLOURS = ("#9aa5b1", "#1f6feb", "#e36209", "#2da44e")
+COLOURS = ("#9aa5b1", *figure_style.COLOURS[:3])  # the host as it was is gray
 ANY_SIZE = (16, 16)  # rows and columns that are drawn for a tower without a fixed grid
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from sfa_adapters.install import install_for_others
 from sfa_adapters.state_keys import scalar_keys
 
 __all__ = ["WEIGHTS_NAME", "complete_folder"]
@@ -20,7 +21,7 @@ CARD_TITLE = "## A structural attention bias (SFA)"
 CARD_TEXT = """This adapter adds learned numbers for rows, columns, distance and blocks of a page to the attention
 logits of a vision tower. The library sfa-adapters registers it as a PEFT method:
 
-    pip install sfa-adapters
+    {install}
 
     from sfa_adapters import SFAConfig
     from peft import PeftModel
@@ -37,7 +38,8 @@ def complete_folder(folder: Path) -> None:
     """
     card = folder / "README.md"
     if card.is_file() and CARD_TITLE not in (text := card.read_text(encoding="utf-8")):
-        card.write_text(f"{text.rstrip()}\n\n{CARD_TITLE}\n\n{CARD_TEXT}", encoding="utf-8")
+        added = CARD_TEXT.format(install=install_for_others())
+        card.write_text(f"{text.rstrip()}\n\n{CARD_TITLE}\n\n{added}", encoding="utf-8")
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         return

@@ -93,7 +93,7 @@ class SFAConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise AdapterMismatchError(
                 f"This adapter has format_version={self.format_version}; this version of sfa-adapters reads up to "
-                f"{FORMAT_VERSION}. Upgrade with: pip install -U sfa-adapters"
+                f"{FORMAT_VERSION}. Upgrade sfa-adapters."
             )
         if self.tower is not None and not isinstance(self.tower, dict):
             raise AdapterMismatchError(f"tower={self.tower!r} is not what injection fills in; leave it out.")

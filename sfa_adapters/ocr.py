@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sfa_adapters.images import as_image
+from sfa_adapters.install import install_command
 
 __all__ = ["ocr_engine", "ocr_texts"]
 
@@ -23,7 +24,7 @@ def ocr_engine() -> Any:
         import onnxruntime  # noqa: F401  # rapidocr would fail only later, with a less clear error
         from rapidocr import RapidOCR
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed. Run: pip install 'sfa-adapters[ocr]'"
+        message = f"{error.name} is not installed. Run: {install_command('ocr')}"
         raise ModuleNotFoundError(message, name=error.name) from error
     return RapidOCR(params={"Global.log_level": "error"})
 

@@ -51,7 +51,7 @@ def read_record(record: Tensor, source: str) -> dict[str, SFAConfig]:
         if version > FORMAT_VERSION:
             raise AdapterMismatchError(
                 f"{source}: the SFA configuration has format_version={version}; this version of sfa-adapters reads up "
-                f"to {FORMAT_VERSION}. Upgrade with: pip install -U sfa-adapters"
+                f"to {FORMAT_VERSION}. Upgrade sfa-adapters."
             )
         return {name: SFAConfig(**options) for name, options in adapters.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

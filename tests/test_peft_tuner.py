@@ -17,6 +17,7 @@ from torch import nn
 
 from sfa_adapters import SFAConfig, describe, eject_sfa, inject_sfa, load_sfa, save_sfa
 from sfa_adapters.errors import InjectionError, MergeError, SFAWarning, WeightsError
+from sfa_adapters.install import install_for_others
 from sfa_adapters.tuner import injected_layers
 from tests.support import compare
 from tests.support.hosts import HOSTS, logits_of
@@ -333,7 +334,7 @@ def test_the_model_card_names_sfa(tmp_path: Path):
         model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.count("A structural attention bias (SFA)") == 1
-    assert "pip install sfa-adapters" in card
+    assert install_for_others() in card
     assert "PeftModel.from_pretrained" in card
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from sfa_adapters.figure_style import COLOURS, MARKERS
 from sfa_adapters.recipes.bench.heads_report import HeadBench
 from sfa_adapters.statistics import Interval, bootstrap
 
 __all__ = ["plot_bench_heads"]
 
 LABEL, TITLE = 13, 14
-COLOURS = ("#1b6ca8", "#c1440e", "#2f7d32", "#7b3f9d")
-MARKERS = ("o", "s", "^", "D")
 STYLES = ("-", "--", ":", "-.")
 
 

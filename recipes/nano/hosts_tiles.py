@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from sfa_adapters.errors import RecipeError
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.nano.hosts import TILE, ending, text_settings, vision_settings
 from sfa_adapters.recipes.nano.tokenizer import CONTENT, host_tokenizer, token_id
 
@@ -88,7 +89,7 @@ def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
             chat_template=SMOL,
         )
     except ImportError as error:
-        raise RecipeError("The processor of SmolVLM needs num2words: pip install 'sfa-adapters[recipes]'.") from error
+        raise RecipeError(f"The processor of SmolVLM needs num2words: {install_command('recipes')}.") from error
     return model, processor
 
 

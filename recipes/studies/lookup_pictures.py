@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.studies.training import NONE
 
 __all__ = ["BLANK", "CELL", "DigitBank", "Lookups", "digit_bank", "draw_lookups"]
@@ -73,7 +74,7 @@ def digit_bank(split: Split) -> DigitBank:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("The digits come with scikit-learn. Run: pip install 'sfa-adapters[study]'") from None
+        raise DataError(f"The digits come with scikit-learn. Run: {install_command('study')}") from None
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     chosen = order[slice(*BOUNDS[split])]

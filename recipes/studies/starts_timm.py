@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from sfa_adapters import calibrate_axial, sfa_parameter_groups
 from sfa_adapters.errors import DataError
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.studies.lookup_pictures import BLANK, CELL, Lookups, digit_bank, draw_lookups
 from sfa_adapters.recipes.studies.starts import attach
 from sfa_adapters.recipes.studies.training import NONE, Stepper, picture_scores
@@ -35,7 +36,7 @@ class _Reader(nn.Module):
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         if find_spec("timm") is None:
-            raise DataError("timm is missing. Run: pip install 'sfa-adapters[timm]'")
+            raise DataError(f"timm is missing. Run: {install_command('timm')}")
         from timm.models.vision_transformer import VisionTransformer
 
         size = (GRID[0] * CELL, GRID[1] * CELL)

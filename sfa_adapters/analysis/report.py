@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sfa_adapters import figure_style
 from sfa_adapters.errors import DataError
 from sfa_adapters.statistics import Interval
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Report", "Skip", "Skips", "formula_of_means", "write_csv"]
 
 TITLE, LABEL = 19, 17  # pt
-# Colours that people with colour blindness can distinguish.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#555555")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+# Dense text, or the first of two, is orange.
+COLOURS = (figure_style.ORANGE, figure_style.BLUE, *figure_style.COLOURS[2:5], figure_style.GRAY)
+MARKERS = figure_style.MARKERS
 Row = dict[str, Any]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from sfa_adapters.errors import SFAError
+from sfa_adapters.install import install_command
 
 __all__ = ["EXTRAS", "one_line"]
 
@@ -37,7 +38,7 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, SFAError):
         text = str(error)
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        text = f"{error.name} is not installed. Run: pip install 'sfa-adapters[{EXTRAS[error.name]}]'"
+        text = f"{error.name} is not installed. Run: {install_command(EXTRAS[error.name])}"
     elif isinstance(error, OSError):
         text = _of_system(error)
     elif _is_disk(error):

@@ -14,6 +14,7 @@ from torch import nn
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import PlanName, Recipe
 from sfa_adapters.hosts.spec import VLMSpec
+from sfa_adapters.install import install_command
 
 __all__ = ["check_loaded", "four_bit_modules", "keep_format", "kept_modules", "quantization", "some"]
 
@@ -49,7 +50,7 @@ def quantization(recipe: Recipe, spec: VLMSpec, model: nn.Module) -> Any:
     from transformers.utils.import_utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise RecipeError("plan=nf4 needs bitsandbytes: pip install 'sfa-adapters[recipes]'. Or use plan=bf16.")
+        raise RecipeError(f"plan=nf4 needs bitsandbytes: {install_command('recipes')}. Or use plan=bf16.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

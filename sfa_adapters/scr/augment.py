@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfa_adapters.errors import DataError
+from sfa_adapters.install import install_command
 from sfa_adapters.scr.config import Fill, SCRConfig
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _through_pillow(pages: Tensor, blur: float, quality: int | None) -> Tensor:
     try:
         from PIL import Image, ImageFilter
     except ModuleNotFoundError as error:
-        message = "Pillow is not installed; blur and JPEG need it. Run: pip install 'sfa-adapters[vision]'"
+        message = f"Pillow is not installed; blur and JPEG need it. Run: {install_command('vision')}"
         raise ModuleNotFoundError(message, name=error.name) from error
     changed = []
     for page in (pages * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():

@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.install import install_command
 from sfa_adapters.training.optimizer import accumulation
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["require_logger", "training_arguments"]
 
-BROUGHT = {"tensorboard": " pip install 'sfa-adapters[recipes]' brings it."}
+BROUGHT = {"tensorboard": "recipes"}  # loggers, and the extra that installs them
 
 
 def training_arguments(recipe: Recipe, folder: Path, steps: int, host: Host) -> TrainingArguments:
@@ -83,7 +84,8 @@ def require_logger(recipe: Recipe) -> None:
         INTEGRATION_TO_CALLBACK[recipe.log]()
     except Exception as error:  # for missing packages and accounts each logger raises another class
         reason = " ".join(str(error).split()) or type(error).__name__
+        hint = f" Run: {install_command(BROUGHT[recipe.log])}." if recipe.log in BROUGHT else ""
         raise RecipeError(
-            f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{BROUGHT.get(recipe.log, '')} log=none keeps "
-            "log.csv and training.png alone."
+            f"log={recipe.log!r} cannot be used: {reason.rstrip('.')}.{hint} log=none keeps log.csv and training.png "
+            "alone."
         ) from error

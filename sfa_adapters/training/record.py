@@ -106,8 +106,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if not 1 <= int(record["format"]) <= FORMAT:
             raise RecipeError(
-                f"{folder / RECORD} has format {record['format']}; this version reads up to {FORMAT}. Upgrade with: "
-                "pip install -U sfa-adapters"
+                f"{folder / RECORD} has format {record['format']}; this version reads up to {FORMAT}. Upgrade "
+                "sfa-adapters."
             )
         assert {"host", "recipe", "tensors"} <= set(record)
     except (ValueError, KeyError, TypeError, AssertionError) as error:

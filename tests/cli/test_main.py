@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig, ResNetConfig
 
 from sfa_adapters.cli.main import main
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.catalog import RECIPES, find_recipe
 from sfa_adapters.testing import modeling_intern_vit
 from sfa_adapters.testing.modeling_intern_vit import InternVisionConfig
@@ -254,7 +255,7 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "PIL", None)
     line = _mistake(capsys, "demo", "--steps", "1")
-    assert "pip install 'sfa-adapters[demo]'" in line
+    assert f"Run: {install_command('demo')}" in line
 
 
 @pytest.mark.parametrize(

