@@ -147,6 +147,7 @@ COVERED_BY = {
     "recipes/density/map_scorers": "recipes/density/test_drawn_text",
     "recipes/density/negatives": "recipes/density/test_drawn_text",
     "recipes/density/options": "cli/test_density",
+    "recipes/density/plan_rows": "recipes/analyze/test_own_pages",
     "recipes/density/train": "cli/test_density",
     "recipes/density/views": "recipes/density/test_real_pages",
     "recipes/gemma3_4b": "recipes/test_catalog",

@@ -76,7 +76,9 @@ def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
     import cv2
 
     encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return decoded
 
 
 def photographed(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

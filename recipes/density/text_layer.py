@@ -66,10 +66,14 @@ def read_layers(xhtml: str) -> list[TextLayer]:
     """
     layers = []
     for width, height, content in PAGE.findall(xhtml):
-        rows = [(*map(float, match[:4]), unescape(match[4]).strip()) for match in WORD.findall(content)]
-        kept = [row for row in rows if row[4] and row[2] > row[0] and row[3] > row[1]]
-        boxes = np.array([row[:4] for row in kept], dtype=np.float64).reshape(-1, 4)
-        layers.append(TextLayer((float(width), float(height)), boxes, tuple(str(row[4]) for row in kept)))
+        matches: list[tuple[str, ...]] = WORD.findall(content)
+        words = [unescape(match[4]).strip() for match in matches]
+        boxes = np.array([match[:4] for match in matches], dtype=np.float64).reshape(-1, 4)
+        kept = (
+            (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & np.array([bool(w) for w in words], dtype=bool)
+        )
+        texts = tuple(word for word, keep in zip(words, kept, strict=True) if keep)
+        layers.append(TextLayer((float(width), float(height)), boxes[kept], texts))
     return layers
 
 
@@ -120,7 +124,7 @@ def layer_fault(picture: np.ndarray, layer: TextLayer, text_areas: np.ndarray) -
     outside = ((boxes < -1) | (boxes > np.tile((width, height), 2) + 1)).any(axis=1)
     # A dash or a full stop is flat in every font.
     judged = [sum(map(str.isalnum, word)) > 1 for word in layer.words]
-    wrong = outside | [ink is not None and ink * TALL < 1 for ink in inks]
+    wrong = outside | np.array([ink is not None and ink * TALL < 1 for ink in inks], dtype=bool)
     if any(judged) and np.mean(wrong[judged]) > MISPLACED:
         return "boxes that are not where the letters are"
     if _unlisted(text_areas, boxes, (height, width)) > UNLISTED:

@@ -65,6 +65,7 @@ def test_the_wheel_has_one_top_level_name(wheel: set[str]) -> None:
 
 def test_the_wheel_holds_every_module_and_the_data(wheel: set[str]) -> None:
     expected = {"sfa_adapters/py.typed", "sfa_adapters/backend_times.json"}
+    expected.add("sfa_adapters/recipes/density/debian_packages.json")
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         folder = MAPPED[package] if package in MAPPED else ROOT / package.replace(".", "/")
         files = [file for ending in ("py", "safetensors", "yaml") for file in folder.glob(f"*.{ending}")]
