@@ -34,7 +34,7 @@ TIMES, MORE = 2.5, 0.02  # a coarser look counts where its mean is above TIMES t
 WIDTHS = (3, 32, 64, 128, 64, 32)
 # The weights that come with the library: name, and SHA-256 of `density_NAME.safetensors`. The first is the default.
 SHIPPED = {
-    "real": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf",
+    "real": "eb65d365c006b45597c22df971627c110ab4a68c5d56800c4d79a82cf2a811c8",
     "rendered": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf",
 }
 FOLDER = Path(__file__).parent
