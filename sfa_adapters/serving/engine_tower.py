@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,13 +52,14 @@ class EngineTower:
         adapter: The adapter that it serves.
 
     Attributes:
-        enabled: Whether layers add their bias; the self-check switches it off for one forward.
-        acted: Numbers of the layers that added a bias since `acted` was cleared.
+        mode: What its layers add: their `bias`; `zeros`, on the same way through wider heads; or nothing (`off`). The
+            self-check compares the three.
+        acted: Numbers of the layers that added something since `acted` was cleared.
     """
 
     def __init__(self, adapter: ServedAdapter) -> None:
         self.adapter = adapter
-        self.enabled = True
+        self.mode: Literal["bias", "zeros", "off"] = "bias"
         self.acted: set[int] = set()
         self._forward: _Forward | None = None
         self._layouts: dict[Any, Any] = {}
@@ -172,15 +173,18 @@ class EngineLayer:
 
     @property
     def acts(self) -> bool:
-        """Whether the layer adds a bias now."""
-        return self._weights is not None and self.tower.enabled
+        """Whether the layer takes the way through wider heads now."""
+        return self._weights is not None and self.tower.mode != "off"
 
     def _on(self, device: torch.device) -> StructuralWeights:
         assert self._weights is not None
         if self._moved is None or self._moved[0] != device:
             moved = (None if v is None else v.to(device) for v in vars(self._weights).values())
             self._moved = (device, StructuralWeights(*moved))
-        return self._moved[1]
+        weights = self._moved[1]
+        if self.tower.mode == "zeros":
+            return StructuralWeights(*(None if v is None else torch.zeros_like(v) for v in vars(weights).values()))
+        return weights
 
     def widen(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scale: float, most: int

@@ -206,4 +206,4 @@ def _begin(served: _Served) -> None:
 
     call.tower.register_forward_pre_hook(see, with_kwargs=True)
     image = call.random_image(state)
-    logger().info("%s", check_bias_acts(state, set(served.layers), lambda: call.tower(**image)))
+    logger().info("%s", check_bias_acts(state, set(served.layers), call.dtype, lambda: call.tower(**image)))

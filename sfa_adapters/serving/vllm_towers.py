@@ -54,6 +54,11 @@ class TowerCall:
     tower: nn.Module
     kind: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.tower.parameters()).dtype
+
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: EngineTower) -> None:
         """Tells the state of a tower what its forward is called with.
 
