@@ -83,9 +83,7 @@ class TowerInput:
         return TokenArrangement(backbone.joined, images, geometry.prefix_tokens)
 
 
-def arrangement_of(
-    tower: nn.Module, backbone: Backbone, images: Tensor, **kwargs: Any
-) -> TokenArrangement | None:
+def arrangement_of(tower: nn.Module, backbone: Backbone, images: Tensor, **kwargs: Any) -> TokenArrangement | None:
     """How the tokens of a forward would lie; None where its arguments do not say.
 
     Args:

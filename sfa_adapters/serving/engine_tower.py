@@ -138,7 +138,9 @@ class EngineTower:
 
     def _known(self) -> _Forward:
         if self._forward is None:
-            raise LayoutError("A layer of the tower ran, but the tower itself was not called: where tokens lie is lost.")
+            raise LayoutError(
+                "A layer of the tower ran, but the tower itself was not called: where tokens lie is lost."
+            )
         return self._forward
 
     def _kept(self, key: Any, build: Any) -> Any:

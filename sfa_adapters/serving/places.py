@@ -36,7 +36,9 @@ class SegmentGroup:
     layout: TokenLayout
 
 
-def segment_groups(arrangement: TokenArrangement, bounds: Sequence[int], block_map: Tensor | None) -> list[SegmentGroup]:
+def segment_groups(
+    arrangement: TokenArrangement, bounds: Sequence[int], block_map: Tensor | None
+) -> list[SegmentGroup]:
     """Sorts the segments of a sequence into groups that lie alike.
 
     Args:

@@ -97,9 +97,7 @@ def check_config(config: Any) -> None:
     compilation = config.compilation_config
     multimodal = getattr(config.model_config, "multimodal_config", None)
     wrong = {
-        "mm_encoder_attn_dtype='fp8' (FP8 attention of the encoder)": getattr(
-            multimodal, "mm_encoder_attn_dtype", None
-        )
+        "mm_encoder_attn_dtype='fp8' (FP8 attention of the encoder)": getattr(multimodal, "mm_encoder_attn_dtype", None)
         == "fp8",
         "cudagraph_mm_encoder (CUDA graphs of the encoder)": getattr(compilation, "cudagraph_mm_encoder", False),
         "compile_mm_encoder (compilation of the encoder)": getattr(compilation, "compile_mm_encoder", False),

@@ -39,7 +39,11 @@ PATCHES = """
 RASTER = """
     paddleocr_vl.SiglipVisionTransformer
 """
-KNOWN = {name: kind for table, kind in ((IMAGES, "images"), (PATCHES, "patches"), (RASTER, "raster")) for name in table.split()}
+KNOWN = {
+    name: kind
+    for table, kind in ((IMAGES, "images"), (PATCHES, "patches"), (RASTER, "raster"))
+    for name in table.split()
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from sfa_adapters.serving.places import segment_groups
 HEADS, WIDTH = 4, 16
 SCALE = WIDTH**-0.5
 WINDOWS = TokenArrangement(
-    "segments", (ImageTokens((6, 10), Windows(2, 2)), ImageTokens((8, 4), Windows(2, 2)), ImageTokens((6, 10), Windows(2, 2)))
+    "segments",
+    (ImageTokens((6, 10), Windows(2, 2)), ImageTokens((8, 4), Windows(2, 2)), ImageTokens((6, 10), Windows(2, 2))),
 )
 
 
