@@ -7,6 +7,7 @@ its OpenAI server is the same server.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -96,10 +97,8 @@ class Server:
     def kill(self) -> None:
         """Ends the server and its processes at once."""
         assert self.process is not None
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def ready(self) -> bool:
@@ -117,7 +116,7 @@ class Server:
             if self.process.poll() is not None:
                 return False
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):  # noqa: S310
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return True
             except (urllib.error.URLError, OSError):
                 time.sleep(1)

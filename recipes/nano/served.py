@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.inject import inject_sfa, save_sfa
-from sfa_adapters.recipes.nano.hosts import WIDTH, build_host
+from sfa_adapters.recipes.nano.hosts import build_host
 
 __all__ = ["HEAD", "served_host", "write_served"]
 
@@ -36,7 +36,7 @@ def served_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorM
     narrow, processor = build_host(family, seed)
     config: Any = copy.deepcopy(narrow.config)
     text = config.text_config
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = WIDTH // HEAD, 1, HEAD
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = text.hidden_size // HEAD, 1, HEAD
     # With tied embeddings a random model repeats its last token, whatever it sees.
     config.tie_word_embeddings = text.tie_word_embeddings = False
     rope = text.rope_parameters

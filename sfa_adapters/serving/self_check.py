@@ -70,9 +70,9 @@ def check_bias_acts(state: EngineTower, built: set[int], dtype: torch.dtype, enc
     kernel, bias = _change(zeros, plain), _change(biased, zeros)
     if not kernel <= (tolerance := TOLERANCES.get(dtype, COARSE)):
         raise ServingError(
-            f"The engine's attention is wrong for wide heads: with a bias of zero the features of a random image differ "
-            f"by {100 * kernel:.2g}% from those of plain attention (rounding gives {100 * tolerance:.2g}% at most). Take "
-            "another backend for the encoder."
+            "The engine's attention is wrong for wide heads: with a bias of zero the features of a random image differ "
+            f"by {100 * kernel:.2g}% from those of plain attention (rounding gives {100 * tolerance:.2g}% at most). "
+            "Take another backend for the encoder."
         )
     return (
         f"SFA: {adapter} acts in {len(acted)} of {len(built)} layers; largest scalar {adapter.largest:.2f} logits; the "

@@ -2,9 +2,10 @@
 
     SFA_ADAPTER=FOLDER python -m sglang.launch_server --model-path MODEL
 
-SGLang lets plug-ins wrap functions of its own (`HookRegistry`). Three are wrapped: the constructor of `VisionAttention`,
-which tells the layers of the tower and their heads; the forward of its attention backends, where phi goes into further
-channels of q and k; and the forward of the tower, which tells the grids and runs the self-check at its first call.
+SGLang lets plug-ins wrap functions of its own (`HookRegistry`). Three are wrapped: the constructor of
+`VisionAttention`, which tells the layers of the tower and their heads; the forward of its attention backends, where phi
+goes into further channels of q and k; and the forward of the tower, which tells the grids and runs the self-check at
+its first call.
 
 Unlike vLLM, SGLang starts although a plug-in of it has failed. So whatever is wrong is raised again in each forward of
 the tower: no image is answered without its bias.

@@ -40,8 +40,8 @@ def register() -> None:
         _register_layer()
     elif there.__name__ != "SFAEncoderAttention" and folder:
         raise ServingError(
-            f"{there.__module__}.{there.__name__} has replaced vLLM's MMEncoderAttention, so the bias has no place. Run "
-            "vLLM without that plug-in (VLLM_PLUGINS=sfa)."
+            f"{there.__module__}.{there.__name__} has replaced vLLM's MMEncoderAttention, so the bias has no place. "
+            "Run vLLM without that plug-in (VLLM_PLUGINS=sfa)."
         )
 
 

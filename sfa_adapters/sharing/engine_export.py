@@ -98,8 +98,8 @@ def _check(model: Any) -> tuple[str, int]:
         )
     if not isinstance(model, PreTrainedModel):
         raise RecipeError(
-            f"{type(model).__name__} is not a class of transformers, so an engine cannot load what it would write. Take "
-            "the -HF variant of the model."
+            f"{type(model).__name__} is not a class of transformers, so an engine cannot load what it would write. "
+            "Take the -HF variant of the model."
         )
     if pruned_metadata(model) is not None:
         raise RecipeError(f"{type(model).__name__} lost attention heads; engines load layers of one shape only.")

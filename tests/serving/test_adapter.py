@@ -41,7 +41,7 @@ def test_folders_that_are_taken(internvl: tuple[Path, Path], tmp_path: Path) -> 
 
 def test_wrong_folders(internvl: tuple[Path, Path], tmp_path: Path) -> None:
     host, adapter = internvl
-    with pytest.raises(ServingError, match=r"nowhere is no folder"):
+    with pytest.raises(ServingError, match="nowhere is no folder"):
         adapter_folder(tmp_path / "nowhere")
     with pytest.raises(ServingError, match=r"holds no SFA adapter: there is no adapter_config.json in it"):
         adapter_folder(tmp_path)
@@ -66,7 +66,7 @@ def test_weights_that_were_trained_beside_the_bias_are_not_forgotten(
 
 def test_an_adapter_of_another_tower(internvl: tuple[Path, Path], tmp_path: Path) -> None:
     other, _ = write_served("llava", tmp_path)
-    with pytest.raises(ServingError, match=r"does not fit .*llava|does not fit") as caught:
+    with pytest.raises(ServingError, match="does not fit") as caught:
         read_adapter(internvl[1], other)
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,7 @@ heads, and `scaled_dot_product_attention` without a mask plays the kernel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ def _as_engine(tower: nn.Module, state: EngineTower, most: int = 256) -> Iterato
         stops = [0, query.shape[2]] if cuts is None else cuts.tolist()
         parts = [
             F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in states), scale=scaling)
-            for a, b in zip(stops, stops[1:], strict=False)
+            for a, b in itertools.pairwise(stops)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2)[..., :width], None
 
