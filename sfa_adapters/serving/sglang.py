@@ -27,7 +27,7 @@ from sfa_adapters.errors import ServingError, SFAError
 from sfa_adapters.serving.adapter import adapter_folder, read_adapter
 from sfa_adapters.serving.engine_tower import EngineLayer, EngineTower
 from sfa_adapters.serving.self_check import check_bias_acts
-from sfa_adapters.serving.vllm import ENVIRONMENT
+from sfa_adapters.serving.vllm_options import ENVIRONMENT
 
 __all__ = ["SGLangPlugin", "register"]
 

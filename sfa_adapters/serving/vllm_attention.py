@@ -25,7 +25,7 @@ from sfa_adapters.errors import ServingError, SFAError
 from sfa_adapters.folded import HEAD_WIDTHS
 from sfa_adapters.serving.engine_tower import EngineLayer, EngineTower
 from sfa_adapters.serving.self_check import check_bias_acts
-from sfa_adapters.serving.vllm import adapter_of, folder_of, logger, refuse
+from sfa_adapters.serving.vllm_options import adapter_of, folder_of, logger, refuse
 from sfa_adapters.serving.vllm_towers import KNOWN, TowerCall, call_of
 
 __all__ = ["SFAEncoderAttention", "parents"]
@@ -206,4 +206,4 @@ def _begin(served: _Served) -> None:
 
     call.tower.register_forward_pre_hook(see, with_kwargs=True)
     image = call.random_image(state)
-    logger().info("%s", check_bias_acts(state, set(served.layers), call.dtype, lambda: call.tower(**image)))
+    logger.info("%s", check_bias_acts(state, set(served.layers), call.dtype, lambda: call.tower(**image)))

@@ -43,7 +43,7 @@ def test_wrong_folders(internvl: tuple[Path, Path], tmp_path: Path) -> None:
     host, adapter = internvl
     with pytest.raises(ServingError, match="nowhere is no folder"):
         adapter_folder(tmp_path / "nowhere")
-    with pytest.raises(ServingError, match=r"holds no SFA adapter: there is no adapter_config.json in it"):
+    with pytest.raises(ServingError, match="holds no SFA adapter"):
         adapter_folder(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(adapter, broken)

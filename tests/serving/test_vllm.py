@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sfa_adapters.errors import ServingError
-from sfa_adapters.serving.vllm import ENVIRONMENT, check_config, folder_of, register
+from sfa_adapters.serving.vllm import register
+from sfa_adapters.serving.vllm_options import ENVIRONMENT, check_config, folder_of
 
 
 def _config(additional: Any = None, **settings: Any) -> Any:
