@@ -11,8 +11,14 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
+from torch.nn.modules.module import (
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
+from vllm.config import (  # pyright: ignore[reportMissingImports]
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+)
 from vllm.distributed import (  # pyright: ignore[reportMissingImports]
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -32,27 +38,49 @@ __all__ = ["SFAEncoderAttention", "parents"]
 
 
 class _Parents:
-    """Which module holds which, recorded while models are built: a layer of vLLM does not know its tower."""
+    """Which module holds which, recorded while models are built: a layer of vLLM does not know its tower.
+
+    A model whose tower has none of these layers would be served without its bias, and no layer would tell. So the first
+    forward of any module ends in an error if an adapter was named and nothing took it.
+    """
 
     def __init__(self) -> None:
         self._holder: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
-        self._handle: Any = None
+        self._handles: list[Any] = []
+        self._folder: str | None = None
 
     def watch(self) -> None:
         """Records from now on, in a hook that torch calls when a module gets a child."""
-        if self._handle is None:
-            self._handle = register_module_module_registration_hook(self._note)
+        if not self._handles:
+            self._handles = [
+                register_module_module_registration_hook(self._note),
+                register_module_forward_pre_hook(self._begins),
+            ]
 
     def stop(self) -> None:
         """Records no more."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-            self._holder.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._holder.clear()
 
     def _note(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is not None:
             self._holder[child] = ref(parent)
+        if self._folder is None and (config := get_current_vllm_config_or_none()) is not None:
+            self._folder = folder_of(config)
+
+    def _begins(self, module: nn.Module, args: Any) -> None:
+        """Called at the first forward of any module, after the model was built."""
+        if self._folder is not None and SFAEncoderAttention._served is None:
+            raise refuse(
+                ServingError(
+                    f"The model has no MMEncoderAttention layer that could take the adapter {self._folder}: its tower "
+                    "computes attention otherwise (--model-impl transformers does), or it has no tower."
+                )
+            )
+        if self._folder is None and get_current_vllm_config_or_none() is not None:
+            self.stop()
 
     def above(self, module: nn.Module) -> list[nn.Module]:
         """The modules that hold a module, from the inside out."""

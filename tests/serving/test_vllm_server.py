@@ -43,7 +43,8 @@ def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: 
     images = [page(seed) for seed in range(IMAGES)]
     expected = reference_answers(host, adapter, images)
     plain = reference_answers(host, None, images)
-    with Server(host, tmp_path / "log", adapter) as server:
+    # The option lets a request ask for images of other sizes.
+    with Server(host, tmp_path / "log", adapter, ("--trust-request-mm-kwargs",)) as server:
         assert server.ready(), server.text()[-3000:]
         assert "acts in 3 of 3 layers" in server.text()
         answers = [ask(server.client(), image) for image in images]
@@ -93,6 +94,17 @@ def test_an_adapter_that_does_nothing(written: Any, tmp_path: Path) -> None:
     save_file({k: v * 0 for k, v in tensors.items()}, zero / "adapter_model.safetensors", {"format": "pt"})
     with Server(host, tmp_path / "log", zero) as server:
         assert "changes nothing" in _refusal(server)
+
+
+def test_a_tower_without_layers_of_the_engine(written: Any, tmp_path: Path) -> None:
+    host, adapter = written("llava_onevision")
+    with Server(host, tmp_path / "log", adapter, ("--model-impl", "transformers")) as server:
+        if server.ready():  # nothing ran yet
+            from openai import OpenAIError
+
+            with pytest.raises(OpenAIError):
+                ask(server.client(), page(0))
+        assert "has no MMEncoderAttention layer" in server.text()
 
 
 def test_a_wrong_folder_in_the_environment(written: Any, tmp_path: Path) -> None:
