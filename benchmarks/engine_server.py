@@ -128,7 +128,7 @@ class Server:
 
     def client(self) -> Any:
         """A client of OpenAI's library for it."""
-        from openai import OpenAI
+        from openai import OpenAI  # pyright: ignore[reportMissingImports]
 
         return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=600)
 

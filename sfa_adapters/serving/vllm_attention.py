@@ -48,6 +48,7 @@ class _Parents:
         self._holder: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
         self._handles: list[Any] = []
         self._folder: str | None = None
+        self._asked = False  # whether the configuration of a model was read
 
     def watch(self) -> None:
         """Records from now on, in a hook that torch calls when a module gets a child."""
@@ -67,8 +68,8 @@ class _Parents:
     def _note(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is not None:
             self._holder[child] = ref(parent)
-        if self._folder is None and (config := get_current_vllm_config_or_none()) is not None:
-            self._folder = folder_of(config)
+        if not self._asked and (config := get_current_vllm_config_or_none()) is not None:
+            self._folder, self._asked = folder_of(config), True
 
     def _begins(self, module: nn.Module, args: Any) -> None:
         """Called at the first forward of any module, after the model was built."""
@@ -79,8 +80,8 @@ class _Parents:
                     "computes attention otherwise (--model-impl transformers does), or it has no tower."
                 )
             )
-        if self._folder is None and get_current_vllm_config_or_none() is not None:
-            self.stop()
+        if self._asked and self._folder is None:
+            self.stop()  # hooks of all modules cost time, and get in the way of compilation
 
     def above(self, module: nn.Module) -> list[nn.Module]:
         """The modules that hold a module, from the inside out."""

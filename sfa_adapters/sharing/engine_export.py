@@ -68,7 +68,7 @@ def export_for_engine(
         RecipeError: The model has parts that no engine has, or is not a class of transformers.
         InjectionError: The model has no active SFA, or several adapters at once.
     """
-    model = plain_model(host if isinstance(host, nn.Module) else host.model)
+    model: Any = plain_model(host if isinstance(host, nn.Module) else host.model)
     recipe = None if isinstance(host, nn.Module) else host.recipe
     processor = processor or (None if isinstance(host, nn.Module) else host.processor)
     if recipe is not None:

@@ -48,9 +48,9 @@ def test_wrong_folders(internvl: tuple[Path, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(adapter, broken)
     (broken / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ServingError, match=r"does not fit .*adapter_model.safetensors cannot be read"):
+    with pytest.raises(ServingError, match=r"does not fit .*adapter_model\.safetensors cannot be read"):
         read_adapter(broken, host)
-    with pytest.raises(ServingError, match="The configuration of .* cannot be read"):
+    with pytest.raises(ServingError, match=r"The configuration of .* cannot be read"):
         read_adapter(adapter, tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_weights_that_were_trained_beside_the_bias_are_not_forgotten(
     run = tmp_path / "run"
     shutil.copytree(internvl[1], run / "final")
     (run / "final" / "tuned.safetensors").write_bytes(b"")
-    with pytest.raises(ServingError, match=r"holds tuned.safetensors beside the bias.*sfa export"):
+    with pytest.raises(ServingError, match=r"holds tuned\.safetensors beside the bias.*sfa export"):
         adapter_folder(run)
 
 

@@ -31,22 +31,26 @@ def _weights(terms: str = "rcdb") -> StructuralWeights:
     return StructuralWeights(row, col, dist, block if "b" in terms else None)
 
 
-def _states(batch: int, tokens: int) -> list[Tensor]:
+def _states(batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, tokens, HEADS, WIDTH, generator=generator) for _ in range(3)]
+    query, key, value = torch.randn(3, batch, tokens, HEADS, WIDTH, generator=generator)
+    return query, key, value
 
 
 def _engine(query: Tensor, key: Tensor, value: Tensor, bounds: list[int] | None = None) -> Tensor:
     """Attention as an engine computes it: no mask, the scale that it was built with, each segment by itself."""
     bounds = bounds or [0, query.shape[1]]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     parts = [
-        F.scaled_dot_product_attention(*(x[:, start:stop].transpose(1, 2) for x in (query, key, value)), scale=SCALE)
+        F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], scale=SCALE)
         for start, stop in itertools.pairwise(bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2)[..., :WIDTH]
 
 
-def _slow(states: list[Tensor], layouts: list[TokenLayout], bounds: list[int], weights: StructuralWeights) -> Tensor:
+def _slow(
+    states: tuple[Tensor, ...], layouts: list[TokenLayout], bounds: list[int], weights: StructuralWeights
+) -> Tensor:
     """Softmax of the logits with phi as a matrix, in fp64, segment by segment."""
     parts: list[Tensor] = []
     for (start, stop), layout in zip(itertools.pairwise(bounds), layouts, strict=True):

@@ -81,16 +81,17 @@ def _as_engine(tower: nn.Module, state: EngineTower, most: int = 256) -> Iterato
         """Of `[B, H, N, D]`; of a flat sequence all segments at once."""
         ends = [kwargs.get("cu_seq_lens_q", kwargs.get("cu_seqlens"))]
         cuts = ends[0] if ends[0] is not None else bounds[0]
-        states = [x.transpose(1, 2) for x in (query, key, value)]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         width, layer = query.shape[-1], layers[module]
         if layer.acts:
-            wide = layer.widen(*states, cuts, scaling, most)
+            wide = layer.widen(q, k, v, cuts, scaling, most)
             if wide is None:
-                return layer.attend(*states, cuts, scaling), None
-            states = list(wide)
+                return layer.attend(q, k, v, cuts, scaling), None
+            q, k, v = wide
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         stops = [0, query.shape[2]] if cuts is None else cuts.tolist()
         parts = [
-            F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in states), scale=scaling)
+            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scale=scaling)
             for a, b in itertools.pairwise(stops)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2)[..., :width], None
@@ -184,8 +185,8 @@ def test_a_kernel_that_is_wrong_for_wide_heads_is_an_error(served: Any) -> None:
 def test_layers_without_a_forward_of_the_tower_are_refused(served: Any) -> None:
     host, adapter = served("internvl")
     state = EngineTower(read_adapter(adapter, host))
-    states = [torch.randn(1, 65, 4, 16) for _ in range(3)]
+    states = torch.randn(1, 65, 4, 16)
     with pytest.raises(LayoutError, match="the tower itself was not called"):
-        EngineLayer(state, 0, 4).widen(*states, None, 0.25, 256)
+        EngineLayer(state, 0, 4).widen(states, states, states, None, 0.25, 256)
     with pytest.raises(ServingError, match="takes no grids"):
         state.see_grids([[1, 4, 4]])

@@ -32,10 +32,10 @@ class VisionSdpaAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, bsz: int, cu_seqlens: Tensor | None = None, attention_mask: Any = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        states = [x.reshape(bsz, -1, self.num_heads, self.head_size).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.reshape(bsz, -1, self.num_heads, self.head_size).transpose(1, 2) for x in (q, k, v))
         assert cu_seqlens is not None
         parts = [
-            F.scaled_dot_product_attention(*(x[:, :, a:b] for x in states), scale=kwargs["softmax_scale"])
+            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scale=kwargs["softmax_scale"])
             for a, b in itertools.pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(parts, dim=2).transpose(1, 2).reshape(-1, self.num_heads, self.head_size)

@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: Path) -> None:
     host, adapter = written(family)
-    from openai import APIConnectionError, BadRequestError
+    from openai import APIConnectionError, BadRequestError  # pyright: ignore[reportMissingImports]
 
     images = [page(seed) for seed in range(IMAGES)]
     expected = reference_answers(host, adapter, images)
@@ -100,7 +100,7 @@ def test_a_tower_without_layers_of_the_engine(written: Any, tmp_path: Path) -> N
     host, adapter = written("llava_onevision")
     with Server(host, tmp_path / "log", adapter, ("--model-impl", "transformers")) as server:
         if server.ready():  # nothing ran yet
-            from openai import OpenAIError
+            from openai import OpenAIError  # pyright: ignore[reportMissingImports]
 
             with pytest.raises(OpenAIError):
                 ask(server.client(), page(0))
