@@ -1,4 +1,4 @@
-"""Accuracy of text density on real pages: the estimator with old and new weights, edge labels, blurred Canny edges.
+"""Accuracy of text density on real pages: the estimator, edge labels, blurred Canny edges.
 
     sfa density pages --part test --out real-pages
     python -m benchmarks.real_pages --pages real-pages            # about half an hour on 2 cores
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3, help="for views, take every so many pages")
     parser.add_argument("--count", type=int, default=40, help="pictures of each kind without text")
     args = parser.parse_args()
-    weights: dict[str, str | Path | None] = {"estimator": None, "former weights": "rendered"}
+    weights: dict[str, str | Path | None] = {"estimator": None}
     for item in args.also:
         name, _, file = item.partition("=")
         weights[name] = Path(file)

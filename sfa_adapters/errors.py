@@ -14,6 +14,7 @@ __all__ = [
     "RecipeError",
     "SFAError",
     "SFAWarning",
+    "ServingError",
     "TrainingError",
     "UnknownInterfaceError",
     "UnsupportedAttentionError",
@@ -84,6 +85,10 @@ class RecipeError(SFAError, ValueError):
 
 class TrainingError(SFAError, RuntimeError):
     """Training stopped: a tensor that should train gets no gradient, the loss is NaN, a checkpoint was lost, ..."""
+
+
+class ServingError(SFAError, RuntimeError):
+    """An engine (vLLM, SGLang) cannot serve an adapter, or would serve it without its bias."""
 
 
 class UnknownInterfaceError(SFAError, RuntimeError):

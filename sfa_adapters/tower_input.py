@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sfa_adapters.arrangement import ImageTokens, TokenArrangement
 from sfa_adapters.hooks import attach, attached_while, attachment_of
 from sfa_adapters.patch_groups import PatchGroups
 from sfa_adapters.registry import Backbone, Geometry
 
-__all__ = ["TowerInput", "watch_input", "watching_input"]
+__all__ = ["TowerInput", "arrangement_of", "watch_input", "watching_input"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ class TowerInput:
             return images
         images = (images,) if isinstance(images, ImageTokens) else tuple(images)
         return TokenArrangement(backbone.joined, images, geometry.prefix_tokens)
+
+
+def arrangement_of(tower: nn.Module, backbone: Backbone, images: Tensor, **kwargs: Any) -> TokenArrangement | None:
+    """How the tokens of a forward would lie; None where its arguments do not say.
+
+    Args:
+        tower: The tower.
+        backbone: Its record.
+        images: What its image module takes first, images or patches in rows; the shape is enough.
+        kwargs: Its other arguments.
+
+    Raises:
+        LayoutError: As in `TowerInput.arrangement`.
+    """
+    module = tower.get_submodule(backbone.image_module)
+    return TowerInput(_Place(tower, backbone, backbone.geometry(tower)), module, (images,), kwargs).arrangement()
 
 
 def watch_input(tower: nn.Module, backbone: Backbone, feature: str, state: Any, images: str | None = None) -> None:

@@ -23,11 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Hours of small differences between relatives: only when they are asked for.
-    if "nightly" not in config.option.markexpr:
-        nightly = [item for item in items if item.get_closest_marker("nightly") is not None]
-        config.hook.pytest_deselected(items=nightly)
-        items[:] = [item for item in items if item not in set(nightly)]
+    # Hours of small differences between relatives, and servers of inference engines: only when they are asked for.
+    for mark in ("nightly", "serving"):
+        if mark not in config.option.markexpr:
+            others = [item for item in items if item.get_closest_marker(mark) is not None]
+            config.hook.pytest_deselected(items=others)
+            items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture(scope="session")

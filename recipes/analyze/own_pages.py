@@ -120,7 +120,7 @@ def measure_own_pages(folder: Path, out: Path, console: Console | None = None) -
 
 
 def _agreement(pages: Sequence[RealPage]) -> list[tuple[str, ...]]:
-    scorers = map_scorers({"estimator": None, "former weights": "rendered"})
+    scorers = map_scorers({"estimator": None})
     counts = {name: [] for name in scorers}
     for number, page in enumerate(track(pages, "scoring pages", transient=True)):
         view = view_of(page, "upright", number)

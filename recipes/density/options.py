@@ -20,7 +20,7 @@ class TrainConfig:
     Attributes:
         images: Folders of images; rendered pages when none.
         real: Folder of `sfa density pages`: trains on crops of real pages with true word boxes, in all turns, colours
-            and sizes. The weights of the package are made so.
+            and sizes.
         figures: With `real`, share of the crops that show figures; half of these are drawn curves without text.
         start: Weights to start from; by default random ones.
         out: Folder of the run; an interrupted run goes on.

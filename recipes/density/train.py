@@ -1,14 +1,14 @@
 """`sfa density train`: trains the density estimator on real pages, on rendered pages, or on folders of images.
 
-    sfa density pages --out real-pages
-    sfa density train --real real-pages --steps STEPS --batch 24 --out runs/density
-
-made the weights of the package.
-
     sfa density train --out runs/density
 
-made the former ones, `DensityEstimator.pretrained("rendered")`: 3,000 rendered pages, true boxes as labels, and 2,000
-steps (13 minutes) on two busy CPU cores; validation loss 0.002329: mean squared error over 200 pages of other seeds.
+made the weights of the package: 3,000 rendered pages, true boxes as labels, and 2,000 steps (13 minutes)
+on two busy CPU cores; validation loss 0.002329, the mean squared error over 200 pages of other seeds.
+
+    sfa density pages --out real-pages
+    sfa density train --real real-pages --batch 24 --steps 4000 --out runs/real
+
+trains on crops of real pages instead.
 
 Training is a pure function of the options: step k draws its pages from the seed (seed, k), so a run that was killed
 goes on from its newest checkpoint to the same weights, bit for bit, on the same machine with the same threads.

@@ -3,10 +3,8 @@
 Six layers, 3-32-64-128-64-32-1: five 3 x 3 convolutions with batch norm and ReLU, then a 1 x 1 head with a sigmoid. The
 first four convolutions have stride 2, so one output cell stands for 16 x 16 pixels and sees 95 x 95.
 
-A network that sees 95 pixels finds no print that is larger, and a scan at 600 dpi has no other. So every page is looked
-at three times: at its size, or made smaller to at most 0.9 million pixels, which bounds time and memory; at half and at
-a quarter of that. A coarser look blurs what a finer one sees sharply, so it counts only where print is too large for
-the finer one: where it sees several times as much text, on average over a neighbourhood.
+A network that sees 95 pixels finds no print that is larger, and a scan at 600 dpi has no other. So a page is looked at
+in its size, or made smaller to at most 0.9 million pixels, which bounds time and memory, too.
 """
 
 from __future__ import annotations
@@ -26,17 +24,10 @@ from sfa_adapters.errors import DataError, WeightsError
 __all__ = ["STRIDE", "DensityEstimator"]
 
 STRIDE = 16
-MOST_PIXELS = 900_000  # of the finest look: a page of 790 x 1120, with print of 10 pt 5 px high
-HALVINGS = 2
-LEAST = 48  # px of the shorter side below which there is no coarser look
-AROUND = 21  # cells, side of the neighbourhood: print of 80 px x-height has a line every ten cells
-TIMES, MORE = 2.5, 0.02  # a coarser look counts where its mean is above TIMES the mean of the finer ones + MORE
+MOST_PIXELS = 900_000  # of a look: a page of 790 x 1120, with print of 10 pt 5 px high
 WIDTHS = (3, 32, 64, 128, 64, 32)
 # The weights that come with the library: name, and SHA-256 of `density_NAME.safetensors`. The first is the default.
-SHIPPED = {
-    "real": "eb65d365c006b45597c22df971627c110ab4a68c5d56800c4d79a82cf2a811c8",
-    "rendered": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf",
-}
+SHIPPED = {"rendered": "f79fed96d73ce9bea70f8a729ab3fca4b1201784f8d9df12ea056ee96935aebf"}
 FOLDER = Path(__file__).parent
 COMMAND = "sfa density train"
 
@@ -72,17 +63,8 @@ class DensityEstimator(nn.Module):
         self._check(images)
         height, width = images.shape[-2:]
         grid = (-(-height // STRIDE), -(-width // STRIDE))
-        look = _at_most(images, MOST_PIXELS)
-        density = self.logits(look).sigmoid()[:, None]
-        cells = density.shape[-2:]
-        for halving in range(1, HALVINGS + 1):
-            if min(look.shape[-2:]) < 2 * LEAST:
-                break
-            look = F.avg_pool2d(look, 2)
-            coarse = _resampled(self.logits(look).sigmoid()[:, None], cells, STRIDE << halving, STRIDE)
-            larger = _around(coarse) > TIMES * _around(density) + MORE
-            density = torch.where(larger, torch.maximum(density, coarse), density)
-        if grid != tuple(cells):
+        density = self.logits(_at_most(images, MOST_PIXELS)).sigmoid()[:, None]
+        if grid != tuple(density.shape[-2:]):
             density = F.interpolate(density, grid, mode="bilinear", align_corners=False)
         return density[:, 0]
 
@@ -121,8 +103,8 @@ class DensityEstimator(nn.Module):
         """Loads weights that come with the library, or a file that `sfa density train` wrote.
 
         Args:
-            weights: "real" (the default: trained on crops of real pages), "rendered" (the former ones, trained on
-                rendered pages), or a safetensors file. The SHA-256 of shipped files is checked first.
+            weights: "rendered" (the default: trained on rendered pages), or a safetensors file. The SHA-256 of shipped
+                files is checked first.
 
         Returns:
             The estimator in eval mode, without gradients.
@@ -133,7 +115,7 @@ class DensityEstimator(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        name = "real" if weights is None else str(weights)
+        name = next(iter(SHIPPED)) if weights is None else str(weights)
         digest = SHIPPED.get(name)
         file = Path(name) if digest is None else FOLDER / f"density_{name}.safetensors"
         if not file.is_file():
@@ -175,20 +157,3 @@ def _at_most(images: Tensor, pixels: int) -> Tensor:
         images = F.avg_pool2d(images, whole, ceil_mode=True)
     size = (max(1, round(height / factor)), max(1, round(width / factor)))
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-
-
-def _around(maps: Tensor) -> Tensor:
-    """Mean of a map over the neighbourhood of each cell, as far as it lies on the page."""
-    return F.avg_pool2d(maps, AROUND, stride=1, padding=AROUND // 2, count_include_pad=False)
-
-
-def _resampled(maps: Tensor, cells: tuple[int, ...], step: int, fine: int) -> Tensor:
-    """Interpolates a map in cells of `step` px to cells of `fine` px; both start in the upper left corner of a page."""
-    index = []
-    for size, count in zip(cells, maps.shape[-2:], strict=True):
-        centre = (torch.arange(size, device=maps.device) + 0.5) * fine / step - 0.5
-        index.append((centre + 0.5) / count * 2 - 1)
-    grid = torch.stack(torch.meshgrid(*index, indexing="ij")[::-1], -1).to(maps.dtype)
-    return F.grid_sample(
-        maps, grid.expand(len(maps), *grid.shape), mode="bilinear", padding_mode="border", align_corners=False
-    )

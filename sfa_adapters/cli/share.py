@@ -55,11 +55,23 @@ def export(
     tables: Annotated[
         bool, typer.Option("--tables", help="Write the small tables that the bias is made of, not its matrices.")
     ] = False,
+    engine: Annotated[
+        bool,
+        typer.Option("--engine", help="For vLLM or SGLang: plain weights, and the bias in sfa/ (docs/serving.md)."),
+    ] = False,
 ) -> None:
     """Write the whole model of RUN with its bias baked in: it loads with transformers, without this library."""
+    from sfa_adapters.sharing.engine_export import export_for_engine
     from sfa_adapters.sharing.export import export_baked
 
+    if engine and tables:
+        raise RecipeError(
+            "--tables is for a model with its bias baked in; with --engine the adapter is written. Give one."
+        )
     host, options = _open(run, model, revision)
+    if engine:
+        typer.echo(str(export_for_engine(host, out)))
+        return
     done = export_baked(host, out, form="tables" if tables else "dense", **options)
     typer.echo(str(done))
     typer.echo(f"{out}/load_baked.py loads it; {out}/README.md says how.")

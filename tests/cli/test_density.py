@@ -102,7 +102,7 @@ def test_batches_move_picture_and_label_together(monkeypatch):
     pages = labelled_pages.PageSet(images, labels)
     matched = 0
     for step in range(20):
-        pictures, targets = train_density._batch(pages, TrainConfig(batch=8), step)
+        pictures, targets, _ = train_density._batch(pages, TrainConfig(batch=8), step)
         seen = torch.nn.functional.avg_pool2d(pictures, 16).mean(1).flatten(1)
         for picture, target in zip(seen, targets.flatten(1), strict=True):
             matched += abs(float(torch.corrcoef(torch.stack([picture, target]))[0, 1])) > 0.97

@@ -52,7 +52,7 @@ def test_both_tables_are_printed_and_written(capsys, folder, tmp_path, monkeypat
     content = json.loads((tmp_path / "out/pages.json").read_text())
     assert (content["pages"], content["by_engine"]) == (3, 1)
     assert [row["density"] for row in content["density"]] == [
-        "estimator", "former weights", "edge labels", "Canny, blurred"
+        "estimator", "edge labels", "Canny, blurred"
     ]  # fmt: skip
     assert float(content["density"][0]["r"]) > 0.9
     fine = {row["name"]: row["fine"]["value"] for row in content["plans"]}

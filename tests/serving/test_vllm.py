@@ -1,0 +1,56 @@
+"""The part of the vLLM plug-in that needs no vLLM: which adapter is served, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sfa_adapters.errors import ServingError
+from sfa_adapters.serving.vllm import register
+from sfa_adapters.serving.vllm_options import ENVIRONMENT, check_config, folder_of
+
+
+def _config(additional: Any = None, **settings: Any) -> Any:
+    compilation = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
+    multimodal = SimpleNamespace(mm_encoder_attn_dtype=settings.pop("mm_encoder_attn_dtype", None))
+    return SimpleNamespace(
+        additional_config=additional or {},
+        compilation_config=SimpleNamespace(**{**compilation, **settings}),
+        model_config=SimpleNamespace(multimodal_config=multimodal),
+    )
+
+
+def test_the_option_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert folder_of(_config()) is None
+    assert folder_of(_config({"sfa": "a"})) == "a"
+    monkeypatch.setenv(ENVIRONMENT, "b")
+    assert folder_of(_config()) == "b"
+    assert folder_of(_config({"sfa": "b"})) == "b"
+    with pytest.raises(ServingError, match="names the adapter a, and SFA_ADAPTER names b: give one"):
+        folder_of(_config({"sfa": "a"}))
+    with pytest.raises(ServingError, match="must be the folder of an adapter, not 3"):
+        folder_of(_config({"sfa": 3}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"mm_encoder_attn_dtype": "fp8"}, "FP8 attention of the encoder"),
+        ({"cudagraph_mm_encoder": True}, "CUDA graphs of the encoder"),
+        ({"compile_mm_encoder": True}, "compilation of the encoder"),
+    ],
+)
+def test_what_is_refused_by_name(setting: dict[str, Any], name: str) -> None:
+    check_config(_config())
+    with pytest.raises(ServingError, match=name):
+        check_config(_config(**setting))
+
+
+def test_a_wrong_folder_is_named_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "nowhere"))
+    with pytest.raises(ServingError, match="nowhere is no folder"):
+        register()

@@ -1,0 +1,116 @@
+"""Real servers of vLLM on a CPU, asked by a real client: `scripts/test-serving`, in an environment of its own.
+
+Answers are greedy, in fp32: equal to those of transformers with the same adapter, token by token. Where two tokens are
+nearly level, two programs may choose differently; such answers are compared up to there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine_server import Server, ask, page, reference_answers
+from sfa_adapters.recipes.nano.served import write_served
+
+pytest.importorskip("vllm", reason="needs vLLM: scripts/test-serving")
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
+
+FAMILIES = ("internvl", "qwen2_5_vl", "llava_onevision")
+LEVEL = 1e-3  # logits
+IMAGES = 10
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    done: dict[str, tuple[Path, Path]] = {}
+
+    def write(family: str) -> tuple[Path, Path]:
+        if family not in done:
+            done[family] = write_served(family, tmp_path_factory.mktemp(family))
+        return done[family]
+
+    return write
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: Path) -> None:
+    host, adapter = written(family)
+    from openai import APIConnectionError, BadRequestError  # pyright: ignore[reportMissingImports]
+
+    images = [page(seed) for seed in range(IMAGES)]
+    expected = reference_answers(host, adapter, images)
+    plain = reference_answers(host, None, images)
+    # The option lets a request ask for images of other sizes.
+    with Server(host, tmp_path / "log", adapter, ("--trust-request-mm-kwargs",)) as server:
+        assert server.ready(), server.text()[-3000:]
+        assert "acts in 3 of 3 layers" in server.text()
+        answers = [ask(server.client(), image) for image in images]
+        if family == "qwen2_5_vl":
+            large = {"size": {"shortest_edge": 56**2, "longest_edge": 2000**2}}
+            with pytest.raises(BadRequestError, match="1024"):  # one line, and the server lives on
+                ask(server.client(), page(0, 1600, 1200), mm_processor_kwargs=large)
+            assert ask(server.client(), images[0]) == answers[0]
+        if family == "internvl":
+            server.kill()
+            with pytest.raises(APIConnectionError):
+                ask(server.client(), images[0])
+    for answer, (tokens, lead) in zip(answers, expected, strict=True):
+        assert answer == tokens or lead < LEVEL
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, plain, strict=True)) < IMAGES / 2
+    if family == "internvl":
+        with Server(host, tmp_path / "again", adapter) as server:
+            assert server.ready(), server.text()[-3000:]
+            assert [ask(server.client(), image) for image in images[:3]] == answers[:3]
+
+
+def _refusal(server: Server) -> str:
+    """The line with which a server that does not start says why."""
+    assert not server.ready()
+    assert server.process is not None
+    assert server.process.returncode != 0
+    lines = [line for line in server.text().splitlines() if "sfa-adapters cannot serve the adapter" in line]
+    assert lines, server.text()[-3000:]
+    return lines[0]
+
+
+def test_an_adapter_of_another_tower(written: Any, tmp_path: Path) -> None:
+    host, _ = written("qwen2_5_vl")
+    _, other = written("llava_onevision")
+    with Server(host, tmp_path / "log", other) as server:
+        assert "does not fit" in _refusal(server)
+
+
+def test_an_adapter_that_does_nothing(written: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    host, adapter = written("internvl")
+    zero = tmp_path / "zero"
+    shutil.copytree(adapter, zero)
+    tensors = load_file(zero / "adapter_model.safetensors")
+    save_file({k: v * 0 for k, v in tensors.items()}, zero / "adapter_model.safetensors", {"format": "pt"})
+    with Server(host, tmp_path / "log", zero) as server:
+        assert "changes nothing" in _refusal(server)
+
+
+def test_a_tower_without_layers_of_the_engine(written: Any, tmp_path: Path) -> None:
+    host, adapter = written("llava_onevision")
+    with Server(host, tmp_path / "log", adapter, ("--model-impl", "transformers")) as server:
+        if server.ready():  # nothing ran yet
+            from openai import OpenAIError  # pyright: ignore[reportMissingImports]
+
+            with pytest.raises(OpenAIError):
+                ask(server.client(), page(0))
+        assert "has no MMEncoderAttention layer" in server.text()
+
+
+def test_a_wrong_folder_in_the_environment(written: Any, tmp_path: Path) -> None:
+    host, _ = written("internvl")
+    with Server(host, tmp_path / "log", environment={"SFA_ADAPTER": str(tmp_path / "nowhere")}) as server:
+        assert not server.ready()
+        last = server.text().strip().splitlines()[-1]
+        assert "ServingError" in last
+        assert "nowhere is no folder" in last
