@@ -2,10 +2,12 @@
 
 | share | crops of | for |
 |---|---|---|
-| two thirds | real pages (`sfa density pages`), in print of 2 to 60 px x-height | print as it is |
-| an eighth | rendered pages (`synthetic.pages`): tables, charts, blank scans, hatching | figures, blank paper |
-| an eighth | lines drawn in fonts of all scripts and of handwriting | large and odd print |
-| an eighth | photographs, textures, maps without text | what is not print |
+| about a half | real pages (`sfa density pages`), in print of 2 to 37 px x-height | print as it is |
+| a quarter | rendered pages (`synthetic.pages`): tables, charts, blank scans, hatching | figures, blank paper |
+| a twelfth | lines drawn in fonts of all scripts and of handwriting | large and odd print |
+| a sixth | photographs, textures, maps without text | what is not print |
+
+With `figures`, that share is taken from the real pages.
 """
 
 from __future__ import annotations
@@ -81,9 +83,9 @@ class CropBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures in [0, 1], float32 `[B, 3, 256, 256]`; densities and weights, `[B, 16, 16]`."""
         rng = np.random.default_rng((self.seed, step))
-        others = self.batch // 8
-        crops = self._rendered(rng, others) + self._drawn(rng, others)
-        crops += [self._without_text(rng) for _ in range(others)]
+        part = self.batch // 8
+        crops = self._rendered(rng, part) + self._rendered(rng, part) + self._drawn(rng, self.batch // 12)
+        crops += [self._without_text(rng) for _ in range(self.batch // 6)]
         if self.figures:
             curves = self.figures // 2
             crops += [_affected(cut([draw_curves(rng, SIDE)], NONE, np.eye(3)), rng, False) for _ in range(curves)]

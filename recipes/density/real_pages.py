@@ -115,8 +115,8 @@ def _make_package(package: DebianPackage, config: PagesConfig) -> Counter[str]:
             kept, dropped = _pages_of(files, folder, package.part)
         else:
             kept, dropped = len(files), {}
-            for file in files:
-                shutil.copyfile(file, folder / file.name)
+            for number, file in enumerate(files):  # several files of a package may have one name
+                shutil.copyfile(file, folder / f"{number:03d}-{file.name}")
         write_whole(record, json.dumps({"kept": kept, "dropped": dropped}, indent=1) + "\n")
         shutil.rmtree(config.out / "unpacked" / archive.stem)
     made = json.loads(record.read_text())

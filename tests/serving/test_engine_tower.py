@@ -125,15 +125,16 @@ def _features(tower: nn.Module, images: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_the_injected_model(family: str, served: Any) -> None:
     host, adapter = served(family)
-    injected = find_tower(load_sfa(_host(host), adapter)).tower
-    tower = find_tower(_host(host)).tower
-    images = _images(tower)
+    # In double precision: in single, two orders of the same sums differ by 2e-5 in the largest of these towers.
+    injected = find_tower(load_sfa(_host(host), adapter)).tower.double()
+    tower = find_tower(_host(host)).tower.double()
+    images = {k: v.double() if v.is_floating_point() else v for k, v in _images(tower).items()}
     expected, plain = _features(injected, images), _features(tower, images)
     state = EngineTower(read_adapter(adapter, host))
     for most in (256, 0):  # with wider heads, and by this library where those are too wide
         with _as_engine(tower, state, most):
             got = _features(tower, images)
-        assert (got - expected).norm() < 1e-5 * expected.norm()
+        assert (got - expected).norm() < 1e-6 * expected.norm()
     assert (plain - expected).norm() > 1e-4 * expected.norm()
 
 

@@ -12,11 +12,11 @@ from sfa_adapters.recipes.density.plan_measures import LEVEL_SETS, PATCH, count_
 def test_the_share_is_what_counting_pixels_gives(name):
     levels, cell = LEVEL_SETS[name]
     rng = np.random.default_rng(3)
-    words = rng.random((224, 168)) < 0.2
+    words = rng.random((224, 224)) < 0.2
     plan = PatchPolicy(levels, cell=cell).plan(
-        torch.from_numpy(rng.random((224 // cell, 168 // cell))).float(), (224, 168), PATCH
+        torch.from_numpy(rng.random((224 // cell, 224 // cell))).float(), (224, 224), PATCH
     )
-    side = np.zeros((224, 168))
+    side = np.zeros((224, 224))
     for top, left, height, width in plan.boxes.numpy():
         side[round(top) : round(top + height), round(left) : round(left + width)] = height
     counts = count_plan("a", plan, words)
