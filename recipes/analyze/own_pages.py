@@ -25,12 +25,22 @@ from sfa_adapters.images import as_image
 from sfa_adapters.recipes.density.labelled_pages import SUFFIXES
 from sfa_adapters.recipes.density.map_scorers import map_scorers
 from sfa_adapters.recipes.density.measures import count_page, measure
-from sfa_adapters.recipes.density.plan_rows import PlanRow, plan_rows
+from sfa_adapters.recipes.density.plan_rows import Case, PlanRow, plan_rows
 from sfa_adapters.recipes.density.real_pages import LARGE, WORDS, RealPage, read_page
 from sfa_adapters.recipes.density.views import view_of
 from sfa_adapters.recipes.report_parts import percent, terminal_table
 
 __all__ = ["FoundPages", "measure_own_pages", "own_pages"]
+
+
+# The default levels with every scorer, then others with the default scorer.
+SHOWN = (
+    *(Case(scorer, "14, 56") for scorer in ("density", "edges", "reconstruction", "entropy")),
+    Case("density", "14, 28"),
+    Case("density", "8, 14, 32 (published)"),
+    Case("boxes", "14, 56"),
+    Case("random", "14, 56"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,16 @@ def measure_own_pages(folder: Path, out: Path, console: Console | None = None) -
     console = console or Console()
     pages = own_pages(folder)
     agreement = _agreement(pages.pages)
-    rows = plan_rows(pages.pages)
+    rows = plan_rows(pages.pages, SHOWN)
     source = f"{len(pages.pages)} pages; boxes of words: {len(pages.pages) - pages.by_engine} from files, "
     source += f"{pages.by_engine} from the OCR engine"
     heads = (("density", "r", "AUC %", "words found %", "false %"), ("plan", "tokens %", "fine %", "mean side"))
     seconds = [(row.name, f"{100 * row.budget:.0f}", percent(row.fine), f"{row.side.value:.1f} px") for row in rows]
-    for head, table, title in zip(heads, (agreement, seconds), (source, "words under patches of 14 px"), strict=True):
-        console.print(terminal_table(head, table, title))
+    console.print(terminal_table(heads[0], agreement, source))
+    title = "words' area under patches of at most 14 px, % (mean side, px)"
+    budgets = sorted({row.budget for row in rows})
+    head = ("plan", *(f"{100 * budget:.0f}% of tokens" for budget in budgets))
+    console.print(terminal_table(head, _by_budget(rows, budgets), title))
     content: dict[str, Any] = {"folder": str(folder), "pages": len(pages.pages), "by_engine": pages.by_engine}
     content |= {"density": [dict(zip(heads[0], row, strict=True)) for row in agreement]}
     content |= {"plans": [asdict(row) for row in rows]}
@@ -117,6 +130,13 @@ def measure_own_pages(folder: Path, out: Path, console: Console | None = None) -
         raise DataError(f"--out {out}: the folder cannot be written ({error.strerror}).") from error
     console.print(f"Both tables are in {out}/pages.md")
     return rows
+
+
+def _by_budget(rows: Sequence[PlanRow], budgets: Sequence[float]) -> list[tuple[str, ...]]:
+    """One line per plan: for each budget the share, and the mean side of the patches."""
+    cells = {(row.name, row.budget): f"{100 * row.fine.value:.1f} ({row.side.value:.1f})" for row in rows}
+    names = list(dict.fromkeys(row.name for row in rows))
+    return [(name, *(cells.get((name, budget), "-") for budget in budgets)) for name in names]
 
 
 def _agreement(pages: Sequence[RealPage]) -> list[tuple[str, ...]]:

@@ -45,7 +45,7 @@ def _run(capsys, *arguments):
 @pytest.mark.usefixtures("engine")
 def test_both_tables_are_printed_and_written(capsys, folder, tmp_path, monkeypatch):
     cases = (Case("boxes", "14, 56"), Case("density", "14, 56"), Case("random", "14, 56"))
-    monkeypatch.setattr(own_pages, "plan_rows", lambda pages: plan_rows(pages, cases, (0.5,)))
+    monkeypatch.setattr(own_pages, "plan_rows", lambda pages, _: plan_rows(pages, cases, (0.5,)))
     code, out, _ = _run(capsys, "--pages", folder, "--out", tmp_path / "out")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
