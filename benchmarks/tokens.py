@@ -3,7 +3,7 @@
     python -m benchmarks.tokens                          # 24 layers, four pages of 448 px, fp32: 6 minutes on 2 cores
     python -m benchmarks.tokens --device cuda --dtype bfloat16 --rounds 20
 
-Candidates: `plain`, 1024 tokens and CLS; `ADAT r`, at most the share r of them, scoring and planning included;
+Candidates: `plain`, 1024 tokens and CLS; `ADAT r`, published levels within the share r, scoring and planning included;
 `down r`, the page resized to about as many tokens; `ADAT r + SFA`. One call encodes all pages, one at a time. The last
 line is the time of scoring and planning alone.
 """
@@ -71,7 +71,7 @@ def main() -> None:
     counts: dict[str, list[int]] = {}
     plain = build(args.layers, "sdpa", dtype, device).eval()
     candidates["plain"], counts["plain"] = encode(plain, normalised), [1024]
-    policies = {r: PatchPolicy(scorer=args.scorer, budget=r) for r in args.ratios}
+    policies = {r: PatchPolicy.published(scorer=args.scorer, budget=r) for r in args.ratios}
     for ratio, policy in policies.items():
         side = round(32 * ratio**0.5)
         small = F.interpolate(images, (14 * side, 14 * side), mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,8 +1,8 @@
 """Crops of pages with the truth of their text density, in any size of print, turn and perspective.
 
 The truth is drawn from word boxes, moved as the page is moved: filled, blurred and averaged as `labels.box_density`
-does it. Print that is too small to see at this scale, or so large that a coarser scale must find it, has no truth: its
-cells have weight 0, and the estimator may say what it likes there. Cells without text always count.
+does it. Print that is too small to see at this scale, or too large for the 95 px that the network sees, has no truth:
+its cells have weight 0, and the estimator may say what it likes there. Cells without text always count.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sfa_adapters.adat.labels import filled
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.recipes.density.real_pages import RealPage
 from sfa_adapters.recipes.nano.evaluate import Interval
@@ -61,11 +62,8 @@ class PlanCounts:
 
 def word_area(page: RealPage, size: tuple[int, int]) -> np.ndarray:
     """Where words stand on a page that is shown in some size, bool `[height, width]`."""
-    mask = np.zeros(size, dtype=bool)
     scale = np.tile((size[1] / page.size[1], size[0] / page.size[0]), 2)
-    for left, top, right, bottom in np.round(page.boxes * scale).astype(int).clip(0):
-        mask[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-    return mask
+    return filled(np.round(page.boxes * scale).astype(int), size)
 
 
 def shown_size(page: RealPage, side: int = SIDE) -> tuple[int, int]:

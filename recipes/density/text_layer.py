@@ -26,6 +26,8 @@ from html import unescape
 
 import numpy as np
 
+from sfa_adapters.adat.labels import filled
+
 __all__ = ["SCRIPTS", "TextLayer", "layer_fault", "read_layers", "script_of"]
 
 SCRIPTS = ("latin", "greek", "cyrillic", "arabic", "hebrew", "chinese", "japanese", "korean", "other")
@@ -152,13 +154,6 @@ def _unlisted(areas: np.ndarray, boxes: np.ndarray, shape: tuple[int, int]) -> f
     if len(areas) == 0:
         return 0.0
     more = 0.5 * np.minimum(boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0])[:, None]
-    listed = _mask(np.concatenate([boxes[:, :2] - more, boxes[:, 2:] + more], axis=1), shape)
-    seen = _mask(areas, shape)
+    listed = filled(np.round(np.concatenate([boxes[:, :2] - more, boxes[:, 2:] + more], axis=1)).astype(int), shape)
+    seen = filled(np.round(areas).astype(int), shape)
     return float((seen & ~listed).sum() / max(seen.sum(), 1))
-
-
-def _mask(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, dtype=bool)
-    for left, top, right, bottom in np.maximum(np.round(boxes), 0).astype(int):
-        mask[top:bottom, left:right] = True
-    return mask

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sfa_adapters.adat.labels import CELL
+from sfa_adapters.images import as_image
 from sfa_adapters.recipes.density.degrade import faded, jpeg, noisy, photographed, recoloured, shaded
 from sfa_adapters.recipes.density.real_pages import LARGE, RealPage
 from sfa_adapters.recipes.density.truth import corners_of, view_density
@@ -107,7 +108,7 @@ def view_of(page: RealPage, name: str, number: int) -> View | None:
         path = path.with_name(path.name.removesuffix(".png") + LARGE)
         if not path.is_file():
             return None
-    picture = page.picture() if not shape.sharp else _read(path)
+    picture = as_image(path)
     boxes = boxes * (max(picture.shape[:2]) / max(page.size))
     matrix, (height, width) = _matrix(shape, picture.shape[:2], boxes, rng)
     seen = _warped(picture, matrix, (height, width))
@@ -115,12 +116,6 @@ def view_of(page: RealPage, name: str, number: int) -> View | None:
     grid = (height // CELL, width // CELL)
     middles = corners.mean(axis=1)[:, ::-1] / CELL
     return View(EFFECTS[effect](seen, rng), view_density(corners, grid), middles)
-
-
-def _read(path: object) -> np.ndarray:
-    from sfa_adapters.images import as_image
-
-    return as_image(path)
 
 
 def _matrix(

@@ -18,7 +18,7 @@ from sfa_adapters.errors import DataError
 from sfa_adapters.images import as_image
 from sfa_adapters.ocr import ocr_engine as _ocr_engine
 
-__all__ = ["CELL", "LabelSource", "box_density", "coverage_density", "density_labels", "ocr_boxes"]
+__all__ = ["CELL", "LabelSource", "box_density", "coverage_density", "density_labels", "filled", "ocr_boxes"]
 
 LabelSource = Literal["edges", "ocr"]
 CELL = 16  # px of the working image per cell, as in the estimator
@@ -89,7 +89,7 @@ def box_density(boxes: np.ndarray, shape: tuple[int, int], grid: tuple[int, int]
         raise DataError(f"boxes {boxes.shape} must be finite [n, 4] on a page of at least 1 px; the page is {shape}.")
     size = np.array((grid[1] * CELL, grid[0] * CELL))
     scaled = np.round(boxes * np.tile(size / (shape[1], shape[0]), 2)).astype(int)
-    return coverage_density(_filled(scaled, (size[1], size[0])), grid)
+    return coverage_density(filled(scaled, (size[1], size[0])), grid)
 
 
 def ocr_boxes(image: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def coverage_density(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return full.reshape(grid[0], CELL, grid[1], CELL).mean(axis=(1, 3), dtype=np.float32)
 
 
-def _filled(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def filled(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Mask that is True inside the boxes, `[n, 4]` in whole px; every box is at least 1 px wide and high."""
     height, width = shape
     left, top = boxes[:, 0], boxes[:, 1]
@@ -165,12 +165,12 @@ def _text_mask(gray: np.ndarray) -> np.ndarray:
     total = np.maximum(shares[0] + shares[1], 1e-6)
     pieces = [_letters(ink.astype(np.uint8), edges, share / total) for ink, share in zip(inks, shares, strict=True)]
     boxes, solid = (np.concatenate(part) for part in zip(*pieces, strict=True))
-    letters = _filled(boxes[~solid], gray.shape)
+    letters = filled(boxes[~solid], gray.shape)
     # A full stop, a dash and a small l are solid, like dots, dashes and specks: they are text only beside letters.
     beside = cv2.dilate(letters.astype(np.uint8), np.ones((BESIDE[0], BESIDE[1]), np.uint8)) > 0
     row, column = (boxes[:, 1::2].mean(1).astype(int), boxes[:, ::2].mean(1).astype(int))
     inside = beside[row.clip(0, gray.shape[0] - 1), column.clip(0, gray.shape[1] - 1)]
-    return letters | _filled(boxes[solid & inside], gray.shape)
+    return letters | filled(boxes[solid & inside], gray.shape)
 
 
 def _letters(ink: np.ndarray, edges: np.ndarray, purity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,9 @@ from sfa_adapters import inject_sfa
 from sfa_adapters.adat import GroupPolicy, drop_blank_groups
 from sfa_adapters.adat.duplicates import repeated_groups
 from sfa_adapters.errors import PlanError
-from sfa_adapters.tower_search import find_tower
-from tests.adat.test_groups import _Hidden, last_logits, tiny_qwen
 from tests.adat.test_groups import batch_of as qwen_batch
-from tests.adat.test_groups_navit import SIDE, _tower_part, batch_of, every_navit, logits_of
+from tests.adat.test_groups import last_logits, tiny_qwen
+from tests.adat.test_groups_navit import SIDE, batch_of, every_navit, logits_of, short_and_masked
 from tests.adat.test_scorers import batch, half_a_page, noisy
 from tests.support.compare import assert_close, difference, strong_config
 from tests.support.hosts import IMAGE
@@ -169,18 +168,7 @@ def test_hosts_see_the_kept_groups_at_their_places(name: str) -> None:
     for row, keep in enumerate(maps):
         here, there = (b["input_ids"][row] == IMAGE for b in (batch, reduced))
         assert torch.equal(reduced["position_ids"][1:, row][:, there], three[:, row][:, here][:, keep.flatten()])
-    raster = find_tower(model).backbone.name == "navit_raster"
-    hidden = [m.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten() for m in maps]
-    hidden = torch.cat(hidden) if raster else kept.repeat_interleave(4)
-
-    def hide(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "position_bias": _Hidden(hidden)}
-
-    with torch.no_grad():
-        short = model.model.get_image_features(**_tower_part(reduced))
-        for _, attention in find_tower(model).attentions:
-            attention.register_forward_pre_hook(hide, with_kwargs=True)
-        whole = model.model.get_image_features(**_tower_part(batch))
+    short, whole = short_and_masked(model, batch, reduced, maps)
     assert_close(torch.cat(list(short.pooler_output)), torch.cat(list(whole.pooler_output))[kept])
 
 

@@ -119,17 +119,11 @@ def test_nothing_changes_where_no_group_is_blank(name: str) -> None:
     assert difference(logits_of(model, shorter), logits_of(model, batch)) > 1e-4
 
 
-@every_navit
-def test_the_tower_computes_what_it_would_with_the_dropped_groups_masked(name: str) -> None:
-    """Slow and plain: the whole page, with dropped patches taken out of every attention by a mask."""
-    model: Any = BUILD[name]()
-    batch = batch_of(model, PAGES)
-    reduced = drop_blank_groups(model, batch, EXACT)
-    maps = [dark(p[None])[0] > 0.1 for p in PAGES]
-    kept = torch.cat([m.flatten() for m in maps])
+def short_and_masked(model: Any, batch: dict[str, Any], reduced: dict[str, Any], maps: list[Tensor]) -> tuple[Any, Any]:
+    """Image features of the reduced batch, and of the whole pages with the dropped groups masked in every attention."""
     raster = find_tower(model).backbone.name == "navit_raster"
     hidden = [m.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten() for m in maps]
-    hidden = torch.cat(hidden) if raster else kept.repeat_interleave(4)
+    hidden = torch.cat(hidden) if raster else torch.cat([m.flatten() for m in maps]).repeat_interleave(4)
 
     def hide(module: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "position_bias": _Hidden(hidden)}
@@ -139,6 +133,18 @@ def test_the_tower_computes_what_it_would_with_the_dropped_groups_masked(name: s
         for _, attention in find_tower(model).attentions:
             attention.register_forward_pre_hook(hide, with_kwargs=True)
         whole = model.model.get_image_features(**_tower_part(batch))
+    return short, whole
+
+
+@every_navit
+def test_the_tower_computes_what_it_would_with_the_dropped_groups_masked(name: str) -> None:
+    """Slow and plain: the whole page, with dropped patches taken out of every attention by a mask."""
+    model: Any = BUILD[name]()
+    batch = batch_of(model, PAGES)
+    reduced = drop_blank_groups(model, batch, EXACT)
+    maps = [dark(p[None])[0] > 0.1 for p in PAGES]
+    kept = torch.cat([m.flatten() for m in maps])
+    short, whole = short_and_masked(model, batch, reduced, maps)
     assert_close(torch.cat(list(short.pooler_output)), torch.cat(list(whole.pooler_output))[kept])
     deep = [getattr(seen, "deepstack_features", None) or () for seen in (short, whole)]
     assert len(deep[0]) == len(deep[1]) == (name == "qwen3_vl")
