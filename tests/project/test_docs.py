@@ -48,9 +48,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text[text.index("## Try it") : text.index("## What it does")]
-    commands = [line.split()[1:] for line in block.splitlines() if line.startswith("sfa inspect ")]
-    assert len(commands) >= 2
+    block = text[text.index("## Try it") : text.index("## Which models")]
+    commands = [command.split()[1:] for command in re.findall(r"`(sfa inspect [^`]+)`", block)]
+    assert commands
     missing = ["timm", "torchvision", "cv2", "datasets", "bitsandbytes", "tensorboard", "skimage", "rapidocr", "pandas"]
     code = (
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"

@@ -74,6 +74,11 @@ def test_the_badges_are_those_of_the_project(capsys: pytest.CaptureFixture[str])
         assert (ROOT / path).is_file(), path
 
 
+def test_the_readme_is_short_and_its_table_of_hosts_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 120
+    assert script("draw-hosts")["main"](["--check"]) == 0, capsys.readouterr().out
+
+
 def test_notebooks_are_stripped(tmp_path: Path) -> None:
     stripped = script("strip-notebooks")["stripped"]
     for file in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
