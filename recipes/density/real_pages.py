@@ -3,7 +3,7 @@
 Every page is a PNG of 2,000 px on its longer side, with a file of its words beside it:
 
     OUT/test/pages/krb5-doc/admin-0007.png
-    OUT/test/pages/krb5-doc/admin-0007.words.json   {"boxes": [[left, top, right, bottom], ...], "script": "latin", ...}
+    OUT/test/pages/krb5-doc/admin-0007.words.json   {"boxes": [[left, top, right, bottom], ...], "words": [...], ...}
     OUT/test/pages/krb5-doc/admin-0007.600dpi.png
 
 Boxes are in px of the PNG. One page of each package for tests is rendered at 600 dpi as well, as a scanner would give
@@ -62,6 +62,7 @@ class RealPage:
         script: The script of most of its letters, as `text_layer.script_of` says.
         package: The package that it comes from: pages of one package are alike.
         size: Height and width in px.
+        words: Their texts, `[words]`; None in sets that were made before texts were kept.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class RealPage:
     script: str
     package: str
     size: tuple[int, int]
+    words: tuple[str, ...] | None = None
 
     def picture(self) -> np.ndarray:
         """The page, uint8 `[H, W, 3]`."""
@@ -169,6 +171,7 @@ def _make_page(file: Path, number: int, target: Path) -> str | None:
     scale = np.tile((width / layer.size[0], height / layer.size[1]), 2)
     content = {
         "boxes": np.round(layer.boxes * scale, 1).tolist(),
+        "words": list(layer.words),
         "script": script_of(layer.words),
         "size": [height, width],
     }
@@ -215,28 +218,31 @@ def page_files(folder: Path, part: Split) -> list[Path]:
     return files
 
 
-def read_page(words: Path) -> RealPage:
+def read_page(file: Path) -> RealPage:
     """Reads one page by its file of words.
 
     Args:
-        words: `NAME.words.json` beside `NAME.png`.
+        file: `NAME.words.json` beside `NAME.png`.
 
     Raises:
         DataError: The file is damaged, or says something else than boxes in px, a script and a size.
     """
     try:
-        content: Any = json.loads(words.read_text())
+        content: Any = json.loads(file.read_text())
         boxes = np.asarray(content["boxes"], dtype=np.float32).reshape(-1, 4)
         height, width = map(int, content["size"])
         script = str(content["script"])
+        words = tuple(map(str, content["words"])) if "words" in content else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{words} is not a file of words ({error!r}). Delete its folder and make the pages again."
+            f"{file} is not a file of words ({error!r}). Delete its folder and make the pages again."
         ) from error
     if not np.isfinite(boxes).all() or script not in SCRIPTS:
-        raise DataError(f"{words}: boxes must be finite numbers, and script {script!r} one of {', '.join(SCRIPTS)}.")
-    path = words.with_name(words.name.removesuffix(WORDS) + ".png")
-    return RealPage(path, boxes, script, words.parent.name, (height, width))
+        raise DataError(f"{file}: boxes must be finite numbers, and script {script!r} one of {', '.join(SCRIPTS)}.")
+    if words is not None and len(words) != len(boxes):
+        raise DataError(f"{file} has {len(boxes)} boxes and {len(words)} words. Delete its folder and make it again.")
+    path = file.with_name(file.name.removesuffix(WORDS) + ".png")
+    return RealPage(path, boxes, script, file.parent.name, (height, width), words)
 
 
 def read_part(folder: Path, part: Split) -> list[RealPage]:

@@ -69,13 +69,13 @@ class NanoHost:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def _vision() -> dict[str, Any]:
+def _vision(pixels: int) -> dict[str, Any]:
     return {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
-        "image_size": PIXELS,
+        "image_size": pixels,
         "patch_size": PATCH,
     }
 
@@ -100,9 +100,9 @@ def _text(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _llava_onevision(vocabulary: int) -> tuple[PreTrainedModel, int]:
+def _llava_onevision(vocabulary: int, pixels: int) -> tuple[PreTrainedModel, int]:
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False),
+        vision_config=SiglipVisionConfig(**_vision(pixels), vision_use_head=False),
         text_config=Qwen2Config(**_text(vocabulary)),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
@@ -110,36 +110,36 @@ def _llava_onevision(vocabulary: int) -> tuple[PreTrainedModel, int]:
         image_grid_pinpoints=[[0, 0]],
         tie_word_embeddings=True,
     )
-    return LlavaOnevisionForConditionalGeneration(config), (PIXELS // PATCH) ** 2 + 1  # + the newline token
+    return LlavaOnevisionForConditionalGeneration(config), (pixels // PATCH) ** 2 + 1  # + the newline token
 
 
-def _internvl(vocabulary: int) -> tuple[PreTrainedModel, int]:
+def _internvl(vocabulary: int, pixels: int) -> tuple[PreTrainedModel, int]:
     config = InternVLConfig(
-        vision_config={**_vision(), "attention_bias": True},
+        vision_config={**_vision(pixels), "attention_bias": True},
         text_config=Qwen3Config(**_text(vocabulary)),
         image_token_id=IMAGE,
-        image_seq_length=(PIXELS // PATCH // 2) ** 2,
+        image_seq_length=(pixels // PATCH // 2) ** 2,
         tie_word_embeddings=True,
     )
     return InternVLForConditionalGeneration(config), config.image_seq_length
 
 
-def _llava(vocabulary: int) -> tuple[PreTrainedModel, int]:
+def _llava(vocabulary: int, pixels: int) -> tuple[PreTrainedModel, int]:
     config = LlavaConfig(
         # One layer more: the last one is never read, as in LLaVA-1.5.
-        vision_config=CLIPVisionConfig(**{**_vision(), "num_hidden_layers": LAYERS + 1}),
+        vision_config=CLIPVisionConfig(**{**_vision(pixels), "num_hidden_layers": LAYERS + 1}),
         text_config=LlamaConfig(**_text(vocabulary)),
         image_token_index=IMAGE,
-        image_seq_length=(PIXELS // PATCH) ** 2,
+        image_seq_length=(pixels // PATCH) ** 2,
         vision_feature_layer=-2,
         tie_word_embeddings=True,
     )
     return LlavaForConditionalGeneration(config), config.image_seq_length
 
 
-def _place(model: PreTrainedModel) -> None:
+def _place(model: PreTrainedModel, pixels: int) -> None:
     """Initialises position embeddings as sines of row and column, so that a tower need not learn what a row is."""
-    side, quarter = PIXELS // PATCH, WIDTH // 4
+    side, quarter = pixels // PATCH, WIDTH // 4
     angle = torch.arange(side)[:, None] * 20 ** (-torch.arange(quarter) / quarter)
     line = torch.cat((angle.sin(), angle.cos()), -1)  # [side, WIDTH / 2]
     grid = torch.cat((line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)), -1).flatten(0, 1)
@@ -149,32 +149,36 @@ def _place(model: PreTrainedModel) -> None:
                 p.view(-1, WIDTH)[-side * side :] = grid * 0.5
 
 
-def build_nano(host: HostName, seed: int = 0) -> NanoHost:
+def build_nano(host: HostName, seed: int = 0, pixels: int = PIXELS) -> NanoHost:
     """Builds an untrained nano host.
 
     Args:
         host: one of `HOSTS`.
         seed: seeds the weights; the global random state is left as it was.
+        pixels: side of its pictures, a multiple of 12 (`internvl`: of 24).
 
     Returns:
         The host, in fp32 and in eval mode, with `sdpa` attention in both towers.
 
     Raises:
-        ValueError: unknown host.
+        ValueError: unknown host, or another size.
     """
     builders = {"llava_onevision": _llava_onevision, "internvl": _internvl, "llava": _llava}
     if host not in builders:
         raise ValueError(f"Unknown nano host {host!r}. Use one of {', '.join(HOSTS)}.")
+    whole = 2 * PATCH if host == "internvl" else PATCH
+    if pixels < whole or pixels % whole:
+        raise ValueError(f"pixels={pixels} must be a multiple of {whole}.")
     tokenizer = nano_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, image_tokens = builders[host](len(tokenizer))
-        _place(model)
+        model, image_tokens = builders[host](len(tokenizer), pixels)
+        _place(model, pixels)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
     model.generation_config.bos_token_id = None
-    return NanoHost(host, model.eval(), tokenizer, image_tokens)
+    return NanoHost(host, model.eval(), tokenizer, image_tokens, pixels)
 
 
 def weights_path(host: HostName) -> Path:

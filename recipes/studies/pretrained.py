@@ -88,7 +88,7 @@ class Run:
             after_step: Called with the number of the step after each one.
         """
         options = self.options
-        stepper = Stepper(_groups(self.net, options), options["steps"], options["warmup"])
+        stepper = Stepper(self.groups(), options["steps"], options["warmup"])
         generator = torch.Generator().manual_seed(1000 + self.seed)
         chosen = torch.randperm(len(self.pool), generator=generator)[: options["pictures"]]
         order = torch.empty(0, dtype=torch.long)
@@ -96,8 +96,20 @@ class Run:
             while len(order) < options["batch"]:
                 order = torch.cat((order, chosen[torch.randperm(len(chosen), generator=generator)]))
             batch, order = order[: options["batch"]], order[options["batch"] :]
-            stepper.step(_loss(self.net, self.pool, batch))
+            stepper.step(self.loss(batch))
             after_step(step)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer."""
+        return _groups(self.net, self.options)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The loss on some pictures.
+
+        Args:
+            batch: Their numbers in the pool.
+        """
+        return _loss(self.net, self.pool, batch)
 
     def scores(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the headers and of the auxiliary task for each picture.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfa_adapters.recipes.synthetic.charts import TextBox
 from sfa_adapters.recipes.synthetic.tables import Table
 
-__all__ = ["LENGTH", "Cuttings", "ReadingHeads", "mark_patches", "reading_targets", "text_records"]
+__all__ = ["LENGTH", "RECORD", "Cuttings", "ReadingHeads", "codes", "mark_patches", "reading_targets", "text_records"]
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 BLANK = len(ALPHABET)
@@ -33,7 +33,8 @@ SPACE = {
 }  # widths in em, else 0.69
 
 
-def _codes(text: str) -> list[int]:
+def codes(text: str) -> list[int]:
+    """The characters of a text as numbers, `LENGTH` of them, with `BLANK` behind its end."""
     return ([ALPHABET.index(c) for c in text] + [BLANK] * LENGTH)[:LENGTH]
 
 
@@ -53,11 +54,11 @@ def text_records(table: Table, texts: Sequence[TextBox]) -> np.ndarray:
     for t in texts:
         partner = series = [-1] * LENGTH
         if t.role == "value":
-            partner = _codes(table.rows[t.row])
-            series = [-1] * LENGTH if one else _codes(table.series[t.series])
+            partner = codes(table.rows[t.row])
+            series = [-1] * LENGTH if one else codes(table.series[t.series])
         elif t.role == "row" and one:
-            partner = _codes(table.text(0, t.row))
-        rows.append([*(round(v) for v in t.box), *_codes(t.text), *partner, *series])
+            partner = codes(table.text(0, t.row))
+        rows.append([*(round(v) for v in t.box), *codes(t.text), *partner, *series])
     return np.array(rows, dtype=np.int16).reshape(-1, RECORD)
 
 
@@ -89,8 +90,8 @@ def mark_patches(
         bool [side * side] for the number, and for the name.
     """
     series, row = mark
-    name = _codes(table.rows[row])
-    group = [-1] * LENGTH if len(table.series) == 1 else _codes(table.series[series])
+    name = codes(table.rows[row])
+    group = [-1] * LENGTH if len(table.series) == 1 else codes(table.series[series])
     marks = np.zeros((2, side, side), dtype=bool)
     for r in record.tolist():
         value = r[4 + LENGTH :] == name + group
