@@ -27,6 +27,7 @@ STUDIES: Mapping[str, str] = {
     "tables": "sfa_adapters.recipes.studies.tables",
     "starts": "sfa_adapters.recipes.studies.starts",
     "small-vlm": "sfa_adapters.recipes.studies.small_vlm_study",
+    "tokens": "sfa_adapters.recipes.studies.tokens",
 }
 ROWS, TUNING = "rows.jsonl", "tuning.jsonl"
 

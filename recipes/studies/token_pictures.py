@@ -86,9 +86,7 @@ class CutOuts:
     def __init__(self, folder: Path, part: Split) -> None:
         pages = read_part(folder, part)
         if any(page.words is None for page in pages):
-            raise DataError(
-                f"{folder} has boxes without their words. Make the pages again: sfa density pages --out ..."
-            )
+            raise DataError(f"{folder} has boxes without words. Make the pages again: sfa density pages --out FOLDER")
         self.pages = [page for page in pages if page.script == "latin"]
 
     def picture(self, rng: np.random.Generator, only: str | None = None) -> Picture:

@@ -61,6 +61,7 @@ def train(job: Job) -> Outcome:
     """
     began, options = time.process_time(), job.options
     host = build_arm(options, job.seed)
+    torch.manual_seed(job.seed)
     heads = ReadingHeads(WIDTH)
     seen: list[Tensor] = []
     model: Any = host.model
