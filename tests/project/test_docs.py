@@ -1,5 +1,6 @@
-"""The code blocks of each docs page run, from top to bottom in one namespace."""
+"""The code blocks of each docs page run, from top to bottom in one namespace; documented commands exist."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sfa_adapters import registry
+from sfa_adapters.cli.main import app
 from sfa_adapters.registry import registered_backbones
 from sfa_adapters.vlm import records
 from sfa_adapters.vlm.records import registered_vlms
@@ -64,3 +66,38 @@ def test_the_inspect_commands_of_the_readme_work_with_the_demo_extra_alone() -> 
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def _documented_commands() -> list[tuple[str, str]]:
+    """Every command line of `sfa` in the pages and notebooks, with the page that it stands in."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    texts = [(page.name, page.read_text("utf-8")) for page in pages]
+    for book in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(book.read_text("utf-8"))["cells"]
+        texts.append((book.name, "\n".join("".join(cell["source"]) for cell in cells)))
+    return [
+        (name, command.split("#")[0].split("|")[0].strip(" `.,"))
+        for name, text in texts
+        for command in re.findall(r"(?:^\s*(?:\$ |!)?|`)(sfa [a-z][^`\n]*)", text, re.MULTILINE)
+    ]
+
+
+def test_documented_commands_exist_with_their_options() -> None:
+    import typer
+
+    commands = _documented_commands()
+    assert len(commands) > 100
+    wrong = []
+    for page, line in commands:
+        command: Any = typer.main.get_command(app)
+        words = line.split()[1:]
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        if hasattr(command, "commands"):
+            if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):
+                wrong.append(f"{page}: {line}: no command {words[0]}")
+            continue
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        unknown = [word for word in re.findall(r"(?<=\s)--[a-z][a-z-]*", line) if word not in {*known, "--help"}]
+        wrong += [f"{page}: {line}: no option {word}" for word in unknown]
+    assert not wrong, "\n".join(wrong)
