@@ -98,6 +98,8 @@ def _open(run: Path, model: str | None, revision: str | None) -> tuple[Any, dict
             return open_host(trained, **options), {}
         return open_host(model, trained, revision=revision, **options), {}
     if not (run / "adapter_config.json").is_file():
+        if not run.is_dir():
+            raise RecipeError(f"{run} is no folder. Give the folder of a run, or of an SFA adapter.")
         raise RecipeError(f"{run} has neither recipe.json (a run) nor adapter_config.json (an SFA adapter).")
     if model is None:
         raise RecipeError(f"{run} is an adapter alone: name its base with --model.")
