@@ -1,7 +1,7 @@
 """Study d: a small VLM of real pretrained parts learns to read pictures of real tables.
 
     sfa study small-vlm --budget samples=30000,batch=32     one H200, about ten minutes
-    sfa study small-vlm --budget samples=1200,batch=4       a CPU, about an hour a run
+    sfa study small-vlm --budget samples=1200,batch=4,align_samples=800       a CPU, more than an hour a run
 
 DINOv2-small and SmolLM2-135M-Instruct (`small_vlm`) were not trained together. First the projector alone is aligned:
 the model learns to write all texts that are printed on tables and charts. All arms of a seed begin with the same
