@@ -28,7 +28,7 @@ exclude_patterns = ["_build", "jupyter_execute", "sphinx_parts", "**.ipynb_check
 
 # Pages are written for GitHub's reader, too: headings are link targets, and links lead to files.
 myst_heading_anchors = 4
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "html_image"]
 myst_dmath_double_inline = True
 suppress_warnings = ["myst.strikethrough"]
 

@@ -19,6 +19,7 @@ __all__ = ["DOCS", "ROOT", "connect", "on_the_site"]
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^()\s#]+)(#[^()\s]*)?(?=\))")
+_IMAGE = re.compile(r'(?<=<img src=")([^"]+)()(?=")')  # a picture with a width, which Markdown cannot say
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -49,11 +50,14 @@ def on_the_site(text: str, source: Path, place: Path) -> str:
             raise SphinxError(f"{source.relative_to(ROOT)} links to {match[1]}, which is no file.")
         return os.path.relpath(page_of(target), place.parent) + (match[2] or "")
 
+    def changed(part: str) -> str:
+        return _IMAGE.sub(rewrite, _LINK.sub(rewrite, part))
+
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
-        parts += [_LINK.sub(rewrite, text[end : fence.start()]), fence[0]]
+        parts += [changed(text[end : fence.start()]), fence[0]]
         end = fence.end()
-    return "".join([*parts, _LINK.sub(rewrite, text[end:])])
+    return "".join([*parts, changed(text[end:])])
 
 
 def _read(app: Sphinx, name: str, content: list[str]) -> None:

@@ -60,6 +60,9 @@ def test_links_out_of_docs_lead_to_pages_and_files(parts: dict[str, ModuleType])
     links, page = parts["links"], ROOT / "docs" / "sfa.md"
     text = "[a](../README.md#try-it) [b](../backbones/vit.py) [c](peft.md) [d](https://e.org) [e](#here)"
     assert links.on_the_site(text, page, page) == text.replace("../README.md", "project/readme.md")
+    picture = '<img src="docs/figures/plan.png" width="440" alt="x">'
+    readme = ROOT / "README.md"
+    assert links.on_the_site(picture, readme, ROOT / "docs" / "project" / "readme.md") == picture.replace("docs", "..")
     code = "```sh\n[x](nowhere.md)\n```\n"
     assert links.on_the_site(code, page, page) == code
     with pytest.raises(SphinxError, match=r"docs/sfa\.md links to nowhere\.md, which is no file"):
