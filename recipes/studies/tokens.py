@@ -1,18 +1,22 @@
-"""What adaptive tokens (ADAT) do to answers, trained with them from the start, against down-sampling at equal tokens.
+"""What adaptive tokens (ADAT) do to answers in a model that is trained with them, against down-sampling.
 
     sfa density pages --out real-pages
     sfa study tokens --workers 2        (numbers: docs/studies/tokens/)
 
-The model is a nano LLaVA-OneVision whose tower and projector start from random weights; the language model is the one
-of the nano host. Each arm sees the same pictures of 192 px (`token_pictures`):
+The model is the nano LLaVA-OneVision, which reads charts; real pages are new to it. All of it trains, on the same
+pictures of 192 px in every arm (`token_pictures`):
 
 * `all`: every patch of 12 px, 256 tokens. It is the ceiling, at twice or four times the tokens;
 * `adat`: as many tokens as the budget allows, patches of 12 px on text and of 48 px elsewhere;
 * `down`: the picture made smaller, so that its patches of 12 px are as many;
 * `adat-random`: adaptive tokens whose density map is noise, as a placebo.
 
-First the tower alone learns to read letters (with the heads of the nano curriculum), then everything learns to answer;
-reading goes on beside it. The language model sees the grid of the tower in every arm, so only the tower gets cheaper.
+Beside the answers, linear heads read the letters of every patch, as in the nano curriculum. The language model sees the
+grid of the tower in every arm, so only the tower gets cheaper.
+
+The tower does not start from random weights: with adaptive tokens from the first step it could not read yet after 2,000
+steps, and the nano tower took 10,000. So it starts from one that was trained on uniform patches, and the size of its
+letters is that of `all` and `adat`, not that of `down`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from sfa_adapters.adat import AdaptiveTokenizer, PatchPolicy, inject_adat
 from sfa_adapters.errors import DataError
 from sfa_adapters.eval_mode import evaluating
 from sfa_adapters.recipes.analyze.attention_study import STATISTICS
-from sfa_adapters.recipes.nano.encode import EOS, encode_packed, pixel_values
+from sfa_adapters.recipes.nano.encode import EOS, encode_packed
 from sfa_adapters.recipes.nano.models import PATCH, WIDTH, NanoHost, build_nano, load_nano
 from sfa_adapters.recipes.nano.packing import right_answers
 from sfa_adapters.recipes.studies.results_file import Outcome
@@ -56,8 +60,8 @@ def train(job: Job) -> Outcome:
 
     Args:
         job: Its options: `tokens` (budget of the tower), `kind` (one of `ARMS`), `pages` (folder of the real pages),
-            `pictures` (of training), `charts` (their share), `reading_steps`, `reading_batch`, `reading_lr`, `steps`,
-            `batch`, `lr`, `warmup`, `measurements`, `validation`, `test_pictures`.
+            `pictures` (of training), `charts` (their share), `steps`, `batch`, `lr`, `warmup`, `measurements`,
+            `validation`, `test_pictures`.
     """
     began, options = time.process_time(), job.options
     host = build_arm(options, job.seed)
@@ -69,25 +73,17 @@ def train(job: Job) -> Outcome:
     pool = _training_pictures(options["pictures"], options["charts"], options["pages"], job.seed)
     model.train()
 
-    reading: list[float] = []
-    stepper = Stepper(_groups([model, heads], options["reading_lr"]), options["reading_steps"], options["warmup"])
-    for pictures in _batches(options["reading_steps"], options["reading_batch"], pool, job.seed):
-        values = pixel_values(_seen(host, pictures), host.pixels)
-        model.model.get_image_features(values, image_sizes=torch.full((len(pictures), 2), host.pixels))
-        loss = heads(seen.pop(), _targets(host, pictures)).sum()
-        stepper.step(loss)
-        reading.append(loss.item())
-
     curve: list[tuple[int, float]] = []
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     validation = _test_set("words", "val", options["validation"], options["pages"])
     stepper = Stepper(_groups([model, heads], options["lr"]), options["steps"], options["warmup"])
     every = max(options["steps"] // options["measurements"], 1)
-    for step, pictures in enumerate(_batches(options["steps"], options["batch"], pool, job.seed + 1), 1):
+    for step, pictures in enumerate(_batches(options["steps"], options["batch"], pool, job.seed), 1):
         batch = encode_packed(host, _seen(host, pictures), [picture.questions for picture in pictures])
         answer = model(**batch, use_cache=False).loss
-        stepper.step(answer + READING * heads(seen.pop(), _targets(host, pictures)).sum())
-        losses.append(answer.item())
+        reading = heads(seen.pop(), _targets(host, pictures))
+        stepper.step(answer + READING * reading.sum())
+        losses.append((answer.item(), reading[0].item()))
         if step % every == 0 or step == options["steps"]:
             curve.append((step, float(exact(host, validation).mean())))
             seen.clear()
@@ -96,19 +92,17 @@ def train(job: Job) -> Outcome:
         for name, count in options["test_pictures"].items()
     }
     hook.remove()
-    numbers = {
-        "reading_loss": round(float(np.mean(reading[-25:])), 4),
-        "last_loss": round(float(np.mean(losses[-25:])), 4),
-    }
+    answer, letters = np.mean(losses[-25:], axis=0)
+    numbers = {"last_loss": round(float(answer), 4), "letters_loss": round(float(letters), 4)}
     return Outcome(curve, tests, {}, time.process_time() - began, numbers)
 
 
 def build_arm(options: Options, seed: int) -> NanoHost:
-    """The model of an arm: tower and projector from random weights, the language model pretrained.
+    """The model of an arm: the nano host, its table of positions resized to the grid of the arm.
 
     Args:
         options: Options of a job.
-        seed: Of the random weights, and of the density map of the placebo.
+        seed: Of the density map of the placebo.
 
     Raises:
         DataError: There is no such arm, or the budget is no square number of tokens.
@@ -120,9 +114,12 @@ def build_arm(options: Options, seed: int) -> NanoHost:
     if side**2 != tokens:
         raise DataError(f"tokens={tokens} must be a square: down-sampling has as many rows as columns.")
     host = build_nano("llava_onevision", seed, side * PATCH if kind == "down" else SIDE)
-    trained: Any = load_nano("llava_onevision").model
-    model: Any = host.model
-    model.model.language_model.load_state_dict(trained.model.language_model.state_dict())
+    state = load_nano("llava_onevision").model.state_dict()
+    shapes = host.model.state_dict()
+    for name, values in state.items():
+        if values.shape != shapes[name].shape:
+            state[name] = _resized(values, len(shapes[name]))
+    host.model.load_state_dict(state)
     if kind.startswith("adat"):
         noise = torch.Generator().manual_seed(seed)
 
@@ -132,6 +129,13 @@ def build_arm(options: Options, seed: int) -> NanoHost:
         policy = PatchPolicy(budget=tokens, scorer=random_density if kind == "adat-random" else "density")
         inject_adat(host.model, AdaptiveTokenizer(policy=policy, **STATISTICS))
     return host
+
+
+def _resized(table: Tensor, count: int) -> Tensor:
+    """A table of positions on a square grid of another size, `[count, width]`."""
+    old, new = round(len(table) ** 0.5), round(count**0.5)
+    grid = table.T.reshape(1, -1, old, old)
+    return torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
 def exact(host: NanoHost, pictures: Sequence[Picture], batch_size: int = 16) -> np.ndarray:

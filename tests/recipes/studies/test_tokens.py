@@ -44,9 +44,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(pages: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "pages": str(pages), "tokens": 121, "kind": "adat", "pictures": 6, "charts": 0.5, "reading_steps": 1,
-        "reading_batch": 2, "reading_lr": 1e-3, "steps": 2, "batch": 2, "lr": 1e-3, "warmup": 1, "measurements": 2,
-        "validation": 2, "test_pictures": {"words": 2, "rows": 2, "charts": 2}, **changes,
+        "pages": str(pages), "tokens": 121, "kind": "adat", "pictures": 6, "charts": 0.5, "steps": 2, "batch": 2,
+        "lr": 1e-3, "warmup": 1, "measurements": 2, "validation": 2,
+        "test_pictures": {"words": 2, "rows": 2, "charts": 2}, **changes,
     }  # fmt: skip
 
 
