@@ -29,11 +29,22 @@ def _group() -> None:
 @from_dataclass(BudgetConfig, fields=("out", "pages", "steps", "questions", "seeds", "scorer"))
 def tokens(
     config: BudgetConfig,
-    pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pages only; no training.")] = False,
+    pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures", help="Draw pages only, without training; of a set of `sfa density pages` with --pages."
+        ),
+    ] = False,
 ) -> None:
     """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; figures of patch plans."""
     from sfa_adapters.recipes.analyze.token_budgets import draw_pages, run_budgets
 
+    if config.pages is not None and pictures:
+        from sfa_adapters.recipes.analyze.real_gallery import draw_real_gallery
+
+        config.out.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"gallery: {draw_real_gallery(config.pages, config.out / 'real_gallery.png')}")
+        return
     if config.pages is not None:
         from sfa_adapters.recipes.analyze.own_pages import measure_own_pages
 
