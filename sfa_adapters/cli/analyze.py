@@ -31,9 +31,7 @@ def tokens(
     config: BudgetConfig,
     pictures: Annotated[
         bool,
-        typer.Option(
-            "--pictures", help="Draw pages only, without training; of a set of `sfa density pages` with --pages."
-        ),
+        typer.Option("--pictures", help="Only draw pages; with --pages those of `sfa density pages`."),
     ] = False,
 ) -> None:
     """Accuracy and time at 25-100% of the tokens: adaptive, down-sampled, dropped at random; figures of patch plans."""
