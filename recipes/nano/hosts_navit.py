@@ -61,10 +61,16 @@ _ERNIE = (
 )
 
 
-def _mrope(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-    """Settings of a language model whose positions have three axes: time, row and column."""
+def _mrope(tokenizer: PreTrainedTokenizerFast, interleaved: bool = False, **more: Any) -> dict[str, Any]:
+    """Settings of a language model whose positions have three axes: time, row and column.
+
+    Qwen3 mixes the channels of the axes. transformers does so whatever the configuration says; vLLM reads it there, and
+    the full-size checkpoints have it.
+    """
     settings = text_settings(tokenizer)
     rope = {**settings["rope_parameters"], "mrope_section": [4, 2, 2]}
+    if interleaved:
+        rope["mrope_interleaved"] = True
     return {**settings, "rope_parameters": rope, **more}
 
 
@@ -96,7 +102,7 @@ def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = host_tokenizer("<|im_end|>", _QWEN, _QWEN_NAMED)
     config = Qwen3VLConfig(
         vision_config=_qwen_vision(deepstack_visual_indexes=[0]),
-        text_config=_mrope(tokenizer, tie_word_embeddings=True),
+        text_config=_mrope(tokenizer, interleaved=True, tie_word_embeddings=True),
         tie_word_embeddings=True,
         **_qwen_ids(tokenizer),
     )
@@ -131,7 +137,7 @@ def _byte_tokenizer(end: str, specials: tuple[str, ...], named: Mapping[str, str
 def qwen3_5() -> tuple[PreTrainedModel, ProcessorMixin]:
     """A nano Qwen3.5: of the layers of its language model one attends to all tokens; its template can think."""
     tokenizer = _byte_tokenizer("<|im_end|>", (*_QWEN, "<think>", "</think>"), _QWEN_NAMED)
-    text = _mrope(tokenizer, tie_word_embeddings=True)
+    text = _mrope(tokenizer, interleaved=True, tie_word_embeddings=True)
     text |= {
         "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
         "linear_value_head_dim": 16, "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 1.0},

@@ -54,7 +54,7 @@ def served_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorM
             elif parameter.ndim > 1 and any(part in name for part in ("attn.proj", "out_proj", "projection_layer")):
                 parameter.mul_(8)
             elif parameter.ndim > 1 and "merger" in name:
-                parameter.mul_(3)
+                parameter.mul_(9 if family == "qwen3_vl" and "deepstack" not in name else 3)
     model.generation_config = narrow.generation_config
     return model, processor
 

@@ -18,7 +18,7 @@ from sfa_adapters.recipes.nano.served import write_served
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-serving")
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
 
-FAMILIES = ("internvl", "qwen2_5_vl", "llava_onevision")
+FAMILIES = ("internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
 LEVEL = 1e-3  # logits
 IMAGES = 10
 
