@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -38,6 +39,9 @@ def install_command(extra: str) -> str:
         return f'pip install -e ".[{extra}]" (in the clone)'
     origin = json.loads(installed.read_text("direct_url.json") or "null")
     if origin is None:
+        clone = Path(str(installed.locate_file("")))
+        if (clone / "pyproject.toml").is_file():  # the metadata that an editable install leaves in the clone
+            return f'pip install -e "{clone.resolve()}[{extra}]"'
         return f'pip install "{NAME}[{extra}]"'
     url: str = origin["url"]
     if origin.get("dir_info", {}).get("editable"):

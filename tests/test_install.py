@@ -18,11 +18,14 @@ EXTRAS_OF_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))[
 class Installed:
     """An installed distribution, as importlib.metadata gives it."""
 
-    def __init__(self, origin: dict | None, urls: tuple[str, ...] = ()) -> None:
-        self.origin = origin
+    def __init__(self, origin: dict | None, urls: tuple[str, ...] = (), place: str = "/nowhere") -> None:
+        self.origin, self.place = origin, place
         self.metadata = Message()
         for url in urls:
             self.metadata["Project-URL"] = url
+
+    def locate_file(self, path: str) -> Path:
+        return Path(self.place) / path
 
     def read_text(self, name: str) -> str | None:
         assert name == "direct_url.json"
@@ -34,6 +37,7 @@ class Installed:
     [
         (None, 'pip install -e ".[demo]" (in the clone)'),
         (Installed(None), 'pip install "sfa-adapters[demo]"'),
+        (Installed(None, place=str(ROOT)), f'pip install -e "{ROOT}[demo]"'),
         (
             Installed({"url": "file:///home/me/my%20clone", "dir_info": {"editable": True}}),
             'pip install -e "/home/me/my clone[demo]"',
@@ -48,7 +52,7 @@ class Installed:
         ),
         (Installed({"url": "file:///tmp/x", "dir_info": {}}), 'pip install "sfa-adapters[demo] @ file:///tmp/x"'),
     ],
-    ids=["on the path", "index", "clone", "repository", "wheel", "folder"],
+    ids=["on the path", "index", "in the clone", "clone", "repository", "wheel", "folder"],
 )
 def test_the_command_is_the_way_it_was_installed(
     installed: Installed | None, command: str, monkeypatch: pytest.MonkeyPatch

@@ -5,12 +5,13 @@ A prompt is the image tokens, the question and a line break; the answer and an e
 `encode_packed` puts many questions about one picture into one sequence, see `packing`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +21,10 @@ from sfa_adapters.recipes.nano.tokenizer import EOS, IMAGE, PAD, VIDEO, nano_tok
 
 __all__ = ["EOS", "IGNORE", "IMAGE", "PAD", "VIDEO", "encode", "encode_packed", "nano_tokenizer", "pixel_values"]
 
-Picture = np.ndarray | Image.Image
+if TYPE_CHECKING:  # Pillow is not among the dependencies of the library itself
+    from PIL import Image
+
+Picture: TypeAlias = "np.ndarray | Image.Image"
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -46,6 +50,8 @@ def pixel_values(images: Sequence[Picture], pixels: int) -> Tensor:
     for image in images:
         picture = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
         if picture.shape[:2] != (pixels, pixels):
+            from PIL import Image
+
             picture = np.asarray(Image.fromarray(picture).resize((pixels, pixels), Image.Resampling.BICUBIC))
         arrays.append(picture)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(torch.float32).sub_(255).div_(127.5).contiguous()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.vlm.page import Page
@@ -43,6 +42,8 @@ def _page(image: np.ndarray, processor: Any, pixels: int) -> Page:
     while not fits(ratio):
         ratio *= 0.99
     size = max(1, int(width * ratio)), max(1, int(height * ratio))
+    from PIL import Image  # not among the dependencies of the library itself
+
     smaller = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     return Page(smaller, (width, height), size)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sfa_adapters.errors import RecipeError
 from sfa_adapters.vlm.page import Page
@@ -58,6 +57,8 @@ def _page(image: np.ndarray, processor: Any, tiles: int) -> Page:
     target = select_best_resolution((height, width), [p for p in points if tiles_of(p, side) <= tiles])
     ratio = min(target[0] / height, target[1] / width)
     size = max(1, int(width * ratio)), max(1, int(height * ratio))
+    from PIL import Image  # not among the dependencies of the library itself
+
     smaller = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     return Page(smaller, (width, height), size)
 

@@ -24,7 +24,10 @@ def test_importing_the_library_needs_no_extra_and_touches_no_gpu() -> None:
         "from sfa_adapters import figures, metrics\n"
         "from sfa_adapters.cli import main\n"
         "from sfa_adapters.registry import registered_backbones\n"
+        "from sfa_adapters.vlm.records import registered_vlms\n"
         "assert len(registered_backbones()) >= 6\n"
+        "assert len(registered_vlms()) >= 14\n"
+        "main.main(['recipes'])\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     assert done.returncode == 0, done.stderr
