@@ -202,6 +202,7 @@ COVERED_BY = {
     "recipes/studies/starts_timm": "recipes/studies/test_starts",
     "recipes/studies/summary": "recipes/studies/test_catalog",
     "recipes/studies/tables_measures": "recipes/studies/test_tables",
+    "recipes/studies/token_pictures": "recipes/studies/test_tokens",
     "recipes/studies/wheels": "recipes/studies/test_dinov2",
     "recipes/synthetic/fonts": "recipes/synthetic/test_rendered_rows",
     "recipes/synthetic/korean": "recipes/synthetic/test_rendered_rows",
