@@ -81,6 +81,7 @@ class Server:
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "SFA_ADAPTER")}
         self.environment = {**kept, **offline, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
+        self._client: Any = None
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as out:
@@ -93,6 +94,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        if self._client is not None:
+            self._client.close()
 
     def kill(self) -> None:
         """Ends the server and its processes at once."""
@@ -127,10 +130,13 @@ class Server:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def client(self) -> Any:
-        """A client of OpenAI's library for it."""
+        """A client of OpenAI's library for it, closed with the server."""
         from openai import OpenAI  # pyright: ignore[reportMissingImports]
 
-        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=600)
+        self._client = self._client or OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=600
+        )
+        return self._client
 
 
 def _link(image: Image.Image) -> str:

@@ -6,6 +6,7 @@ nearly level, two programs may choose differently; such answers are compared up 
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: 
     # The option lets a request ask for images of other sizes.
     with Server(host, tmp_path / "log", adapter, ("--trust-request-mm-kwargs",)) as server:
         assert server.ready(), server.text()[-3000:]
-        assert "acts in 3 of 3 layers" in server.text()
+        assert re.search(r"acts in (\d) of \1 layers", server.text())
         answers = [ask(server.client(), image) for image in images]
         if family == "qwen2_5_vl":
             large = {"size": {"shortest_edge": 56**2, "longest_edge": 2000**2}}
