@@ -73,8 +73,8 @@ def write_served(family: str, folder: Path, seed: int = 0) -> tuple[Path, Path]:
     model, processor = served_host(family, seed)
     host, adapter = folder / "host", folder / "adapter"
     if family in ("llava", "llava_onevision"):
-        # Checkpoints on the hub have `vision_model.` in the names of SigLIP and CLIP, which engines expect. transformers
-        # drops it on loading, and writes it again only for a model that was loaded with it.
+        # Checkpoints on the hub have `vision_model.` in the names of SigLIP and CLIP, and engines expect it.
+        # transformers drops it on loading, and writes it again only for a model that was loaded with it.
         state = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in model.state_dict().items()}
         model.save_pretrained(host, state_dict=state, save_original_format=False)
     else:
