@@ -21,7 +21,7 @@ from sfa_adapters.recipes.studies.pretrained import Run
 from sfa_adapters.recipes.studies.settings import load_settings
 from sfa_adapters.recipes.studies.training import Stepper
 
-FROZEN: Mapping[str, Mapping[str, Any]] = {
+TRAINED: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "SFA, four terms": {"adapter": "sfa", "sfa_lr": 0.3},
     "SFA, row and col": {"adapter": "sfa", "sfa_lr": 0.3, "terms": ["row", "col"]},
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     base = {**load_settings("pretrained-frozen").train, "pool": 16, "pictures": 16, "steps": 10_000, "validation": 1}
     steps, parameters = {}, {}
-    for name, options in FROZEN.items():
+    for name, options in TRAINED.items():
         run = Run({**base, **options}, seed=0)
         parameters[name] = sum(p.numel() for p in run.net.tower.parameters() if p.requires_grad)
         steps[name] = _step(run)

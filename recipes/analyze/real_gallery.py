@@ -1,7 +1,9 @@
 """A gallery of real pages with their density: upright, in other scripts, turned, coloured, scanned, photographed.
 
-sfa density pages --out real-pages
-sfa analyze tokens --pages real-pages --pictures
+    sfa density pages --out real-pages
+    sfa analyze tokens --pages real-pages --pictures
+
+It shows single pages; the numbers are in docs/density.md.
 """
 
 from __future__ import annotations

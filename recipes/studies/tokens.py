@@ -87,11 +87,11 @@ def train(job: Job) -> Outcome:
         if step % every == 0 or step == options["steps"]:
             curve.append((step, float(exact(host, validation).mean())))
             seen.clear()
+    hook.remove()
     tests = {
         name: exact(host, _test_set(name, "test", count, options["pages"]))
         for name, count in options["test_pictures"].items()
     }
-    hook.remove()
     answer, letters = np.mean(losses[-25:], axis=0)
     numbers = {"last_loss": round(float(answer), 4), "letters_loss": round(float(letters), 4)}
     return Outcome(curve, tests, {}, time.process_time() - began, numbers)
