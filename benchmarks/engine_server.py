@@ -158,8 +158,17 @@ def ask(client: Any, image: Image.Image, tokens: int = TOKENS, **extra: Any) -> 
     return list(answer.choices[0].token_ids)
 
 
-def reference_answers(host: Path, adapter: Path | None, images: list[Image.Image]) -> list[tuple[list[int], float]]:
-    """What transformers answers, and the smallest lead of a chosen token over the next one, in logits."""
+def reference_answers(
+    host: Path, adapter: Path | None, images: list[Image.Image], fewer_tokens: float | None = None
+) -> list[tuple[list[int], float]]:
+    """What transformers answers, and the smallest lead of a chosen token over the next one, in logits.
+
+    Args:
+        host: Folder of the model.
+        adapter: Folder of the adapter; None for none.
+        images: One for each question.
+        fewer_tokens: Share of the image tokens that stays, by text density, before the language model.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -169,6 +178,18 @@ def reference_answers(host: Path, adapter: Path | None, images: list[Image.Image
     processor: Any = AutoProcessor.from_pretrained(host)
     if adapter is not None:
         load_sfa(model, adapter)
+    if fewer_tokens is not None:
+        from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
+
+        pixels = processor.image_processor
+        config = FastVConfig(
+            ratio=1 - fewer_tokens,
+            selector="density",
+            prune_at="input",
+            image_mean=tuple(pixels.image_mean),
+            image_std=tuple(pixels.image_std),
+        )
+        inject_fastv(model, config)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

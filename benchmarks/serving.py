@@ -5,20 +5,24 @@
 
 The hosts are nano hosts with random weights. Answers say whether vLLM computes what transformers computes, token by
 token in fp32. Requests per second are dominated by the server itself; the ratio of two servers that take turns says
-what the bias adds, and is formed inside each round. For towers that take pages of any size a third candidate asks the
-plain server with pages of half as many tokens.
+what the bias adds, and is formed inside each round.
+
+For Qwen2.5-VL, pages are larger, and two candidates more have half of the image tokens: a server with
+`SFA_IMAGE_TOKENS=0.5`, and the plain server asked with smaller pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +30,12 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.engine_server import TOKENS, Server, ask, page, reference_answers
 from sfa_adapters.recipes.nano.served import write_served
+from sfa_adapters.serving.image_tokens import TOKENS as VARIABLE
 
 CONCURRENCY = (1, 4, 16)
-HALF = (112, 84)  # pixels: half as many patches as a page of 160 x 120, in whole groups
+SMALL, LARGE, HALF = (160, 120), (560, 420), (392, 308)  # pixels; the last two have 300 and 154 image tokens
+# The processor of the nano host makes larger pages smaller by default.
+ANY_SIZE = ("--mm-processor-kwargs", json.dumps({"size": {"shortest_edge": 56**2, "longest_edge": 1000**2}}))
 
 
 def _answers(server: Server, host: Path, adapter: Path, count: int) -> list[str]:
@@ -105,15 +112,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         host, adapter = write_served(args.family, folder)
-        with Server(host, folder / "plain.log") as plain, Server(host, folder / "sfa.log", adapter) as biased:
-            for server in (plain, biased):
+        with ExitStack() as stack:
+            reduces = args.family == "qwen2_5_vl"
+            options = ANY_SIZE if reduces else ()
+            size = LARGE if reduces else SMALL
+            plain = stack.enter_context(Server(host, folder / "plain.log", options=options))
+            biased = stack.enter_context(Server(host, folder / "sfa.log", adapter, options))
+            servers = [plain, biased]
+            if reduces:
+                fewer = {VARIABLE: "0.5"}
+                servers.append(stack.enter_context(Server(host, folder / "fewer.log", None, options, fewer)))
+            for server in servers:
                 if not server.ready():
                     raise SystemExit(f"A server did not start:\n{server.text()[-4000:]}")
             check = next(line for line in biased.text().splitlines() if "SFA: " in line)
             answers = _answers(biased, host, adapter, args.answers)
-            candidates = {"plain": (plain.client(), (160, 120)), "with SFA": (biased.client(), (160, 120))}
-            if args.family.startswith(("qwen", "glm", "paddle")):
-                candidates["half the tokens"] = (plain.client(), HALF)
+            candidates = {"plain": (plain.client(), size), "with SFA": (biased.client(), size)}
+            if reduces:
+                candidates[f"{VARIABLE}=0.5"] = (servers[2].client(), size)
+                candidates["smaller pages, half the tokens"] = (plain.client(), HALF)
             busy = os.getloadavg()[0]
             speed = _speed(candidates, args.rounds, args.requests)
             busy = (busy + os.getloadavg()[0]) / 2
@@ -139,7 +156,8 @@ def main() -> None:
         "",
         "## Requests per second",
         "",
-        f"{args.rounds} rounds of {args.requests} requests each, in turns; quartiles of the ratio inside a round.",
+        f"{args.rounds} rounds of {args.requests} requests each, in turns; pages of {size[0]} x {size[1]} px, "
+        f"{TOKENS} tokens of answer; quartiles of the ratio inside a round.",
         "",
         *speed,
     ]

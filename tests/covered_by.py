@@ -257,6 +257,7 @@ COVERED_BY = {
     "serving/places": "serving/test_channels",
     "serving/self_check": "serving/test_engine_tower",
     "serving/vllm_attention": "serving/test_vllm_server",
+    "serving/vllm_image_tokens": "serving/test_vllm_server",
     "serving/vllm_options": "serving/test_vllm",
     "serving/vllm_towers": "serving/test_vllm_server",
     "sharing/baked": "sharing/test_export",

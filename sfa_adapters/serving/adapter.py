@@ -113,7 +113,7 @@ def read_adapter(folder: str | Path, model: str | Path, revision: str | None = N
             belongs to another tower.
     """
     chosen = adapter_folder(folder)
-    host = _without_weights(str(model), revision)
+    host = model_without_weights(str(model), revision)
     try:
         load_sfa(host, chosen)
         tensors = with_scalars_only(chosen, host)
@@ -140,7 +140,7 @@ def _one_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()
 
 
-def _without_weights(model: str, revision: str | None) -> Any:
+def model_without_weights(model: str, revision: str | None) -> Any:
     """The model of transformers by its configuration, on the device `meta`."""
     import transformers
 
@@ -154,7 +154,7 @@ def _without_weights(model: str, revision: str | None) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ServingError(
             f"{model} is a {name or config.model_type}, which transformers {transformers.__version__} has no class "
-            "for, so the adapter cannot be checked against it. Serve the variant of the model that needs no code of "
+            "for, so what is served cannot be checked. Serve the variant of the model that needs no code of "
             "its own (its name often ends in -HF)."
         )
     builder: Any = kind

@@ -2,6 +2,7 @@
 
     vllm serve MODEL --additional-config '{"sfa": "FOLDER"}'
     SFA_ADAPTER=FOLDER vllm serve MODEL
+    SFA_IMAGE_TOKENS=0.5 vllm serve MODEL                 half of the image tokens reach the language model
 
 vLLM computes the attention of its vision towers in one layer class, `MMEncoderAttention`, and lets plug-ins put a class
 of theirs in its place (`register_oot`). Ours writes phi into further channels of q and k and leaves the attention to
@@ -17,7 +18,8 @@ from functools import cache
 
 from sfa_adapters.errors import ServingError
 from sfa_adapters.serving.adapter import adapter_folder
-from sfa_adapters.serving.vllm_options import ENVIRONMENT
+from sfa_adapters.serving.image_tokens import share_of_tokens
+from sfa_adapters.serving.vllm_options import ENVIRONMENT, REDUCED
 
 __all__ = ["register"]
 
@@ -26,13 +28,17 @@ def register() -> None:
     """The entry point: puts our attention layer in the place of vLLM's; may be called more than once.
 
     Raises:
-        ServingError: `SFA_ADAPTER` names no adapter, or another plug-in has replaced the layer.
+        ServingError: `SFA_ADAPTER` names no adapter, `SFA_IMAGE_TOKENS` is no share, or another plug-in has replaced
+            the layer.
     """
     folder = os.environ.get(ENVIRONMENT)
     if folder:
         adapter_folder(folder)  # said at once, and not when the engine builds its model
+    fewer_tokens = share_of_tokens() is not None  # a wrong share, too
     from vllm.model_executor.custom_op import op_registry_oot  # pyright: ignore[reportMissingImports]
 
+    if fewer_tokens:
+        _register_models()
     there = op_registry_oot.get("MMEncoderAttention")
     if there is None:
         _register_layer()
@@ -51,3 +57,11 @@ def _register_layer() -> None:
 
     MMEncoderAttention.register_oot(SFAEncoderAttention)
     parents.watch()
+
+
+@cache
+def _register_models() -> None:
+    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    for name in REDUCED:
+        ModelRegistry.register_model(name, f"sfa_adapters.serving.vllm_image_tokens:{name}")

@@ -31,7 +31,7 @@ from sfa_adapters.errors import ServingError, SFAError
 from sfa_adapters.folded import HEAD_WIDTHS
 from sfa_adapters.serving.engine_tower import EngineLayer, EngineTower
 from sfa_adapters.serving.self_check import check_bias_acts
-from sfa_adapters.serving.vllm_options import adapter_of, folder_of, logger, refuse
+from sfa_adapters.serving.vllm_options import adapter_of, check_image_tokens, folder_of, logger, refuse
 from sfa_adapters.serving.vllm_towers import KNOWN, TowerCall, call_of
 
 __all__ = ["SFAEncoderAttention", "parents"]
@@ -70,6 +70,10 @@ class _Parents:
             self._holder[child] = ref(parent)
         if not self._asked and (config := get_current_vllm_config_or_none()) is not None:
             self._folder, self._asked = folder_of(config), True
+            try:
+                check_image_tokens(config)
+            except ServingError as error:
+                raise refuse(error, "leave out image tokens") from error
 
     def _begins(self, module: nn.Module, args: Any) -> None:
         """Called at the first forward of any module, after the model was built."""

@@ -8,10 +8,23 @@ from typing import Any
 
 from sfa_adapters.errors import ServingError, SFAError
 from sfa_adapters.serving.adapter import ServedAdapter, read_adapter
+from sfa_adapters.serving.image_tokens import TOKENS, share_of_tokens
 
-__all__ = ["ENVIRONMENT", "OPTION", "adapter_of", "check_config", "folder_of", "logger", "refuse"]
+__all__ = [
+    "ENVIRONMENT",
+    "OPTION",
+    "REDUCED",
+    "adapter_of",
+    "check_config",
+    "check_image_tokens",
+    "folder_of",
+    "logger",
+    "refuse",
+]
 
 OPTION, ENVIRONMENT = "sfa", "SFA_ADAPTER"
+# Models that can leave out image tokens (`vllm_image_tokens`), and the modules of vLLM that they are in.
+REDUCED = {"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
 # Below vLLM's own logger, so that its lines are shown as vLLM's are.
 logger = logging.getLogger("vllm.sfa_adapters")
 
@@ -68,8 +81,31 @@ def check_config(config: Any) -> None:
         raise ServingError(f"The structural bias cannot be served with {' and '.join(on)}. Switch it off.")
 
 
-def refuse(error: SFAError) -> ServingError:
+def check_image_tokens(config: Any) -> None:
+    """Refuses to leave out image tokens where a model cannot.
+
+    Raises:
+        ServingError: Its positions cannot have gaps, or an option gets in the way.
+    """
+    if share_of_tokens() is None:
+        return
+    names = list(getattr(config.model_config, "architectures", None) or ())
+    if not any(name in REDUCED for name in names):
+        raise ServingError(
+            f"{TOKENS} leaves gaps between the positions of tokens, which vLLM has for {', '.join(REDUCED)}; the model "
+            f"is a {', '.join(names) or 'model of another kind'}. Serve it with smaller images instead."
+        )
+    multimodal = config.model_config.multimodal_config
+    wrong = {
+        "video_pruning_rate": getattr(multimodal, "video_pruning_rate", None),
+        "cudagraph_mm_encoder": getattr(config.compilation_config, "cudagraph_mm_encoder", False),
+    }
+    if on := [name for name, value in wrong.items() if value]:
+        raise ServingError(f"{TOKENS} cannot be used with {' and '.join(on)}. Switch one of them off.")
+
+
+def refuse(error: SFAError, what: str = "serve the adapter") -> ServingError:
     """Logs an error in one line, since vLLM prints it below the traces of three processes, and gives it back."""
     text = " ".join(str(error).split())
-    logger.error("sfa-adapters cannot serve the adapter: %s", text)
+    logger.error("sfa-adapters cannot %s: %s", what, text)
     return ServingError(text)

@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 
 from sfa_adapters.errors import ServingError
+from sfa_adapters.serving.image_tokens import TOKENS
 from sfa_adapters.serving.vllm import register
-from sfa_adapters.serving.vllm_options import ENVIRONMENT, check_config, folder_of
+from sfa_adapters.serving.vllm_options import ENVIRONMENT, check_config, check_image_tokens, folder_of
+
+QWEN = "Qwen2_5_VLForConditionalGeneration"
 
 
-def _config(additional: Any = None, **settings: Any) -> Any:
+def _config(additional: Any = None, architecture: str = QWEN, **settings: Any) -> Any:
     compilation = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
-    multimodal = SimpleNamespace(mm_encoder_attn_dtype=settings.pop("mm_encoder_attn_dtype", None))
+    names = ("mm_encoder_attn_dtype", "video_pruning_rate")
+    multimodal = SimpleNamespace(**{name: settings.pop(name, None) for name in names})
     return SimpleNamespace(
         additional_config=additional or {},
         compilation_config=SimpleNamespace(**{**compilation, **settings}),
-        model_config=SimpleNamespace(multimodal_config=multimodal),
+        model_config=SimpleNamespace(multimodal_config=multimodal, architectures=[architecture]),
     )
 
 
@@ -53,4 +57,24 @@ def test_what_is_refused_by_name(setting: dict[str, Any], name: str) -> None:
 def test_a_wrong_folder_is_named_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "nowhere"))
     with pytest.raises(ServingError, match="nowhere is no folder"):
+        register()
+
+
+def test_fewer_image_tokens_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKENS, raising=False)
+    check_image_tokens(_config(architecture="InternVLForConditionalGeneration"))  # it was not asked for
+    monkeypatch.setenv(TOKENS, "0.5")
+    check_image_tokens(_config())
+    with pytest.raises(ServingError, match=r"vLLM has for Qwen2_5_VL.*is a InternVLForConditionalGeneration"):
+        check_image_tokens(_config(architecture="InternVLForConditionalGeneration"))
+    with pytest.raises(ServingError, match="cannot be used with video_pruning_rate"):
+        check_image_tokens(_config(video_pruning_rate=0.5))
+    with pytest.raises(ServingError, match="cudagraph_mm_encoder"):
+        check_image_tokens(_config(cudagraph_mm_encoder=True))
+
+
+def test_a_wrong_share_is_named_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setenv(TOKENS, "half")
+    with pytest.raises(ServingError, match="SFA_IMAGE_TOKENS='half' must be the share"):
         register()

@@ -68,12 +68,33 @@ def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: 
             assert [ask(server.client(), image) for image in images[:3]] == answers[:3]
 
 
-def _refusal(server: Server) -> str:
+def test_fewer_image_tokens(written: Any, tmp_path: Path) -> None:
+    host, adapter = written("qwen2_5_vl")
+    images = [page(seed) for seed in range(IMAGES)]
+    expected = reference_answers(host, adapter, images, fewer_tokens=0.5)
+    whole = reference_answers(host, adapter, images)
+    with Server(host, tmp_path / "log", adapter, environment={"SFA_IMAGE_TOKENS": "0.5"}) as server:
+        assert server.ready(), server.text()[-3000:]
+        answers = [ask(server.client(), image) for image in images]
+        assert "gets 12 of 24 tokens of the first image" in server.text()
+    for answer, (tokens, lead) in zip(answers, expected, strict=True):
+        assert answer == tokens or lead < LEVEL
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, whole, strict=True)) < IMAGES / 2
+
+
+def test_fewer_image_tokens_where_a_model_cannot(written: Any, tmp_path: Path) -> None:
+    host, _ = written("internvl")
+    with Server(host, tmp_path / "log", environment={"SFA_IMAGE_TOKENS": "0.5"}) as server:
+        assert "the model is a InternVLForConditionalGeneration" in _refusal(server, "leave out image tokens")
+
+
+def _refusal(server: Server, what: str = "serve the adapter") -> str:
     """The line with which a server that does not start says why."""
     assert not server.ready()
     assert server.process is not None
     assert server.process.returncode != 0
-    lines = [line for line in server.text().splitlines() if "sfa-adapters cannot serve the adapter" in line]
+    lines = [line for line in server.text().splitlines() if f"sfa-adapters cannot {what}" in line]
     assert lines, server.text()[-3000:]
     return lines[0]
 
