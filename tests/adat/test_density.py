@@ -40,6 +40,13 @@ def test_any_size_is_padded_to_whole_cells_with_its_border(estimator, height, wi
     assert bool(((estimator(images) >= 0) & (estimator(images) <= 1)).all())
 
 
+def test_some_hundredths_are_nothing(estimator, monkeypatch):
+    look = torch.tensor([[[0.0, 0.01, 0.03, 0.031, 0.515, 1.0]]])
+    monkeypatch.setattr(estimator, "logits", lambda images: look.logit())
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.001 / 0.97, 0.5, 1.0])
+    torch.testing.assert_close(estimator(torch.rand(1, 3, 16, 96))[0, 0], expected)
+
+
 def test_a_large_page_is_looked_at_in_bounded_size(estimator, monkeypatch):
     seen = []
     logits = estimator.logits
@@ -152,10 +159,10 @@ def test_the_default_weights_are_the_first_shipped_ones():
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"sfa density train"):
         DensityEstimator.pretrained(tmp_path / "none.safetensors")
-    with pytest.raises(WeightsError, match=r"one of rendered"):
+    with pytest.raises(WeightsError, match=r"one of real, rendered"):
         DensityEstimator.pretrained("rendred")
     monkeypatch.setattr(density, "FOLDER", tmp_path)
-    with pytest.raises(WeightsError, match=r"density_rendered\.safetensors"):
+    with pytest.raises(WeightsError, match=r"density_real\.safetensors"):
         DensityEstimator.pretrained()
 
 
@@ -165,7 +172,7 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "density_rendered.safetensors").write_bytes(raw)
     monkeypatch.setattr(density, "FOLDER", tmp_path)
     with pytest.raises(WeightsError, match="sha256"):
-        DensityEstimator.pretrained()
+        DensityEstimator.pretrained("rendered")
     (tmp_path / "b.safetensors").write_bytes(raw[:1000])
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
         DensityEstimator.pretrained(tmp_path / "b.safetensors")

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sfa_adapters.errors import ServingError
@@ -60,11 +62,13 @@ def _written(model: Any, folder: Path) -> Path:
 
 def _page(model: Any, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Patches of a page with print in its left half, in bytes, and its grid."""
-    generator = torch.Generator().manual_seed(seed)
     side = model.config.vision_config.patch_size
-    page = torch.full((3, rows * side, columns * side), 255, dtype=torch.uint8)
-    width = page.shape[2] // 2
-    page[:, 4:-4, :width] = torch.randint(0, 2, (1, page.shape[1] - 8, width), generator=generator).byte() * 255
+    size = columns * side, rows * side
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for line in range(0, size[1], 12):
+        draw.text((2, line), f"Words {line + seed} and numbers"[: size[0] // 14], fill="black")
+    page = torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
     merge = model.config.vision_config.spatial_merge_size
     shape = (3, rows // merge, merge, side, columns // merge, merge, side)
     patches = page.reshape(shape).permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, 3, 1, side * side)
