@@ -25,13 +25,15 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 20_000_000
 HEAD = 1024  # bytes, in which a PDF names itself
 WHITE_IS_ZERO = 0  # of the TIFF tag that says what gray levels mean
+ORIENTATION = 0x0112  # EXIF tag: how a camera was held; 1 is upright
 
 
 def as_image(value: Any, where: str = "image") -> np.ndarray:
     """Converts an image of any usual form to uint8 RGB.
 
     Gray becomes RGB, transparency is composited on white, CMYK is converted without a color profile, 16 bits of gray
-    are scaled to 8 (value / 257), not clipped at 255. Of 16 bits per color in a file, Pillow reads the upper 8.
+    are scaled to 8 (value / 257), not clipped at 255. Of 16 bits per color in a file, Pillow reads the upper 8. A
+    picture of a turned camera (EXIF orientation) is turned upright, as transformers does it.
 
     Args:
         value: A path; an encoded file as bytes; a PIL image; an array `[H, W]` or `[H, W, 1|3|4]` of uint8, uint16,
@@ -137,14 +139,17 @@ def _check_pixels(width: int, height: int, where: str) -> None:
 
 
 def _decode(image: Image.Image, where: str) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
+        tags: Any = getattr(image, "tag_v2", {})  # of a TIFF; a turned image has none
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # `convert` would cut 16 bits off at 255
             deep = np.asarray(image)
             if deep.min() < 0 or deep.max() > 65_535:
                 raise DataError(f"{where}: 32-bit values from {deep.min()} to {deep.max()}; save it with 8 or 16 bits.")
-            return _from_array(_upright_gray(image, deep.astype(np.uint16)), where)
+            return _from_array(_black_is_zero(image, tags, deep.astype(np.uint16)), where)
         if image.mode == "F":
             raise DataError(f"{where}: a float image has no fixed range; save it with 8 or 16 bits.")
         if image.has_transparency_data:
@@ -157,9 +162,8 @@ def _decode(image: Image.Image, where: str) -> np.ndarray:
         raise DataError(f"{where}: the image cannot be read ({error}). Download or export it again.") from error
 
 
-def _upright_gray(image: Image.Image, deep: np.ndarray) -> np.ndarray:
+def _black_is_zero(image: Image.Image, tags: Any, deep: np.ndarray) -> np.ndarray:
     """16-bit gray levels with white as the largest, and white where a PNG is transparent: Pillow leaves both as is."""
-    tags: Any = getattr(image, "tag_v2", {})
     if tags.get(262) == WHITE_IS_ZERO:
         return 65_535 - deep
     clear = image.info.get("transparency")

@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,3 +279,29 @@ def test_scans_of_every_mode_have_their_colours(name, raw, colours):
     assert pixels.shape[1] == len(colours)
     far = 6 if name.endswith("jpg") else 1 if "16" in name or "half" in name else 0
     np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(colours, pixels.shape), atol=far)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_of_a_turned_camera_is_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24] = 255  # the upper left quarter is white
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"page.{kind.lower()}"
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(path, kind, exif=exif)
+    for value in (path, path.read_bytes(), Image.open(path)):
+        assert np.abs(as_image(value).astype(int) - upright).max() < 40  # JPEG
+
+
+def test_turned_16_bit_scans_keep_their_gray_levels(tmp_path: Path) -> None:
+    deep = np.zeros((4, 6), np.uint16)
+    deep[:2, :3] = 65_535
+    turned = np.ascontiguousarray(np.rot90(deep))
+    Image.fromarray(turned).save(tmp_path / "scan.tiff", tiffinfo={0x0112: 6})
+    assert np.array_equal(as_image(tmp_path / "scan.tiff")[..., 0], (deep // 257).astype(np.uint8))
