@@ -16,20 +16,15 @@ from torch import Tensor
 
 from sfa_adapters.adat.plan import PatchPlan
 from sfa_adapters.errors import DataError
+from sfa_adapters.figure_style import BLUE, GRAY, GREEN, GRID, MARKERS, ORANGE, PINK, YELLOW
 from sfa_adapters.recipes.nano.evaluate import Interval
 
 __all__ = ["Measured", "ScoredPage", "plot_efficiency", "plot_gallery", "plot_plan"]
 
 # Finest first, distinguishable for colour-blind people; the coarsest level is always gray.
-LEVEL_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
+LEVEL_COLOURS = (ORANGE, BLUE, GREEN, PINK, YELLOW)
 COARSEST_COLOUR = "#8a8a8a"
-LINES = (
-    ("#d55e00", "o", "-"),
-    ("#0072b2", "s", "--"),
-    ("#009e73", "^", "-."),
-    ("#cc79a7", "D", ":"),
-    ("#555555", "v", "-"),
-)
+LINES = tuple(zip((ORANGE, BLUE, GREEN, PINK, GRAY), MARKERS, ("-", "--", "-.", ":", "-"), strict=False))
 HEAT = "magma_r"  # blank paper is light
 TITLE, LABEL = 19, 17  # pt
 
@@ -80,7 +75,7 @@ def _show(axis: Any, image: np.ndarray, title: str, fade: bool = False) -> None:
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=TITLE, pad=8)
     for spine in axis.spines.values():
-        spine.set(color="#555555", linewidth=1.0)
+        spine.set(color=GRAY, linewidth=1.0)
 
 
 def _heat(axis: Any, density: Tensor | np.ndarray, size: tuple[int, int]) -> Any:
@@ -153,8 +148,8 @@ def plot_plan(page: ScoredPage, plan: PatchPlan, path: Path) -> Path:
         for k in range(3)
     ]
     _show(axes[0], page.image, f"uniform: {plan.uniform_tokens:,} tokens", fade=True)
-    axes[0].hlines(np.arange(plan.patch, height, plan.patch), 0, width, color="#0072b2", linewidth=0.6, alpha=0.7)
-    axes[0].vlines(np.arange(plan.patch, width, plan.patch), 0, height, color="#0072b2", linewidth=0.6, alpha=0.7)
+    axes[0].hlines(np.arange(plan.patch, height, plan.patch), 0, width, color=BLUE, linewidth=0.6, alpha=0.7)
+    axes[0].vlines(np.arange(plan.patch, width, plan.patch), 0, height, color=BLUE, linewidth=0.6, alpha=0.7)
     _show(axes[1], page.image, "text density")
     heat = _heat(axes[1], page.density, plan.image_size)
     _show(axes[2], page.image, f"adaptive: {plan.num_tokens:,} tokens ({100 * plan.ratio:.0f}%)", fade=True)
@@ -271,7 +266,7 @@ def plot_efficiency(rows: Sequence[Measured], path: Path, title: str = "") -> Pa
         axis_labels = {"accuracy": "accuracy, % (95% interval)", "ms": "encoder, ms per image"}
         axis.set_title(axis_labels[panel], fontsize=TITLE, pad=10)
         axis.tick_params(labelsize=LABEL - 1)
-        axis.grid(color="#dddddd", linewidth=0.8)
+        axis.grid(color=GRID, linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(xlim=(0, max(105.0, 100 * max(row.ratio for row in rows) * 1.05)))
         axis.locator_params(axis="x", steps=[2.5, 5])

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sfa_adapters.figure_style import COLOURS, GRID, MARKERS
+
 __all__ = ["plot_bench"]
 
 LABEL, TITLE = 13, 14
-LINES = (("#1b6ca8", "o"), ("#c1440e", "s"), ("#2f7d32", "^"), ("#7b3f9d", "D"), ("#b8860b", "v"), ("#555555", "P"))
+LINES = tuple(zip(COLOURS, MARKERS, strict=True))
 
 
 class Measured(Protocol):
@@ -76,7 +78,7 @@ def plot_bench(arms: Sequence[Measured], path: Path) -> Path:
     for axis in axes:
         axis.set_xlabel("image tokens kept, %", fontsize=LABEL)
         axis.tick_params(labelsize=LABEL - 1)
-        axis.grid(color="#dddddd", linewidth=0.8)
+        axis.grid(color=GRID, linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=LABEL - 2, frameon=False)
     figure.savefig(path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sfa_adapters.figure_style import BLUE, GRAY, ORANGE
 from sfa_adapters.recipes.demo.answer_page import AnsweredPicture, draw_answer_page
 from sfa_adapters.recipes.demo.tables_report import TablesReport
 from sfa_adapters.recipes.synthetic.questions import Question
@@ -13,8 +14,7 @@ from sfa_adapters.recipes.synthetic.table_pictures import TablePicture
 
 __all__ = ["draw_curve", "draw_tables"]
 
-# Okabe and Ito's palette, distinguishable for colour-blind people.
-LINES = (("#7F7F7F", "--"), ("#0072B2", "-"), ("#D55E00", ":"))
+LINES = ((GRAY, "--"), (BLUE, "-"), (ORANGE, ":"))
 
 
 def draw_curve(report: TablesReport, path: Path) -> None:

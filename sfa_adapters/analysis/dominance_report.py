@@ -21,6 +21,7 @@ from sfa_adapters.analysis.report import (
     new_figure,
     plain,
 )
+from sfa_adapters.figure_style import GRAY
 from sfa_adapters.statistics import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def plot_dominance(report: DominanceReport) -> Figure:
     }
     for axis, (name, title) in zip(panels, titles.items(), strict=True):
         plain(axis, title, y="ratio, log scale")
-        axis.axhline(1.0, color="#555555", linewidth=1.6, linestyle="--", label="1: no preference")
+        axis.axhline(1.0, color=GRAY, linewidth=1.6, linestyle="--", label="1: no preference")
         for place, stage in enumerate(stages):
             values = report.per_sample(stage)[name]
             spread = rng.uniform(-0.1, 0.1, len(values))

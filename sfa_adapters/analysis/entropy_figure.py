@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sfa_adapters.analysis.report import COLOURS, LABEL, MARKERS, TITLE, around, new_figure, plain, spaced
+from sfa_adapters.figure_style import GRAY
 from sfa_adapters.statistics import Interval
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def plot_entropy(reports: Mapping[str, _Report]) -> Figure:
         plain(axis, "mean, 95% interval", "layer", f"entropy, {unit}")
         figure.suptitle(f"dense / sparse = {report.ratio()}, {len(report.images)} images", fontsize=TITLE)
     else:
-        axis.axhline(1.0, color="#555555", linewidth=1.6, linestyle="--")
+        axis.axhline(1.0, color=GRAY, linewidth=1.6, linestyle="--")
         for number, (name, report) in enumerate(reports.items()):
             shift = 0.06 * (number - (len(reports) - 1) / 2)
             ratios = [report.ratio(k) for k in range(len(report.layers))]

@@ -8,6 +8,7 @@ import numpy as np
 
 from sfa_adapters.analysis.report import LABEL, new_figure, plain
 from sfa_adapters.errors import DataError
+from sfa_adapters.figure_style import GRAY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +110,7 @@ def plain_page(axis: Any, title: str) -> None:
     axis.grid(visible=False)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(True)
-    axis.spines[:].set(color="#555555", linewidth=1.0)
+    axis.spines[:].set(color=GRAY, linewidth=1.0)
 
 
 def _draw(

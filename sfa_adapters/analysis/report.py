@@ -150,7 +150,7 @@ def plain(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
     axis.set_xlabel(x, fontsize=LABEL)
     axis.set_ylabel(y, fontsize=LABEL)
     axis.tick_params(labelsize=LABEL - 1)
-    axis.grid(color="#dddddd", linewidth=0.8)
+    axis.grid(color=figure_style.GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 

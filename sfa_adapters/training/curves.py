@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sfa_adapters.figure_style import BLUE, COLOURS, GRAY
+
 __all__ = ["plot_training", "write_log"]
 
 FIRST = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -55,20 +57,19 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str =
     marker = "o" if len(steps) < 40 else ""
     figure = Figure(figsize=(9.0, 9.5), dpi=140, layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    top.plot(steps, [line["loss"] for line in lines], marker=marker, color="#1f5fa8", linewidth=2)
+    top.plot(steps, [line["loss"] for line in lines], marker=marker, color=BLUE, linewidth=2)
     top.set_ylabel("loss\n(nats per answer token)", fontsize=15)
     parts = sorted({name for line in lines for name in line if name.startswith("lr/")}) or ["learning_rate"]
-    colours = ("#1f5fa8", "#c8511b", "#2a7f3f", "#7b3fa0", "#555555")
     for number, name in enumerate(parts):
         rates = [line.get(name, float("nan")) for line in lines]
         # Two parts with one rate would hide each other: later ones are drawn thinner.
         width = 2 + 1.5 * (len(parts) - 1 - number)
-        middle.plot(steps, rates, color=colours[number % 5], linewidth=width, label=name.removeprefix("lr/"))
+        middle.plot(steps, rates, color=COLOURS[number % len(COLOURS)], linewidth=width, label=name.removeprefix("lr/"))
     middle.set_ylabel("learning rate", fontsize=15)
     middle.set_yscale("log" if any(line.get(name, 0) > 0 for line in lines for name in parts) else "linear")
     middle.legend(fontsize=13, ncols=2)
     norms = [line.get("grad_norm", float("nan")) for line in lines]
-    bottom.plot(steps, norms, marker=marker, color="#555555", linewidth=2)
+    bottom.plot(steps, norms, marker=marker, color=GRAY, linewidth=2)
     bottom.set_yscale("log" if all(norm > 0 for norm in norms) else "linear")
     bottom.set_ylabel("gradient norm\nbefore clipping", fontsize=15)
     bottom.set_xlabel("optimizer step", fontsize=15)
