@@ -75,6 +75,8 @@ def _reduced(base: Any) -> Any:
             ]
 
     class Model(base):
+        _sfa_checked = False  # set at the first image
+
         def embed_multimodal(self, **kwargs: Any) -> Any:
             kept = kwargs.pop(KEPT, None)
             features = super().embed_multimodal(**kwargs)
@@ -83,7 +85,9 @@ def _reduced(base: Any) -> Any:
                     raise ServingError(f"{TOKENS}: images came without the choice of their tokens.")
                 return features
             chosen = kept_features(features, kept)
-            _say_once(sum(map(len, chosen)), sum(map(len, features)))
+            if not self._sfa_checked:
+                _check_first(sum(map(len, chosen)), sum(map(len, features)))
+                self._sfa_checked = True
             return chosen
 
         def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> Any:
@@ -95,20 +99,12 @@ def _reduced(base: Any) -> Any:
     return MULTIMODAL_REGISTRY.register_processor(Processor, info=made.info, dummy_inputs=made.dummy_inputs)(Model)
 
 
-@cache
-def _say() -> list[bool]:
-    return []
-
-
-def _say_once(stay: int, of: int) -> None:
-    """Says what happens at the first image, which vLLM makes itself when it starts.
+def _check_first(stay: int, of: int) -> None:
+    """Says what happens to the first image.
 
     Raises:
-        ServingError: Nothing was left out.
+        ServingError: Nothing is left out.
     """
-    if _say():
-        return
-    _say().append(True)
-    if stay >= of > 1:
+    if stay >= of and of * (1 - (share_of_tokens() or 1)) >= 1:  # a share near 1 leaves small images whole
         raise ServingError(f"{TOKENS}: all {of} tokens of the first image stay, so nothing is left out.")
     logger.info("SFA: the language model gets %d of %d tokens of the first image (%s)", stay, of, TOKENS)
