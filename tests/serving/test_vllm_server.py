@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,44 @@ def test_fewer_image_tokens(written: Any, tmp_path: Path) -> None:
         assert answer == tokens or lead < LEVEL
     assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
     assert sum(answer == tokens for answer, (tokens, _) in zip(answers, whole, strict=True)) < IMAGES / 2
+
+
+def test_positions_of_two_images_have_the_gaps_of_the_whole_prompt(written: Any) -> None:
+    """vLLM's own function on the shortened prompt, against transformers' on the whole one."""
+    import torch
+    from vllm.model_executor.models.qwen2_5_vl import (  # pyright: ignore[reportMissingImports]
+        Qwen2_5_VLForConditionalGeneration,
+    )
+    from vllm.multimodal.inputs import (  # pyright: ignore[reportMissingImports]
+        MultiModalFeatureSpec,
+        PlaceholderRange,
+    )
+
+    from sfa_adapters.serving.adapter import model_without_weights
+    from sfa_adapters.serving.image_tokens import KEPT, kept_positions
+
+    host = model_without_weights(str(written("qwen2_5_vl")[0]), None)
+    image, grids = host.config.image_token_id, torch.tensor([[1, 4, 6], [1, 8, 4]])
+    counts = [int(grid.prod()) // 4 for grid in grids]
+    whole = torch.tensor([[5, 6, *[image] * counts[0], 7, *[image] * counts[1], 8, 9]])
+    expected, delta = host.model.get_rope_index(
+        whole, (whole == image).int(), image_grid_thw=grids, attention_mask=torch.ones_like(whole)
+    )
+    kept = [torch.arange(counts[0]) % 3 == 1, torch.arange(counts[1]) % 2 == 0]
+    tokens, features = [5, 6], []
+    for grid, keep, after in zip(grids, kept, ([7], [8, 9]), strict=True):
+        data: Any = {KEPT: SimpleNamespace(data=keep), "image_grid_thw": SimpleNamespace(data=grid)}
+        place = PlaceholderRange(offset=len(tokens), length=int(keep.sum()))
+        features.append(MultiModalFeatureSpec(data=data, modality="image", identifier="", mm_position=place))
+        tokens += [image] * int(keep.sum()) + after
+    model = Qwen2_5_VLForConditionalGeneration.__new__(Qwen2_5_VLForConditionalGeneration)
+    torch.nn.Module.__init__(model)
+    model.config = host.config
+    positions, ahead = kept_positions(model.get_mrope_input_positions, tokens, features)
+    one = torch.ones(1, dtype=torch.bool)
+    stays = torch.cat([one, one, kept[0], one, kept[1], one, one])
+    assert torch.equal(positions, expected[:, 0, stays])
+    assert ahead + len(tokens) == int(delta) + whole.shape[1] == int(positions.max()) + 1
 
 
 def test_fewer_image_tokens_where_a_model_cannot(written: Any, tmp_path: Path) -> None:
