@@ -6,6 +6,7 @@
 
 Three tables: agreement with the boxes of words by script; words found in every view (turned, coloured, faint, scanned,
 photographed, small, large); pictures without text. What the measures are: `sfa_adapters/recipes/density/measures.py`.
+Densities of scans are compared in cells of the page at 896 px.
 Intervals are 95%, with packages resampled.
 """
 
@@ -55,7 +56,8 @@ def counts_of(scorers: dict[str, MapScorer], pages: Sequence[RealPage], view: st
         if shown is None:
             continue
         for name, scorer in scorers.items():
-            counts[name].append(count_page(page.package, scorer(shown.picture), shown.density, shown.middles))
+            density = scorer(shown.picture)
+            counts[name].append(count_page(page.package, density, shown.density, shown.middles, shown.coarse))
     return counts
 
 

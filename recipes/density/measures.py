@@ -4,7 +4,7 @@
 |---|---|---|
 | r | all cells of all pages | Pearson's correlation with the true density |
 | AUC | cells | probability that a cell of text (true density at least 0.5) is ranked above one without any |
-| hit | words | share of words whose middle lies in a cell with a density over 0.3 |
+| hit | words with a letter or digit | share of those whose middle lies in a cell with a density over 0.3 |
 | false | cells without text | share with a density over 0.3 |
 
 Pages of one document are alike, so intervals (95%) resample documents (here: packages), not pages.
@@ -50,7 +50,7 @@ class PageCounts:
     false: np.ndarray
 
 
-def count_page(group: str, estimate: np.ndarray, truth: np.ndarray, middles: np.ndarray) -> PageCounts:
+def count_page(group: str, estimate: np.ndarray, truth: np.ndarray, middles: np.ndarray, coarse: int = 1) -> PageCounts:
     """Counts one page.
 
     Args:
@@ -58,8 +58,9 @@ def count_page(group: str, estimate: np.ndarray, truth: np.ndarray, middles: np.
         estimate: Estimated density, `[rows, columns]`.
         truth: True density, of the same shape.
         middles: Row and column (in cells) of the middle of each word, `[words, 2]`; words beside the page are left out.
+        coarse: Cells along a side that are averaged before densities are compared, see `View.coarse`.
     """
-    x, y = estimate.astype(np.float64).ravel(), truth.astype(np.float64).ravel()
+    x, y = (_averaged(values.astype(np.float64), coarse).ravel() for values in (estimate, truth))
     sums = np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
     bins = np.minimum((x * BINS).astype(int), BINS - 1)
     none = y == 0
@@ -74,6 +75,16 @@ def count_page(group: str, estimate: np.ndarray, truth: np.ndarray, middles: np.
         np.array([hits.sum(), len(hits)], dtype=float),
         np.array([(x[none] > TEXT).sum(), none.sum()], dtype=float),
     )
+
+
+def _averaged(cells: np.ndarray, count: int) -> np.ndarray:
+    """Means of `count` x `count` cells, at the lower and right border of fewer."""
+    if count == 1:
+        return cells
+    starts = [np.arange(0, side, count) for side in cells.shape]
+    sums = np.add.reduceat(np.add.reduceat(cells, starts[0], axis=0), starts[1], axis=1)
+    rows, columns = (np.diff([*start, side]) for start, side in zip(starts, cells.shape, strict=True))
+    return sums / np.outer(rows, columns)
 
 
 def measure(pages: Sequence[PageCounts], what: Measure, rounds: int = ROUNDS) -> Interval:

@@ -72,6 +72,13 @@ class RealPage:
     size: tuple[int, int]
     words: tuple[str, ...] | None = None
 
+    @property
+    def readable(self) -> np.ndarray:
+        """Which words have a letter or a digit, bool `[words]`: each dot of a leader in a table of contents is a word."""
+        if self.words is None:
+            return np.ones(len(self.boxes), dtype=bool)
+        return np.array([any(letter.isalnum() for letter in word) for word in self.words], dtype=bool)
+
     def picture(self) -> np.ndarray:
         """The page, uint8 `[H, W, 3]`."""
         return as_image(self.path)

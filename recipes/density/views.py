@@ -29,12 +29,15 @@ class View:
     Attributes:
         picture: uint8 `[H, W, 3]`, whole cells of 16 px.
         density: True density, float32 `[H / 16, W / 16]`.
-        middles: Row and column, in cells, of the middle of each word, `[words, 2]`.
+        middles: Row and column, in cells, of the middle of each word with a letter or a digit, `[words, 2]`.
+        coarse: How many cells along a side become one before densities are compared: 1 up to 896 px, 2 and more for
+            scans, so that all views are compared in parts of the page of about one size.
     """
 
     picture: np.ndarray
     density: np.ndarray
     middles: np.ndarray
+    coarse: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ def view_of(page: RealPage, name: str, number: int) -> View | None:
     seen = _warped(picture, matrix, (height, width))
     corners = corners_of(boxes, matrix)
     grid = (height // CELL, width // CELL)
-    middles = corners.mean(axis=1)[:, ::-1] / CELL
-    return View(EFFECTS[effect](seen, rng), view_density(corners, grid), middles)
+    middles = corners[page.readable].mean(axis=1)[:, ::-1] / CELL
+    coarse = max(1, round(shape.longer / SIDE))
+    return View(EFFECTS[effect](seen, rng), view_density(corners, grid), middles, coarse)
 
 
 def _matrix(

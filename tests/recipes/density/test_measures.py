@@ -53,3 +53,17 @@ def test_pages_without_text_have_no_hit_rate():
     counts = [count_page("a", np.zeros((3, 3)), np.zeros((3, 3)), np.zeros((0, 2)))]
     assert np.isnan(measure(counts, "hit").value)
     assert measure(counts, "false").value == 0
+
+
+def test_scans_are_compared_in_coarser_cells() -> None:
+    rng = np.random.default_rng(5)
+    estimate, truth = rng.random((8, 12)), rng.random((8, 12))
+    middles = np.array([[1.5, 2.5], [7.0, 11.0]])
+    fine = count_page("a", estimate, truth, middles)
+    coarse = count_page("a", estimate, truth, middles, coarse=4)
+    blocks = (values.reshape(2, 4, 3, 4).mean(axis=(1, 3)) for values in (estimate, truth))
+    np.testing.assert_allclose(coarse.sums, count_page("a", *blocks, middles / 4).sums)
+    assert coarse.sums[0] == 6
+    np.testing.assert_array_equal(coarse.words, fine.words)  # words are found on the map that was given
+    odd = count_page("a", np.arange(5.0)[None] / 5, np.zeros((1, 5)), middles, coarse=2)
+    np.testing.assert_allclose(odd.sums[[0, 1]], [3, (0.5 + 2.5 + 4) / 5])

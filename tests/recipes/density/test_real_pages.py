@@ -4,10 +4,13 @@ import hashlib
 import json
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sfa_adapters.errors import DataError
 from sfa_adapters.recipes.density import debian_packages, real_pages
@@ -15,7 +18,7 @@ from sfa_adapters.recipes.density.batches import CropBatches
 from sfa_adapters.recipes.density.checks import RealCheck
 from sfa_adapters.recipes.density.debian_packages import DebianPackage, check_tools, download, read_list, run_tool
 from sfa_adapters.recipes.density.options import PagesConfig
-from sfa_adapters.recipes.density.real_pages import LONGER, make_pages, read_page, read_part
+from sfa_adapters.recipes.density.real_pages import LONGER, RealPage, make_pages, read_page, read_part
 from sfa_adapters.recipes.density.views import VIEWS, view_of
 
 missing = [tool for tool in debian_packages.TOOLS if shutil.which(tool) is None]
@@ -215,3 +218,14 @@ def test_a_version_that_apt_does_not_have_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(debian_packages, "run_tool", fail)
     with pytest.raises(DataError, match="some-doc 9 cannot be downloaded"):
         download(DebianPackage("some-doc", "9", "0" * 64, "test"), tmp_path)
+
+
+def test_leaders_of_a_table_of_contents_are_no_words(tmp_path: Path) -> None:
+    boxes = np.array([[10, 10, 40, 20], [50, 10, 52, 20], [60, 10, 70, 20], [80, 10, 95, 20]], dtype=np.float32)
+    page = RealPage(tmp_path / "page.png", boxes, "latin", "a", (160, 160), ("Chapter", ".", "7", "漢字"))
+    assert page.readable.tolist() == [True, False, True, True]
+    assert replace(page, words=None).readable.all()
+    Image.new("RGB", (160, 160), "white").save(page.path)
+    view = view_of(page, "upright", 0)
+    assert view is not None
+    assert len(view.middles) == 3
