@@ -74,7 +74,7 @@ class RealPage:
 
     @property
     def readable(self) -> np.ndarray:
-        """Which words have a letter or a digit, bool `[words]`: each dot of a leader in a table of contents is a word."""
+        """Which words have a letter or a digit, bool `[words]`; the dots of a leader in a table of contents have not."""
         if self.words is None:
             return np.ones(len(self.boxes), dtype=bool)
         return np.array([any(letter.isalnum() for letter in word) for word in self.words], dtype=bool)
