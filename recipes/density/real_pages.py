@@ -74,7 +74,7 @@ class RealPage:
 
     @property
     def readable(self) -> np.ndarray:
-        """Which words have a letter or a digit, bool `[words]`; the dots of a leader in a table of contents have not."""
+        """Which words have a letter or a digit, bool `[words]`; dots of leaders in tables of contents have none."""
         if self.words is None:
             return np.ones(len(self.boxes), dtype=bool)
         return np.array([any(letter.isalnum() for letter in word) for word in self.words], dtype=bool)
