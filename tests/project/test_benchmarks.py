@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,16 @@ import torch
 
 from benchmarks import backend_table
 from benchmarks.attention_cases import CANDIDATES, AttentionCase, candidates, mixed_layout
+from benchmarks.common import RESULTS
 from sfa_adapters import TokenLayout, backend_choice
 from sfa_adapters.backend_choice import fastest, measured_cases
 from sfa_adapters.choices import DEFAULT_TERMS, TERMS
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
+def test_commands_of_results_name_no_path_of_one_machine(path: Path) -> None:
+    commands = [line for line in path.read_text(encoding="utf-8").splitlines() if "python -m benchmarks" in line]
+    assert not [line for line in commands if re.search(r"[\s=`\"']/\w", line)]
 
 
 def case(layout: TokenLayout, backward: bool, terms: tuple[str, ...] = DEFAULT_TERMS) -> AttentionCase:
