@@ -133,8 +133,9 @@ class Server:
         """A client of OpenAI's library for it, closed with the server."""
         from openai import OpenAI  # pyright: ignore[reportMissingImports]
 
+        # The server closes connections that were idle for some seconds; a retry opens a new one.
         self._client = self._client or OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=600
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=2, timeout=600
         )
         return self._client
 
