@@ -143,8 +143,7 @@ def main() -> None:
         f"{args.requests}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(f'{name} {version(name)}' for name in names)}; mean "
-        f"load of the machine {busy:.1f}"
-        + (" (other work ran beside it: compare ratios, not times)" if busy > (os.cpu_count() or 1) + 1 else ""),
+        f"load of the machine {busy:.1f}, the servers included",
         "",
         "## The self-check in the log of the server",
         "",
