@@ -70,3 +70,13 @@ def test_failures_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = walk(page, {"python -c 'raise SystemExit(3)'": "README.md"}, tmp_path / "log")
     assert again[0][2] == "as in README.md"
     assert sys.executable in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def test_a_notebook_that_fails_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = SCRIPT["walk"]
+    monkeypatch.setitem(walk.__globals__, "ROOT", tmp_path)
+    page = tmp_path / "broken.ipynb"
+    page.write_text('{"cells": [{"cell_type": "code"}], "nbformat": 4}', encoding="utf-8")
+    ((what, _, result),) = walk(page, {}, tmp_path / "log")
+    assert what == "`jupyter execute`, 1 cells"
+    assert result.startswith("**exit ")
