@@ -78,7 +78,9 @@ class Server:
             command += ["--additional-config", json.dumps({"sfa": str(adapter)})]
         self.command = command
         offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "SFA_ADAPTER")}
+        # vLLM shares the cores between its processes by itself; a number of threads from outside makes them compete.
+        dropped = ("PYTHONDONTWRITEBYTECODE", "SFA_ADAPTER", "OMP_NUM_THREADS")
+        kept = {k: v for k, v in os.environ.items() if k not in dropped}
         self.environment = {**kept, **offline, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self._client: Any = None
@@ -160,7 +162,11 @@ def ask(client: Any, image: Image.Image, tokens: int = TOKENS, **extra: Any) -> 
 
 
 def reference_answers(
-    host: Path, adapter: Path | None, images: list[Image.Image], fewer_tokens: float | None = None
+    host: Path,
+    adapter: Path | None,
+    images: list[Image.Image],
+    fewer_tokens: float | None = None,
+    left_out: str | None = None,
 ) -> list[tuple[list[int], float]]:
     """What transformers answers, and the smallest lead of a chosen token over the next one, in logits.
 
@@ -169,6 +175,7 @@ def reference_answers(
         adapter: Folder of the adapter; None for none.
         images: One for each question.
         fewer_tokens: Share of the image tokens that stays, by text density, before the language model.
+        left_out: Groups that are left out before the tower: `blank` or `duplicates`.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -198,9 +205,14 @@ def reference_answers(
     answers: list[tuple[list[int], float]] = []
     for image in images:
         inputs = processor(text=[text], images=[image], return_tensors="pt")
+        if left_out is not None:
+            from sfa_adapters.adat import GroupPolicy, drop_blank_groups
+
+            policy = GroupPolicy(scorer="density" if left_out == "blank" else "duplicates")
+            inputs = drop_blank_groups(model, inputs, policy, for_generate=True)
         done = model.generate(
             **inputs, max_new_tokens=TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
         leads = [float(best[0] - best[1]) for best in (score[0].topk(2).values for score in done.scores)]
-        answers.append((done.sequences[0, inputs["input_ids"].shape[1] :].tolist(), min(leads)))
+        answers.append((done.sequences[0, -len(done.scores) :].tolist(), min(leads)))
     return answers

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sfa_adapters.config import SFAConfig
 from sfa_adapters.inject import inject_sfa, save_sfa
+from sfa_adapters.recipes import qwen2_5_vl_7b
 from sfa_adapters.recipes.nano.hosts import build_host
 
-__all__ = ["HEAD", "served_host", "write_served"]
+__all__ = ["HEAD", "served_host", "wide_host", "write_served"]
 
 HEAD = 32  # channels of a head of the language model
 
@@ -59,18 +60,50 @@ def served_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorM
     return model, processor
 
 
-def write_served(family: str, folder: Path, seed: int = 0) -> tuple[Path, Path]:
+def wide_host(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A host with the widths of Qwen2.5-VL-7B and few layers.
+
+    Four layers are of its tower, one of them with full attention (in the whole model one of eight), and two of its
+    language model.
+    What a server spends on a page beside the model is the same as with a model of full size, so this says what share it
+    has of a layer of full width. Vocabulary and processor are those of the nano host.
+
+    Args:
+        seed: Of the random weights; the global random state is left as it was.
+
+    Returns:
+        The model, in fp32 and in eval mode, and its processor.
+    """
+    narrow, processor = build_host("qwen2_5_vl", seed)
+    config: Any = copy.deepcopy(narrow.config)
+    full: Any = qwen2_5_vl_7b.architecture()
+    vocabulary = config.text_config.vocab_size
+    config.vision_config, config.text_config = copy.deepcopy(full.vision_config), copy.deepcopy(full.text_config)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 4, [3]
+    text = config.text_config
+    text.num_hidden_layers, text.layer_types, text.vocab_size = 2, ["full_attention"] * 2, vocabulary
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, getattr(narrow.config.text_config, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = type(narrow)(config).eval()
+    model.generation_config = narrow.generation_config
+    return model, processor
+
+
+def write_served(family: str, folder: Path, seed: int = 0, wide: bool = False) -> tuple[Path, Path]:
     """Writes a host and an adapter of it, with all four terms and scalars of some logits.
 
     Args:
         family: Name of its record.
         folder: Gets `host` and `adapter`.
         seed: Of the weights and of the scalars.
+        wide: Whether it is `wide_host`.
 
     Returns:
         The two folders.
     """
-    model, processor = served_host(family, seed)
+    model, processor = wide_host(seed) if wide else served_host(family, seed)
     host, adapter = folder / "host", folder / "adapter"
     if family in ("llava", "llava_onevision"):
         # Checkpoints on the hub have `vision_model.` in the names of SigLIP and CLIP, and engines expect it.

@@ -28,6 +28,7 @@ from sfa_adapters.serving.channels import (
     widen_groups,
     widen_images,
 )
+from sfa_adapters.serving.kept_groups import arguments_of_kept
 from sfa_adapters.serving.places import SegmentGroup, segment_groups
 from sfa_adapters.tower_input import arrangement_of
 
@@ -76,8 +77,12 @@ class EngineTower:
         """
         self._record(torch.empty(tuple(shape), device="meta"))
 
-    def see_grids(self, grids: Sequence[Sequence[int]]) -> None:
-        """Records the grids of the images of a flat sequence: frames, rows and columns of patches of each.
+    def see_grids(self, grids: Sequence[Sequence[int]], kept: Tensor | None = None) -> None:
+        """Records the grids of the images of a flat sequence.
+
+        Args:
+            grids: Frames, rows and columns of patches of each.
+            kept: Which merge groups the tower is given, bool `[groups]`, where that is not all of them.
 
         Raises:
             LayoutError: A grid has no whole merge groups.
@@ -88,6 +93,11 @@ class EngineTower:
         if name is None:
             raise ServingError(f"{type(tower).__name__} takes no grids, but the tower of the engine was given {rows}.")
         patches = sum(t * h * w for t, h, w in rows)
+        groups = self.adapter.located.backbone.patch_groups_of(tower)
+        if kept is not None and groups is not None:
+            images = torch.empty(int(kept.sum()) * groups.side**2, 1, device="meta")
+            self._record(images, **arguments_of_kept(groups, rows, kept, tower))
+            return
         self._record(torch.empty(patches, 1, device="meta"), **{name: torch.tensor(rows)})
 
     def _record(self, images: Tensor, **kwargs: Any) -> None:

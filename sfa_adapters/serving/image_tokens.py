@@ -1,9 +1,14 @@
 """Fewer image tokens for the language model of an inference engine: which of them stay, and at which positions.
 
-The rule is that of `FastVConfig(prune_at="input", selector="density")`, taken image by image: the share of tokens with
-the most text under them stays, and all others never reach the language model. It needs the pixels alone, so an engine
-can apply it where it prepares a request, before it knows the attention of any layer. Tokens that stay keep their
-positions on the page, which only language models with positions by row and column can say (Qwen-VL).
+Two kinds of rules need the pixels alone, so an engine can apply them where it prepares a request:
+
+- a share, as in `FastVConfig(prune_at="input", selector="density")`, image by image: the tokens with the most text
+  under them stay, and all others leave behind the tower;
+- `blank` or `duplicates`, as in `drop_blank_groups`: groups of patches that are blank, or repeat a neighbour, never
+  reach the tower (`kept_groups`).
+
+Tokens that stay keep their positions on the page, which only language models with positions by row and column can say
+(Qwen-VL).
 """
 
 from __future__ import annotations
@@ -13,11 +18,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sfa_adapters.adat.groups import GroupPolicy
+from sfa_adapters.adat.patched_pages import PatchedPages
 from sfa_adapters.errors import PlanError, ServingError, SFAError
 from sfa_adapters.normalisation import Statistics
 from sfa_adapters.patch_groups import PatchGroups
@@ -27,30 +34,42 @@ from sfa_adapters.reduction.fastv.token_density import TowerImages, token_densit
 from sfa_adapters.serving.adapter import model_without_weights
 from sfa_adapters.tower_search import find_tower
 
-__all__ = ["KEPT", "TOKENS", "TokenChooser", "chooser", "kept_features", "kept_positions", "share_of_tokens"]
+__all__ = ["KEPT", "TOKENS", "TokenChooser", "before_tower", "chooser", "kept_features", "kept_positions", "token_rule"]
 
-TOKENS = "SFA_IMAGE_TOKENS"  # variable of the environment: the share that stays
+TOKENS = "SFA_IMAGE_TOKENS"  # variable of the environment: the rule
 KEPT = "image_kept"  # under this name the choice travels with the pixels of a request
 
+Groups = Literal["blank", "duplicates"]  # what is left out before the tower
 Positions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
 
 
-def share_of_tokens() -> float | None:
-    """The share of image tokens that stays, from the environment; None where all do.
+def token_rule() -> float | Groups | None:
+    """Which image tokens stay, from the environment: a share, or all but some groups; None where all do.
 
     Raises:
-        ServingError: It is no number above 0 and below 1.
+        ServingError: It is no rule.
     """
     text = os.environ.get(TOKENS)
     if not text:
         return None
+    for name in get_args(Groups):
+        if text == name:
+            return name
     try:
         share = float(text)
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise ServingError(f"{TOKENS}={text!r} must be the share of image tokens that stays, above 0 and below 1.")
+        raise ServingError(
+            f"{TOKENS}={text!r} must be the share of image tokens that stays, above 0 and below 1, or what is left "
+            f"out: {' or '.join(get_args(Groups))}."
+        )
     return share
+
+
+def before_tower() -> bool:
+    """Whether the rule leaves out patches before the tower."""
+    return isinstance(token_rule(), str)
 
 
 @dataclass(frozen=True)
@@ -58,11 +77,11 @@ class TokenChooser:
     """Chooses the image tokens of a model that stay.
 
     Attributes:
-        share: Of the tokens of an image that stays.
+        rule: As in `token_rule`.
         groups: The form of the patches that the model's processor gives.
     """
 
-    share: float
+    rule: float | Groups
     groups: PatchGroups
 
     def kept(self, patches: Tensor, grids: Tensor, statistics: Statistics) -> list[Tensor]:
@@ -80,21 +99,31 @@ class TokenChooser:
         Raises:
             ServingError: The patches are not those of these grids, or belong to a video.
         """
-        budget = FastVConfig(ratio=1 - self.share, selector="density", prune_at="input")
         sizes = [tuple(int(n) for n in grid) for grid in grids.tolist()]
         if sum(math.prod(size) for size in sizes) != len(patches):
             raise ServingError(f"{len(patches)} patches are not those of the grids {sizes}.")
         if not patches.is_floating_point():
             patches, statistics = patches.float() / 255, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        parts = patches.float().cpu().split([math.prod(size) for size in sizes])
+        patches = patches.float().cpu()
+        try:
+            if isinstance(self.rule, str):
+                policy = GroupPolicy(scorer="density" if self.rule == "blank" else "duplicates")
+                pages = PatchedPages(self.groups, grids.cpu(), patches)
+                return [keep.flatten() for keep in pages.kept(policy.keep, statistics)]
+            return self._share(self.rule, patches, sizes, statistics)
+        except PlanError as error:
+            raise ServingError(f"{TOKENS}: {error}") from error
+
+    def _share(
+        self, share: float, patches: Tensor, sizes: list[tuple[int, ...]], statistics: Statistics
+    ) -> list[Tensor]:
+        budget = FastVConfig(ratio=1 - share, selector="density", prune_at="input")
+        parts = patches.split([math.prod(size) for size in sizes])
         chosen = []
         for part, (frames, rows, columns) in zip(parts, sizes, strict=True):
             images = TowerImages(part, ((frames, rows, columns),), self.groups, patch=self.groups.patch)
             count = rows * columns // self.groups.side**2
-            try:
-                density = token_density(images, [count], count, statistics)
-            except PlanError as error:
-                raise ServingError(f"{TOKENS}: {error}") from error
+            density = token_density(images, [count], count, statistics)
             stay = budget.budget(count)
             tokens = ImageTokens(
                 real=torch.ones(1, count, dtype=torch.bool),
@@ -109,11 +138,11 @@ class TokenChooser:
 
 
 @lru_cache(maxsize=4)
-def chooser(share: float, model: str, revision: str | None = None) -> TokenChooser:
+def chooser(rule: float | Groups, model: str, revision: str | None = None) -> TokenChooser:
     """The chooser of a model, of which only the configuration is read.
 
     Args:
-        share: Of the tokens of an image that stays.
+        rule: As in `token_rule`.
         model: Hub id or folder.
         revision: Its revision on the hub.
 
@@ -130,7 +159,7 @@ def chooser(share: float, model: str, revision: str | None = None) -> TokenChoos
             f"{TOKENS} reads text off the pixels, and how the tower of {model} is given its pixels is not known. "
             "Serve it with smaller images instead."
         )
-    return TokenChooser(share, groups)
+    return TokenChooser(rule, groups)
 
 
 def kept_features(features: Sequence[Tensor], kept: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from functools import cache
 
 from sfa_adapters.errors import ServingError
 from sfa_adapters.serving.adapter import adapter_folder
-from sfa_adapters.serving.image_tokens import share_of_tokens
+from sfa_adapters.serving.image_tokens import token_rule
 from sfa_adapters.serving.vllm_options import ENVIRONMENT, REDUCED
 
 __all__ = ["register"]
@@ -34,7 +34,7 @@ def register() -> None:
     folder = os.environ.get(ENVIRONMENT)
     if folder:
         adapter_folder(folder)  # said at once, and not when the engine builds its model
-    fewer_tokens = share_of_tokens() is not None  # a wrong share, too
+    fewer_tokens = token_rule() is not None  # a wrong share, too
     from vllm.model_executor.custom_op import op_registry_oot  # pyright: ignore[reportMissingImports]
 
     if fewer_tokens:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sfa_adapters.errors import ServingError, SFAError
 from sfa_adapters.serving.adapter import ServedAdapter, read_adapter
-from sfa_adapters.serving.image_tokens import TOKENS, share_of_tokens
+from sfa_adapters.serving.image_tokens import TOKENS, before_tower, token_rule
 
 __all__ = [
     "ENVIRONMENT",
@@ -87,7 +87,7 @@ def check_image_tokens(config: Any) -> None:
     Raises:
         ServingError: Its positions cannot have gaps, or an option gets in the way.
     """
-    if share_of_tokens() is None:
+    if token_rule() is None:
         return
     names = list(getattr(config.model_config, "architectures", None) or ())
     if not any(name in REDUCED for name in names):
@@ -100,6 +100,9 @@ def check_image_tokens(config: Any) -> None:
         "video_pruning_rate": getattr(multimodal, "video_pruning_rate", None),
         "cudagraph_mm_encoder": getattr(config.compilation_config, "cudagraph_mm_encoder", False),
     }
+    if before_tower():
+        data = getattr(multimodal, "mm_encoder_tp_mode", None) == "data"
+        wrong["mm_encoder_tp_mode='data' (each process encodes other images)"] = data
     if on := [name for name, value in wrong.items() if value]:
         raise ServingError(f"{TOKENS} cannot be used with {' and '.join(on)}. Switch one of them off.")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sfa_adapters.errors import LayoutError
 from sfa_adapters.serving.engine_tower import EngineTower
+from sfa_adapters.serving.image_tokens import KEPT
 
 __all__ = ["KNOWN", "TowerCall", "call_of"]
 
@@ -79,7 +80,8 @@ class TowerCall:
         grids = bound.get("grid_thw", bound.get("image_grid_thw"))
         if grids is None:
             raise LayoutError(f"{type(self.tower).__name__} was called without the grids of its images.")
-        state.see_grids(grids.tolist() if isinstance(grids, Tensor) else grids)
+        kept = (bound.get("encoder_metadata") or {}).get(KEPT)  # where groups are left out before the tower
+        state.see_grids(grids.tolist() if isinstance(grids, Tensor) else grids, kept)
 
     def random_image(self, state: EngineTower) -> dict[str, Any]:
         """Arguments of the forward for one image of noise, the same each time.

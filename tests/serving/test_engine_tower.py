@@ -7,7 +7,7 @@ heads, and `scaled_dot_product_attention` without a mask plays the kernel.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from transformers import AttentionInterface
 from sfa_adapters import load_sfa
 from sfa_adapters.errors import LayoutError, ServingError
 from sfa_adapters.pixel_grids import pair
-from sfa_adapters.recipes.nano.served import write_served
+from sfa_adapters.recipes import qwen2_5_vl_7b
+from sfa_adapters.recipes.nano.hosts import build_host
+from sfa_adapters.recipes.nano.served import wide_host, write_served
 from sfa_adapters.serving.adapter import read_adapter
 from sfa_adapters.serving.engine_tower import EngineLayer, EngineTower
 from sfa_adapters.serving.self_check import check_bias_acts
@@ -67,8 +69,17 @@ def _images(tower: nn.Module, grids: list[list[int]] | None = None) -> dict[str,
 
 
 @contextmanager
-def _as_engine(tower: nn.Module, state: EngineTower, most: int = 256) -> Iterator[None]:
-    """Lets the attention modules of a tower run as an engine's, as long as it is open."""
+def as_engine(
+    tower: nn.Module, state: EngineTower, most: int = 256, seen: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Lets the attention modules of a tower run as an engine's, as long as it is open.
+
+    Args:
+        tower: The tower.
+        state: Its state as an engine's tower.
+        most: The largest head width of the engine's kernel.
+        seen: Tells the state what the tower is given; by default it reads the arguments of the forward.
+    """
     located = find_tower(tower)
     numbers = {module: number for number, (_, module) in enumerate(located.attentions)}
     heads = {n: state.adapter.heads[n] for n in state.adapter.layers}
@@ -100,7 +111,9 @@ def _as_engine(tower: nn.Module, state: EngineTower, most: int = 256) -> Iterato
 
     def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         grids = kwargs.get("grid_thw", kwargs.get("image_grid_thw"))
-        if grids is None:
+        if seen is not None:
+            seen()
+        elif grids is None:
             state.see_images(kwargs["pixel_values"].shape)
         else:
             state.see_grids(grids.tolist())
@@ -132,7 +145,7 @@ def test_features_are_those_of_the_injected_model(family: str, served: Any) -> N
     expected, plain = _features(injected, images), _features(tower, images)
     state = EngineTower(read_adapter(adapter, host))
     for most in (256, 0):  # with wider heads, and by this library where those are too wide
-        with _as_engine(tower, state, most):
+        with as_engine(tower, state, most):
             got = _features(tower, images)
         assert (got - expected).norm() < 1e-6 * expected.norm()
     assert (plain - expected).norm() > 1e-4 * expected.norm()
@@ -142,7 +155,7 @@ def test_the_self_check(served: Any) -> None:
     host, adapter = served("internvl")
     tower, state = find_tower(_host(host)).tower, EngineTower(read_adapter(adapter, host))
     images = _images(tower)
-    with _as_engine(tower, state):
+    with as_engine(tower, state):
         line = check_bias_acts(state, {0, 1, 2}, torch.float32, lambda: tower(**images))
         assert "acts in 3 of 3 layers" in line
         assert state.mode == "bias"
@@ -157,7 +170,7 @@ def test_an_adapter_that_does_nothing_is_an_error(served: Any) -> None:
         for values in vars(weights).values():
             values.zero_()
     images = _images(tower)
-    with _as_engine(tower, state), pytest.raises(ServingError, match="changes nothing: a random image"):
+    with as_engine(tower, state), pytest.raises(ServingError, match="changes nothing: a random image"):
         check_bias_acts(state, {0, 1, 2}, torch.float32, lambda: tower(**images))
 
 
@@ -173,7 +186,7 @@ def test_a_kernel_that_is_wrong_for_wide_heads_is_an_error(served: Any) -> None:
     host, adapter = served("internvl")
     tower, state = find_tower(_host(host)).tower, EngineTower(read_adapter(adapter, host))
     images = _images(tower)
-    with _as_engine(tower, state):
+    with as_engine(tower, state):
 
         def encode() -> Any:
             out = tower(**images).last_hidden_state
@@ -191,3 +204,23 @@ def test_layers_without_a_forward_of_the_tower_are_refused(served: Any) -> None:
         EngineLayer(state, 0, 4).widen(states, states, states, None, 0.25, 256)
     with pytest.raises(ServingError, match="takes no grids"):
         state.see_grids([[1, 4, 4]])
+
+
+def test_the_wide_host_has_the_layers_of_the_whole_model() -> None:
+    """Of the benchmark of servers; on the meta device, since its weights take 2.4 GB."""
+    full: Any = qwen2_5_vl_7b.architecture()
+    with torch.device("meta"):
+        model: Any = wide_host()[0]
+    config = model.config
+    assert (config.vision_config.depth, config.vision_config.fullatt_block_indexes) == (4, [3])
+    assert config.text_config.num_hidden_layers == 2
+    for part, names in (
+        ("vision_config", ("hidden_size", "intermediate_size", "num_heads", "window_size", "out_hidden_size")),
+        ("text_config", ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")),
+    ):
+        for name in names:
+            assert getattr(getattr(config, part), name) == getattr(getattr(full, part), name), name
+    assert model.get_input_embeddings().weight.shape == (
+        build_host("qwen2_5_vl")[0].config.text_config.vocab_size,
+        3584,
+    )

@@ -21,10 +21,11 @@ from sfa_adapters.reduction.fastv import FastVConfig, inject_fastv
 from sfa_adapters.serving.image_tokens import (
     KEPT,
     TOKENS,
+    before_tower,
     chooser,
     kept_features,
     kept_positions,
-    share_of_tokens,
+    token_rule,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -177,6 +178,8 @@ def test_what_does_not_belong_together(host: tuple[Any, Any, Path]) -> None:
         chooser(0.5, str(folder)).kept(patches[:15], grid, (MEAN, STD))
     with pytest.raises(ServingError, match="holds a video"):
         chooser(0.5, str(folder)).kept(torch.cat([patches, patches]), torch.tensor([[2, 4, 4]]), (MEAN, STD))
+    with pytest.raises(ServingError, match="takes no videos"):
+        chooser("blank", str(folder)).kept(torch.cat([patches, patches]), torch.tensor([[2, 4, 4]]), (MEAN, STD))
 
 
 def test_features_of_the_tokens_that_stay() -> None:
@@ -190,12 +193,17 @@ def test_features_of_the_tokens_that_stay() -> None:
 
 def test_the_share_and_the_tower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(TOKENS, raising=False)
-    assert share_of_tokens() is None
+    assert token_rule() is None
     monkeypatch.setenv(TOKENS, "0.25")
-    assert share_of_tokens() == 0.25
-    for wrong in ("0", "1", "-1", "nan", "all"):
+    assert token_rule() == 0.25
+    assert not before_tower()
+    for name in ("blank", "duplicates"):
+        monkeypatch.setenv(TOKENS, name)
+        assert token_rule() == name
+        assert before_tower()
+    for wrong in ("0", "1", "-1", "nan", "all", "Blank"):
         monkeypatch.setenv(TOKENS, wrong)
-        with pytest.raises(ServingError, match="above 0 and below 1"):
-            share_of_tokens()
+        with pytest.raises(ServingError, match="above 0 and below 1, or what is left out: blank or duplicates"):
+            token_rule()
     with pytest.raises(ServingError, match="is not known"):
         chooser(0.5, str(_written(build_host("internvl")[0], tmp_path)))

@@ -18,7 +18,7 @@ QWEN = "Qwen2_5_VLForConditionalGeneration"
 
 def _config(additional: Any = None, architecture: str = QWEN, **settings: Any) -> Any:
     compilation = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
-    names = ("mm_encoder_attn_dtype", "video_pruning_rate")
+    names = ("mm_encoder_attn_dtype", "mm_encoder_tp_mode", "video_pruning_rate")
     multimodal = SimpleNamespace(**{name: settings.pop(name, None) for name in names})
     return SimpleNamespace(
         additional_config=additional or {},
@@ -71,6 +71,11 @@ def test_fewer_image_tokens_are_refused_by_name(monkeypatch: pytest.MonkeyPatch)
         check_image_tokens(_config(video_pruning_rate=0.5))
     with pytest.raises(ServingError, match="cudagraph_mm_encoder"):
         check_image_tokens(_config(cudagraph_mm_encoder=True))
+    check_image_tokens(_config(mm_encoder_tp_mode="data"))
+    monkeypatch.setenv(TOKENS, "blank")
+    check_image_tokens(_config(mm_encoder_tp_mode="weights"))
+    with pytest.raises(ServingError, match="each process encodes other images"):
+        check_image_tokens(_config(mm_encoder_tp_mode="data"))
 
 
 def test_a_wrong_share_is_named_before_vllm_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

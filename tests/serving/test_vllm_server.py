@@ -6,16 +6,22 @@ nearly level, two programs may choose differently; such answers are compared up 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.engine_server import Server, ask, page, reference_answers
 from sfa_adapters.recipes.nano.served import write_served
+from sfa_adapters.serving.kept_groups import written_page
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-serving")
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
@@ -69,6 +75,23 @@ def test_answers_are_those_of_transformers(family: str, written: Any, tmp_path: 
             assert [ask(server.client(), image) for image in images[:3]] == answers[:3]
 
 
+def test_two_processes_share_the_heads(written: Any, tmp_path: Path) -> None:
+    """Tensor parallelism: each process has the scalars of its heads, and its self-check says so."""
+    host, adapter = written("qwen2_5_vl")
+    images = [page(seed) for seed in range(IMAGES)]
+    expected = reference_answers(host, adapter, images)
+    plain = reference_answers(host, None, images)
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with Server(host, tmp_path / "log", adapter, ("--tensor-parallel-size", "2"), cores) as server:
+        assert server.ready(), server.text()[-3000:]
+        assert len(re.findall(r"acts in 3 of 3 layers", server.text())) == 2
+        answers = [ask(server.client(), image) for image in images]
+    for answer, (tokens, lead) in zip(answers, expected, strict=True):
+        assert answer == tokens or lead < LEVEL
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, plain, strict=True)) < IMAGES / 2
+
+
 def test_fewer_image_tokens(written: Any, tmp_path: Path) -> None:
     host, adapter = written("qwen2_5_vl")
     images = [page(seed) for seed in range(IMAGES)]
@@ -82,6 +105,42 @@ def test_fewer_image_tokens(written: Any, tmp_path: Path) -> None:
         assert answer == tokens or lead < LEVEL
     assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
     assert sum(answer == tokens for answer, (tokens, _) in zip(answers, whole, strict=True)) < IMAGES / 2
+
+
+def _half_written(seed: int) -> Image.Image:
+    """Letters on coloured boxes in two of six columns of groups, white paper in the others."""
+    boxes, letters = np.array(page(seed, 168, 112)), np.array(written_page(168, 112))
+    sheet = Image.fromarray(np.minimum(boxes, letters))
+    left = 56 * (seed % 2)
+    ImageDraw.Draw(sheet).rectangle((left, 0, left + 111, 112), fill="white")
+    return sheet
+
+
+@pytest.mark.parametrize("rule", ["blank", "duplicates"])
+def test_groups_left_out_before_the_tower(rule: str, written: Any, tmp_path: Path) -> None:
+    """With the bias: the answers are those of transformers, and others than of whole pages, or without the bias."""
+    host, adapter = written("qwen2_5_vl")
+    folder = shutil.copytree(host, tmp_path / "host")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    # `drop_blank_groups` reads pixels as the processor of the whole model normalises them.
+    settings["image_processor"].update(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    images = [_half_written(seed) for seed in range(IMAGES)]
+    expected = reference_answers(folder, adapter, images, left_out=rule)
+    whole = reference_answers(folder, adapter, images)
+    plain = reference_answers(folder, None, images, left_out=rule)
+    with Server(folder, tmp_path / "log", adapter, environment={"SFA_IMAGE_TOKENS": rule}) as server:
+        assert server.ready(), server.text()[-3000:]
+        client = server.client()
+        with ThreadPoolExecutor(5) as pool:  # so that the tower gets several pages at once
+            answers = list(pool.map(lambda image: ask(client, image), images))
+        text = server.text()
+    assert re.search(r"gets \d+ of 24 tokens of the first image", text), text[-3000:]
+    for answer, (tokens, lead) in zip(answers, expected, strict=True):
+        assert answer == tokens or lead < LEVEL
+    assert sum(answer == tokens for answer, (tokens, _) in zip(answers, expected, strict=True)) >= IMAGES - 1
+    for others in (whole, plain):
+        assert sum(answer == tokens for answer, (tokens, _) in zip(answers, others, strict=True)) < IMAGES / 2
 
 
 def test_positions_of_two_images_have_the_gaps_of_the_whole_prompt(written: Any) -> None:
