@@ -52,21 +52,21 @@ def run_charts(config: DemoConfig, console: Console) -> Report:
         with console.status(f"answering, {name}"):
             arms.append(Arm(name, evaluate(arm, samples), result.trainable, result.seconds))
 
-    save_trained(with_sfa, config.out)
+    save_trained(with_sfa, config.folder)
     _check_reload(host, config, arms[1].evaluation)
     difference = paired_difference(arms[2].evaluation, arms[1].evaluation)
     report = Report(tuple(arms), difference, time.perf_counter() - began)
     settings_record = {"host": config.host, "seed": config.seed, "steps": config.number("steps")}
-    write_results(report, config.out, command_of(config), settings_record)
-    plot_bias(with_sfa.model, config.out / "learned_bias.png")
-    write_bias_table(with_sfa.model, config.out / "learned_bias.csv")
-    draw_answers(report, config.out / "test_charts.png")
+    write_results(report, config.folder, command_of(config), settings_record)
+    plot_bias(with_sfa.model, config.folder / "learned_bias.png")
+    write_bias_table(with_sfa.model, config.folder / "learned_bias.csv")
+    draw_answers(report, config.folder / "test_charts.png")
     console.print(results_table(report))
     console.print(
         f"SFA minus control: {percent(difference)} points of accuracy (paired, 95%). Control: the same without SFA. "
         "Where the host knows the task already, nothing is gained."
     )
-    console.print(f"{time.perf_counter() - began:.0f} s in all; everything is in {config.out}/")
+    console.print(f"{time.perf_counter() - began:.0f} s in all; everything is in {config.folder}/")
     return report
 
 
@@ -77,5 +77,7 @@ def _check_reload(original: NanoHost, config: DemoConfig, expected: Evaluation) 
         DemoError: It does not.
     """
     samples = expected.samples[:RELOADED]
-    if evaluate(reloaded(original, config.out), samples).answers != expected.answers[: len(samples)]:
-        raise DemoError(f"The adapter in {config.out / 'adapter'} does not reproduce the answers of the trained model.")
+    if evaluate(reloaded(original, config.folder), samples).answers != expected.answers[: len(samples)]:
+        raise DemoError(
+            f"The adapter in {config.folder / 'adapter'} does not reproduce the answers of the trained model."
+        )

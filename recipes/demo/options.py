@@ -27,6 +27,7 @@ FILES: Mapping[Task, tuple[str, ...]] = {
     "tables": (*_SHARED, "curve.png", "test_tables.png"),
     "charts": (*_SHARED, "test_charts.png"),
 }
+FOLDERS: Mapping[Task, str] = {"tables": "sfa-demo", "charts": "sfa-demo-charts"}
 # Tables: so that three models train and answer in less than five minutes on two cores.
 DEFAULTS: Mapping[Task, Mapping[Number, int]] = {
     "tables": {"steps": 140, "questions": 480, "pictures": 480},
@@ -47,7 +48,7 @@ class DemoConfig:
         host: Nano host: llava_onevision, internvl or llava.
         steps: Fine-tuning steps of each model; by default 140 for tables, 160 for charts.
         seed: Seed of the training pictures, of their order and of the initial bias; the test questions stay the same.
-        out: Folder for the adapter, the table and the figures.
+        out: Folder for the adapter, the table and the figures; by default sfa-demo, for charts sfa-demo-charts.
         weights: Weights of the host, for one that is not shipped.
         questions: Number of test questions; by default 480 for tables (six to each, rounded up), 450 for charts.
         pictures: Number of training pictures.
@@ -60,7 +61,7 @@ class DemoConfig:
     host: str = "llava_onevision"
     steps: int | None = None
     seed: int = 0
-    out: Path = Path("sfa-demo")
+    out: Path | None = None
     weights: Path | None = None
     questions: int | None = None
     pictures: int | None = None
@@ -78,6 +79,11 @@ class DemoConfig:
         if self.seed < 0:
             raise DemoError(f"--seed {self.seed} must be at least 0.")
 
+    @property
+    def folder(self) -> Path:
+        """`out`; by default one for each task, since a folder of the other task is refused."""
+        return Path(FOLDERS[self.task]) if self.out is None else self.out
+
     def number(self, name: Number) -> int:
         """The value of `steps`, `questions` or `pictures`; by default that of the task."""
         given: int | None = getattr(self, name)
@@ -93,7 +99,7 @@ def prepare_folder(config: DemoConfig) -> None:
     Raises:
         DemoError: It cannot be written, or holds files that this task does not write.
     """
-    folder = config.out
+    folder = config.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES[config.task])

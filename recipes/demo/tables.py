@@ -65,21 +65,21 @@ def run_tables(config: DemoConfig, console: Console) -> TablesReport:
         trained.append(model)
 
     with console.status("saving, loading again, drawing"):
-        save_trained(trained[1], config.out)
-        if _answers(reloaded(host, config.out), test[:RELOADED]) != arms[1].answers:
+        save_trained(trained[1], config.folder)
+        if _answers(reloaded(host, config.folder), test[:RELOADED]) != arms[1].answers:
             raise DemoError(
-                f"The adapter in {config.out / 'adapter'} does not reproduce the answers of the trained model."
+                f"The adapter in {config.folder / 'adapter'} does not reproduce the answers of the trained model."
             )
-        plot_bias(trained[1].model, config.out / "learned_bias.png")
-        write_bias_table(trained[1].model, config.out / "learned_bias.csv")
+        plot_bias(trained[1].model, config.folder / "learned_bias.png")
+        write_bias_table(trained[1].model, config.folder / "learned_bias.csv")
         report = TablesReport(tuple(arms), _scores(host, test), EACH, steps, time.perf_counter() - began)
-        draw_curve(report, config.out / "curve.png")
+        draw_curve(report, config.folder / "curve.png")
         first = [about[0] for about in ask_all(test[:SHOWN], 1, 0)]
-        draw_tables(report, test[:SHOWN], first, config.out / "test_tables.png")
-        write_results(report, config.out, command_of(config), {"host": config.host, "seed": config.seed})
+        draw_tables(report, test[:SHOWN], first, config.folder / "test_tables.png")
+        write_results(report, config.folder, command_of(config), {"host": config.host, "seed": config.seed})
     console.print(effect(report), style="bold")
     console.print(results_table(report))
-    console.print(f"{time.perf_counter() - began:.0f} s in all; everything is in {config.out}/")
+    console.print(f"{time.perf_counter() - began:.0f} s in all; everything is in {config.folder}/")
     return report
 
 

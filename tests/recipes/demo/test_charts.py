@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import sfa_adapters.recipes.demo.charts as module
 from sfa_adapters import describe, inject_sfa, load_sfa
 from sfa_adapters.errors import DataError, WeightsError
+from sfa_adapters.recipes.demo.options import prepare_folder
 from sfa_adapters.recipes.demo.run import FILES, DemoConfig, DemoError, run_demo
 from sfa_adapters.recipes.nano.evaluate import Interval
 from sfa_adapters.recipes.nano.finetune import FinetuneConfig, finetune, train_tower_and_projector, training_charts
@@ -98,6 +99,17 @@ def test_a_second_run_writes_over_its_own_folder_only(untrained: Path, tmp_path:
     with pytest.raises(DemoError, match=r"thesis\.tex"):
         run_demo(_config(untrained, tmp_path), Console(quiet=True))
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_each_task_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sfa demo` and then `sfa demo --task charts`, as on the page of the demo."""
+    monkeypatch.chdir(tmp_path)
+    for task, name in (("tables", "sfa-demo"), ("charts", "sfa-demo-charts")):
+        config = DemoConfig(task=task)  # pyright: ignore[reportArgumentType]
+        prepare_folder(config)
+        (tmp_path / name / FILES[config.task][-1]).write_text("")
+    with pytest.raises(DemoError, match=r"curve\.png|test_tables\.png"):
+        prepare_folder(DemoConfig(task="charts", out=Path("sfa-demo")))
 
 
 def test_a_folder_that_cannot_be_made(untrained: Path, tmp_path: Path) -> None:
