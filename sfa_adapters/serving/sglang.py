@@ -3,20 +3,21 @@
     SFA_ADAPTER=FOLDER python -m sglang.launch_server --model-path MODEL
 
 SGLang lets plug-ins wrap functions of its own (`HookRegistry`). Three are wrapped: the constructor of
-`VisionAttention`, which tells the layers of the tower and their heads; the forward of its attention backends, where phi
-goes into further channels of q and k; and the forward of the tower, which tells the grids and runs the self-check at
-its first call.
+`VisionAttention`, which reads the adapter and refuses what cannot be served; the forward of its attention backends,
+where phi goes into further channels of q and k; and the forward of the tower, which numbers its layers, tells the grids
+and runs the self-check at its first call.
 
-Unlike vLLM, SGLang starts although a plug-in of it has failed. So whatever is wrong is raised again in each forward of
-the tower: no image is answered without its bias.
+Unlike vLLM, SGLang starts although a plug-in of it has failed. So a wrong adapter ends the process, and whatever is
+wrong later is raised again in each forward of the tower: no image is answered without its bias.
 
-Read in SGLang 0.5.23. The tests play its side: it needs a GPU, and none was at hand.
+Made for SGLang 0.5.23. Its servers need a GPU; its towers are tested on a CPU (`scripts/test-sglang`).
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,11 @@ VISION = "sglang.srt.layers.attention.vision"
 # offsets into buffers in place of segments.
 BACKENDS = ("VisionSdpaAttention", "VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4Attention")
 # Towers that take patches of all images behind one another, with their grids.
-TOWERS = ("qwen2_vl.Qwen2VisionTransformer", "qwen2_5_vl.Qwen2_5_VisionTransformer", "qwen3_vl.Qwen3VLMoeVisionModel")
+TOWERS = (
+    "qwen2_vl.Qwen2VisionTransformer",
+    "qwen2_5_vl.Qwen2_5_VisionTransformer",
+    "qwen3_vl.Qwen3VLMoeVisionModel",
+)
 MOST = 256  # channels of a head that its flash kernels take
 
 
@@ -44,7 +49,8 @@ def register() -> None:
     """The entry point; does nothing unless `SFA_ADAPTER` names an adapter.
 
     Raises:
-        ServingError: It names none.
+        SystemExit: It names none, or SGLang has not what is hooked. An exception would not do: SGLang logs that of a
+            plug-in, and serves the model without it.
     """
     folder = os.environ.get(ENVIRONMENT)
     if not folder:
@@ -54,15 +60,21 @@ def register() -> None:
         HookType,
     )
 
-    plugin = SGLangPlugin(folder, _served_model)
-    for target, hook in plugin.hooks().items():
+    try:
+        plugin = SGLangPlugin(folder, _served_model)
+        hooks = plugin.hooks()
+        for target in hooks:
+            pkgutil.resolve_name(target)
+    except (SFAError, ImportError, AttributeError) as error:
+        raise SystemExit(f"SFA: the server is not started, since it would answer without the bias. {error}") from error
+    for target, hook in hooks.items():
         HookRegistry.register(target, hook, HookType.AROUND)
 
 
 def _served_model() -> str:
-    from sglang.srt.server_args import get_global_server_args  # pyright: ignore[reportMissingImports]
+    from sglang.srt.runtime_context import get_server_args  # pyright: ignore[reportMissingImports]
 
-    return str(get_global_server_args().model_path)
+    return str(get_server_args().model_path)
 
 
 class SGLangPlugin:
@@ -73,8 +85,8 @@ class SGLangPlugin:
         model: Tells the folder or hub id of the model that is served, once it is known.
 
     Attributes:
-        state: State of the tower; None until its first layer is built.
-        layers: The layer of each attention backend object.
+        state: State of the tower; None until an attention layer is built.
+        layers: The layer of each attention backend object; empty until the tower is called.
         error: What went wrong while the tower was built.
     """
 
@@ -83,8 +95,7 @@ class SGLangPlugin:
         self.state: EngineTower | None = None
         self.layers: dict[int, EngineLayer] = {}
         self.error: SFAError | None = None
-        self._checked = False
-        self._built: list[nn.Module] = []
+        self._tower: nn.Module | None = None  # the one whose layers are numbered
         adapter_folder(folder)
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
@@ -94,7 +105,11 @@ class SGLangPlugin:
         return hooks | {f"sglang.srt.models.{name}.forward": self.encode for name in TOWERS}
 
     def build(self, original: Callable[..., None], module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Around the constructor of `VisionAttention`: the layers of a tower are built in order."""
+        """Around the constructor of `VisionAttention`: reads the adapter, and refuses what cannot be served.
+
+        Raises:
+            ServingError: The adapter does not fit the model, or the attention backend is none of `BACKENDS`.
+        """
         original(module, *args, **kwargs)
         try:
             if self.state is None:
@@ -103,19 +118,21 @@ class SGLangPlugin:
             backend = type(built.qkv_backend).__name__
             if backend not in BACKENDS:
                 raise ServingError(f"The attention backend {backend} is not supported: --mm-attention-backend fa3.")
-            rank, ranks = int(built.tp_rank), int(built.tp_size)
-            heads = int(built.num_attention_heads_per_partition)
-            layer = EngineLayer(self.state, len(self._built), heads, rank, ranks)
-            self.layers[id(built.qkv_backend)] = layer
-            self._built.append(built.qkv_backend)  # kept, so that no other object gets its id
         except SFAError as error:
             self.error = error
             raise
 
     def attend(self, original: Callable[..., Tensor], backend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Around the forward of an attention backend, of `[tokens, heads, width]`."""
+        """Around the forward of an attention backend, of `[tokens, heads, width]`.
+
+        Raises:
+            ServingError: It is of a tower that is none of `TOWERS`, or is called with what has no bias.
+        """
         layer = self.layers.get(id(backend))
-        if layer is None or not layer.acts:
+        if layer is None:
+            names = ", ".join(name.rpartition(".")[2] for name in TOWERS)
+            raise ServingError(f"An attention layer ran outside the towers that can be served with a bias: {names}.")
+        if not layer.acts:
             return original(backend, *args, **kwargs)
         given = inspect.signature(type(backend).forward).bind(backend, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
@@ -157,17 +174,27 @@ class SGLangPlugin:
         if grids is None:
             raise ServingError(f"{type(tower).__name__} was called without the grids of its images.")
         state = self.state
-        if not self._checked:
+        if self._tower is not tower:
+            self._number(tower, state)
             patches = given.get("x", next((x for x in args if isinstance(x, Tensor)), None))
             assert isinstance(patches, Tensor)
             noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(0)).to(patches)
             state.see_grids(grids.tolist())
-            built = set(range(len(self._built)))
+            built = set(range(len(self.layers)))
             line = check_bias_acts(state, built, patches.dtype, lambda: original(tower, noise, grids))
             _logger().info("%s", line)
-            self._checked = True
+            self._tower = tower
         state.see_grids(grids.tolist())
         return original(tower, *args, **kwargs)
+
+    def _number(self, tower: nn.Module, state: EngineTower) -> None:
+        """Numbers the layers of a tower by their order in it. Some models of SGLang build layers that they replace."""
+        self.layers = {}
+        attentions: list[Any] = [module for module in tower.modules() if hasattr(module, "qkv_backend")]
+        for number, module in enumerate(attentions):
+            heads, rank, ranks = module.num_attention_heads_per_partition, module.tp_rank, module.tp_size
+            layer = EngineLayer(state, number, int(heads), int(rank), int(ranks))
+            self.layers[id(module.qkv_backend)] = layer  # lives as long as the tower, which is kept
 
 
 def _logger() -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,9 +55,11 @@ class VisionAttention(nn.Module):
 class Tower(nn.Module):
     """The tower of transformers with its attention computed by backends as above."""
 
-    def __init__(self, inner: Any, attend: Any, backends: list[nn.Module]) -> None:
+    def __init__(self, inner: Any, attend: Any, layers: list[VisionAttention]) -> None:
         super().__init__()
         self.inner = inner
+        self.layers = nn.ModuleList(layers)
+        backends = [layer.qkv_backend for layer in layers]
         numbers = {module: n for n, (_, module) in enumerate(find_tower(inner).attentions)}
 
         def attention(
@@ -85,11 +89,11 @@ def _inner(host: Path) -> Any:
     return find_tower(model).tower
 
 
-def _build(plugin: SGLangPlugin, count: int = 3) -> list[nn.Module]:
+def _build(plugin: SGLangPlugin, count: int = 3) -> list[VisionAttention]:
     layers = [VisionAttention.__new__(VisionAttention) for _ in range(count)]
     for layer in layers:
         plugin.build(VisionAttention.__init__, layer, 4, 16)
-    return [layer.qkv_backend for layer in layers]
+    return layers
 
 
 def _patches() -> Tensor:
@@ -104,9 +108,7 @@ def test_features_are_those_of_the_injected_model(written: tuple[Path, Path], ca
     with torch.no_grad(), caplog.at_level("INFO", logger="sglang.sfa_adapters"):
         expected = find_tower(model).tower(hidden_states=_patches(), grid_thw=GRIDS).last_hidden_state
         got = plugin.encode(Tower.forward, tower, _patches(), grid_thw=GRIDS)
-        plain = Tower(_inner(host), lambda f, b, **call: f(b, **call), [x.qkv_backend for x in _plain()])(
-            _patches(), GRIDS
-        )
+        plain = Tower(_inner(host), lambda f, b, **call: f(b, **call), _plain())(_patches(), GRIDS)
     assert (got - expected).norm() < 1e-5 * expected.norm()
     assert (plain - expected).norm() > 1e-4 * expected.norm()
     assert "acts in 3 of 3 layers" in caplog.text
@@ -135,6 +137,42 @@ def test_layers_that_are_missing_are_an_error(written: tuple[Path, Path]) -> Non
     tower = Tower(_inner(host), plugin.attend, _build(plugin, 2))
     with pytest.raises(ServingError, match=r"layers \[2\], which the engine has not built"):
         plugin.encode(Tower.forward, tower, _patches(), GRIDS)
+
+
+def test_layers_are_numbered_by_their_place_in_the_tower(written: tuple[Path, Path]) -> None:
+    """Some models of SGLang build layers that they replace, and then build the tower."""
+    host, adapter = written
+    plugin = SGLangPlugin(str(adapter), lambda: str(host))
+    replaced = _build(plugin, 4)
+    layers = _build(plugin)[::-1]
+    tower = Tower(_inner(host), plugin.attend, layers)
+    model: Any = load_sfa(AutoModelForImageTextToText.from_pretrained(host, dtype=torch.float32).eval(), adapter)
+    with torch.no_grad():
+        expected = find_tower(model).tower(hidden_states=_patches(), grid_thw=GRIDS).last_hidden_state
+        got = plugin.encode(Tower.forward, tower, _patches(), grid_thw=GRIDS)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    states = {name: torch.zeros(4, 4, 16) for name in ("q", "k", "v")}
+    with pytest.raises(ServingError, match=r"outside the towers that can be served with a bias: .*Qwen3VLMoe"):
+        plugin.attend(VisionSdpaAttention.forward, replaced[0].qkv_backend, **states, bsz=1)
+
+
+def test_the_entry_point_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang logs an exception of a plug-in, and would serve the model without its bias."""
+    registry = SimpleNamespace(HookRegistry=None, HookType=None)
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setenv("SFA_ADAPTER", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"SFA: the server is not started.*nowhere is no folder"):
+        register()
+
+
+def test_a_release_without_what_is_hooked_ends_the_process(
+    written: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = SimpleNamespace(HookRegistry=None, HookType=None)
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setenv("SFA_ADAPTER", str(written[1]))
+    with pytest.raises(SystemExit, match=r"SFA: the server is not started.*sglang"):
+        register()
 
 
 def test_what_is_refused(written: tuple[Path, Path], tmp_path: Path) -> None:
