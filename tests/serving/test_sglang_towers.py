@@ -7,6 +7,7 @@ get. Model class, weight loader, hooks and attention are SGLang's.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,43 +80,62 @@ def _of_transformers(host: Path, adapter: Path | None) -> Tensor:
     return torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], dim=1)
 
 
-def _of_sglang(host: Path, folder: Path, adapter: Path | None) -> tuple[Tensor | None, str]:
-    """Features, None where the program failed, and what it said."""
-    given, target = folder / "given.safetensors", folder / "features.safetensors"
+def _of_sglang(host: Path, folder: Path, adapter: Path | None, ranks: int = 1) -> tuple[list[Tensor], list[str]]:
+    """Features of each process, none where they failed, and what each said."""
+    given = folder / "given.safetensors"
     save_file({"pixels": _pixels(host), "grids": GRIDS}, given)
-    target.unlink(missing_ok=True)
+    targets = [folder / f"features_{rank}.safetensors" for rank in range(ranks)]
+    for target in targets:
+        target.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "SFA_ADAPTER"} | {"HF_HUB_OFFLINE": "1"}
     if adapter is not None:
         environment["SFA_ADAPTER"] = str(adapter)
-    command = [sys.executable, "-m", "tests.serving.sglang_features", str(host), str(given), str(target)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
-    assert (done.returncode == 0) == target.exists(), text[-3000:]
-    return (load_file(target)["features"] if target.exists() else None), text
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.serving.sglang_features", str(host), str(given)]
+    started = [
+        subprocess.Popen(
+            [*command, str(target), str(port), str(rank), str(ranks)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, target in enumerate(targets)
+    ]  # fmt: skip
+    texts = [process.communicate()[0] for process in started]
+    assert all((p.returncode == 0) == t.exists() for p, t in zip(started, targets, strict=True)), texts[0][-3000:]
+    return [load_file(target)["features"] for target in targets if target.exists()], texts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_transformers(family: str, written: Any, tmp_path: Path) -> None:
     host, adapter = written(family)
     expected, without = _of_transformers(host, adapter), _of_transformers(host, None)
-    got, text = _of_sglang(host, tmp_path, adapter)
-    assert got is not None, text[-3000:]
+    assert (without - expected).norm() > 1e-2 * expected.norm()
+    (got,), (text,) = _of_sglang(host, tmp_path, adapter)
     assert "acts in 3 of 3 layers" in text
     assert (got - expected).norm() < 1e-4 * expected.norm()
-    assert (without - expected).norm() > 1e-2 * expected.norm()
-    off, text = _of_sglang(host, tmp_path, None)
-    assert off is not None, text[-3000:]
-    assert (off - without).norm() < 1e-4 * without.norm()
+    (got,), (text,) = _of_sglang(host, tmp_path, None)
+    assert (got - without).norm() < 1e-4 * without.norm()
     assert "SFA" not in text
+
+
+def test_two_processes_share_the_heads(written: Any, tmp_path: Path) -> None:
+    host, adapter = written("qwen2_5_vl")
+    expected = _of_transformers(host, adapter)
+    got, texts = _of_sglang(host, tmp_path, adapter, ranks=2)
+    assert len(got) == 2, texts[0][-3000:]
+    for features, text in zip(got, texts, strict=True):
+        assert "acts in 3 of 3 layers" in text
+        assert (features - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_what_stops_it(written: Any, tmp_path: Path) -> None:
     """SGLang goes on when a plug-in fails, so the plug-in must not."""
     host, _ = written("qwen2_5_vl")
-    got, text = _of_sglang(host, tmp_path, tmp_path / "nowhere")
-    assert got is None
+    got, (text,) = _of_sglang(host, tmp_path, tmp_path / "nowhere")
+    assert not got
     assert text.splitlines()[-1].startswith("SFA: ")
     assert "nowhere is no folder" in text.splitlines()[-1]
-    got, text = _of_sglang(host, tmp_path, written("qwen3_vl")[1])
-    assert got is None
+    got, (text,) = _of_sglang(host, tmp_path, written("qwen3_vl")[1])
+    assert not got
     assert "ServingError" in text
