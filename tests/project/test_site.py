@@ -1,6 +1,7 @@
 """The site: its sections, links and docstrings; and it builds with warnings as errors where Sphinx is installed."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,16 @@ def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
         [*command, str(ROOT / "docs"), str(tmp_path)], check=False, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_code_of_notebooks_can_be_coloured() -> None:
+    """Their lines that begin with `!` are no Python: the lexer is the one that the notebook names."""
+    from pygments.lexers import get_lexer_by_name
+
+    for file in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        book = json.loads(file.read_text("utf-8"))
+        lexer = get_lexer_by_name(book["metadata"]["language_info"]["pygments_lexer"])
+        lexer.add_filter("raiseonerror")
+        for cell in book["cells"]:
+            if cell["cell_type"] == "code":
+                list(lexer.get_tokens("".join(cell["source"])))
