@@ -56,4 +56,5 @@ def features(host: str, patches: str, target: str, port: int, rank: int, ranks: 
 
 
 if __name__ == "__main__":
-    features(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    _, host, patches, target, port, rank, ranks = sys.argv
+    features(host, patches, target, int(port), int(rank), int(ranks))
