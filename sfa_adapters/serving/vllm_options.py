@@ -92,7 +92,7 @@ def check_image_tokens(config: Any) -> None:
     names = list(getattr(config.model_config, "architectures", None) or ())
     if not any(name in REDUCED for name in names):
         raise ServingError(
-            f"{TOKENS} leaves gaps between the positions of tokens, which vLLM has for {', '.join(REDUCED)}; the model "
+            f"{TOKENS} leaves gaps between the positions of tokens. It is offered for {', '.join(REDUCED)}; the model "
             f"is a {', '.join(names) or 'model of another kind'}. Serve it with smaller images instead."
         )
     multimodal = config.model_config.multimodal_config

@@ -171,7 +171,8 @@ def test_a_release_without_what_is_hooked_ends_the_process(
     registry = SimpleNamespace(HookRegistry=None, HookType=None)
     monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)  # pyright: ignore[reportArgumentType]
     monkeypatch.setenv("SFA_ADAPTER", str(written[1]))
-    with pytest.raises(SystemExit, match=r"SFA: the server is not started.*sglang"):
+    monkeypatch.setattr(SGLangPlugin, "hooks", lambda _: {"sglang.srt.models.no_longer_there.Tower.forward": None})
+    with pytest.raises(SystemExit, match=r"SFA: the server is not started.*No module named 'sglang"):
         register()
 
 

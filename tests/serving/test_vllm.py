@@ -65,7 +65,7 @@ def test_fewer_image_tokens_are_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     check_image_tokens(_config(architecture="InternVLForConditionalGeneration"))  # it was not asked for
     monkeypatch.setenv(TOKENS, "0.5")
     check_image_tokens(_config())
-    with pytest.raises(ServingError, match=r"vLLM has for Qwen2_5_VL.*is a InternVLForConditionalGeneration"):
+    with pytest.raises(ServingError, match=r"offered for Qwen2_5_VL.*is a InternVLForConditionalGeneration"):
         check_image_tokens(_config(architecture="InternVLForConditionalGeneration"))
     with pytest.raises(ServingError, match="cannot be used with video_pruning_rate"):
         check_image_tokens(_config(video_pruning_rate=0.5))
